@@ -1,1 +1,3 @@
-//! (head comment)
+//! One virtual machine: its lifecycle, its machine and its server, as a library for the `vmm-component` binary and the tests.
+
+pub mod layout;

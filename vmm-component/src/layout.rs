@@ -1,0 +1,83 @@
+//! The guest's physical address map: every fixed address, port and interrupt number of the machine in one place.
+//!
+//! ```text
+//!  0x0000_0500  boot GDT                    0x0000_6000  PVH start info
+//!  0x0000_7000  Linux zero page             0x0000_9000  boot page tables (3 pages)
+//!  0x0002_0000  command line                0x0009_fc00  end of low memory
+//!  0x000e_0000  ACPI tables (128 KiB)       0x0010_0000  high memory: kernel, initramfs at its end
+//!  0xc000_0000  MMIO hole: PCI windows      0xe000_0000  ECAM
+//!  0xfec0_0000  IOAPIC                      0xfee0_0000  local APIC
+//!  0x1_0000_0000  the memory that did not fit below the hole
+//! ```
+
+/// Boot GDT, five 8-byte entries.
+pub const GDT: u64 = 0x500;
+/// `hvm_start_info` and its memory map and module list (Xen PVH boot ABI), at most one page.
+pub const PVH_START_INFO: u64 = 0x6000;
+/// Linux `boot_params` ("zero page"), one page.
+pub const ZERO_PAGE: u64 = 0x7000;
+/// Top of the stack that a 64-bit entry may use for its first pushes.
+pub const BOOT_STACK_TOP: u64 = 0x8ff0;
+/// Identity-mapping page tables for the 64-bit entry: PML4, PDPT and page directories.
+pub const PAGE_TABLES: u64 = 0x9000;
+/// Command line, NUL-terminated.
+pub const CMDLINE: u64 = 0x2_0000;
+/// Bytes for the command line with its NUL: Linux's COMMAND_LINE_SIZE on x86 is 2048; PVH guests may read more.
+pub const CMDLINE_MAX: usize = 2048;
+/// End of usable memory below the legacy hole (start of the EBDA on a PC).
+pub const LOW_MEMORY_END: u64 = 0x9_fc00;
+/// ACPI tables with the RSDP first, reserved in the memory map.
+pub const ACPI: u64 = 0xe_0000;
+/// Bytes reserved for the ACPI tables.
+pub const ACPI_SIZE: u64 = 0x2_0000;
+/// Start of memory above 1 MiB.
+pub const HIGH_MEMORY: u64 = 0x10_0000;
+
+/// Start of the hole below 4 GiB; memory that does not fit below it continues at [`HOLE_END`].
+pub const HOLE_START: u64 = 0xc000_0000;
+/// First byte after the hole.
+pub const HOLE_END: u64 = 0x1_0000_0000;
+/// PCI enhanced configuration access (MCFG), one bus segment, 256 MiB.
+pub const ECAM: u64 = 0xe000_0000;
+/// Bytes of [`ECAM`].
+pub const ECAM_SIZE: u64 = 0x1000_0000;
+/// IOAPIC registers, one page.
+pub const IOAPIC: u64 = 0xfec0_0000;
+/// Local APIC registers, one page.
+pub const LOCAL_APIC: u64 = 0xfee0_0000;
+/// Three pages that Intel hosts need for real-mode emulation (KVM_SET_TSS_ADDR), inside the hole.
+pub const KVM_TSS: u64 = 0xfffb_d000;
+/// One page that Intel hosts need (KVM_SET_IDENTITY_MAP_ADDR), inside the hole.
+pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
+
+/// i8042 data and command ports; writing 0xfe to the command port resets.
+pub const I8042_DATA: u16 = 0x60;
+/// See [`I8042_DATA`].
+pub const I8042_COMMAND: u16 = 0x64;
+/// CMOS real-time clock: index and data ports.
+pub const RTC: u16 = 0x70;
+/// First serial port (16550), eight ports.
+pub const SERIAL: u16 = 0x3f8;
+/// ACPI sleep control register (hardware-reduced), one byte: SLP_EN is bit 5, SLP_TYP bits 2-4.
+pub const ACPI_SLEEP_CONTROL: u16 = 0x600;
+/// ACPI sleep status register, one byte.
+pub const ACPI_SLEEP_STATUS: u16 = 0x601;
+/// ACPI reset register, one byte: writing [`ACPI_RESET_VALUE`] resets.
+pub const ACPI_RESET: u16 = 0x602;
+/// See [`ACPI_RESET`].
+pub const ACPI_RESET_VALUE: u8 = 1;
+/// Event status of the generic event device, four bytes, reading clears: bit 0 is the power button.
+pub const ACPI_GED: u16 = 0x604;
+
+/// Interrupt (GSI) of the serial port, edge-triggered, active high (ISA).
+pub const SERIAL_GSI: u32 = 4;
+/// Interrupt of the real-time clock, edge-triggered, active high (ISA).
+pub const RTC_GSI: u32 = 8;
+/// Interrupt of the generic event device, edge-triggered, active high.
+pub const GED_GSI: u32 = 9;
+/// Pins of the IOAPIC.
+pub const IOAPIC_PINS: usize = 24;
+/// Most vCPUs of a guest.
+pub const MAX_VCPUS: u8 = 64;
+/// SLP_TYP of S5 (soft off) as the DSDT's `\_S5` names it.
+pub const S5_SLEEP_TYPE: u8 = 5;
