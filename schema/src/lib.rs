@@ -1,1 +1,17 @@
-//! (head comment)
+//! The protocol between clients, guest manager and components: what they say and how it travels.
+//!
+//! ```text
+//!   *.capnp --(capnp compile, checked in)--> generated     the messages
+//!   config  GuestConfig as a Rust value, decoded with limits and errors that name the field
+//!   error   typed errors: what a method answers when an expected thing goes wrong
+//!   transport  messages and file descriptors over Unix sockets, on one event loop a thread
+//! ```
+
+pub mod config;
+pub mod error;
+#[expect(missing_docs, unreachable_pub, reason = "generated from the .capnp files, which carry the documentation")]
+#[allow(clippy::all, clippy::undocumented_unsafe_blocks, clippy::unwrap_used, clippy::expect_used)]
+#[rustfmt::skip]
+mod generated;
+
+pub use generated::{config_capnp, error_capnp, file_capnp, guest_capnp, lifecycle_capnp, manager_capnp};

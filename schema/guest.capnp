@@ -1,0 +1,288 @@
+@0x9f10dee89590d3ce;
+# A guest and its facets: each a capability of its own, so that holding one is the permission to use it.
+
+using import "error.capnp".Error;
+using import "error.capnp".Completion;
+using import "file.capnp".FdRef;
+
+enum GuestStatus {
+  # Fuchsia's GuestStatus.
+  notStarted @0;
+  starting @1;
+  running @2;
+  stopping @3;
+  stopped @4;
+  vmmUnexpectedTermination @5;
+}
+
+struct StopReport {
+  # How a guest ended.
+
+  reason @0 :Reason;
+  detail @1 :Text;
+  # A sentence for a person: which way of resetting, which vCPU failed and how, which signal killed the component.
+  error @2 :Error;
+  # The typed error behind it, null for `shutdown` and `reset`.
+  uptimeNs @3 :UInt64;
+  # Nanoseconds from the start of the vCPUs to the end; 0 if they never ran.
+  timeNs @4 :UInt64;
+  # When it ended: nanoseconds since 1970-01-01 UTC.
+
+  enum Reason {
+    unknown @0;
+    shutdown @1;
+    # The guest shut itself down, by itself or because it was asked to.
+    reset @2;
+    # The guest reset itself (ACPI, keyboard controller or triple fault) and its configuration says that this stops it. Linux does so
+    # after a panic as well, when it is told to reboot on one.
+    crash @3;
+    # A vCPU failed: the guest did something that it cannot go on from.
+    killed @4;
+    # It was stopped by force.
+    startFailed @5;
+    # It never ran.
+    hangup @6;
+    # It was asked to shut down, did not within the deadline, and was then stopped by force.
+    vmmTerminated @7;
+    # Its component died.
+  }
+}
+
+struct LayerInfo {
+  # One layer of the jail around the guest's component.
+  name @0 :Text;
+  state @1 :State;
+  detail @2 :Text;
+  # What holds, or why it does not, in a few words.
+
+  enum State {
+    holds @0;
+    waived @1;
+    # The host cannot provide it, and the configuration allowed to go on without it.
+    notRequested @2;
+    # A limit that nobody asked for.
+  }
+}
+
+struct GuestDescriptor {
+  # What a guest is made of, as it was created. Fuchsia's GuestDescriptor.
+  cpus @0 :UInt8;
+  memoryMib @1 :UInt64;
+  kernel @2 :Text;
+  # Where the kernel came from: "embedded", "fd", "upload", "bytes", or its path.
+  cmdline @3 :Text;
+  # The complete command line that the guest was given.
+  devices @4 :List(Text);
+  # The names of its devices: "serial", "rtc", ...
+}
+
+struct GuestInfo {
+  name @0 :Text;
+  status @1 :GuestStatus;
+  generation @2 :UInt64;
+  # Counts the creations under this name, from 1; 0 before the first.
+  uptimeNs @3 :UInt64;
+  # Nanoseconds since the vCPUs started; 0 unless the guest runs.
+  descriptor @4 :GuestDescriptor;
+  # Null before the first creation.
+  stop @5 :StopReport;
+  # How it ended the last time; null if it has not yet.
+  problems @6 :List(Text);
+  # At most 8 sentences for a person about what is not as it should be.
+  layers @7 :List(LayerInfo);
+  # The layers of the jail; empty unless there is a component.
+  componentPid @8 :UInt32;
+  # Process id of the component on the host; 0 if there is none.
+  paused @9 :Bool;
+  detached @10 :Bool;
+  # It lives on without the client that launched it.
+}
+
+struct Event {
+  # Something that happened to a guest.
+  sequence @0 :UInt64;
+  # Counts the events of a manager, from 1.
+  timeNs @1 :UInt64;
+  # Nanoseconds since 1970-01-01 UTC.
+  guest @2 :Text;
+  generation @3 :UInt64;
+  union {
+    defined @4 :Void;
+    # The name is taken; nothing runs yet.
+    starting @5 :Void;
+    # Its component is being started or the machine created.
+    started @6 :Void;
+    # The vCPUs run.
+    paused @7 :Void;
+    resumed @8 :Void;
+    shuttingDown @9 :Void;
+    # It was asked to shut down, or is being stopped.
+    stopped @10 :StopReport;
+    deviceFailed :group {
+      # A device broke and was quarantined; the guest goes on without it.
+      device @11 :Text;
+      reason @12 :Text;
+    }
+    removed @13 :Void;
+    # The name is free again.
+  }
+}
+
+interface EventSink {
+  # Implemented by whoever wants to be told.
+  event @0 (event :Event, dropped :UInt64) -> stream;
+  # One event. `dropped` counts the events that this subscriber lost since the last call, because it did not keep up.
+}
+
+interface Subscription {
+  # Dropping it ends the events.
+}
+
+struct ReadResult {
+  # A piece of an output stream. Positions count all bytes since the guest was created.
+  position @0 :UInt64;
+  # Position of the first byte of `bytes`.
+  bytes @1 :Data;
+  dropped @2 :UInt64;
+  # Bytes that were asked for but are no longer kept.
+  ended @3 :Bool;
+  # The guest is gone, and there is nothing after these bytes.
+}
+
+interface Output {
+  # What a serial port or console printed: a bounded history that readers share without disturbing each other or the guest.
+
+  read @0 (position :UInt64, maxBytes :UInt32, wait :Bool = true) -> ReadResult;
+  # Bytes from `position` on, at most `maxBytes` (0: 65536, which is also the most). Waits for at least one byte, unless `wait` is false or
+  # the output has ended. Position 0 is the beginning: a reader that wants only news starts from what `end` returned.
+  # The next position to read is position + the length of bytes.
+
+  end @1 () -> (position :UInt64);
+  # The position after the last byte printed so far.
+}
+
+interface Serial extends (Output) {
+  # The first serial port, both ways. Any number of clients may hold one.
+
+  write @0 (bytes :Data) -> stream;
+  # Types into the guest; at most 64 KiB a call. Flow-controlled: completes when the guest's side has taken the bytes or they are queued
+  # within the bound of 64 KiB. After the guest has ended the bytes are discarded.
+
+  open @1 (position :UInt64) -> OpenResult;
+  # One end of a stream socket: output from `position` on arrives there, what is written to it is typed into the guest. End of file means
+  # that the guest is gone. A reader that does not keep up loses the oldest output, never stalls the guest.
+
+  struct OpenResult {
+    union {
+      fd @0 :FdRef;
+      error @1 :Error;
+    }
+  }
+}
+
+interface Power {
+  # Everything that changes whether the guest runs.
+
+  shutdown @0 () -> Completion;
+  # Presses the power button and returns at once; what the guest makes of it is its own affair.
+
+  stop @1 (timeoutMs :UInt64, force :Bool) -> StopResult;
+  # The ladder: ask, wait for `timeoutMs` (0: 30 s), then stop by force if `force` is set, else return TIMED_OUT and leave the guest as it is.
+  # Returns after the guest's threads and processes are gone. Dropping the call ends the waiting, not the asking.
+
+  kill @2 () -> StopResult;
+  # Stops by force at once. Always completes.
+
+  pause @3 () -> Completion;
+  # All vCPUs leave the guest before it returns.
+  resume @4 () -> Completion;
+
+  reset @5 () -> Completion;
+  # Not supported yet.
+  nmi @6 () -> Completion;
+  # A non-maskable interrupt for every vCPU.
+
+  struct StopResult {
+    union {
+      report @0 :StopReport;
+      error @1 :Error;
+    }
+  }
+}
+
+interface Observer {
+  # Read-only.
+
+  info @0 () -> (info :GuestInfo);
+  # Never waits for the guest or its component.
+
+  wait @1 () -> StopReport;
+  # Returns when the guest has ended, at once if it has already. Dropping the call ends the waiting.
+
+  output @2 () -> (output :Output);
+  # What the serial port printed.
+
+  subscribe @3 (sink :EventSink) -> (subscription :Subscription);
+  # The events of this guest from now on.
+
+  stats @4 () -> StatsResult;
+
+  struct StatsResult {
+    union {
+      stats @0 :Stats;
+      error @1 :Error;
+    }
+  }
+}
+
+struct Stats {
+  # Counters since the guest's creation, taken without waking an idle guest.
+  vcpus @0 :List(Vcpu);
+  serialDropped @1 :UInt64;
+  # Bytes of serial output that were lost because nobody drained them.
+
+  struct Vcpu {
+    index @0 :UInt8;
+    exits @1 :UInt64;
+    # All exits to the component.
+    ioExits @2 :UInt64;
+    mmioExits @3 :UInt64;
+    otherExits @4 :UInt64;
+    assists @5 :UInt64;
+    # Instructions and system calls completed for the guest on hosts without hardware virtualization.
+    cpuTimeNs @6 :UInt64;
+    # CPU time of the vCPU's thread.
+  }
+}
+
+interface Guest {
+  # One guest, from its creation to its end. When the guest ends, calls to its facets fail with NOT_RUNNING, but the read-only ones still
+  # answer as long as the manager remembers the guest.
+
+  serial @0 () -> (serial :Serial);
+  power @1 () -> (power :Power);
+  observer @2 () -> (observer :Observer);
+
+  console @3 (port :UInt32) -> SerialResult;
+  # A port of the virtio console; DEVICE_NOT_PRESENT if there is none.
+  balloonController @4 () -> NotBuiltResult;
+  memController @5 () -> NotBuiltResult;
+  hostVsockEndpoint @6 () -> NotBuiltResult;
+  snapshots @7 () -> NotBuiltResult;
+  debug @8 () -> NotBuiltResult;
+
+  struct SerialResult {
+    union {
+      serial @0 :Serial;
+      error @1 :Error;
+    }
+  }
+
+  struct NotBuiltResult {
+    # A facet whose interface later versions add; until then DEVICE_NOT_PRESENT or NOT_SUPPORTED.
+    union {
+      facet @0 :Capability;
+      error @1 :Error;
+    }
+  }
+}

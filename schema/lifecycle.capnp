@@ -1,0 +1,65 @@
+@0xef24bf4bb35eeccc;
+# The life of one virtual machine: Create, Bind, Run, Stop.
+#
+# A component's bootstrap capability is a GuestLifecycle. A guest manager offers the same interface (`GuestManager.newGuest`), with policy on top.
+# Dropping the capability tears the virtual machine down. Create, bind and run may be sent in one round trip.
+
+using import "error.capnp".Error;
+using import "error.capnp".Completion;
+using import "file.capnp".FdRef;
+using import "config.capnp".GuestConfig;
+using import "guest.capnp".Guest;
+using import "guest.capnp".StopReport;
+using import "guest.capnp".EventSink;
+using import "guest.capnp".LayerInfo;
+
+interface GuestLifecycle {
+  create @0 (config :GuestConfig, host :HostSetup) -> Completion;
+  # Makes the virtual machine: memory, devices, kernel loaded; no vCPU or dispatch loop runs yet. ALREADY_RUNNING while a guest is created, runs
+  # or stops. A guest that was created but does not run is destroyed and made anew. After a failure there is none.
+  # `host` is for the guest manager, which sets it when it forwards to the component; a client that sets it gets BAD_CONFIG.
+
+  bind @1 () -> (guest :Guest);
+  # The guest that was created. While create is in progress this waits for it. Otherwise, without a guest, the capability is broken and
+  # its exception says why.
+
+  run @2 () -> RunResult;
+  # Starts the vCPUs and dispatch loops, and returns when the guest has ended: this reply is its exit status. NOT_CREATED,
+  # ALREADY_RUNNING (the first run stays pending), CONTROLLER_FORCED_HALT after `stop`, VCPU_START_FAILURE, VCPU_RUNTIME_FAILURE.
+
+  stop @3 () -> Completion;
+  # Legal at any time, interrupts a create, and always completes. Returns after all threads of the guest have ended and its memory is given
+  # back, so that create may follow at once.
+
+  struct RunResult {
+    union {
+      ended @0 :StopReport;
+      # shutdown or reset.
+      error @1 :Error;
+    }
+  }
+}
+
+struct HostSetup {
+  # What the guest manager tells and gives a component besides the configuration.
+
+  unassisted @0 :Bool;
+  # The host's KVM works without hardware virtualization, so that guests need help. (A jailed component cannot find out.)
+
+  serial :union {
+    none @1 :Void;
+    # Serial output is discarded.
+    stream @2 :FdRef;
+    # A stream socket: output goes there, input comes from there.
+  }
+
+  events @3 :EventSink;
+  # Told what happens in the machine; null: nobody is.
+}
+
+interface Component extends (GuestLifecycle) {
+  # What a component offers to its guest manager besides the lifecycle.
+
+  layers @0 () -> (layers :List(LayerInfo));
+  # The layers of its jail, as it closed them.
+}

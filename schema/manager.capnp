@@ -1,0 +1,85 @@
+@0x83906f6dd049ce62;
+# The guest manager: many guests by name, and the policy around them. Bootstrap capability of the manager's socket.
+
+using import "error.capnp".Error;
+using import "error.capnp".Completion;
+using import "file.capnp".Upload;
+using import "config.capnp".GuestConfig;
+using import "lifecycle.capnp".GuestLifecycle;
+using Guests = import "guest.capnp";
+
+const protocolVersion :UInt32 = 1;
+# Grows when a client could need to know; fields and methods are only ever added.
+
+interface GuestManager {
+  version @0 () -> (version :Text, protocol :UInt32, pid :UInt32);
+
+  newGuest @1 (name :Text) -> NewGuestResult;
+  # Takes a name (empty: one is chosen) and returns the lifecycle of a guest that does not exist yet, for a client that drives it itself. The name
+  # is free again when the capability is dropped. ALREADY_RUNNING if the name is taken, BAD_CONFIG if it is not a valid name.
+
+  launch @2 (config :GuestConfig, detach :Bool) -> LaunchResult;
+  # newGuest, create, bind and run in one; returns when the vCPUs run. The guest stops when the returned `lease` is dropped (its
+  # connection lost included), unless `detach` is set. BAD_CONFIG, ALREADY_RUNNING, START_FAILURE, NO_STORAGE, or what create or run returned.
+
+  lookup @3 (name :Text) -> LookupResult;
+  # A guest by name, also one that has ended and is still remembered. NOT_FOUND.
+
+  list @4 () -> (guests :List(Guests.GuestInfo));
+  # All guests, running or not, as of one moment, sorted by name. Never waits for a guest.
+
+  subscribe @5 (sink :Guests.EventSink, replay :UInt32) -> (subscription :Guests.Subscription);
+  # The events of all guests from now on, after the last `replay` ones (at most 1024 are kept). Flow-controlled: a subscriber that does not
+  # keep up loses the oldest and is told how many.
+
+  forceShutdown @6 (name :Text) -> Completion;
+  # Stops by force; the name can be launched again at once when it returns. NOT_RUNNING if it does not run.
+
+  remove @7 (name :Text) -> Completion;
+  # Forgets a guest that has ended. ALREADY_RUNNING if it runs, NOT_FOUND.
+
+  upload @8 (size :UInt64) -> UploadResult;
+  # Room for a file to be streamed here by a client that cannot pass descriptors. `size` in bytes, 0 if not known; at most 4 GiB an
+  # upload, and 16 uploads a connection: else NO_RESOURCES.
+
+  shutdown @9 () -> Completion;
+  # Stops all guests by force, then ends the manager. PERMISSION_DENIED unless the caller has the manager's uid or is root.
+
+  struct NewGuestResult {
+    union {
+      lifecycle @0 :GuestLifecycle;
+      error @1 :Error;
+    }
+  }
+
+  struct LaunchResult {
+    union {
+      launched :group {
+        guest @0 :Guests.Guest;
+        lease @1 :Lease;
+        name @2 :Text;
+      }
+      error @3 :Error;
+    }
+  }
+
+  struct LookupResult {
+    union {
+      guest @0 :Guests.Guest;
+      error @1 :Error;
+    }
+  }
+
+  struct UploadResult {
+    union {
+      upload @0 :Upload;
+      error @1 :Error;
+    }
+  }
+
+  interface Lease {
+    # Dropping it stops the guest by force, unless it is detached.
+    detach @0 () -> Completion;
+    # The guest lives on by its name.
+  }
+}

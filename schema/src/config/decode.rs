@@ -1,0 +1,327 @@
+//! Reads a configuration out of a message: limits checked, errors that name the field.
+
+use std::os::fd::OwnedFd;
+
+use super::{
+    File, GuestConfig, Handles, Limits, MAX_CMDLINE, MAX_CMDLINE_ADDITIONS, MAX_CPUS, MAX_CUSTOM_MEMORY, MAX_DEVICES,
+    MAX_INLINE_FILE, MAX_NAME, MemoryBacking,
+};
+use crate::{
+    config_capnp::{Toggle, guest_config},
+    error::Error,
+    file_capnp,
+};
+
+const PAGE: u64 = 4096;
+const MAX_LAYERS: u32 = 32;
+
+impl GuestConfig {
+    /// Reads a configuration.
+    ///
+    /// # Errors
+    /// `BAD_CONFIG` or `NOT_SUPPORTED` with the field's name; internal errors for a message that is not well-formed. All descriptors that the
+    /// message names have been taken from `handles` in any case, so that a refused message leaves none behind.
+    pub fn decode(config: guest_config::Reader<'_>, handles: &dyn Handles) -> Result<Self, Error> {
+        // Descriptors first: everything that is refused below must not keep them.
+        let kernel = file("kernel", config.get_kernel()?, handles);
+        let initrd = file("initrd", config.get_initrd()?, handles);
+        let custom_memory = custom_memory(config, handles);
+        let unbuilt = refuse_unbuilt(config, handles);
+        unbuilt?;
+
+        let name = text("name", config.get_name()?, MAX_NAME)?;
+        if !name.is_empty() {
+            check_name(&name)?;
+        }
+        let instance_id = config.get_instance_id()?;
+        if !instance_id.is_empty() && instance_id.len() != 64 {
+            let seen = instance_id.len();
+            return Err(Error::bad_config(
+                "instanceId",
+                format!("the instance id has {seen} bytes; it needs 64, or none"),
+            ));
+        }
+        if !instance_id.is_empty() {
+            return Err(Error::not_supported(
+                "instanceId",
+                "an instance id cannot be shown to the guest yet",
+            ));
+        }
+        let cpus = config.get_cpus();
+        if cpus > MAX_CPUS {
+            return Err(Error::bad_config(
+                "cpus",
+                format!("{cpus} vCPUs were asked for; a guest has 1 to {MAX_CPUS}"),
+            ));
+        }
+
+        let decoded = Self {
+            name,
+            kernel: kernel?,
+            initrd: initrd?,
+            cmdline: command_line("cmdline", config.get_cmdline()?)?,
+            cmdline_add: cmdline_add(config)?,
+            cpus,
+            memory_mib: config.get_memory_mib(),
+            huge_pages: config.get_huge_pages(),
+            custom_memory: custom_memory?,
+            limits: limits(config)?,
+            waived_layers: waived_layers(config)?,
+        };
+        let length = decoded.full_cmdline().len();
+        if length > MAX_CMDLINE {
+            let message =
+                format!("the command line has {length} bytes with its additions; at most {MAX_CMDLINE} are possible");
+            return Err(Error::bad_config("cmdline", message));
+        }
+        Ok(decoded)
+    }
+}
+
+/// Checks a guest's name.
+///
+/// # Errors
+/// `BAD_CONFIG` about `name`: it is empty, too long, or has a character that is not allowed.
+pub fn check_name(name: &str) -> Result<(), Error> {
+    let bad = |message: String| Err(Error::bad_config("name", message));
+    let Some(first) = name.chars().next() else {
+        return bad("the name is empty".into());
+    };
+    if name.chars().count() > MAX_NAME {
+        return bad(format!(
+            "the name has {} characters; at most {MAX_NAME} are allowed",
+            name.chars().count()
+        ));
+    }
+    if !first.is_ascii_alphanumeric() {
+        return bad(format!(
+            "the name \"{}\" must start with a letter or digit",
+            name.escape_default()
+        ));
+    }
+    let allowed = |c: &char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    match name.chars().find(|c| !allowed(c)) {
+        Some(c) => bad(format!(
+            "the name \"{}\" has the character '{}'; letters, digits, '.', '_' and '-' are allowed",
+            name.escape_default(),
+            c.escape_default()
+        )),
+        None => Ok(()),
+    }
+}
+
+fn text(field: &str, from: capnp::text::Reader<'_>, most: usize) -> Result<String, Error> {
+    if from.as_bytes().len() > most {
+        return Err(Error::bad_config(
+            field,
+            format!(
+                "{field} has {} bytes; at most {most} are allowed",
+                from.as_bytes().len()
+            ),
+        ));
+    }
+    from.to_string()
+        .map_err(|_| Error::bad_config(field, format!("{field} is not valid UTF-8")))
+}
+
+fn command_line(field: &str, from: capnp::text::Reader<'_>) -> Result<String, Error> {
+    let line = text(field, from, MAX_CMDLINE)?;
+    match line.chars().find(|c| c.is_control()) {
+        Some(c) => Err(Error::bad_config(
+            field,
+            format!("{field} has the control character '{}'", c.escape_default()),
+        )),
+        None => Ok(line),
+    }
+}
+
+fn cmdline_add(config: guest_config::Reader<'_>) -> Result<Vec<String>, Error> {
+    let list = config.get_cmdline_add()?;
+    at_most("cmdlineAdd", list.len(), MAX_CMDLINE_ADDITIONS)?;
+    list.iter()
+        .enumerate()
+        .map(|(i, part)| command_line(&format!("cmdlineAdd[{i}]"), part?))
+        .collect()
+}
+
+fn at_most(field: &str, seen: u32, most: u32) -> Result<(), Error> {
+    if seen > most {
+        return Err(Error::bad_config(
+            field,
+            format!("{field} has {seen} entries; at most {most} are allowed"),
+        ));
+    }
+    Ok(())
+}
+
+fn file(field: &str, from: file_capnp::file::Reader<'_>, handles: &dyn Handles) -> Result<File, Error> {
+    use file_capnp::file::Which;
+    match from.which().map_err(|_| {
+        Error::not_supported(
+            field,
+            format!("{field} is given in a way that this version does not know"),
+        )
+    })? {
+        Which::None(()) => Ok(File::None),
+        Which::Fd(fd) => Ok(File::Fd(take(field, fd?, handles)?)),
+        Which::Bytes(bytes) => {
+            let bytes = bytes?;
+            if bytes.len() > MAX_INLINE_FILE {
+                let message = format!(
+                    "{field} has {} bytes; in a message at most {MAX_INLINE_FILE} are allowed: use an upload",
+                    bytes.len()
+                );
+                return Err(Error::bad_config(field, message));
+            }
+            Ok(File::Bytes(bytes.to_vec()))
+        }
+        Which::Upload(upload) => Ok(File::Upload(upload?)),
+        Which::Path(path) => {
+            let path = text(field, path?, libc::PATH_MAX as usize)?;
+            if !path.starts_with('/') {
+                return Err(Error::bad_config(field, format!("the path \"{path}\" is not absolute")));
+            }
+            Ok(File::Path(path))
+        }
+    }
+}
+
+fn take(field: &str, from: file_capnp::fd_ref::Reader<'_>, handles: &dyn Handles) -> Result<OwnedFd, Error> {
+    handles.take(from.get_number()).map_err(|error| error.about(field))
+}
+
+fn custom_memory(config: guest_config::Reader<'_>, handles: &dyn Handles) -> Result<Vec<MemoryBacking>, Error> {
+    let list = config.get_custom_memory()?;
+    at_most("customMemory", list.len(), MAX_CUSTOM_MEMORY)?;
+    let taken: Vec<_> = list
+        .iter()
+        .enumerate()
+        .map(|(i, range)| {
+            Ok((
+                i,
+                range,
+                take(&format!("customMemory[{i}].memfd"), range.get_memfd()?, handles)?,
+            ))
+        })
+        .collect();
+    taken
+        .into_iter()
+        .map(|entry: Result<_, Error>| {
+            let (i, range, memfd) = entry?;
+            let (start, end) = (range.get_start(), range.get_end());
+            if end <= start || start % PAGE != 0 || end % PAGE != 0 {
+                return Err(Error::bad_config(
+                    format!("customMemory[{i}]"),
+                    format!(
+                        "the range {start:#x}..{end:#x} must not be empty, and both ends must be multiples of {PAGE}"
+                    ),
+                ));
+            }
+            Ok(MemoryBacking { memfd, start, end })
+        })
+        .collect()
+}
+
+fn limits(config: guest_config::Reader<'_>) -> Result<Limits, Error> {
+    let from = config.get_limits()?;
+    let limits = Limits {
+        memory_mib: from.get_memory_mib(),
+        cpu_percent: from.get_cpu_percent(),
+        cpu_weight: from.get_cpu_weight(),
+        tasks: from.get_tasks(),
+    };
+    if limits.cpu_weight > 10_000 {
+        let message = format!("the CPU weight is {}; 1 to 10000 are possible", limits.cpu_weight);
+        return Err(Error::bad_config("limits.cpuWeight", message));
+    }
+    if limits.memory_mib > u64::MAX >> 20 {
+        return Err(Error::bad_config(
+            "limits.memoryMib",
+            format!("{} MiB are more than 64 bits can count", limits.memory_mib),
+        ));
+    }
+    Ok(limits)
+}
+
+fn waived_layers(config: guest_config::Reader<'_>) -> Result<Vec<String>, Error> {
+    let list = config.get_waived_layers()?;
+    at_most("waivedLayers", list.len(), MAX_LAYERS)?;
+    list.iter()
+        .enumerate()
+        .map(|(i, layer)| text(&format!("waivedLayers[{i}]"), layer?, MAX_NAME))
+        .collect()
+}
+
+/// Refuses what later versions will honour, and claims the descriptors that go with it.
+fn refuse_unbuilt(config: guest_config::Reader<'_>, handles: &dyn Handles) -> Result<(), Error> {
+    let mut refusals = Vec::new();
+    let mut refuse = |asked: bool, field: &str, what: &str| {
+        if asked {
+            refusals.push(Error::not_supported(
+                field,
+                format!("{what} is not supported by this version (field {field})"),
+            ));
+        }
+    };
+    let on = |toggle: Result<Toggle, capnp::NotInSchema>| !matches!(toggle, Ok(Toggle::ByDefault | Toggle::Off));
+
+    let dtb = file("dtbOverlay", config.get_dtb_overlay()?, handles);
+    refuse(!matches!(dtb, Ok(File::None)), "dtbOverlay", "a device tree overlay");
+    let firmware = file("firmware", config.get_firmware()?, handles);
+    refuse(!matches!(firmware, Ok(File::None)), "firmware", "firmware");
+
+    let disks = config.get_disks()?;
+    at_most("disks", disks.len(), MAX_DEVICES)?;
+    for (i, disk) in disks.iter().enumerate() {
+        // Taken and closed: the descriptor must not stay behind.
+        drop(file(&format!("disks[{i}].image"), disk.get_image()?, handles));
+    }
+    refuse(!disks.is_empty(), "disks", "a block device");
+
+    let networks = config.get_networks()?;
+    at_most("networks", networks.len(), MAX_DEVICES)?;
+    for (i, network) in networks.iter().enumerate() {
+        if let Ok(crate::config_capnp::guest_config::network::Which::Tap(tap)) = network.which() {
+            drop(take(&format!("networks[{i}].tap"), tap?, handles));
+        }
+    }
+    refuse(!networks.is_empty(), "networks", "a network device");
+    refuse(on(config.get_default_network()), "defaultNetwork", "a network device");
+
+    let shares = config.get_shares()?;
+    at_most("shares", shares.len(), MAX_DEVICES)?;
+    for (i, share) in shares.iter().enumerate() {
+        drop(take(&format!("shares[{i}].backend"), share.get_backend()?, handles));
+    }
+    refuse(!shares.is_empty(), "shares", "a shared folder");
+
+    refuse(on(config.get_console()?.get_enabled()), "console", "a virtio console");
+    refuse(on(config.get_rng()?.get_enabled()), "rng", "an entropy device");
+    refuse(on(config.get_balloon()?.get_enabled()), "balloon", "a balloon");
+    refuse(on(config.get_gpu()), "gpu", "a GPU");
+    refuse(on(config.get_sound()), "sound", "sound output");
+    refuse(on(config.get_sound_input()), "soundInput", "sound input");
+    refuse(on(config.get_vsock()?.get_enabled()), "vsock", "vsock");
+    refuse(
+        on(config.get_memory_device()?.get_enabled()),
+        "memoryDevice",
+        "a memory device",
+    );
+    refuse(on(config.get_watchdog()), "watchdog", "a watchdog");
+    refuse(on(config.get_generation_id()), "generationId", "a generation id");
+    refuse(on(config.get_panic_device()), "panicDevice", "a panic device");
+    refuse(config.get_protected_vm(), "protectedVm", "a protected VM");
+    refuse(
+        config.get_hypervisor_specific_auth_method(),
+        "hypervisorSpecificAuthMethod",
+        "a hypervisor-specific authentication method",
+    );
+    let on_reset = config.get_on_reset();
+    refuse(
+        !matches!(on_reset, Ok(guest_config::OnReset::Stop)),
+        "onReset",
+        "restarting a guest that resets itself",
+    );
+
+    refusals.into_iter().next().map_or(Ok(()), Err)
+}

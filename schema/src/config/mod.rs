@@ -1,0 +1,143 @@
+//! What a guest is made of, as a Rust value.
+//!
+//! ```text
+//!   config.capnp --decode--> GuestConfig --encode--> config.capnp
+//! ```
+//!
+//! Decoding checks every limit and answers with an error that names the field; a field that is not built yet is refused, never ignored.
+//! Every descriptor that a message names is claimed, also when the message is refused.
+
+mod decode;
+mod encode;
+#[cfg(test)]
+mod tests;
+
+use std::os::fd::OwnedFd;
+
+use crate::{error::Error, file_capnp};
+
+pub use decode::check_name;
+
+/// Most vCPUs of a guest.
+pub const MAX_CPUS: u8 = 64;
+/// Guest memory where the configuration names none, in MiB.
+pub const DEFAULT_MEMORY_MIB: u32 = 256;
+/// Longest command line, its additions included, in bytes without the NUL (COMMAND_LINE_SIZE of x86 Linux is 2048).
+pub const MAX_CMDLINE: usize = 2047;
+/// Most additions to the command line.
+pub const MAX_CMDLINE_ADDITIONS: u32 = 64;
+/// Longest name of a guest, in characters.
+pub const MAX_NAME: usize = 64;
+/// Most client-backed ranges of guest memory.
+pub const MAX_CUSTOM_MEMORY: u32 = 16;
+/// Largest file that may be given as bytes inside a message.
+pub const MAX_INLINE_FILE: usize = 64 * 1024;
+/// Most devices of a kind.
+pub const MAX_DEVICES: u32 = 32;
+
+/// How descriptors get into and out of messages; the transport's table implements it.
+pub trait Handles {
+    /// Queues a descriptor to travel with the next message and returns its number.
+    fn send(&self, fd: OwnedFd) -> Result<u32, Error>;
+    /// Takes the descriptor of that number, which arrived with or before the message that names it.
+    fn take(&self, number: u32) -> Result<OwnedFd, Error>;
+}
+
+/// A file that a guest shall use.
+#[derive(Default)]
+pub enum File {
+    /// No file: the field's default applies.
+    #[default]
+    None,
+    /// An open file.
+    Fd(OwnedFd),
+    /// The content.
+    Bytes(Vec<u8>),
+    /// Content that was streamed before.
+    Upload(file_capnp::upload::Client),
+    /// A path that the guest manager opens.
+    Path(String),
+}
+
+impl File {
+    /// Whether there is none.
+    pub fn is_none(&self) -> bool {
+        matches!(self, Self::None)
+    }
+}
+
+/// A range of guest memory that is backed by a client's memfd.
+#[derive(Debug)]
+pub struct MemoryBacking {
+    /// The memfd; sealed against shrinking, which whoever maps it checks.
+    pub memfd: OwnedFd,
+    /// First guest physical address.
+    pub start: u64,
+    /// First address after the range.
+    pub end: u64,
+}
+
+/// What the host lets a component use at most; 0 is no limit.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Limits {
+    /// Memory of component and guest together, in MiB.
+    pub memory_mib: u64,
+    /// CPU time, in percent of one CPU.
+    pub cpu_percent: u32,
+    /// 1 to 10000, relative to others.
+    pub cpu_weight: u32,
+    /// Threads of the component.
+    pub tasks: u32,
+}
+
+/// A guest's configuration with every default still unresolved; see `config.capnp` for the meaning of each field.
+#[derive(Default)]
+pub struct GuestConfig {
+    /// Name, empty for one of the manager's choice.
+    pub name: String,
+    /// The kernel, none for the embedded guest.
+    pub kernel: File,
+    /// Initial RAM file system.
+    pub initrd: File,
+    /// Kernel command line, additions not included.
+    pub cmdline: String,
+    /// Additions to the command line.
+    pub cmdline_add: Vec<String>,
+    /// Number of vCPUs, 0 for the default.
+    pub cpus: u8,
+    /// Guest memory in MiB, 0 or less for the default.
+    pub memory_mib: i32,
+    /// Back memory with transparent huge pages.
+    pub huge_pages: bool,
+    /// Client-backed ranges of memory.
+    pub custom_memory: Vec<MemoryBacking>,
+    /// Limits of the component.
+    pub limits: Limits,
+    /// Layers of the jail that may be missing.
+    pub waived_layers: Vec<String>,
+}
+
+impl GuestConfig {
+    /// Number of vCPUs with the default resolved.
+    pub fn cpus(&self) -> u8 {
+        self.cpus.max(1)
+    }
+
+    /// Guest memory in MiB with the default resolved.
+    pub fn memory_mib(&self) -> u32 {
+        u32::try_from(self.memory_mib)
+            .ok()
+            .filter(|&mib| mib > 0)
+            .unwrap_or(DEFAULT_MEMORY_MIB)
+    }
+
+    /// The command line with its additions.
+    pub fn full_cmdline(&self) -> String {
+        let parts = std::iter::once(&self.cmdline).chain(&self.cmdline_add);
+        parts
+            .filter(|part| !part.is_empty())
+            .map(String::as_str)
+            .collect::<Vec<_>>()
+            .join(" ")
+    }
+}

@@ -1,0 +1,162 @@
+//! Typed errors: what a method answers when something that can be expected goes wrong.
+
+use crate::error_capnp;
+
+/// What to match on; the values and their meanings are documented in `error.capnp`.
+pub use error_capnp::error::Kind;
+
+/// The longest message that is sent, in bytes; what is longer is cut at a character boundary.
+pub const MAX_MESSAGE: usize = 4096;
+
+/// An expected failure, as it travels: a kind, a sentence for a person, and what it is about.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct Error {
+    /// What to match on.
+    pub kind: Kind,
+    /// A sentence for a person.
+    pub message: String,
+    /// The field, file or device that it is about; empty where there is none.
+    pub about: String,
+}
+
+impl Error {
+    /// An error of `kind` that is about nothing in particular.
+    pub fn new(kind: Kind, message: impl Into<String>) -> Self {
+        Self {
+            kind,
+            message: message.into(),
+            about: String::new(),
+        }
+    }
+
+    /// Names the field, file or device that the error is about.
+    #[must_use]
+    pub fn about(mut self, about: impl Into<String>) -> Self {
+        self.about = about.into();
+        self
+    }
+
+    /// A field of a request that cannot be used.
+    pub fn bad_config(field: impl Into<String>, message: impl Into<String>) -> Self {
+        Self::new(Kind::BadConfig, message).about(field)
+    }
+
+    /// A field of a request that this version or host cannot honour.
+    pub fn not_supported(field: impl Into<String>, message: impl Into<String>) -> Self {
+        Self::new(Kind::NotSupported, message).about(field)
+    }
+
+    /// Writes the error into a message.
+    pub fn write(&self, mut to: error_capnp::error::Builder<'_>) {
+        to.set_kind(self.kind);
+        to.set_message(cut(&self.message));
+        to.set_about(cut(&self.about));
+    }
+
+    /// Reads an error out of a message. A kind that this version does not know reads as [`Kind::InternalError`], with the text kept.
+    pub fn read(from: error_capnp::error::Reader<'_>) -> Result<Self, capnp::Error> {
+        Ok(Self {
+            kind: from.get_kind().unwrap_or(Kind::InternalError),
+            message: from.get_message()?.to_string()?,
+            about: from.get_about()?.to_string()?,
+        })
+    }
+
+    /// The kind as it is written in the documentation: `BAD_CONFIG`.
+    pub fn kind_name(&self) -> &'static str {
+        kind_name(self.kind)
+    }
+}
+
+/// A broken connection, or a bug of the peer: an exception of the RPC system becomes an internal error.
+impl From<capnp::Error> for Error {
+    fn from(error: capnp::Error) -> Self {
+        Self::new(Kind::InternalError, error.to_string())
+    }
+}
+
+/// Writes the outcome of an operation that returns nothing.
+pub fn write_completion(outcome: &Result<(), Error>, mut to: error_capnp::completion::Builder<'_>) {
+    match outcome {
+        Ok(()) => to.set_ok(()),
+        Err(error) => error.write(to.init_error()),
+    }
+}
+
+/// Reads the outcome of an operation that returns nothing.
+pub fn read_completion(from: error_capnp::completion::Reader<'_>) -> Result<(), Error> {
+    use error_capnp::completion::Which;
+    match from.which().map_err(capnp::Error::from)? {
+        Which::Ok(()) => Ok(()),
+        Which::Error(error) => Err(Error::read(error?)?),
+    }
+}
+
+/// The kind as it is written in the documentation: `BAD_CONFIG`.
+pub fn kind_name(kind: Kind) -> &'static str {
+    match kind {
+        Kind::InternalError => "INTERNAL_ERROR",
+        Kind::DeviceNotPresent => "DEVICE_NOT_PRESENT",
+        Kind::BadConfig => "BAD_CONFIG",
+        Kind::GuestInitializationFailure => "GUEST_INITIALIZATION_FAILURE",
+        Kind::DeviceInitializationFailure => "DEVICE_INITIALIZATION_FAILURE",
+        Kind::DeviceStartFailure => "DEVICE_START_FAILURE",
+        Kind::DeviceMemoryOverlap => "DEVICE_MEMORY_OVERLAP",
+        Kind::FailedServiceConnect => "FAILED_SERVICE_CONNECT",
+        Kind::DuplicatePublicServices => "DUPLICATE_PUBLIC_SERVICES",
+        Kind::KernelLoadFailure => "KERNEL_LOAD_FAILURE",
+        Kind::VcpuStartFailure => "VCPU_START_FAILURE",
+        Kind::VcpuRuntimeFailure => "VCPU_RUNTIME_FAILURE",
+        Kind::NotCreated => "NOT_CREATED",
+        Kind::AlreadyRunning => "ALREADY_RUNNING",
+        Kind::ControllerForcedHalt => "CONTROLLER_FORCED_HALT",
+        Kind::NotRunning => "NOT_RUNNING",
+        Kind::StartFailure => "START_FAILURE",
+        Kind::NoStorage => "NO_STORAGE",
+        Kind::NoResources => "NO_RESOURCES",
+        Kind::ConnectionRefused => "CONNECTION_REFUSED",
+        Kind::NotSupported => "NOT_SUPPORTED",
+        Kind::PermissionDenied => "PERMISSION_DENIED",
+        Kind::NotFound => "NOT_FOUND",
+        Kind::TimedOut => "TIMED_OUT",
+        Kind::Cancelled => "CANCELLED",
+        Kind::VmmTerminated => "VMM_TERMINATED",
+    }
+}
+
+fn cut(text: &str) -> &str {
+    &text[..text.floor_char_boundary(MAX_MESSAGE)]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_survives_the_wire() {
+        let error = Error::bad_config("disks[2].id", "the id has 21 bytes, at most 20 are allowed");
+        let mut message = capnp::message::Builder::new_default();
+        error.write(message.init_root());
+        assert_eq!(Error::read(message.get_root_as_reader().unwrap()).unwrap(), error);
+    }
+
+    #[test]
+    fn a_long_message_is_cut_at_a_character() {
+        let error = Error::new(Kind::InternalError, "é".repeat(MAX_MESSAGE));
+        let mut message = capnp::message::Builder::new_default();
+        error.write(message.init_root());
+        let read = Error::read(message.get_root_as_reader().unwrap()).unwrap();
+        assert_eq!(read.message.len(), MAX_MESSAGE);
+        assert!(error.message.starts_with(&read.message));
+    }
+
+    #[test]
+    fn a_completion_survives_the_wire() {
+        for outcome in [Ok(()), Err(Error::new(Kind::NotCreated, "create comes first"))] {
+            let mut message = capnp::message::Builder::new_default();
+            write_completion(&outcome, message.init_root());
+            assert_eq!(read_completion(message.get_root_as_reader().unwrap()), outcome);
+        }
+    }
+}

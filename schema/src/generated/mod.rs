@@ -1,0 +1,10 @@
+//! Rust code generated from the `.capnp` files; `schema/tests/generated.rs` says how, and keeps it true.
+
+pub mod config_capnp;
+pub mod error_capnp;
+pub mod file_capnp;
+pub mod guest_capnp;
+pub mod lifecycle_capnp;
+pub mod manager_capnp;
+#[path = "capnp/stream_capnp.rs"]
+pub mod stream_capnp;
