@@ -37,6 +37,8 @@ pub const HIGH_MEMORY: u64 = 0x10_0000;
 pub const HOLE_START: u64 = 0xc000_0000;
 /// First byte after the hole.
 pub const HOLE_END: u64 = 0x1_0000_0000;
+/// No guest memory ends above this (4 TiB): within the physical addresses of every server CPU, and within one memslot.
+pub const MAX_GUEST_ADDRESS: u64 = 1 << 42;
 /// PCI enhanced configuration access (MCFG), one bus segment, 256 MiB.
 pub const ECAM: u64 = 0xe000_0000;
 /// Bytes of [`ECAM`].

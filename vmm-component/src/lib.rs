@@ -1,3 +1,4 @@
 //! One virtual machine: its lifecycle, its machine and its server, as a library for the `vmm-component` binary and the tests.
 
 pub mod layout;
+pub mod memory;
