@@ -1,4 +1,5 @@
 //! One virtual machine: its lifecycle, its machine and its server, as a library for the `vmm-component` binary and the tests.
 
 pub mod layout;
+pub mod lifecycle;
 pub mod memory;
