@@ -4,6 +4,7 @@
 //!   *.capnp --(capnp compile, checked in)--> generated     the messages
 //!   config  GuestConfig as a Rust value, decoded with limits and errors that name the field
 //!   error   typed errors: what a method answers when an expected thing goes wrong
+//!   report  how a guest ended;  info  what there is to know about a guest
 //!   transport  messages and file descriptors over Unix sockets, on one event loop a thread
 //! ```
 
@@ -13,5 +14,7 @@ pub mod error;
 #[allow(clippy::all, clippy::undocumented_unsafe_blocks, clippy::unwrap_used, clippy::expect_used)]
 #[rustfmt::skip]
 mod generated;
+pub mod info;
+pub mod report;
 
 pub use generated::{config_capnp, error_capnp, file_capnp, guest_capnp, lifecycle_capnp, manager_capnp};

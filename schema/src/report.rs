@@ -1,0 +1,93 @@
+//! How a guest ended, as a Rust value.
+
+use crate::{error::Error, guest_capnp};
+
+pub use guest_capnp::stop_report::Reason;
+
+/// How a guest ended; the fields are documented in `guest.capnp`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StopReport {
+    /// What to match on.
+    pub reason: Reason,
+    /// A sentence for a person.
+    pub detail: String,
+    /// The typed error behind it; none for a shutdown or reset.
+    pub error: Option<Error>,
+    /// Nanoseconds from the start of the vCPUs to the end; 0 if they never ran.
+    pub uptime_ns: u64,
+    /// When it ended, in nanoseconds since 1970-01-01 UTC.
+    pub time_ns: u64,
+}
+
+impl StopReport {
+    /// Writes the report into a message.
+    pub fn write(&self, mut to: guest_capnp::stop_report::Builder<'_>) {
+        to.set_reason(self.reason);
+        to.set_detail(&self.detail);
+        if let Some(error) = &self.error {
+            error.write(to.reborrow().init_error());
+        }
+        to.set_uptime_ns(self.uptime_ns);
+        to.set_time_ns(self.time_ns);
+    }
+
+    /// Reads a report out of a message. A reason that this version does not know reads as [`Reason::Unknown`], with the text kept.
+    pub fn read(from: guest_capnp::stop_report::Reader<'_>) -> Result<Self, capnp::Error> {
+        Ok(Self {
+            reason: from.get_reason().unwrap_or(Reason::Unknown),
+            detail: from.get_detail()?.to_string()?,
+            error: if from.has_error() {
+                Some(Error::read(from.get_error()?)?)
+            } else {
+                None
+            },
+            uptime_ns: from.get_uptime_ns(),
+            time_ns: from.get_time_ns(),
+        })
+    }
+}
+
+/// The reason as it is written on command lines and in JSON: `start-failed`.
+pub fn reason_name(reason: Reason) -> &'static str {
+    match reason {
+        Reason::Unknown => "unknown",
+        Reason::Shutdown => "shutdown",
+        Reason::Reset => "reset",
+        Reason::Crash => "crash",
+        Reason::Killed => "killed",
+        Reason::StartFailed => "start-failed",
+        Reason::Hangup => "hangup",
+        Reason::VmmTerminated => "vmm-terminated",
+    }
+}
+
+/// Now, in nanoseconds since 1970-01-01 UTC, as the protocol counts time; 0 on a host whose clock is before that.
+pub fn now_ns() -> u64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since.map_or(0, |since| u64::try_from(since.as_nanos()).unwrap_or(u64::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Kind;
+
+    #[test]
+    fn a_report_survives_the_wire() {
+        for error in [
+            None,
+            Some(Error::new(Kind::VcpuRuntimeFailure, "vCPU 1: emulation failure")),
+        ] {
+            let report = StopReport {
+                reason: Reason::Crash,
+                detail: "vCPU 1".into(),
+                error,
+                uptime_ns: 5,
+                time_ns: now_ns(),
+            };
+            let mut message = capnp::message::Builder::new_default();
+            report.write(message.init_root());
+            assert_eq!(StopReport::read(message.get_root_as_reader().unwrap()).unwrap(), report);
+        }
+    }
+}
