@@ -21,3 +21,4 @@
 pub mod bus;
 pub mod dispatch;
 pub mod interrupt;
+pub mod legacy;
