@@ -2,4 +2,5 @@
 
 pub mod layout;
 pub mod lifecycle;
+pub mod machine;
 pub mod memory;

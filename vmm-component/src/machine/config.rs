@@ -1,0 +1,70 @@
+//! What a machine is made from, and what its owner lends it.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use super::event::MachineEvent;
+use crate::memory::MemoryConfig;
+
+/// How the host runs guests. The manager detects it, since `/sys` is out of sight in the jail.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum HostKind {
+    /// The processor's own virtualization (VMX or SVM).
+    Hardware,
+    /// None: the guest's kernel code is emulated, and needs [`crate::unassisted`].
+    Unassisted,
+}
+
+/// What a machine is made from. Files are read by the creation only; the serial socket is kept.
+#[derive(Debug)]
+pub struct MachineConfig {
+    /// Given to every event of this machine.
+    pub generation: u64,
+    /// Size and backing of the guest's memory.
+    pub memory: MemoryConfig,
+    /// Number of vCPUs, 1 to [`MAX_VCPUS`](crate::layout::MAX_VCPUS).
+    pub vcpus: u8,
+    /// ELF image or bzImage.
+    pub kernel: File,
+    /// Initial file system.
+    pub initrd: Option<File>,
+    /// The kernel's command line, without a NUL.
+    pub cmdline: String,
+    /// A stream socket: what the guest writes to its serial port comes out, what is written to it goes in. Without it, output is dropped.
+    pub serial: Option<OwnedFd>,
+    /// How this host runs guests.
+    pub host: HostKind,
+}
+
+/// What a thread of the machine does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ThreadRole {
+    /// Runs the vCPU of this index.
+    Vcpu(u8),
+    /// Runs the loop of the device of this name.
+    Device(&'static str),
+}
+
+/// Narrows what the calling thread may do; see [`Hooks::thread_setup`].
+pub type ThreadSetup = Arc<dyn Fn(ThreadRole) -> io::Result<()> + Send + Sync>;
+
+/// Takes the machine's news; see [`Hooks::events`].
+pub type EventSink = Arc<dyn Fn(MachineEvent) + Send + Sync>;
+
+/// What the owner lends to a machine.
+#[derive(Clone)]
+pub struct Hooks {
+    /// Called first thing on each thread after its set-up and before it touches anything that the guest wrote: the place to narrow the thread's
+    /// system-call filter. An error keeps the machine from starting.
+    pub thread_setup: ThreadSetup,
+    /// Called from any of the machine's threads; must not block, nor call the machine.
+    pub events: EventSink,
+}
+
+impl std::fmt::Debug for Hooks {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Hooks").finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,308 @@
+//! One machine: KVM, memory, vCPUs, interrupts and devices, made and driven as one thing.
+//!
+//! ```text
+//!   create ──▶ Made ── start ──▶ Started ── the guest ends, a vCPU fails, or kick ──▶ Over ── join ──▶ gone
+//!     │ cancelled, or failed       pause, resume, power button, NMI, statistics
+//!     ▼
+//!   nothing is left
+//! ```
+//!
+//! - [`Machine::create`] does what takes time (memory, kernel) on the caller's thread and looks at its cancel flag as it goes.
+//! - [`Machine::start`] makes the threads, each by handshake: whatever keeps one from starting is start's own error.
+//! - Nothing here blocks afterwards but [`Machine::wait_paused`] and [`Machine::join`], which have deadlines. News comes through
+//!   [`Hooks::events`].
+//! - A machine that is dropped without a join is torn down all the same.
+
+mod assist;
+mod boot_state;
+mod config;
+mod cpuid;
+mod error;
+mod event;
+mod pause;
+mod platform;
+mod report;
+mod stats;
+mod threads;
+mod vcpu;
+mod vm;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+use kvm_ioctls::Kvm;
+
+use self::boot_state::Entry;
+use self::pause::PauseLedger;
+use self::platform::Platform;
+use self::report::Reporter;
+use self::stats::VcpuCounters;
+use self::threads::VcpuThreads;
+use self::vcpu::mailbox::{MAX_INSPECTORS, Mailbox};
+use self::vcpu::{Seed, Shared};
+use crate::layout;
+use crate::memory::GuestRam;
+
+pub use self::config::{EventSink, Hooks, HostKind, MachineConfig, ThreadRole, ThreadSetup};
+pub use self::error::MachineError;
+pub use self::event::{Happening, MachineEvent, RegisterDump, ResetCause};
+pub use self::stats::{ExitReason, MachineStats, VcpuStats};
+
+/// How long a dropped machine waits for its threads.
+const DROP_PATIENCE: Duration = Duration::from_secs(2);
+
+/// A virtual machine; see the module's head.
+pub struct Machine {
+    vcpus: u8,
+    entry: Option<Entry>,
+    cpuid: Vec<kvm_cpuid_entry2>,
+    threads: VcpuThreads,
+    platform: Arc<Platform>,
+    shared: Arc<Shared>,
+}
+
+impl std::fmt::Debug for Machine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Machine")
+            .field("vcpus", &self.vcpus)
+            .field("reporter", &self.shared.reporter)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What became of a machine that was joined.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stopped {
+    /// Names of the threads that did not end in time. If there are any, what they use is not freed: only the end of the process does that.
+    pub stuck: Vec<String>,
+    /// The last counters.
+    pub stats: MachineStats,
+}
+
+impl Machine {
+    /// Makes a machine up to the first instruction of its kernel; nothing of it runs yet.
+    ///
+    /// Blocks while it reads the kernel; another thread that sets `cancel` makes it return [`MachineError::Cancelled`] soon.
+    ///
+    /// # Errors
+    ///
+    /// Whatever [`MachineError`] says of creation; nothing is left then.
+    pub fn create(kvm: &Kvm, config: MachineConfig, hooks: Hooks, cancel: &AtomicBool) -> Result<Self, MachineError> {
+        let go_on = || {
+            if cancel.load(Ordering::Relaxed) {
+                Err(MachineError::Cancelled)
+            } else {
+                Ok(())
+            }
+        };
+        check_vcpus(config.vcpus, kvm.get_max_vcpus())?;
+        go_on()?;
+        let vm = Arc::new(vm::create(kvm)?);
+        let run_size = kvm
+            .get_vcpu_mmap_size()
+            .map_err(MachineError::kvm("size the vCPUs' shared pages"))?;
+        let ram = GuestRam::new(config.memory, cancel)?;
+        vm::set_memory(&vm, &ram)?;
+        go_on()?;
+        let supported = kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(MachineError::kvm("read the supported CPUID"))?;
+        let cpuid = cpuid::common(
+            supported.as_slice(),
+            cpuid::Profile {
+                vcpus: config.vcpus,
+                tsc_khz: None,
+            },
+        );
+        let reporter = Arc::new(Reporter::new(config.generation, Arc::clone(&hooks.events)));
+        let platform = Arc::new(Platform::new());
+        go_on()?;
+        Ok(Self {
+            vcpus: config.vcpus,
+            entry: None,
+            cpuid,
+            threads: VcpuThreads::new(),
+            platform: Arc::clone(&platform),
+            shared: Arc::new(Shared {
+                vm,
+                run_size,
+                ram: Arc::new(ram),
+                bus: platform,
+                assist: None,
+                reporter,
+                ledger: PauseLedger::new(),
+                hooks,
+            }),
+        })
+    }
+
+    /// Starts the devices' loops and the vCPUs, and lets the guest run unless [`pause`](Self::pause) came before.
+    ///
+    /// # Errors
+    ///
+    /// The first thread that can't start is the error; all others have been stopped then, and the machine is of no more use.
+    pub fn start(&mut self) -> Result<(), MachineError> {
+        if self.threads.started() || self.shared.reporter.is_over() {
+            return Err(MachineError::AlreadyStarted);
+        }
+        let result = self.start_threads();
+        if result.is_err() {
+            self.shut(Instant::now() + DROP_PATIENCE);
+        } else if !self.shared.ledger.wanted() {
+            self.threads.order_all(|orders| orders.pause = false);
+        }
+        result
+    }
+
+    fn start_threads(&mut self) -> Result<(), MachineError> {
+        vcpu::mailbox::install_kick_handler().map_err(MachineError::host("set the kick signal's handler"))?;
+        for index in 0..self.vcpus {
+            let failed = |reason: String| MachineError::VcpuStart { vcpu: index, reason };
+            let cpuid = cpuid::to_kvm(&cpuid::for_vcpu(&self.cpuid, index))
+                .ok_or_else(|| failed("its CPUID table is too long".to_owned()))?;
+            self.threads.spawn(Seed {
+                index,
+                cpuid,
+                entry: self.entry.take_if(|_| index == 0),
+                mailbox: Arc::new(Mailbox::new().map_err(|e| failed(format!("make its mailbox: {e}")))?),
+                counters: Arc::new(VcpuCounters::default()),
+                shared: Arc::clone(&self.shared),
+            })?;
+        }
+        self.threads.wait_ready()
+    }
+
+    /// Asks all vCPUs to leave the guest; [`Happening::Paused`] tells when the last one has. Time goes on for the guest.
+    pub fn pause(&self) {
+        let all_out = self.shared.ledger.want(true);
+        self.threads.order_all(|orders| orders.pause = true);
+        if all_out {
+            self.shared.reporter.report(Happening::Paused);
+        }
+    }
+
+    /// Waits until no vCPU is in the guest; meant to follow [`pause`](Self::pause).
+    ///
+    /// # Errors
+    ///
+    /// [`MachineError::PauseTimeout`] names the vCPUs that are still inside after `patience`.
+    pub fn wait_paused(&self, patience: Duration) -> Result<(), MachineError> {
+        self.shared
+            .ledger
+            .wait_all_out(patience)
+            .map_err(|vcpus| MachineError::PauseTimeout {
+                vcpus,
+                waited: patience,
+            })
+    }
+
+    /// Lets the vCPUs go on.
+    pub fn resume(&self) {
+        self.shared.ledger.want(false);
+        self.threads.order_all(|orders| orders.pause = false);
+    }
+
+    /// Tells the guest that its power button was pressed; what it makes of that is its own affair.
+    ///
+    /// # Errors
+    ///
+    /// [`MachineError::NotRunning`].
+    pub fn press_power_button(&self) -> Result<(), MachineError> {
+        self.check_running()?;
+        self.platform.press_power_button();
+        Ok(())
+    }
+
+    /// Gives every vCPU a non-maskable interrupt, as the button on a server does.
+    ///
+    /// # Errors
+    ///
+    /// [`MachineError::NotRunning`].
+    pub fn nmi(&self) -> Result<(), MachineError> {
+        self.check_running()?;
+        self.threads.order_all(|orders| orders.nmi = true);
+        Ok(())
+    }
+
+    /// Calls `show` with a vCPU's registers, on the vCPU's thread. If the machine ends before, `show` is dropped uncalled.
+    ///
+    /// # Errors
+    ///
+    /// [`MachineError::BadConfig`] if there is no such vCPU, [`MachineError::NotRunning`], [`MachineError::Busy`].
+    pub fn registers(&self, vcpu: u8, show: impl FnOnce(RegisterDump) + Send + 'static) -> Result<(), MachineError> {
+        self.check_running()?;
+        let accepted = self.threads.order(vcpu, |orders| {
+            let room = orders.inspectors.len() < MAX_INSPECTORS;
+            if room {
+                orders.inspectors.push(Box::new(show));
+            }
+            room
+        });
+        match accepted {
+            Some(true) => Ok(()),
+            Some(false) => Err(MachineError::Busy { vcpu }),
+            None => Err(MachineError::BadConfig {
+                field: "vcpu",
+                reason: format!("the machine's vCPUs are 0 to {}", self.vcpus - 1),
+            }),
+        }
+    }
+
+    /// Counters, read without disturbing a vCPU.
+    pub fn stats(&self) -> MachineStats {
+        MachineStats {
+            vcpus: self.threads.stats(),
+        }
+    }
+
+    /// Asks all threads to end, and returns at once. From now on nothing that ends the guest is reported.
+    pub fn kick(&self) {
+        self.shared.reporter.end();
+        self.threads.order_all(|orders| orders.stop = true);
+    }
+
+    /// Ends the machine within about `patience`: kicks its threads, joins them, brings out the serial port's last bytes and frees everything.
+    pub fn join(mut self, patience: Duration) -> Stopped {
+        let stuck = self.shut(Instant::now() + patience);
+        Stopped {
+            stuck,
+            stats: self.stats(),
+        }
+    }
+
+    fn check_running(&self) -> Result<(), MachineError> {
+        if !self.threads.started() || self.shared.reporter.is_over() {
+            Err(MachineError::NotRunning)
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Ends all threads by `deadline`; returns the names of those that didn't.
+    fn shut(&mut self, deadline: Instant) -> Vec<String> {
+        self.kick();
+        self.threads.join(deadline)
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        let stuck = self.shut(Instant::now() + DROP_PATIENCE);
+        if !stuck.is_empty() {
+            tracing::error!(?stuck, "threads of a machine did not end");
+        }
+    }
+}
+
+fn check_vcpus(wanted: u8, host: usize) -> Result<(), MachineError> {
+    let most = usize::from(layout::MAX_VCPUS).min(host);
+    if (1..=most).contains(&usize::from(wanted)) {
+        return Ok(());
+    }
+    Err(MachineError::BadConfig {
+        field: "vcpus",
+        reason: format!("{wanted} is not in 1..={most}"),
+    })
+}

@@ -1,0 +1,112 @@
+//! Who is out of the guest: tells when the last vCPU has left it after a pause.
+
+use std::sync::{Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Bit n stands for vCPU n, which is why there are 64 at most.
+type Set = u64;
+
+#[derive(Debug)]
+struct State {
+    wanted: bool,
+    inside: Set,
+}
+
+/// The vCPUs that are in the guest, or on their way.
+#[derive(Debug)]
+pub(super) struct PauseLedger {
+    state: Mutex<State>,
+    all_out: Condvar,
+}
+
+impl PauseLedger {
+    /// No vCPU is inside.
+    pub(super) fn new() -> Self {
+        Self {
+            state: Mutex::new(State {
+                wanted: false,
+                inside: 0,
+            }),
+            all_out: Condvar::new(),
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes whether the machine is to be paused. Returns true if that was news and every vCPU is out already.
+    pub(super) fn want(&self, paused: bool) -> bool {
+        let mut state = self.lock();
+        let news = state.wanted != paused;
+        state.wanted = paused;
+        news && paused && state.inside == 0
+    }
+
+    /// Whether the machine is to be paused.
+    pub(super) fn wanted(&self) -> bool {
+        self.lock().wanted
+    }
+
+    /// A vCPU enters the guest.
+    pub(super) fn enter(&self, vcpu: u8) {
+        self.lock().inside |= 1 << (vcpu & 63);
+    }
+
+    /// A vCPU has left the guest, to park or for good. Returns true if it was the last and a pause is wanted.
+    pub(super) fn leave(&self, vcpu: u8) -> bool {
+        let mut state = self.lock();
+        let before = state.inside;
+        state.inside &= !(1 << (vcpu & 63));
+        if state.inside != 0 {
+            return false;
+        }
+        self.all_out.notify_all();
+        state.wanted && before != 0
+    }
+
+    /// Waits until no vCPU is inside; returns those that still are when `patience` ran out.
+    pub(super) fn wait_all_out(&self, patience: Duration) -> Result<(), Vec<u8>> {
+        let deadline = Instant::now() + patience;
+        let mut state = self.lock();
+        while state.inside != 0 {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err((0..64).filter(|n| state.inside >> n & 1 == 1).collect());
+            }
+            state = self
+                .all_out
+                .wait_timeout(state, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_last_one_out_is_told() {
+        let ledger = PauseLedger::new();
+        ledger.enter(0);
+        ledger.enter(63);
+        assert!(!ledger.want(true));
+        assert!(!ledger.leave(0));
+        assert_eq!(ledger.wait_all_out(Duration::ZERO), Err(vec![63]));
+        assert!(ledger.leave(63));
+        assert!(!ledger.leave(63), "leaving twice is told once");
+        assert_eq!(ledger.wait_all_out(Duration::ZERO), Ok(()));
+    }
+
+    #[test]
+    fn without_a_pause_nobody_is_told() {
+        let ledger = PauseLedger::new();
+        ledger.enter(5);
+        assert!(!ledger.leave(5));
+        assert!(ledger.want(true), "all are out already");
+        assert!(!ledger.want(true), "which is told once");
+    }
+}

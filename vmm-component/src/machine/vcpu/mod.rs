@@ -1,0 +1,386 @@
+//! One vCPU: its set-up, its thread, its exits. Its states are drawn in [`phase`], how it hears of orders is argued in [`mailbox`].
+//!
+//! The thread makes the vCPU itself, reports over a channel that it is ready or why it is not, and parks. While it runs, the only things it waits for are
+//! KVM_RUN and, parked, its event manager: device models answer from memory. An idle guest's vCPU sleeps in KVM_RUN, and nothing of ours wakes it.
+
+pub(super) mod mailbox;
+mod phase;
+mod registers;
+pub(super) mod run_page;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+
+use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberId, SubscriberOps};
+use kvm_bindings::CpuId;
+use kvm_ioctls::{VcpuFd, VmFd};
+
+use self::mailbox::{Mailbox, Orders};
+use self::phase::Phase;
+use self::run_page::{Exit, PortAccess, RunMapping, RunPage};
+use super::assist::{Assist, AssistOutcome, MsrOutcome};
+use super::boot_state::{self, Entry};
+use super::config::{Hooks, ThreadRole};
+use super::event::{Happening, ResetCause};
+use super::pause::PauseLedger;
+use super::report::Reporter;
+use super::stats::{ExitReason, VcpuCounters};
+use crate::memory::GuestRam;
+
+/// Where a vCPU's accesses go. Must not block.
+pub(super) trait GuestBus: Send + Sync {
+    /// The guest reads a port.
+    fn read_port(&self, port: u16, data: &mut [u8]);
+    /// The guest writes a port.
+    fn write_port(&self, port: u16, data: &[u8]);
+    /// The guest reads memory that is not RAM.
+    fn read_memory(&self, address: u64, data: &mut [u8]);
+    /// The guest writes memory that is not RAM.
+    fn write_memory(&self, address: u64, data: &[u8]);
+    /// The guest acknowledged a level-triggered interrupt.
+    fn end_of_interrupt(&self, vector: u8);
+}
+
+/// What all vCPUs of a machine share.
+pub(super) struct Shared {
+    pub(super) vm: Arc<VmFd>,
+    pub(super) run_size: usize,
+    pub(super) ram: Arc<GuestRam>,
+    pub(super) bus: Arc<dyn GuestBus>,
+    pub(super) assist: Option<Arc<dyn Assist>>,
+    pub(super) reporter: Arc<Reporter>,
+    pub(super) ledger: PauseLedger,
+    pub(super) hooks: Hooks,
+}
+
+/// What one vCPU is made from.
+pub(super) struct Seed {
+    pub(super) index: u8,
+    pub(super) cpuid: CpuId,
+    /// Where the first instruction is; `None` waits for another vCPU's start-up message.
+    pub(super) entry: Option<Entry>,
+    pub(super) mailbox: Arc<Mailbox>,
+    pub(super) counters: Arc<VcpuCounters>,
+    pub(super) shared: Arc<Shared>,
+}
+
+/// What a thread says of its start: how to kick it, or what failed.
+pub(super) type Handshake = Result<Arc<RunMapping>, String>;
+
+/// The body of a vCPU's thread.
+pub(super) fn thread(seed: Seed, handshake: &Sender<(u8, Handshake)>) {
+    let index = seed.index;
+    let shared = Arc::clone(&seed.shared);
+    let set_up = catch_unwind(AssertUnwindSafe(|| {
+        let vcpu = Vcpu::set_up(seed)?;
+        // Last, since what comes after it needs fewer system calls than the set-up.
+        (shared.hooks.thread_setup)(ThreadRole::Vcpu(index))
+            .map_err(|e| format!("its thread could not be confined: {e}"))?;
+        Ok::<_, String>(vcpu)
+    }))
+    .unwrap_or_else(|_| Err("its set-up panicked".to_owned()));
+    // A receiver that has gone has given up the start; its orders are to stop.
+    match set_up {
+        Err(reason) => {
+            let _ = handshake.send((index, Err(reason)));
+        }
+        Ok(mut vcpu) => {
+            let _ = handshake.send((index, Ok(Arc::clone(vcpu.page.mapping()))));
+            if catch_unwind(AssertUnwindSafe(|| vcpu.live())).is_err() {
+                vcpu.fail("its thread panicked".to_owned());
+            }
+            vcpu.leave_guest();
+        }
+    }
+}
+
+/// A vCPU that is ready to run, owned by its thread.
+struct Vcpu {
+    index: u8,
+    fd: VcpuFd,
+    page: RunPage,
+    phase: Phase,
+    /// Whether it has run since it was made or last parked; then the guest is told of the pause.
+    ran: bool,
+    events: EventManager<Bell>,
+    bell: SubscriberId,
+    counters: Arc<VcpuCounters>,
+    shared: Arc<Shared>,
+}
+
+impl Vcpu {
+    fn set_up(seed: Seed) -> Result<Self, String> {
+        let shared = seed.shared;
+        let kvm = |step: &'static str| move |e: vmm_sys_util::errno::Error| format!("{step}: {e}");
+        mailbox::unblock_kick().map_err(|e| format!("let the kick signal through: {e}"))?;
+        let fd = shared.vm.create_vcpu(u64::from(seed.index)).map_err(kvm("create it"))?;
+        let page = RunPage::map(&fd, shared.run_size).map_err(kvm("map its shared page"))?;
+        fd.set_cpuid2(&seed.cpuid).map_err(kvm("set its CPUID"))?;
+        boot_state::set_msrs(&fd)?;
+        let mut lapic = fd.get_lapic().map_err(kvm("read its local APIC"))?;
+        boot_state::connect_local_pins(&mut lapic);
+        fd.set_lapic(&lapic).map_err(kvm("set its local APIC"))?;
+        if let Some(entry) = seed.entry {
+            entry.apply(&fd).map_err(kvm("set its registers"))?;
+        }
+        let mut events = EventManager::new_with_capacity(2).map_err(|e| format!("make its event manager: {e}"))?;
+        let bell = events.add_subscriber(Bell {
+            mailbox: seed.mailbox,
+            watched: true,
+            orders: None,
+        });
+        if !events.subscriber_mut(bell).is_ok_and(|bell| bell.watched) {
+            return Err("watch its orders".to_owned());
+        }
+        Ok(Self {
+            index: seed.index,
+            fd,
+            page,
+            phase: Phase::Parked,
+            ran: false,
+            events,
+            bell,
+            counters: seed.counters,
+            shared,
+        })
+    }
+
+    /// Until the owner or the guest ends it.
+    fn live(&mut self) {
+        loop {
+            match self.phase {
+                Phase::Parked => self.listen(-1),
+                Phase::Running => self.run_guest(),
+                Phase::Stopped => return,
+            }
+        }
+    }
+
+    /// Runs the guest until a kick, or its end.
+    fn run_guest(&mut self) {
+        self.ran = true;
+        while !self.shared.reporter.is_over() {
+            match self.page.run(&self.fd) {
+                Ok(exit) => {
+                    if let Err(happening) = self.handle(exit) {
+                        self.shared.reporter.report(happening);
+                        break;
+                    }
+                }
+                Err(error) => match error.errno() {
+                    libc::EINTR => {
+                        self.counters.count(ExitReason::Kick);
+                        self.page.clear_immediate_exit();
+                        self.listen(0);
+                        if self.phase != Phase::Running {
+                            return;
+                        }
+                    }
+                    // A vCPU that waits for its start-up message got one.
+                    libc::EAGAIN => {}
+                    _ => {
+                        self.fail(format!("KVM_RUN: {error}"));
+                        break;
+                    }
+                },
+            }
+        }
+        self.enter(Phase::Stopped);
+    }
+
+    /// Waits up to `milliseconds` (-1: for ever) for the bell, and follows the orders if it rang.
+    fn listen(&mut self, milliseconds: i32) {
+        let orders = match self.events.run_with_timeout(milliseconds) {
+            Ok(_) => self
+                .events
+                .subscriber_mut(self.bell)
+                .ok()
+                .and_then(|bell| bell.orders.take()),
+            Err(error) => {
+                self.fail(format!("its event manager: {error}"));
+                return self.enter(Phase::Stopped);
+            }
+        };
+        let Some(Orders {
+            pause,
+            stop,
+            nmi,
+            inspectors,
+        }) = orders
+        else {
+            return;
+        };
+        for inspector in inspectors {
+            inspector(registers::dump(&self.fd, self.shared.ram.memory()));
+        }
+        if nmi && let Err(error) = self.fd.nmi() {
+            tracing::warn!(vcpu = self.index, %error, "NMI was refused");
+        }
+        self.enter(self.phase.next(pause, stop, self.shared.reporter.is_over()));
+    }
+
+    /// Changes the phase, and the ledger of who is in the guest.
+    fn enter(&mut self, next: Phase) {
+        match (self.phase, next) {
+            (Phase::Running, Phase::Parked | Phase::Stopped) => self.leave_guest(),
+            (Phase::Parked, Phase::Running) => {
+                self.shared.ledger.enter(self.index);
+                if self.ran {
+                    // Keeps the guest's watchdogs quiet about the time that passed. A guest without kvmclock makes it fail, and needs none.
+                    let _ = self.fd.kvmclock_ctrl();
+                }
+            }
+            _ => {}
+        }
+        self.phase = next;
+    }
+
+    fn leave_guest(&self) {
+        if self.shared.ledger.leave(self.index) {
+            self.shared.reporter.report(Happening::Paused);
+        }
+    }
+
+    /// Reports that the vCPU can't go on.
+    fn fail(&self, reason: String) {
+        self.shared.reporter.report(self.failure(reason));
+    }
+
+    fn failure(&self, reason: String) -> Happening {
+        let registers = Box::new(registers::dump(&self.fd, self.shared.ram.memory()));
+        Happening::VcpuFailed {
+            vcpu: self.index,
+            reason,
+            registers,
+        }
+    }
+
+    /// Answers one exit; an error is the guest's end.
+    fn handle(&mut self, exit: Exit) -> Result<(), Happening> {
+        let reason = match exit {
+            Exit::Io(access) => {
+                self.port_access(&access);
+                ExitReason::Pio
+            }
+            Exit::Mmio { write, address, len } => {
+                self.memory_access(write, address, len);
+                ExitReason::Mmio
+            }
+            Exit::IoapicEoi(vector) => {
+                self.shared.bus.end_of_interrupt(vector);
+                ExitReason::IoapicEoi
+            }
+            Exit::ReadMsr(index) => {
+                let outcome = self.assist(|assist, fd| assist.rdmsr(fd, index));
+                self.answer_msr(outcome);
+                ExitReason::Msr
+            }
+            Exit::WriteMsr { index, value } => {
+                let outcome = self.assist(|assist, fd| assist.wrmsr(fd, index, value));
+                self.answer_msr(outcome);
+                ExitReason::Msr
+            }
+            Exit::InternalError(suberror) => {
+                match self.assist(|assist, fd| assist.internal_error(fd)) {
+                    Some(AssistOutcome::Handled) => {}
+                    Some(AssistOutcome::Unhandled(why)) => {
+                        return Err(self.failure(format!("{}: {why}", internal_error(suberror))));
+                    }
+                    None => return Err(self.failure(internal_error(suberror))),
+                }
+                ExitReason::Assist
+            }
+            Exit::Again => ExitReason::Other,
+            Exit::TripleFault => {
+                return Err(Happening::Reset {
+                    how: ResetCause::TripleFault,
+                });
+            }
+            Exit::SystemShutdown => return Err(Happening::Shutdown),
+            Exit::SystemReset => {
+                return Err(Happening::Reset {
+                    how: ResetCause::Hypervisor,
+                });
+            }
+            Exit::Halt => return Err(self.failure("it halted, though its local APIC is KVM's".to_owned())),
+            Exit::FailEntry(reason) => {
+                return Err(self.failure(format!("the processor refused to enter the guest: {reason:#x}")));
+            }
+            Exit::MemoryFault { address, size } => {
+                return Err(self.failure(format!(
+                    "KVM could not reach {size} bytes of guest memory at {address:#x}"
+                )));
+            }
+            Exit::Unknown(reason) => {
+                return Err(self.failure(format!("KVM left the guest for the unknown reason {reason}")));
+            }
+        };
+        self.counters.count(reason);
+        Ok(())
+    }
+
+    fn assist<R>(&mut self, call: impl FnOnce(&dyn Assist, &mut VcpuFd) -> R) -> Option<R> {
+        self.shared.assist.as_deref().map(|assist| call(assist, &mut self.fd))
+    }
+
+    /// Without an assist no MSR is filtered, and what KVM doesn't know faults.
+    fn answer_msr(&mut self, outcome: Option<MsrOutcome>) {
+        self.page.answer_msr(match outcome {
+            Some(MsrOutcome::Done(value)) => Some(value),
+            Some(MsrOutcome::Fault) | None => None,
+        });
+    }
+
+    fn port_access(&mut self, access: &PortAccess) {
+        let bus = &*self.shared.bus;
+        for element in self.page.io_data(access).chunks_exact_mut(access.width) {
+            if access.write {
+                bus.write_port(access.port, element);
+            } else {
+                bus.read_port(access.port, element);
+            }
+        }
+    }
+
+    fn memory_access(&mut self, write: bool, address: u64, len: usize) {
+        let data = self.page.mmio_data(len);
+        if !write {
+            return self.shared.bus.read_memory(address, data);
+        }
+        if let Some(assist) = self.shared.assist.as_deref()
+            && assist.mmio_write(&mut self.fd, address, data)
+        {
+            return;
+        }
+        self.shared.bus.write_memory(address, data);
+    }
+}
+
+/// KVM's suberrors in words (KVM_INTERNAL_ERROR_*).
+fn internal_error(suberror: u32) -> String {
+    match suberror {
+        1 => "the host can't emulate the instruction".to_owned(),
+        2 => "two exceptions at once".to_owned(),
+        3 => "an exit while an event was being delivered".to_owned(),
+        4 => "an exit for a reason that this host's KVM doesn't expect".to_owned(),
+        other => format!("KVM internal error {other}"),
+    }
+}
+
+/// The vCPU's side of its mailbox, in its event manager.
+struct Bell {
+    mailbox: Arc<Mailbox>,
+    watched: bool,
+    orders: Option<Orders>,
+}
+
+impl MutEventSubscriber for Bell {
+    fn process(&mut self, _: Events, _: &mut EventOps<'_>) {
+        self.orders = Some(self.mailbox.take());
+    }
+
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        self.watched = ops.add(Events::new(&*self.mailbox, EventSet::IN)).is_ok();
+    }
+}
