@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  0x0000_0500  boot GDT                    0x0000_6000  PVH start info
-//!  0x0000_7000  Linux zero page             0x0000_9000  boot page tables (3 pages)
+//!  0x0000_7000  Linux zero page             0x0000_9000  boot page tables (6 pages)
 //!  0x0002_0000  command line                0x0009_fc00  end of low memory
 //!  0x000e_0000  ACPI tables (128 KiB)       0x0010_0000  high memory: kernel, initramfs at its end
 //!  0xc000_0000  MMIO hole: PCI windows      0xe000_0000  ECAM
@@ -18,12 +18,14 @@ pub const PVH_START_INFO: u64 = 0x6000;
 pub const ZERO_PAGE: u64 = 0x7000;
 /// Top of the stack that a 64-bit entry may use for its first pushes.
 pub const BOOT_STACK_TOP: u64 = 0x8ff0;
-/// Identity-mapping page tables for the 64-bit entry: PML4, PDPT and page directories.
+/// Identity-mapping page tables for the 64-bit entry: PML4, PDPT and four page directories for 4 GiB.
 pub const PAGE_TABLES: u64 = 0x9000;
 /// Command line, NUL-terminated.
 pub const CMDLINE: u64 = 0x2_0000;
 /// Bytes for the command line with its NUL: Linux's COMMAND_LINE_SIZE on x86 is 2048; PVH guests may read more.
 pub const CMDLINE_MAX: usize = 2048;
+/// First address after the boot structures: kernels and initramfs keep above it.
+pub const BOOT_AREA_END: u64 = 0x2_1000;
 /// End of usable memory below the legacy hole (start of the EBDA on a PC).
 pub const LOW_MEMORY_END: u64 = 0x9_fc00;
 /// ACPI tables with the RSDP first, reserved in the memory map.

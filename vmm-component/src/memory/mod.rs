@@ -164,11 +164,8 @@ impl GuestRam {
 /// RAM of `size` bytes as it lies around the hole.
 fn ram_ranges(size: u64) -> Vec<Range<u64>> {
     let low = size.min(layout::HOLE_START);
-    let mut ranges = vec![0..low];
-    if size > low {
-        ranges.push(layout::HOLE_END..layout::HOLE_END + (size - low));
-    }
-    ranges
+    let high = layout::HOLE_END..layout::HOLE_END + (size - low);
+    [0..low, high].into_iter().filter(|range| !range.is_empty()).collect()
 }
 
 fn check_size(size: u64) -> Result<(), MemoryError> {
