@@ -1,1 +1,5 @@
-//! (head comment)
+//! The guest manager.
+pub mod events;
+pub mod history;
+pub mod model;
+pub mod registry;

@@ -1,0 +1,269 @@
+//! What happens to guests, as values: moments, endings, events; read from and written into messages.
+
+use std::{rc::Rc, time::Duration};
+
+use sepal_schema::{
+    error::Error,
+    guest_capnp::event,
+    info::LayerInfo,
+    report::{Reason, StopReport},
+};
+
+/// Most entries that are kept of a list that a component sends: layers, devices.
+const MAX_LIST: usize = 64;
+/// Longest text that is kept of a component's messages, in bytes.
+const MAX_TEXT: usize = 4096;
+
+/// A moment on both clocks: one that only counts, one that people read.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Moment {
+    /// Nanoseconds of the monotonic clock.
+    pub monotonic_ns: u64,
+    /// Nanoseconds since 1970-01-01 UTC.
+    pub unix_ns: u64,
+}
+
+impl Moment {
+    /// Now.
+    pub fn now() -> Self {
+        let monotonic = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+        let unix = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
+        let ns = |time: rustix::time::Timespec| {
+            let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
+            let nanos = u32::try_from(time.tv_nsec).unwrap_or(0);
+            u64::try_from(Duration::new(seconds, nanos).as_nanos()).unwrap_or(u64::MAX)
+        };
+        Self {
+            monotonic_ns: ns(monotonic),
+            unix_ns: ns(unix),
+        }
+    }
+}
+
+/// How a guest ended, before the times are known.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ending {
+    /// Why.
+    pub reason: Reason,
+    /// A sentence for a person.
+    pub detail: String,
+    /// The typed error behind it; none for a shutdown or reset.
+    pub error: Option<Error>,
+}
+
+impl Ending {
+    /// An ending with no error behind it.
+    pub fn new(reason: Reason, detail: impl Into<String>) -> Self {
+        Self {
+            reason,
+            detail: detail.into(),
+            error: None,
+        }
+    }
+
+    /// An ending with an error: the error's message is the detail.
+    pub fn failed(reason: Reason, error: Error) -> Self {
+        Self {
+            reason,
+            detail: error.message.clone(),
+            error: Some(error),
+        }
+    }
+}
+
+/// Identifies one holder of a name among all that a manager ever had; never used twice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct GuestId(pub u64);
+
+/// What happened to a guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum EventKind {
+    /// The name is taken; nothing runs yet.
+    Defined,
+    /// Its component is being started or the machine created.
+    Starting,
+    /// The vCPUs run.
+    Started,
+    /// The vCPUs are held.
+    Paused,
+    /// The vCPUs go on.
+    Resumed,
+    /// It was asked to shut down, or is being stopped.
+    ShuttingDown,
+    /// It ended.
+    Stopped(StopReport),
+    /// A device broke and was quarantined.
+    DeviceFailed {
+        /// The device's name.
+        device: String,
+        /// What it did.
+        reason: String,
+    },
+    /// The name is free again.
+    Removed,
+}
+
+/// Something that happened to a guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Event {
+    /// Counts the events of a manager, from 1.
+    pub sequence: u64,
+    /// Counts the events of this guest, from 1.
+    pub ordinal: u64,
+    /// Nanoseconds since 1970-01-01 UTC.
+    pub time_ns: u64,
+    /// Which guest.
+    pub id: GuestId,
+    /// Its name.
+    pub guest: Rc<str>,
+    /// Number of creations under this name so far.
+    pub generation: u64,
+    /// What happened.
+    pub kind: EventKind,
+}
+
+impl Event {
+    /// Writes the event into a message.
+    pub fn write(&self, mut to: event::Builder<'_>) {
+        to.set_sequence(self.sequence);
+        to.set_time_ns(self.time_ns);
+        to.set_guest(&*self.guest);
+        to.set_generation(self.generation);
+        match &self.kind {
+            EventKind::Defined => to.set_defined(()),
+            EventKind::Starting => to.set_starting(()),
+            EventKind::Started => to.set_started(()),
+            EventKind::Paused => to.set_paused(()),
+            EventKind::Resumed => to.set_resumed(()),
+            EventKind::ShuttingDown => to.set_shutting_down(()),
+            EventKind::Stopped(report) => report.write(to.init_stopped()),
+            EventKind::DeviceFailed { device, reason } => {
+                let mut to = to.init_device_failed();
+                to.set_device(device);
+                to.set_reason(reason);
+            }
+            EventKind::Removed => to.set_removed(()),
+        }
+    }
+}
+
+/// Reads what a component says has happened; none for a kind that this version does not know.
+///
+/// # Errors
+/// The message is not well-formed.
+pub fn read_event(from: event::Reader<'_>) -> Result<Option<EventKind>, capnp::Error> {
+    use event::Which;
+    Ok(Some(match from.which() {
+        Ok(Which::Defined(())) => EventKind::Defined,
+        Ok(Which::Starting(())) => EventKind::Starting,
+        Ok(Which::Started(())) => EventKind::Started,
+        Ok(Which::Paused(())) => EventKind::Paused,
+        Ok(Which::Resumed(())) => EventKind::Resumed,
+        Ok(Which::ShuttingDown(())) => EventKind::ShuttingDown,
+        Ok(Which::Stopped(report)) => EventKind::Stopped(bounded_report(StopReport::read(report?)?)),
+        Ok(Which::DeviceFailed(failure)) => EventKind::DeviceFailed {
+            device: cut(failure.get_device()?.to_str()?),
+            reason: cut(failure.get_reason()?.to_str()?),
+        },
+        Ok(Which::Removed(())) => EventKind::Removed,
+        Err(_) => return Ok(None),
+    }))
+}
+
+/// A text from outside, cut to a bound at a character.
+pub fn cut(text: &str) -> String {
+    text[..text.floor_char_boundary(MAX_TEXT)].to_owned()
+}
+
+/// A report from outside, texts cut.
+pub fn bounded_report(mut report: StopReport) -> StopReport {
+    report.detail = cut(&report.detail);
+    if let Some(error) = &mut report.error {
+        error.message = cut(&error.message);
+        error.about = cut(&error.about);
+    }
+    report
+}
+
+/// Layers from outside: the first of them, texts cut.
+pub fn bounded_layers(layers: Vec<LayerInfo>) -> Vec<LayerInfo> {
+    let first = layers.into_iter().take(MAX_LIST);
+    let cut = |layer: LayerInfo| LayerInfo {
+        name: cut(&layer.name),
+        state: layer.state,
+        detail: cut(&layer.detail),
+    };
+    first.map(cut).collect()
+}
+
+/// Texts from outside: the first of them, cut.
+pub fn bounded_texts(texts: Vec<String>) -> Vec<String> {
+    texts.iter().take(MAX_LIST).map(|text| cut(text)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_event_survives_the_wire() {
+        let report = StopReport {
+            reason: Reason::Killed,
+            detail: "killed".into(),
+            error: None,
+            uptime_ns: 17,
+            time_ns: 23,
+        };
+        let failure = EventKind::DeviceFailed {
+            device: "rng".into(),
+            reason: "a descriptor loop".into(),
+        };
+        let plain = [
+            EventKind::Defined,
+            EventKind::Starting,
+            EventKind::Started,
+            EventKind::Paused,
+            EventKind::Resumed,
+        ];
+        let rest = [
+            EventKind::ShuttingDown,
+            EventKind::Removed,
+            EventKind::Stopped(report),
+            failure,
+        ];
+        for kind in plain.into_iter().chain(rest) {
+            let event = Event {
+                sequence: 7,
+                ordinal: 1,
+                time_ns: 9,
+                id: GuestId(3),
+                guest: "web".into(),
+                generation: 2,
+                kind: kind.clone(),
+            };
+            let mut message = capnp::message::Builder::new_default();
+            event.write(message.init_root());
+            let read: event::Reader<'_> = message.get_root_as_reader().unwrap();
+            assert_eq!(
+                (read.get_sequence(), read.get_time_ns(), read.get_generation()),
+                (7, 9, 2)
+            );
+            assert_eq!(read.get_guest().unwrap(), "web");
+            assert_eq!(read_event(read).unwrap(), Some(kind));
+        }
+    }
+
+    #[test]
+    fn texts_from_outside_are_cut() {
+        let ending = Ending::new(Reason::Crash, "é".repeat(5000));
+        let report = StopReport {
+            reason: ending.reason,
+            detail: ending.detail,
+            error: None,
+            uptime_ns: 0,
+            time_ns: 0,
+        };
+        assert_eq!(bounded_report(report).detail.len(), 4096);
+        assert_eq!(bounded_texts(vec![String::new(); 100]).len(), 64);
+    }
+}

@@ -1,0 +1,534 @@
+//! The names and what is known behind each: a state machine without I/O, the manager's only truth about statuses.
+//!
+//! ```text
+//!            reserve               create                created            run
+//!   (free) ----------> NotStarted --------> Creating -----------> Created -------> Launching
+//!     ^                              ^         |                    |  |               | started
+//!     |                              |         |        create: the |  |               v
+//!     | release, remove,      create |         |       old one ends |  |            Running
+//!     | replaced, forgotten          |         |   <----------------+  |               |
+//!     |                              |         |                       |               | stopping (from any of the four)
+//!     |                              |         |                       |               v
+//!     |                              |         v   ended               v            Stopping
+//!     +------------------------- Stopped, Died <--------------------------------------'
+//! ```
+//!
+//! To the outside, Creating, Created and Launching are `starting`, and Died is `vmmUnexpectedTermination`. Whatever concerns a generation
+//! carries its number; what comes late for an older one, or for one that has ended, changes nothing. A name that `launch` took is
+//! remembered after the end, until it is removed, launched again, or 64 others have ended since. A name that a client drives itself
+//! (`newGuest`) is held until that client lets go of it.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    rc::Rc,
+};
+
+use sepal_schema::{
+    config::check_name,
+    error::{Error, Kind},
+    info::{GuestDescriptor, GuestInfo, GuestStatus, LayerInfo},
+    report::{Reason, StopReport},
+};
+
+use crate::{
+    events::{EventLog, KEPT},
+    model::{Ending, EventKind, GuestId, Moment},
+};
+
+/// Most guests at a time that have not ended.
+pub const MAX_GUESTS: usize = 256;
+/// Most guests that have ended and are remembered.
+pub const MAX_REMEMBERED: usize = 64;
+
+/// Who took a name, which decides what becomes of it after the end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// `newGuest`: held as long as the client holds the lifecycle.
+    Lifecycle,
+    /// `launch`: remembered after the end.
+    Launch,
+}
+
+/// How many there may be.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Guests that have not ended.
+    pub guests: usize,
+    /// Guests that have ended.
+    pub remembered: usize,
+    /// Events.
+    pub events: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            guests: MAX_GUESTS,
+            remembered: MAX_REMEMBERED,
+            events: KEPT,
+        }
+    }
+}
+
+/// A creation that has begun.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Creation {
+    /// Its number.
+    pub generation: u64,
+    /// How the one before ended, if it was created, did not run, and gave way to this one.
+    pub replaced: Option<StopReport>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    NotStarted,
+    Creating,
+    Created,
+    Launching,
+    Running,
+    Stopping,
+    Stopped,
+    Died,
+}
+
+impl Phase {
+    fn live(self) -> bool {
+        matches!(
+            self,
+            Self::Creating | Self::Created | Self::Launching | Self::Running | Self::Stopping
+        )
+    }
+
+    fn ended(self) -> bool {
+        matches!(self, Self::Stopped | Self::Died)
+    }
+
+    fn status(self) -> GuestStatus {
+        match self {
+            Self::NotStarted => GuestStatus::NotStarted,
+            Self::Creating | Self::Created | Self::Launching => GuestStatus::Starting,
+            Self::Running => GuestStatus::Running,
+            Self::Stopping => GuestStatus::Stopping,
+            Self::Stopped => GuestStatus::Stopped,
+            Self::Died => GuestStatus::VmmUnexpectedTermination,
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Entry {
+    id: GuestId,
+    name: Rc<str>,
+    origin: Origin,
+    phase: Phase,
+    generation: u64,
+    started_at: Option<u64>,
+    shutdown_told: bool,
+    paused: bool,
+    detached: bool,
+    descriptor: Option<GuestDescriptor>,
+    stop: Option<StopReport>,
+    ended_as: u64,
+    component_pid: u32,
+    layers: Vec<LayerInfo>,
+}
+
+impl Entry {
+    fn remembered(&self) -> bool {
+        self.origin == Origin::Launch && self.phase.ended()
+    }
+
+    fn info(&self, now: Moment) -> GuestInfo {
+        let runs = matches!(self.phase, Phase::Running | Phase::Stopping);
+        let uptime = self
+            .started_at
+            .filter(|_| runs)
+            .map(|start| now.monotonic_ns.saturating_sub(start));
+        GuestInfo {
+            name: self.name.to_string(),
+            status: self.phase.status(),
+            generation: self.generation,
+            uptime_ns: uptime.unwrap_or(0),
+            descriptor: self.descriptor.clone(),
+            stop: self.stop.clone(),
+            problems: Vec::new(),
+            layers: self.layers.clone(),
+            component_pid: self.component_pid,
+            paused: self.paused,
+            detached: self.detached,
+        }
+    }
+}
+
+/// All names.
+#[derive(Debug)]
+pub struct Registry {
+    limits: Limits,
+    entries: HashMap<GuestId, Entry>,
+    names: BTreeMap<Rc<str>, GuestId>,
+    log: EventLog,
+    last_id: u64,
+    last_chosen: u64,
+    endings: u64,
+    forgotten: Vec<GuestId>,
+}
+
+impl Registry {
+    /// No names yet.
+    pub fn new(limits: Limits) -> Self {
+        Self {
+            limits,
+            entries: HashMap::new(),
+            names: BTreeMap::new(),
+            log: EventLog::new(limits.events),
+            last_id: 0,
+            last_chosen: 0,
+            endings: 0,
+            forgotten: Vec::new(),
+        }
+    }
+
+    /// The events, for those who read along.
+    pub fn log(&self) -> &EventLog {
+        &self.log
+    }
+
+    /// Takes a name; an empty one is chosen.
+    ///
+    /// # Errors
+    /// `BAD_CONFIG` for a name that is not valid, `ALREADY_RUNNING` for one that is taken, `NO_RESOURCES` when there are too many guests.
+    pub fn reserve(&mut self, name: &str, origin: Origin, now: Moment) -> Result<GuestId, Error> {
+        if !name.is_empty() {
+            check_name(name)?;
+        }
+        let mut generation = 0;
+        if let Some(entry) = self.names.get(name).and_then(|id| self.entries.get(id)) {
+            if !entry.remembered() {
+                return Err(taken(entry));
+            }
+            generation = entry.generation;
+        }
+        let unended = self.entries.values().filter(|entry| !entry.remembered()).count();
+        if unended >= self.limits.guests {
+            let message = format!("there are {unended} guests, and no more are allowed at a time");
+            return Err(Error::new(Kind::NoResources, message));
+        }
+        let name: Rc<str> = if name.is_empty() {
+            self.choose_name().into()
+        } else {
+            name.into()
+        };
+        self.last_id += 1;
+        let id = GuestId(self.last_id);
+        if let Some(old) = self.names.insert(name.clone(), id) {
+            self.entries.remove(&old);
+            self.forgotten.push(old);
+        }
+        let entry = Entry {
+            id,
+            name: name.clone(),
+            origin,
+            phase: Phase::NotStarted,
+            generation,
+            started_at: None,
+            shutdown_told: false,
+            paused: false,
+            detached: false,
+            descriptor: None,
+            stop: None,
+            ended_as: 0,
+            component_pid: 0,
+            layers: Vec::new(),
+        };
+        self.entries.insert(id, entry);
+        self.log.append(now.unix_ns, id, &name, generation, EventKind::Defined);
+        Ok(id)
+    }
+
+    /// Begins a creation.
+    ///
+    /// # Errors
+    /// `ALREADY_RUNNING` while a guest is created, runs or stops; `NOT_FOUND` when the name was let go of.
+    pub fn create(&mut self, id: GuestId, descriptor: GuestDescriptor, now: Moment) -> Result<Creation, Error> {
+        let entry = self.entries.get(&id).ok_or_else(gone)?;
+        let mut replaced = None;
+        match entry.phase {
+            Phase::NotStarted | Phase::Stopped | Phase::Died => {}
+            Phase::Created => {
+                let detail = "it was created and never run, and a new creation took its place";
+                replaced = self.ended(id, entry.generation, Ending::new(Reason::Killed, detail), 0, now);
+            }
+            Phase::Creating | Phase::Launching | Phase::Running | Phase::Stopping => return Err(taken(entry)),
+        }
+        let entry = self.entries.get_mut(&id).ok_or_else(gone)?;
+        entry.phase = Phase::Creating;
+        entry.generation += 1;
+        entry.started_at = None;
+        entry.shutdown_told = false;
+        entry.paused = false;
+        entry.descriptor = Some(descriptor);
+        entry.stop = None;
+        let generation = entry.generation;
+        self.tell(id, now, EventKind::Starting);
+        Ok(Creation { generation, replaced })
+    }
+
+    /// The machine is there. False if nobody waits for it any more.
+    pub fn created(&mut self, id: GuestId, generation: u64) -> bool {
+        match self.live(id, generation) {
+            Some(entry) if entry.phase == Phase::Creating => {
+                entry.phase = Phase::Created;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Asks to run what was created; returns its generation. What is still being created must be waited for first.
+    ///
+    /// # Errors
+    /// `NOT_CREATED`, `ALREADY_RUNNING`.
+    pub fn run(&mut self, id: GuestId) -> Result<u64, Error> {
+        let entry = self.entries.get_mut(&id).ok_or_else(gone)?;
+        match entry.phase {
+            Phase::Created => {
+                entry.phase = Phase::Launching;
+                Ok(entry.generation)
+            }
+            Phase::NotStarted | Phase::Stopped | Phase::Died | Phase::Creating => {
+                let message = format!(
+                    "guest \"{}\" has not been created: run needs a create that worked",
+                    entry.name
+                );
+                Err(Error::new(Kind::NotCreated, message))
+            }
+            Phase::Launching | Phase::Running | Phase::Stopping => Err(taken(entry)),
+        }
+    }
+
+    /// The vCPUs run.
+    pub fn started(&mut self, id: GuestId, generation: u64, now: Moment) {
+        let Some(entry) = self.live(id, generation) else { return };
+        if !matches!(entry.phase, Phase::Launching | Phase::Stopping) || entry.started_at.is_some() {
+            return;
+        }
+        entry.started_at = Some(now.monotonic_ns);
+        if entry.phase == Phase::Launching {
+            entry.phase = Phase::Running;
+            self.tell(id, now, EventKind::Started);
+        }
+    }
+
+    /// The guest was asked to shut down; what it makes of it is its own affair. Told once a generation.
+    pub fn shutting_down(&mut self, id: GuestId, generation: u64, now: Moment) {
+        let Some(entry) = self.live(id, generation) else { return };
+        if !std::mem::replace(&mut entry.shutdown_told, true) {
+            self.tell(id, now, EventKind::ShuttingDown);
+        }
+    }
+
+    /// The guest is being stopped by force.
+    pub fn stopping(&mut self, id: GuestId, generation: u64, now: Moment) {
+        let Some(entry) = self.live(id, generation) else { return };
+        entry.phase = Phase::Stopping;
+        self.shutting_down(id, generation, now);
+    }
+
+    /// The guest's vCPUs are held, or go on.
+    pub fn paused(&mut self, id: GuestId, generation: u64, paused: bool, now: Moment) {
+        let Some(entry) = self.live(id, generation) else { return };
+        if entry.phase == Phase::Running && entry.paused != paused {
+            entry.paused = paused;
+            self.tell(id, now, if paused { EventKind::Paused } else { EventKind::Resumed });
+        }
+    }
+
+    /// A device of the guest was quarantined.
+    pub fn device_failed(&mut self, id: GuestId, generation: u64, device: String, reason: String, now: Moment) {
+        if self.live(id, generation).is_some() {
+            self.tell(id, now, EventKind::DeviceFailed { device, reason });
+        }
+    }
+
+    /// The generation ended. The uptime is the one given, or (for 0) measured here. Returns the report, or none if it had ended before.
+    pub fn ended(
+        &mut self,
+        id: GuestId,
+        generation: u64,
+        ending: Ending,
+        uptime_ns: u64,
+        now: Moment,
+    ) -> Option<StopReport> {
+        self.endings += 1;
+        let endings = self.endings;
+        let entry = self.live(id, generation)?;
+        let measured = entry
+            .started_at
+            .map_or(0, |start| now.monotonic_ns.saturating_sub(start));
+        let uptime_ns = if uptime_ns == 0 { measured } else { uptime_ns };
+        let died = ending.reason == Reason::VmmTerminated;
+        let Ending { reason, detail, error } = ending;
+        let report = StopReport {
+            reason,
+            detail,
+            error,
+            uptime_ns,
+            time_ns: now.unix_ns,
+        };
+        entry.phase = if died { Phase::Died } else { Phase::Stopped };
+        entry.paused = false;
+        entry.ended_as = endings;
+        entry.stop = Some(report.clone());
+        self.tell(id, now, EventKind::Stopped(report.clone()));
+        self.forget_oldest(now);
+        Some(report)
+    }
+
+    /// A client lets go of the name that it held: what still runs under it counts as ended, and the name is free.
+    pub fn release(&mut self, id: GuestId, ending: Ending, now: Moment) -> Option<StopReport> {
+        let generation = self.entries.get(&id)?.generation;
+        let report = self.ended(id, generation, ending, 0, now);
+        self.forget(id, now);
+        report
+    }
+
+    /// Forgets a guest that has ended.
+    ///
+    /// # Errors
+    /// `NOT_FOUND`, `ALREADY_RUNNING`.
+    pub fn remove(&mut self, name: &str, now: Moment) -> Result<(), Error> {
+        let id = self.lookup(name)?;
+        let entry = self.entries.get(&id).ok_or_else(gone)?;
+        if !entry.remembered() {
+            return Err(taken(entry));
+        }
+        self.forget(id, now);
+        Ok(())
+    }
+
+    /// The guest lives on without the client that launched it.
+    pub fn detach(&mut self, id: GuestId) {
+        if let Some(entry) = self.entries.get_mut(&id) {
+            entry.detached = true;
+        }
+    }
+
+    /// Whether the guest lives on without the client that launched it.
+    pub fn detached(&self, id: GuestId) -> bool {
+        self.entries.get(&id).is_some_and(|entry| entry.detached)
+    }
+
+    /// The guest has a component, or (0) has none any more, and with it goes what was known about its jail.
+    pub fn component(&mut self, id: GuestId, pid: u32) {
+        if let Some(entry) = self.entries.get_mut(&id) {
+            entry.component_pid = pid;
+            entry.layers.clear();
+        }
+    }
+
+    /// The jail of the guest's component.
+    pub fn layers(&mut self, id: GuestId, layers: Vec<LayerInfo>) {
+        if let Some(entry) = self.entries.get_mut(&id)
+            && entry.component_pid != 0
+        {
+            entry.layers = layers;
+        }
+    }
+
+    /// Learns more about what a generation is made of.
+    pub fn describe(&mut self, id: GuestId, generation: u64, learn: impl FnOnce(&mut GuestDescriptor)) {
+        if let Some(entry) = self.entries.get_mut(&id)
+            && entry.generation == generation
+            && let Some(descriptor) = &mut entry.descriptor
+        {
+            learn(descriptor);
+        }
+    }
+
+    /// The guest of a name.
+    ///
+    /// # Errors
+    /// `NOT_FOUND`.
+    pub fn lookup(&self, name: &str) -> Result<GuestId, Error> {
+        self.names.get(name).copied().ok_or_else(|| {
+            let message = format!("there is no guest \"{}\"", crate::model::cut(name).escape_debug());
+            Error::new(Kind::NotFound, message).about("name")
+        })
+    }
+
+    /// What is known about a guest, without problems; none if its name was let go of.
+    pub fn info(&self, id: GuestId, now: Moment) -> Option<GuestInfo> {
+        self.entries.get(&id).map(|entry| entry.info(now))
+    }
+
+    /// The name of a guest; none if it was let go of.
+    pub fn name(&self, id: GuestId) -> Option<Rc<str>> {
+        self.entries.get(&id).map(|entry| entry.name.clone())
+    }
+
+    /// All guests, sorted by name.
+    pub fn ids(&self) -> Vec<GuestId> {
+        self.names.values().copied().collect()
+    }
+
+    /// The guests that were forgotten since the last call; what is kept for them elsewhere can go.
+    pub fn take_forgotten(&mut self) -> Vec<GuestId> {
+        std::mem::take(&mut self.forgotten)
+    }
+
+    fn live(&mut self, id: GuestId, generation: u64) -> Option<&mut Entry> {
+        let current = |entry: &&mut Entry| entry.generation == generation && entry.phase.live();
+        self.entries.get_mut(&id).filter(current)
+    }
+
+    fn tell(&mut self, id: GuestId, now: Moment, kind: EventKind) {
+        if let Some(entry) = self.entries.get(&id) {
+            self.log.append(now.unix_ns, id, &entry.name, entry.generation, kind);
+        }
+    }
+
+    fn choose_name(&mut self) -> String {
+        loop {
+            self.last_chosen += 1;
+            let name = format!("guest-{}", self.last_chosen);
+            // Ends: there are at most as many names as limits allow.
+            if !self.names.contains_key(&*name) {
+                return name;
+            }
+        }
+    }
+
+    fn forget_oldest(&mut self, now: Moment) {
+        let remembered = || self.entries.values().filter(|entry| entry.remembered());
+        if remembered().count() > self.limits.remembered
+            && let Some(oldest) = remembered().min_by_key(|entry| entry.ended_as)
+        {
+            self.forget(oldest.id, now);
+        }
+    }
+
+    fn forget(&mut self, id: GuestId, now: Moment) {
+        self.tell(id, now, EventKind::Removed);
+        if let Some(entry) = self.entries.remove(&id) {
+            self.names.remove(&entry.name);
+            self.forgotten.push(id);
+        }
+    }
+}
+
+fn taken(entry: &Entry) -> Error {
+    let what = match entry.phase {
+        Phase::NotStarted | Phase::Stopped | Phase::Died => "is held by the client that drives it",
+        Phase::Creating | Phase::Created | Phase::Launching => "is starting",
+        Phase::Running => "is running",
+        Phase::Stopping => "is stopping",
+    };
+    Error::new(Kind::AlreadyRunning, format!("guest \"{}\" {what}", entry.name)).about("name")
+}
+
+fn gone() -> Error {
+    Error::new(Kind::NotFound, "the guest's name was let go of")
+}
+
+#[cfg(test)]
+mod tests;
