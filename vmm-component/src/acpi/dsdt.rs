@@ -1,0 +1,121 @@
+//! The DSDT: devices that a guest cannot find by itself, and the ways to stop and to be asked to.
+
+use acpi_tables::Aml;
+use acpi_tables::aml::{
+    And, Device, EISAName, Field, FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, IO, If, Interrupt,
+    Local, Method, Name, Notify, OpRegion, OpRegionSpace, Package, Path, ResourceTemplate, Scope, Store, ZERO,
+};
+use acpi_tables::sdt::Sdt;
+
+use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, bytes};
+use crate::layout;
+
+/// Bytes of a table's header.
+const HEADER: u32 = 36;
+/// From revision 2 on integers have 64 bits.
+const REVISION: u8 = 2;
+
+/// Bit of the event status port that stands for the power button, and the notification for a press (ACPI 4.8.2.2.1.2).
+const EVENT_POWER_BUTTON: u8 = 1;
+const NOTIFY_PRESSED: u8 = 0x80;
+
+/// Bytes of the event status port.
+const GED_PORTS: u8 = 4;
+
+/// The whole table.
+pub(super) fn build(vcpus: u8) -> Sdt {
+    let mut dsdt = Sdt::new(*b"DSDT", HEADER, REVISION, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    dsdt.append_slice(&bytes(&soft_off()));
+    for device in [serial(), clock(), power_button(), event_device(), processors(vcpus)] {
+        dsdt.append_slice(&device);
+    }
+    dsdt
+}
+
+/// `\_S5`: what to write to the sleep control register to power off.
+fn soft_off() -> Name {
+    let sleep_type = layout::S5_SLEEP_TYPE;
+    Name::new(
+        "\\_S5_".into(),
+        &Package::new(vec![&sleep_type, &sleep_type, &ZERO, &ZERO]),
+    )
+}
+
+/// A device below `\_SB`, from its name, its ids and what else it has.
+fn device(name: &str, hardware_id: &dyn Aml, unique_id: u8, others: &[&dyn Aml]) -> Vec<u8> {
+    let hardware_id = Name::new("_HID".into(), hardware_id);
+    let unique_id = Name::new("_UID".into(), &unique_id);
+    let mut children: Vec<&dyn Aml> = vec![&hardware_id, &unique_id];
+    children.extend(others);
+    let device = Device::new(name.into(), children);
+    bytes(&Scope::new("\\_SB_".into(), vec![&device]))
+}
+
+/// Current resources: ports, if any, and an interrupt that is edge-triggered, active high and not shared.
+fn resources(ports: Option<(u16, u8)>, gsi: u32) -> Name {
+    let ports = ports.map(|(base, count)| IO::new(base, base, 1, count));
+    let interrupt = Interrupt::new(true, true, false, false, gsi);
+    let mut children: Vec<&dyn Aml> = Vec::new();
+    if let Some(ports) = &ports {
+        children.push(ports);
+    }
+    children.push(&interrupt);
+    Name::new("_CRS".into(), &ResourceTemplate::new(children))
+}
+
+fn serial() -> Vec<u8> {
+    let name = Name::new("_DDN".into(), &"COM1");
+    device(
+        "COM1",
+        &EISAName::new("PNP0501"),
+        0,
+        &[&name, &resources(Some((layout::SERIAL, 8)), layout::SERIAL_GSI)],
+    )
+}
+
+fn clock() -> Vec<u8> {
+    device(
+        "RTC_",
+        &EISAName::new("PNP0B00"),
+        0,
+        &[&resources(Some((layout::RTC, 2)), layout::RTC_GSI)],
+    )
+}
+
+fn power_button() -> Vec<u8> {
+    device("PWRB", &EISAName::new("PNP0C0C"), 0, &[])
+}
+
+/// The generic event device: its interrupt runs `_EVT`, which reads (and so clears) the status once and notifies
+/// whatever has happened.
+fn event_device() -> Vec<u8> {
+    let port = layout::ACPI_GED;
+    let region = OpRegion::new("EREG".into(), OpRegionSpace::SystemIO, &port, &GED_PORTS);
+    let field = Field::new(
+        "EREG".into(),
+        FieldAccessType::DWord,
+        FieldLockRule::NoLock,
+        FieldUpdateRule::WriteAsZeroes,
+        vec![FieldEntry::Named(*b"ESTS", usize::from(GED_PORTS) * 8)],
+    );
+    let (status, seen, pressed) = (Path::new("ESTS"), Local(0), Local(1));
+    let read = Store::new(&seen, &status);
+    let mask = And::new(&pressed, &seen, &EVENT_POWER_BUTTON);
+    let button = Path::new("\\_SB_.PWRB");
+    let notify = Notify::new(&button, &NOTIFY_PRESSED);
+    let if_pressed = If::new(&pressed, vec![&notify]);
+    let handler = Method::new("_EVT".into(), 1, true, vec![&read, &mask, &if_pressed]);
+    device(
+        "GED_",
+        &"ACPI0013",
+        0,
+        &[&resources(None, layout::GED_GSI), &region, &field, &handler],
+    )
+}
+
+/// A device for each vCPU; `_UID` is the one in the MADT.
+fn processors(vcpus: u8) -> Vec<u8> {
+    (0..vcpus)
+        .flat_map(|cpu| device(&format!("C{cpu:03X}"), &"ACPI0007", cpu, &[]))
+        .collect()
+}
