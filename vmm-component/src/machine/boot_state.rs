@@ -1,23 +1,17 @@
 //! What a vCPU's registers hold before its first instruction: those that don't depend on the kernel that is booted.
 
-use kvm_bindings::{Msrs, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_sregs};
+use kvm_bindings::{Msrs, kvm_lapic_state, kvm_msr_entry};
 use kvm_ioctls::VcpuFd;
 use vmm_sys_util::errno;
 
-/// Where the first vCPU starts.
-pub(super) struct Entry {
-    pub(super) regs: kvm_regs,
-    pub(super) sregs: Box<dyn FnOnce(&mut kvm_sregs) + Send>,
-}
+use crate::boot::{self, BootEntry};
 
-impl Entry {
-    /// Sets the registers.
-    pub(super) fn apply(self, vcpu: &VcpuFd) -> Result<(), errno::Error> {
-        let mut sregs = vcpu.get_sregs()?;
-        (self.sregs)(&mut sregs);
-        vcpu.set_sregs(&sregs)?;
-        vcpu.set_regs(&self.regs)
-    }
+/// Sets the registers of the vCPU that starts first.
+pub(super) fn set_entry(vcpu: &VcpuFd, entry: &BootEntry) -> Result<(), errno::Error> {
+    let (mut sregs, mut regs) = (vcpu.get_sregs()?, vcpu.get_regs()?);
+    boot::apply(entry, &mut sregs, &mut regs);
+    vcpu.set_sregs(&sregs)?;
+    vcpu.set_regs(&regs)
 }
 
 /// IA32_MISC_ENABLE and its bit for fast string operations, which firmware sets (Intel SDM volume 4, table 2-2).

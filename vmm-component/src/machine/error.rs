@@ -6,6 +6,7 @@ use std::time::Duration;
 use sepal_schema::error::{Error, Kind};
 use vmm_sys_util::errno;
 
+use crate::boot::{BootError, BootErrorClass};
 use crate::memory::MemoryError;
 
 /// What [`Machine`](super::Machine)'s methods fail with.
@@ -37,8 +38,8 @@ pub enum MachineError {
     #[error(transparent)]
     Memory(MemoryError),
     /// The kernel, its command line or its initial file system could not be loaded.
-    #[error("kernel: {0}")]
-    KernelLoad(String),
+    #[error(transparent)]
+    Boot(BootError),
     /// A device could not be made.
     #[error("device {device}: {reason}")]
     DeviceInit {
@@ -122,7 +123,10 @@ impl MachineError {
             Self::Memory(_) => Kind::BadConfig,
             Self::Cancelled => Kind::Cancelled,
             Self::Kvm { .. } | Self::MissingCapability(_) => Kind::GuestInitializationFailure,
-            Self::KernelLoad(_) => Kind::KernelLoadFailure,
+            Self::Boot(error) => match error.class() {
+                BootErrorClass::KernelLoad => Kind::KernelLoadFailure,
+                BootErrorClass::BadConfig => Kind::BadConfig,
+            },
             Self::DeviceInit { .. } => Kind::DeviceInitializationFailure,
             Self::DeviceStart { .. } => Kind::DeviceStartFailure,
             Self::DeviceOverlap { .. } => Kind::DeviceMemoryOverlap,
@@ -144,7 +148,9 @@ impl MachineError {
             Self::DeviceInit { device, .. } | Self::DeviceStart { device, .. } | Self::DeviceOverlap { device, .. } => {
                 error.about(device.clone())
             }
-            Self::KernelLoad(_) => error.about("kernel"),
+            Self::Boot(BootError::CommandLine(_)) => error.about("cmdline"),
+            Self::Boot(BootError::Initrd(_)) => error.about("initrd"),
+            Self::Boot(_) => error.about("kernel"),
             Self::VcpuStart { vcpu, .. } | Self::Busy { vcpu } => error.about(format!("vCPU {vcpu}")),
             _ => error,
         }
@@ -156,6 +162,15 @@ impl From<MemoryError> for MachineError {
         match error {
             MemoryError::Cancelled => Self::Cancelled,
             error => Self::Memory(error),
+        }
+    }
+}
+
+impl From<BootError> for MachineError {
+    fn from(error: BootError) -> Self {
+        match error {
+            BootError::Cancelled => Self::Cancelled,
+            error => Self::Boot(error),
         }
     }
 }

@@ -34,7 +34,6 @@ use std::time::{Duration, Instant};
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::Kvm;
 
-use self::boot_state::Entry;
 use self::pause::PauseLedger;
 use self::platform::Platform;
 use self::report::Reporter;
@@ -42,8 +41,9 @@ use self::stats::VcpuCounters;
 use self::threads::VcpuThreads;
 use self::vcpu::mailbox::{MAX_INSPECTORS, Mailbox};
 use self::vcpu::{Seed, Shared};
+use crate::boot::{self, BootEntry, BootRequest};
 use crate::layout;
-use crate::memory::GuestRam;
+use crate::memory::{GuestRam, MemoryMap};
 
 pub use self::config::{EventSink, Hooks, HostKind, MachineConfig, ThreadRole, ThreadSetup};
 pub use self::error::MachineError;
@@ -56,7 +56,7 @@ const DROP_PATIENCE: Duration = Duration::from_secs(2);
 /// A virtual machine; see the module's head.
 pub struct Machine {
     vcpus: u8,
-    entry: Option<Entry>,
+    entry: BootEntry,
     cpuid: Vec<kvm_cpuid_entry2>,
     threads: VcpuThreads,
     platform: Arc<Platform>,
@@ -118,10 +118,19 @@ impl Machine {
         );
         let reporter = Arc::new(Reporter::new(config.generation, Arc::clone(&hooks.events)));
         let platform = Arc::new(Platform::new());
+        let request = BootRequest {
+            kernel: &config.kernel,
+            initrd: config.initrd.as_ref(),
+            cmdline: &config.cmdline,
+            rsdp: layout::ACPI,
+            protocol: None,
+            cancel,
+        };
+        let entry = boot::load(ram.memory(), &MemoryMap::new(ram.ranges()), &request)?;
         go_on()?;
         Ok(Self {
             vcpus: config.vcpus,
-            entry: None,
+            entry,
             cpuid,
             threads: VcpuThreads::new(),
             platform: Arc::clone(&platform),
@@ -165,7 +174,7 @@ impl Machine {
             self.threads.spawn(Seed {
                 index,
                 cpuid,
-                entry: self.entry.take_if(|_| index == 0),
+                entry: (index == 0).then_some(self.entry),
                 mailbox: Arc::new(Mailbox::new().map_err(|e| failed(format!("make its mailbox: {e}")))?),
                 counters: Arc::new(VcpuCounters::default()),
                 shared: Arc::clone(&self.shared),

@@ -20,12 +20,13 @@ use self::mailbox::{Mailbox, Orders};
 use self::phase::Phase;
 use self::run_page::{Exit, PortAccess, RunMapping, RunPage};
 use super::assist::{Assist, AssistOutcome, MsrOutcome};
-use super::boot_state::{self, Entry};
+use super::boot_state;
 use super::config::{Hooks, ThreadRole};
 use super::event::{Happening, ResetCause};
 use super::pause::PauseLedger;
 use super::report::Reporter;
 use super::stats::{ExitReason, VcpuCounters};
+use crate::boot::BootEntry;
 use crate::memory::GuestRam;
 
 /// Where a vCPU's accesses go. Must not block.
@@ -59,7 +60,7 @@ pub(super) struct Seed {
     pub(super) index: u8,
     pub(super) cpuid: CpuId,
     /// Where the first instruction is; `None` waits for another vCPU's start-up message.
-    pub(super) entry: Option<Entry>,
+    pub(super) entry: Option<BootEntry>,
     pub(super) mailbox: Arc<Mailbox>,
     pub(super) counters: Arc<VcpuCounters>,
     pub(super) shared: Arc<Shared>,
@@ -121,8 +122,8 @@ impl Vcpu {
         let mut lapic = fd.get_lapic().map_err(kvm("read its local APIC"))?;
         boot_state::connect_local_pins(&mut lapic);
         fd.set_lapic(&lapic).map_err(kvm("set its local APIC"))?;
-        if let Some(entry) = seed.entry {
-            entry.apply(&fd).map_err(kvm("set its registers"))?;
+        if let Some(entry) = &seed.entry {
+            boot_state::set_entry(&fd, entry).map_err(kvm("set its registers"))?;
         }
         let mut events = EventManager::new_with_capacity(2).map_err(|e| format!("make its event manager: {e}"))?;
         let bell = events.add_subscriber(Bell {

@@ -1,0 +1,158 @@
+//! A machine with a guest in it, its events and the host's end of its serial port.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
+
+use kvm_ioctls::Kvm;
+use sepal_vmm_component::machine::{
+    Happening, Hooks, HostKind, Machine, MachineConfig, MachineError, MachineEvent, Stopped, ThreadRole,
+};
+use sepal_vmm_component::memory::{MIB, MemoryConfig};
+
+use crate::guests;
+
+/// Far more than anything here takes; a test that gets there has failed.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Generation of the machines here.
+pub const GENERATION: u64 = 7;
+
+/// KVM, or `None` with a word about it.
+pub fn kvm() -> Option<Kvm> {
+    if Path::new("/dev/kvm").exists() {
+        return Some(Kvm::new().expect("/dev/kvm opens"));
+    }
+    println!("skipped: no /dev/kvm");
+    None
+}
+
+/// How this host runs guests.
+pub fn host() -> HostKind {
+    if Path::new("/sys/module/kvm_pvm").exists() {
+        HostKind::Unassisted
+    } else {
+        HostKind::Hardware
+    }
+}
+
+/// A file without a name that holds `bytes`.
+pub fn file(bytes: &[u8]) -> File {
+    let mut file = tempfile::tempfile().expect("a temporary file");
+    file.write_all(bytes).expect("its contents");
+    file
+}
+
+/// A configuration with 16 MiB and `vcpus` vCPUs that runs `code`.
+pub fn config(code: &[u8], vcpus: u8, serial: Option<OwnedFd>) -> MachineConfig {
+    MachineConfig {
+        generation: GENERATION,
+        memory: MemoryConfig {
+            size_bytes: 16 * MIB,
+            custom: Vec::new(),
+            huge_pages: false,
+        },
+        vcpus,
+        kernel: file(&guests::elf(code)),
+        initrd: None,
+        cmdline: String::new(),
+        serial,
+        host: host(),
+    }
+}
+
+/// Hooks that confine nothing, and where the events come out.
+pub fn hooks() -> (Hooks, Receiver<MachineEvent>) {
+    hooks_with(|_| Ok(()))
+}
+
+/// Hooks with a thread set-up of the test's.
+pub fn hooks_with(
+    setup: impl Fn(ThreadRole) -> std::io::Result<()> + Send + Sync + 'static,
+) -> (Hooks, Receiver<MachineEvent>) {
+    let (sender, receiver) = channel();
+    let hooks = Hooks {
+        thread_setup: Arc::new(setup),
+        events: Arc::new(move |event| {
+            // A test that is over wants no more news.
+            let _ = sender.send(event);
+        }),
+    };
+    (hooks, receiver)
+}
+
+/// A machine, not yet started, and what belongs to it.
+pub struct Rig {
+    pub machine: Machine,
+    pub events: Receiver<MachineEvent>,
+    pub serial: UnixStream,
+}
+
+impl Rig {
+    /// Makes a machine of what `adjust` makes of the usual configuration.
+    pub fn make(
+        kvm: &Kvm,
+        code: &[u8],
+        vcpus: u8,
+        adjust: impl FnOnce(&mut MachineConfig),
+    ) -> Result<Self, MachineError> {
+        let (serial, guest_end) = UnixStream::pair().expect("a socket pair");
+        serial.set_read_timeout(Some(PATIENCE)).expect("a read timeout");
+        let mut config = config(code, vcpus, Some(guest_end.into()));
+        adjust(&mut config);
+        let (hooks, events) = hooks();
+        let machine = Machine::create(kvm, config, hooks, &AtomicBool::new(false))?;
+        Ok(Self {
+            machine,
+            events,
+            serial,
+        })
+    }
+
+    /// Makes a machine and starts it.
+    pub fn start(kvm: &Kvm, code: &[u8], vcpus: u8) -> Self {
+        let mut rig = Self::make(kvm, code, vcpus, |_| {}).expect("the machine is made");
+        rig.machine.start().expect("the machine starts");
+        rig
+    }
+
+    /// The next event.
+    pub fn next(&self) -> Happening {
+        let event = self.events.recv_timeout(PATIENCE).expect("an event");
+        assert_eq!(event.generation, GENERATION);
+        event.what
+    }
+
+    /// Waits for the guest's end, tears the machine down and returns how it ended with all of its serial output.
+    pub fn finish(self) -> (Happening, Vec<u8>) {
+        let ending = loop {
+            let what = self.next();
+            if what.ends() {
+                break what;
+            }
+        };
+        (ending, self.stop().1)
+    }
+
+    /// Ends the machine; all of its serial output comes with it.
+    pub fn stop(mut self) -> (Stopped, Vec<u8>) {
+        let stopped = self.machine.join(PATIENCE);
+        assert_eq!(stopped.stuck, Vec::<String>::new());
+        let mut output = Vec::new();
+        self.serial.read_to_end(&mut output).expect("the serial port's output");
+        (stopped, output)
+    }
+
+    /// Waits until the guest has written `byte`.
+    pub fn await_byte(&mut self, byte: u8) {
+        let mut seen = [0];
+        self.serial.read_exact(&mut seen).expect("a byte of serial output");
+        assert_eq!(seen[0], byte);
+    }
+}
