@@ -98,8 +98,11 @@ pub trait DispatchDevice: Send {
     fn quarantine(&mut self) {}
 }
 
-/// The descriptors that a device's loop watches.
-pub struct Watches<'a, 'b>(&'a mut EventOps<'b>);
+/// What a device's handlers get of their loop: the descriptors that it watches, and the way to report.
+pub struct Watches<'a, 'b> {
+    ops: &'a mut EventOps<'b>,
+    identity: &'a Identity,
+}
 
 impl Watches<'_, '_> {
     /// Starts to watch `fd` (level-triggered unless `events` says otherwise); `token` comes back with its events.
@@ -108,7 +111,7 @@ impl Watches<'_, '_> {
     ///
     /// The descriptor is watched already, or cannot be watched (a regular file).
     pub fn add(&mut self, fd: &impl AsRawFd, token: u32, events: EventSet) -> Result<(), DeviceError> {
-        Ok(self.0.add(Events::with_data_raw(fd.as_raw_fd(), token, events))?)
+        Ok(self.ops.add(Events::with_data_raw(fd.as_raw_fd(), token, events))?)
     }
 
     /// Changes the events watched on `fd`.
@@ -117,7 +120,7 @@ impl Watches<'_, '_> {
     ///
     /// The descriptor is not watched.
     pub fn modify(&mut self, fd: &impl AsRawFd, token: u32, events: EventSet) -> Result<(), DeviceError> {
-        Ok(self.0.modify(Events::with_data_raw(fd.as_raw_fd(), token, events))?)
+        Ok(self.ops.modify(Events::with_data_raw(fd.as_raw_fd(), token, events))?)
     }
 
     /// Ends watching `fd`. Must come before the descriptor is closed: its number may be given to another file at once.
@@ -126,7 +129,17 @@ impl Watches<'_, '_> {
     ///
     /// The descriptor is not watched.
     pub fn remove(&mut self, fd: &impl AsRawFd) -> Result<(), DeviceError> {
-        Ok(self.0.remove(Events::empty_raw(fd.as_raw_fd()))?)
+        Ok(self.ops.remove(Events::empty_raw(fd.as_raw_fd()))?)
+    }
+
+    /// The device's name, as given to [`DispatchLoop::spawn`].
+    pub fn device(&self) -> &str {
+        &self.identity.name
+    }
+
+    /// Tells the device's owner. A failure needs no report of its own: the handler's error is reported.
+    pub fn report(&self, event: DeviceEvent) {
+        self.identity.reporter.report(event);
     }
 }
 
@@ -187,6 +200,12 @@ pub enum StopError {
     },
 }
 
+/// Who a loop is, and whom it tells.
+struct Identity {
+    name: String,
+    reporter: Arc<dyn DeviceReporter>,
+}
+
 /// How a loop's thread is asked to end.
 struct StopRequest {
     fd: EventFd,
@@ -224,12 +243,13 @@ impl DispatchLoop {
         let resources = |reason: String| StartError::Resources { device: name.clone(), reason };
         let fd = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(|e| resources(e.to_string()))?;
         let stop = Arc::new(StopRequest { fd, deadline: Mutex::new(None) });
-        let subscriber = Subscriber { device, stop: Arc::clone(&stop), state: State::Running };
+        let identity = Arc::new(Identity { name: name.clone(), reporter });
+        let subscriber = Subscriber { device, identity: Arc::clone(&identity), stop: Arc::clone(&stop), state: State::Running };
         let manager = EventManager::new_with_capacity(EVENTS_PER_WAIT).map_err(|e| resources(e.to_string()))?;
 
         let (outcome_sender, outcome) = sync_channel(1);
         let (started_sender, started) = sync_channel(1);
-        let body = Body { name: name.clone(), manager, reporter };
+        let body = Body { identity, manager };
         let thread = std::thread::Builder::new()
             .name(name.clone())
             .spawn(move || body.run(setup, subscriber, started_sender, outcome_sender))
@@ -300,9 +320,8 @@ impl Drop for DispatchLoop {
 
 /// What a loop's thread owns.
 struct Body<D: DispatchDevice> {
-    name: String,
+    identity: Arc<Identity>,
     manager: EventManager<Subscriber<D>>,
-    reporter: Arc<dyn DeviceReporter>,
 }
 
 impl<D: DispatchDevice> Body<D> {
@@ -313,7 +332,7 @@ impl<D: DispatchDevice> Body<D> {
         started: SyncSender<Result<(), StartError>>,
         outcome: SyncSender<Result<(), String>>,
     ) {
-        let device = || self.name.clone();
+        let device = || self.identity.name.clone();
         let id = match catch_unwind(AssertUnwindSafe(|| {
             setup().map_err(|e| StartError::Setup { device: device(), reason: e.to_string() })?;
             start(&mut self.manager, subscriber).map_err(|e| StartError::Device { device: device(), reason: e.to_string() })
@@ -333,8 +352,9 @@ impl<D: DispatchDevice> Body<D> {
             result = result.and_then(|()| Err(panic_message(&*panic)));
         }
         if let Err(reason) = &result {
-            tracing::error!(device = self.name, reason, "device failed and is quarantined");
-            self.reporter.report(DeviceEvent::Failed { device: self.name, reason: reason.clone() });
+            let Identity { name, reporter } = &*self.identity;
+            tracing::error!(device = name, reason, "device failed and is quarantined");
+            reporter.report(DeviceEvent::Failed { device: name.clone(), reason: reason.clone() });
         }
         send(&outcome, result);
     }
@@ -394,15 +414,24 @@ enum State {
 /// The device as the event manager knows it.
 struct Subscriber<D> {
     device: D,
+    identity: Arc<Identity>,
     stop: Arc<StopRequest>,
     state: State,
+}
+
+impl<D: DispatchDevice> Subscriber<D> {
+    /// The device, with what its handlers get.
+    fn parts<'a, 'b>(&'a mut self, ops: &'a mut EventOps<'b>) -> (&'a mut D, Watches<'a, 'b>) {
+        (&mut self.device, Watches { ops, identity: &self.identity })
+    }
 }
 
 impl<D: DispatchDevice> MutEventSubscriber for Subscriber<D> {
     fn init(&mut self, ops: &mut EventOps<'_>) {
         // Runs inside `start`, which catches a panic and reads the state.
         let watched = ops.add(Events::new_raw(self.stop.fd.as_raw_fd(), EventSet::IN)).map_err(DeviceError::from);
-        if let Err(error) = watched.and_then(|()| self.device.start(&mut Watches(ops))) {
+        let (device, mut watches) = self.parts(ops);
+        if let Err(error) = watched.and_then(|()| device.start(&mut watches)) {
             self.state = State::Failed(error.to_string());
         }
     }
@@ -416,7 +445,8 @@ impl<D: DispatchDevice> MutEventSubscriber for Subscriber<D> {
             return;
         }
         let (token, set) = (events.data(), events.event_set());
-        let handled = catch_unwind(AssertUnwindSafe(|| self.device.ready(token, set, &mut Watches(ops))));
+        let (device, mut watches) = self.parts(ops);
+        let handled = catch_unwind(AssertUnwindSafe(|| device.ready(token, set, &mut watches)));
         match handled {
             Ok(Ok(())) => {}
             Ok(Err(error)) => self.state = State::Failed(error.to_string()),
@@ -440,5 +470,7 @@ pub(crate) fn panic_message(panic: &(dyn Any + Send)) -> String {
     message[..message.floor_char_boundary(REASON_MAX)].to_owned()
 }
 
+#[cfg(test)]
+pub(crate) mod stepper;
 #[cfg(test)]
 mod tests;

@@ -18,3 +18,6 @@
 //! - PM timer and PM1 registers: hardware-reduced ACPI has none.
 
 pub mod ioapic;
+pub mod serial;
+
+mod uart;
