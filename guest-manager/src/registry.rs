@@ -39,6 +39,8 @@ use crate::{
 pub const MAX_GUESTS: usize = 256;
 /// Most guests that have ended and are remembered.
 pub const MAX_REMEMBERED: usize = 64;
+/// Most devices that broke that are remembered for a guest.
+const MAX_FAILURES: usize = 8;
 
 /// Who took a name, which decides what becomes of it after the end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -131,6 +133,7 @@ struct Entry {
     ended_as: u64,
     component_pid: u32,
     layers: Vec<LayerInfo>,
+    failures: Vec<(String, String)>,
 }
 
 impl Entry {
@@ -239,6 +242,7 @@ impl Registry {
             ended_as: 0,
             component_pid: 0,
             layers: Vec::new(),
+            failures: Vec::new(),
         };
         self.entries.insert(id, entry);
         self.log.append(now.unix_ns, id, &name, generation, EventKind::Defined);
@@ -268,6 +272,7 @@ impl Registry {
         entry.paused = false;
         entry.descriptor = Some(descriptor);
         entry.stop = None;
+        entry.failures.clear();
         let generation = entry.generation;
         self.tell(id, now, EventKind::Starting);
         Ok(Creation { generation, replaced })
@@ -345,9 +350,18 @@ impl Registry {
 
     /// A device of the guest was quarantined.
     pub fn device_failed(&mut self, id: GuestId, generation: u64, device: String, reason: String, now: Moment) {
-        if self.live(id, generation).is_some() {
-            self.tell(id, now, EventKind::DeviceFailed { device, reason });
+        let Some(entry) = self.live(id, generation) else {
+            return;
+        };
+        if entry.failures.len() < MAX_FAILURES {
+            entry.failures.push((device.clone(), reason.clone()));
         }
+        self.tell(id, now, EventKind::DeviceFailed { device, reason });
+    }
+
+    /// The devices that broke in the guest's last generation, each with its reason; the first of them.
+    pub fn failures(&self, id: GuestId) -> &[(String, String)] {
+        self.entries.get(&id).map_or(&[], |entry| &entry.failures)
     }
 
     /// The generation ended. The uptime is the one given, or (for 0) measured here. Returns the report, or none if it had ended before.

@@ -1,0 +1,362 @@
+//! The manager's socket: where it is, who may reach it, and that only one manager has it.
+//!
+//! ```text
+//!   lock file beside it, flock'ed -- taken: another manager runs (its pid is in the file)
+//!     | ours
+//!   socket file there? -- connect() answered: somebody listens without the lock: leave it alone
+//!     | nobody listens: what a killed manager left; removed
+//!   bind, mode 0600, listen
+//! ```
+//!
+//! The lock goes with the process, however it ends. Both files are removed while the lock is held, so nobody's are removed by mistake.
+
+use std::{
+    fmt, fs,
+    io::{self, Read, Seek, Write},
+    os::{
+        fd::OwnedFd,
+        unix::{
+            fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt},
+            net::{UnixListener, UnixStream},
+        },
+    },
+    path::{Path, PathBuf},
+};
+
+use rustix::{
+    fs::{FlockOperation, Mode, OFlags},
+    net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType},
+};
+
+/// Connections that may wait to be accepted.
+const BACKLOG: i32 = 128;
+
+/// Why the manager cannot listen.
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    /// Another manager has the socket.
+    #[error("a guest manager is already running at {} ({owner})", .path.display())]
+    AlreadyRunning {
+        /// The socket.
+        path: PathBuf,
+        /// Which process it is, as far as can be told.
+        owner: String,
+    },
+    /// Something else than a socket is there.
+    #[error("{} exists and is not a socket; move it away, or choose another path with --socket", .0.display())]
+    NotASocket(PathBuf),
+    /// The folder for sockets belongs to somebody else, or others may write to it.
+    #[error("the folder {} cannot be trusted: {reason}", .path.display())]
+    UnsafeFolder {
+        /// The folder.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A step failed.
+    #[error("{doing} {}: {error}", .path.display())]
+    Io {
+        /// What was being done.
+        doing: &'static str,
+        /// To which file.
+        path: PathBuf,
+        /// How it failed.
+        error: io::Error,
+    },
+}
+
+/// Where the manager's socket is unless it is told otherwise.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DefaultSocket {
+    /// Its folder, made on demand and reserved for its owner.
+    pub folder: PathBuf,
+}
+
+impl DefaultSocket {
+    /// In the user's runtime folder, if there is one; else in the system's for root, and in a folder of the user's own below `/tmp` for others.
+    pub fn new(runtime_dir: Option<&Path>, uid: u32) -> Self {
+        let folder = match runtime_dir {
+            Some(runtime) if runtime.is_absolute() => runtime.join("sepal"),
+            _ if uid == 0 => PathBuf::from("/run/sepal"),
+            _ => PathBuf::from(format!("/tmp/sepal-{uid}")),
+        };
+        Self { folder }
+    }
+
+    /// The socket.
+    pub fn path(&self) -> PathBuf {
+        self.folder.join("manager.sock")
+    }
+
+    /// Makes the folder, or checks that it is ours alone.
+    ///
+    /// # Errors
+    /// [`ListenError::UnsafeFolder`], or what the file system says.
+    pub fn make_folder(&self, uid: u32) -> Result<(), ListenError> {
+        let path = &self.folder;
+        match fs::DirBuilder::new().mode(0o700).create(path) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(io_error("cannot make", path)(error)),
+        }
+        let metadata = fs::symlink_metadata(path).map_err(io_error("cannot look at", path))?;
+        let reason = if !metadata.is_dir() {
+            "it is not a folder".to_owned()
+        } else if metadata.uid() != uid {
+            format!("it belongs to the user {} and not to {uid}", metadata.uid())
+        } else if metadata.mode() & 0o077 != 0 {
+            format!(
+                "others may reach it (mode {:o}, 700 is needed)",
+                metadata.mode() & 0o7777
+            )
+        } else {
+            return Ok(());
+        };
+        Err(ListenError::UnsafeFolder {
+            path: path.clone(),
+            reason,
+        })
+    }
+}
+
+/// A socket that this manager alone listens on. Removed when dropped.
+pub struct Listening {
+    socket: UnixListener,
+    path: PathBuf,
+    lock: Lock,
+}
+
+impl fmt::Debug for Listening {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Listening")
+            .field("path", &self.path)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Listening {
+    /// Listens at `path`.
+    ///
+    /// # Errors
+    /// [`ListenError`].
+    pub fn new(path: &Path) -> Result<Self, ListenError> {
+        let lock = Lock::take(path)?;
+        match fs::symlink_metadata(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(io_error("cannot look at", path)(error)),
+            Ok(metadata) if !metadata.file_type().is_socket() => return Err(ListenError::NotASocket(path.to_owned())),
+            Ok(_) => {
+                if UnixStream::connect(path).is_ok() {
+                    let owner = "somebody listens there".to_owned();
+                    return Err(ListenError::AlreadyRunning {
+                        path: path.to_owned(),
+                        owner,
+                    });
+                }
+                fs::remove_file(path).map_err(io_error("cannot remove the stale socket", path))?;
+            }
+        }
+        let socket = bind(path).map_err(io_error("cannot listen at", path))?;
+        Ok(Self {
+            socket,
+            path: path.to_owned(),
+            lock,
+        })
+    }
+
+    /// The listening socket.
+    pub fn socket(&self) -> &UnixListener {
+        &self.socket
+    }
+
+    /// Files that a killed manager leaves.
+    pub fn files(&self) -> [&Path; 2] {
+        [&self.path, &self.lock.path]
+    }
+}
+
+impl Drop for Listening {
+    fn drop(&mut self) {
+        // Nothing can be done about a failure; the next start removes what is left.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+fn bind(path: &Path) -> io::Result<UnixListener> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket: OwnedFd = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
+    // Before anyone can connect: until listen() everybody is refused.
+    rustix::fs::chmod(path, Mode::RUSR | Mode::WUSR)?;
+    rustix::net::listen(&socket, BACKLOG)?;
+    Ok(socket.into())
+}
+
+/// The lock beside the socket.
+struct Lock {
+    path: PathBuf,
+    _file: fs::File,
+}
+
+impl Lock {
+    fn take(socket: &Path) -> Result<Self, ListenError> {
+        let mut path = socket.as_os_str().to_owned();
+        path.push(".lock");
+        let path = PathBuf::from(path);
+        loop {
+            let nofollow = OFlags::NOFOLLOW.bits().cast_signed();
+            let mut options = fs::OpenOptions::new();
+            options
+                .read(true)
+                .write(true)
+                .create(true)
+                .mode(0o600)
+                .custom_flags(nofollow);
+            let mut file = options
+                .open(&path)
+                .map_err(io_error("cannot open the lock file", &path))?;
+            match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => {}
+                Err(rustix::io::Errno::WOULDBLOCK) => {
+                    let mut pid = String::new();
+                    let _ = (&mut file).take(16).read_to_string(&mut pid);
+                    let owner = match pid.trim().parse::<u32>() {
+                        Ok(pid) => format!("process {pid}"),
+                        Err(_) => "process unknown".to_owned(),
+                    };
+                    return Err(ListenError::AlreadyRunning {
+                        path: socket.to_owned(),
+                        owner,
+                    });
+                }
+                Err(error) => return Err(io_error("cannot lock", &path)(error.into())),
+            }
+            // The holder before us removes the file while it holds the lock: what we have locked must still be what is there.
+            let ours = file.metadata().map_err(io_error("cannot look at", &path))?;
+            let there = fs::symlink_metadata(&path).ok();
+            if there.is_none_or(|there| (there.dev(), there.ino()) != (ours.dev(), ours.ino())) {
+                continue;
+            }
+            let write = |file: &mut fs::File| {
+                file.set_len(0)?;
+                file.rewind()?;
+                writeln!(file, "{}", std::process::id())
+            };
+            write(&mut file).map_err(io_error("cannot write to", &path))?;
+            return Ok(Self { path, _file: file });
+        }
+    }
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+fn io_error(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> ListenError {
+    let path = path.to_owned();
+    move |error| ListenError::Io { doing, path, error }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    fn folder() -> tempfile::TempDir {
+        tempfile::tempdir().unwrap()
+    }
+
+    #[test]
+    fn the_default_is_where_the_user_may_write() {
+        let path = |runtime: Option<&str>, uid| DefaultSocket::new(runtime.map(Path::new), uid).path();
+        assert_eq!(
+            path(Some("/run/user/7"), 7),
+            Path::new("/run/user/7/sepal/manager.sock")
+        );
+        assert_eq!(
+            path(Some("/run/user/0"), 0),
+            Path::new("/run/user/0/sepal/manager.sock")
+        );
+        assert_eq!(path(None, 0), Path::new("/run/sepal/manager.sock"));
+        assert_eq!(path(Some("relative"), 7), Path::new("/tmp/sepal-7/manager.sock"));
+    }
+
+    #[test]
+    fn a_folder_that_others_may_reach_is_refused() {
+        let outer = folder();
+        let uid = rustix::process::getuid().as_raw();
+        let socket = DefaultSocket::new(Some(outer.path()), uid);
+        socket.make_folder(uid).unwrap();
+        assert_eq!(fs::metadata(&socket.folder).unwrap().mode() & 0o777, 0o700);
+        socket.make_folder(uid).unwrap();
+        assert!(matches!(
+            socket.make_folder(uid + 1),
+            Err(ListenError::UnsafeFolder { .. })
+        ));
+        fs::set_permissions(&socket.folder, fs::Permissions::from_mode(0o770)).unwrap();
+        let error = socket.make_folder(uid).unwrap_err().to_string();
+        assert!(error.contains("mode 770"), "{error}");
+        fs::remove_dir(&socket.folder).unwrap();
+        std::os::unix::fs::symlink("/tmp", &socket.folder).unwrap();
+        assert!(matches!(socket.make_folder(uid), Err(ListenError::UnsafeFolder { .. })));
+    }
+
+    #[test]
+    fn only_its_owner_may_connect_and_nothing_is_left_behind() {
+        let folder = folder();
+        let path = folder.path().join("m.sock");
+        let listening = Listening::new(&path).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+        UnixStream::connect(&path).unwrap();
+        drop(listening);
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_second_manager_is_told_which_process_is_the_first() {
+        let folder = folder();
+        let path = folder.path().join("m.sock");
+        let first = Listening::new(&path).unwrap();
+        let error = Listening::new(&path).unwrap_err().to_string();
+        assert!(error.contains(&format!("process {}", std::process::id())), "{error}");
+        UnixStream::connect(&path).unwrap();
+        drop(first);
+        Listening::new(&path).unwrap();
+    }
+
+    #[test]
+    fn what_a_killed_manager_left_is_replaced() {
+        let folder = folder();
+        let path = folder.path().join("m.sock");
+        // Dropping a listener of the standard library leaves its file.
+        drop(UnixListener::bind(&path).unwrap());
+        fs::write(folder.path().join("m.sock.lock"), "999999\n").unwrap();
+        let listening = Listening::new(&path).unwrap();
+        UnixStream::connect(&path).unwrap();
+        drop(listening);
+    }
+
+    #[test]
+    fn a_listener_without_the_lock_and_other_files_are_left_alone() {
+        let folder = folder();
+        let path = folder.path().join("m.sock");
+        let other = UnixListener::bind(&path).unwrap();
+        assert!(matches!(Listening::new(&path), Err(ListenError::AlreadyRunning { .. })));
+        UnixStream::connect(&path).unwrap();
+        drop(other);
+        fs::remove_file(&path).unwrap();
+        fs::write(&path, "precious").unwrap();
+        assert!(matches!(Listening::new(&path), Err(ListenError::NotASocket(_))));
+        assert_eq!(fs::read(&path).unwrap(), b"precious");
+    }
+
+    #[test]
+    fn a_path_that_is_too_long_is_an_error() {
+        let folder = folder();
+        let path = folder.path().join("x".repeat(120));
+        assert!(matches!(Listening::new(&path), Err(ListenError::Io { .. })));
+    }
+}
