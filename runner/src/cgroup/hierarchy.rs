@@ -1,0 +1,255 @@
+//! Where this host's cgroup hierarchies are mounted, which controllers each offers, and where in them to make groups.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// A controller that limits are made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Controller {
+    /// Memory use.
+    Memory,
+    /// Number of processes and threads.
+    Pids,
+    /// Processor time.
+    Cpu,
+}
+
+impl Controller {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Memory, Self::Pids, Self::Cpu];
+
+    /// The kernel's name for it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Memory => "memory",
+            Self::Pids => "pids",
+            Self::Cpu => "cpu",
+        }
+    }
+}
+
+/// The directory at the top of a hierarchy in which root's starters make theirs.
+pub(super) const ROOT_PARENT: &str = "sepal";
+
+/// The mounted hierarchies, and this process's place in them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Hierarchies {
+    v2: Option<Mounted>,
+    v1: Vec<(Controller, Mounted)>,
+    /// Controllers that the v2 tree offers.
+    v2_controllers: Vec<Controller>,
+    root: bool,
+}
+
+/// One mounted hierarchy.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Mounted {
+    mount: PathBuf,
+    /// This process's group, relative to the mount; empty for the topmost one.
+    own: PathBuf,
+}
+
+/// Where one controller's groups are made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Place {
+    pub(super) controller: Controller,
+    pub(super) v2: bool,
+    pub(super) parent: PathBuf,
+    /// The directories above `parent`, topmost first, whose `cgroup.subtree_control` has to let the controller through.
+    pub(super) levels: Vec<PathBuf>,
+}
+
+impl Hierarchies {
+    /// Reads `/proc/self/mountinfo` and `/proc/self/cgroup`.
+    ///
+    /// # Errors
+    ///
+    /// If those cannot be read.
+    pub fn discover() -> io::Result<Self> {
+        let root = rustix::process::geteuid().is_root();
+        let mut found = Self::parse(
+            &fs::read_to_string("/proc/self/mountinfo")?,
+            &fs::read_to_string("/proc/self/cgroup")?,
+            root,
+        );
+        if let Some(v2) = &found.v2 {
+            // Below the topmost group this file lists what may be passed on; at the top it lists what the tree has.
+            let offered = if root { v2.mount.clone() } else { v2.mount.join(&v2.own) };
+            let offered = fs::read_to_string(offered.join("cgroup.controllers")).unwrap_or_default();
+            found.v2_controllers = Controller::ALL
+                .into_iter()
+                .filter(|c| offered.split_whitespace().any(|name| name == c.name()))
+                .collect();
+        }
+        Ok(found)
+    }
+
+    /// The pure part of [`Hierarchies::discover`]; the controllers of the v2 tree are not among its inputs.
+    fn parse(mountinfo: &str, own_groups: &str, root: bool) -> Self {
+        let own = |wanted: Option<Controller>| {
+            own_groups
+                .lines()
+                .find_map(|line| {
+                    let mut fields = line.splitn(3, ':');
+                    let (id, controllers, path) = (fields.next()?, fields.next()?, fields.next()?);
+                    let matches = match wanted {
+                        None => id == "0" && controllers.is_empty(),
+                        Some(controller) => controllers.split(',').any(|name| name == controller.name()),
+                    };
+                    matches.then(|| PathBuf::from(path.trim_start_matches('/')))
+                })
+                .unwrap_or_default()
+        };
+        let mut found = Self {
+            root,
+            ..Self::default()
+        };
+        for line in mountinfo.lines() {
+            // proc_pid_mountinfo(5): id, parent, device, root, mount point, options, optional fields, "-", type, source,
+            // superblock options.
+            let Some((mount, filesystem)) = line.split_once(" - ") else {
+                continue;
+            };
+            let (Some(mount), mut filesystem) = (mount.split(' ').nth(4), filesystem.split(' ')) else {
+                continue;
+            };
+            let mount = PathBuf::from(mount);
+            match (filesystem.next(), filesystem.nth(1)) {
+                (Some("cgroup2"), _) if found.v2.is_none() => found.v2 = Some(Mounted { mount, own: own(None) }),
+                (Some("cgroup"), Some(options)) => {
+                    for controller in Controller::ALL {
+                        let offers = options.split(',').any(|name| name == controller.name());
+                        if offers && !found.v1.iter().any(|(known, _)| *known == controller) {
+                            found.v1.push((
+                                controller,
+                                Mounted {
+                                    mount: mount.clone(),
+                                    own: own(Some(controller)),
+                                },
+                            ));
+                        }
+                    }
+                }
+                _ => {}
+            }
+        }
+        found
+    }
+
+    /// True if a v2 tree is mounted.
+    #[must_use]
+    pub fn has_v2(&self) -> bool {
+        self.v2.is_some()
+    }
+
+    /// How a controller is offered: 2, 1, or not at all.
+    #[must_use]
+    pub fn version_of(&self, controller: Controller) -> Option<u8> {
+        if self.v2_controllers.contains(&controller) {
+            Some(2)
+        } else {
+            self.v1.iter().any(|(known, _)| *known == controller).then_some(1)
+        }
+    }
+
+    /// True if this process may make groups for every controller that is offered.
+    pub(crate) fn writable(&self) -> bool {
+        Controller::ALL
+            .into_iter()
+            .filter_map(|controller| self.place(controller))
+            .all(|place| {
+                // Root's parent may not exist yet; what counts then is the directory it would be made in.
+                let existing = place.parent.ancestors().find(|directory| directory.exists());
+                existing.is_some_and(crate::host::may_write)
+            })
+    }
+
+    pub(super) fn place(&self, controller: Controller) -> Option<Place> {
+        let v2 = self.v2_controllers.contains(&controller);
+        let mounted = if v2 {
+            self.v2.as_ref()?
+        } else {
+            self.v1
+                .iter()
+                .find_map(|(known, mounted)| (*known == controller).then_some(mounted))?
+        };
+        // Root passes controllers on from the top; a user from the group that was delegated, its own.
+        let levels = if v2 && self.root {
+            vec![mounted.mount.clone()]
+        } else {
+            Vec::new()
+        };
+        Some(Place {
+            controller,
+            v2,
+            parent: self.parent_in(mounted),
+            levels,
+        })
+    }
+
+    /// Every directory in which starters of this kind make theirs.
+    pub(super) fn parents(&self) -> Vec<PathBuf> {
+        let mut parents: Vec<PathBuf> = self
+            .v2
+            .iter()
+            .chain(self.v1.iter().map(|(_, mounted)| mounted))
+            .map(|m| self.parent_in(m))
+            .collect();
+        parents.dedup();
+        parents
+    }
+
+    fn parent_in(&self, mounted: &Mounted) -> PathBuf {
+        let below: &Path = if self.root {
+            Path::new(ROOT_PARENT)
+        } else {
+            &mounted.own
+        };
+        mounted.mount.join(below)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HYBRID: &str = "\
+24 1 254:0 / / rw,relatime - ext4 /dev/vda rw
+30 24 0:26 / /sys/fs/cgroup rw - tmpfs tmpfs rw,mode=755
+31 30 0:27 / /sys/fs/cgroup/cpu rw shared:9 - cgroup cgroup rw,cpu,cpuacct
+32 30 0:28 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory
+33 30 0:29 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw
+broken line
+";
+    const OWN: &str = "4:memory:/a/b\n1:cpu,cpuacct:/\n0::/user.slice/x\n";
+
+    #[test]
+    fn a_hybrid_host_gives_v1_controllers() {
+        let found = Hierarchies::parse(HYBRID, OWN, false);
+        assert!(found.has_v2());
+        assert_eq!(found.version_of(Controller::Memory), Some(1));
+        assert_eq!(found.version_of(Controller::Pids), None);
+        let place = found.place(Controller::Memory).unwrap();
+        assert_eq!(
+            (place.v2, place.parent),
+            (false, PathBuf::from("/sys/fs/cgroup/memory/a/b"))
+        );
+        let root = Hierarchies::parse(HYBRID, OWN, true);
+        assert_eq!(
+            root.place(Controller::Cpu).unwrap().parent,
+            PathBuf::from("/sys/fs/cgroup/cpu/sepal")
+        );
+    }
+
+    #[test]
+    fn a_v2_tree_is_preferred_and_passed_through_from_the_top() {
+        let mut found = Hierarchies::parse(HYBRID, OWN, true);
+        found.v2_controllers = vec![Controller::Memory];
+        let place = found.place(Controller::Memory).unwrap();
+        assert!(place.v2);
+        assert_eq!(place.parent, PathBuf::from("/sys/fs/cgroup/unified/sepal"));
+        assert_eq!(place.levels, vec![PathBuf::from("/sys/fs/cgroup/unified")]);
+    }
+}

@@ -1,0 +1,195 @@
+//! What this host offers for a jail and for guests, with words on how to get what is missing.
+
+use std::fs;
+use std::io;
+
+use rustix::fs::{Access, Mode, OFlags};
+use serde::{Deserialize, Serialize};
+
+use crate::cgroup::{Controller, Hierarchies};
+use crate::layer::Layer;
+use crate::outer;
+
+/// One thing that a host can offer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Finding {
+    /// What it is about.
+    pub subject: Subject,
+    /// True if it is there and this process may use it.
+    pub available: bool,
+    /// What was found, for a person.
+    pub detail: String,
+    /// How to get it, if it is missing.
+    pub remedy: Option<String>,
+}
+
+/// What a [`Finding`] is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Subject {
+    /// A layer of the jail.
+    Layer(Layer),
+    /// Access to `/dev/kvm`.
+    Kvm,
+    /// io_uring, which disks use where it is allowed.
+    IoUring,
+}
+
+/// Looks at everything. Makes short-lived child processes to try the namespaces.
+#[must_use]
+pub fn examine() -> Vec<Finding> {
+    let mut findings: Vec<Finding> = Layer::NAMESPACES
+        .into_iter()
+        .map(|(layer, flag, _)| namespace(layer, libc::CLONE_NEWUSER | flag))
+        .collect();
+    findings.extend([host_uid(), landlock(), seccomp(), cgroups(), kvm(), io_uring()]);
+    findings
+}
+
+fn finding(subject: Subject, result: Result<String, String>, remedy: &str) -> Finding {
+    match result {
+        Ok(detail) => Finding {
+            subject,
+            available: true,
+            detail,
+            remedy: None,
+        },
+        Err(detail) => Finding {
+            subject,
+            available: false,
+            detail,
+            remedy: Some(remedy.to_owned()),
+        },
+    }
+}
+
+fn of_layer(layer: Layer, result: Result<String, String>) -> Finding {
+    finding(Subject::Layer(layer), result, layer.remedy())
+}
+
+fn namespace(layer: Layer, flags: libc::c_int) -> Finding {
+    let made = outer::probe(flags);
+    of_layer(
+        layer,
+        made.map(|()| "can be made".to_owned())
+            .map_err(|error| error.to_string()),
+    )
+}
+
+fn host_uid() -> Finding {
+    let result = if rustix::process::geteuid().is_root() {
+        Ok("each component gets a uid of its own".to_owned())
+    } else {
+        Err("components run under this user's uid".to_owned())
+    };
+    finding(Subject::Layer(Layer::HostUid), result, "start the manager as root")
+}
+
+fn landlock() -> Finding {
+    const VERSION: libc::c_uint = 1;
+    // SAFETY: with this flag the call takes no structure and returns the ABI's number (landlock_create_ruleset(2)).
+    let abi = unsafe {
+        libc::syscall(
+            libc::SYS_landlock_create_ruleset,
+            std::ptr::null::<libc::c_void>(),
+            0_usize,
+            VERSION,
+        )
+    };
+    let result = if abi > 0 {
+        Ok(format!("ABI {abi}"))
+    } else {
+        Err(io::Error::last_os_error().to_string())
+    };
+    of_layer(Layer::Landlock, result)
+}
+
+fn seccomp() -> Finding {
+    let action: u32 = libc::SECCOMP_RET_KILL_PROCESS;
+    // SAFETY: the kernel reads the four bytes of `action` (seccomp(2), SECCOMP_GET_ACTION_AVAIL).
+    let result = unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_GET_ACTION_AVAIL, 0, &raw const action) };
+    let result = if result == 0 {
+        Ok("filters can kill".to_owned())
+    } else {
+        Err(io::Error::last_os_error().to_string())
+    };
+    of_layer(Layer::Seccomp, result)
+}
+
+fn cgroups() -> Finding {
+    let result = Hierarchies::discover()
+        .map_err(|error| error.to_string())
+        .and_then(|found| {
+            let parts: Vec<String> = Controller::ALL
+                .into_iter()
+                .filter_map(|controller| Some((controller, found.version_of(controller)?)))
+                .map(|(controller, version)| format!("{} by v{version}", controller.name()))
+                .collect();
+            if parts.len() < Controller::ALL.len() {
+                return Err(if parts.is_empty() {
+                    "no controllers".to_owned()
+                } else {
+                    format!("only {}", parts.join(", "))
+                });
+            }
+            match found.writable() {
+                true => Ok(parts.join(", ")),
+                false => Err(format!("{}, but this user may make no groups", parts.join(", "))),
+            }
+        });
+    of_layer(Layer::Cgroup, result)
+}
+
+fn kvm() -> Finding {
+    let opened = rustix::fs::open("/dev/kvm", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty());
+    let remedy = match opened {
+        Err(rustix::io::Errno::ACCESS | rustix::io::Errno::PERM) => {
+            "add this user to the group that owns /dev/kvm (kvm)"
+        }
+        _ => "enable virtualization in the firmware and load kvm_intel or kvm_amd (or kvm_pvm, where neither works)",
+    };
+    let kind = match fs::exists("/sys/module/kvm_pvm") {
+        Ok(true) => "opens; without hardware virtualization (kvm_pvm)",
+        _ => "opens",
+    };
+    finding(
+        Subject::Kvm,
+        opened.map(|_| kind.to_owned()).map_err(|errno| errno.to_string()),
+        remedy,
+    )
+}
+
+fn io_uring() -> Finding {
+    let setting = fs::read_to_string("/proc/sys/kernel/io_uring_disabled");
+    let result = match setting.as_deref().map(str::trim) {
+        Ok("0") => Ok("allowed".to_owned()),
+        Ok(value) => Err(format!("kernel.io_uring_disabled is {value}")),
+        // The setting is newer (Linux 6.6) than io_uring.
+        Err(_) => Ok("not restricted".to_owned()),
+    };
+    finding(
+        Subject::IoUring,
+        result,
+        "set kernel.io_uring_disabled=0; disks work without it, slower",
+    )
+}
+
+/// True if this process may write here.
+pub(crate) fn may_write(path: &std::path::Path) -> bool {
+    rustix::fs::access(path, Access::WRITE_OK).is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_missing_comes_with_a_remedy() {
+        let findings = examine();
+        assert_eq!(findings.len(), Layer::NAMESPACES.len() + 6);
+        for finding in findings {
+            assert_eq!(finding.available, finding.remedy.is_none(), "{finding:?}");
+            assert!(!finding.detail.is_empty());
+        }
+    }
+}

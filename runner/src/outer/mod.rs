@@ -1,0 +1,580 @@
+//! The outer half: makes a component's namespaces, uid, groups and descriptors, and executes its binary.
+//!
+//! ```text
+//!   starter                                   child
+//!   ───────                                   ─────
+//!   clone3(new namespaces, pidfd, cgroup) ──> lays its descriptors out, setsid
+//!   uid and gid maps, v1 groups               waits
+//!   one byte ───────────────────────────────> becomes uid 0 of its namespace, execveat
+//!   end of file = it runs   <──────────────── (or: the step that failed, and errno)
+//! ```
+//!
+//! The binary is executed after the user namespace was entered, so its memory belongs to that namespace. What needs the
+//! old mounts (the dynamic linker) is done by then; [`crate::inner::seal`] gives up the rest.
+
+mod child;
+mod diagnose;
+mod spec;
+mod uid;
+
+use std::ffi::CString;
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+
+use rustix::event::{PollFd, PollFlags};
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions};
+use serde::{Deserialize, Serialize};
+
+use crate::cgroup::{Group, Groups};
+use crate::layer::Layer;
+use crate::startup::{FIRST_HANDLE, STARTUP_VARIABLE, Startup};
+pub(crate) use diagnose::probe;
+pub use spec::{ComponentSpec, Handles, JailSpec, Program, UidRange};
+use uid::{HostUid, UidError};
+
+/// Why a component did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum SpawnError {
+    /// The binary cannot be used.
+    #[error("component binary {path}: {reason}")]
+    Program {
+        /// Its path, or what the caller calls it.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// A startup handle is wrong.
+    #[error("startup handle {name:?}: {reason}")]
+    Handle {
+        /// Its name.
+        name: String,
+        /// Why.
+        reason: String,
+    },
+    /// A required layer of the jail is unavailable.
+    #[error(
+        "jail layer {layer} is unavailable: {cause}; to make it available, {remedy}; to start without it, waive {layer}",
+        remedy = layer.remedy()
+    )]
+    Layer {
+        /// The layer.
+        layer: Layer,
+        /// What failed, and how.
+        cause: String,
+    },
+    /// A limit that was asked for cannot be enforced.
+    #[error("limit cannot be enforced: {cause}; {remedy}", remedy = Layer::Cgroup.remedy())]
+    Limit {
+        /// Why.
+        cause: String,
+    },
+    /// The system refused something that is no layer.
+    #[error("starting a component: {action}: {source}")]
+    System {
+        /// What was attempted.
+        action: &'static str,
+        /// The reason.
+        source: io::Error,
+    },
+}
+
+impl SpawnError {
+    /// The layer that is to blame, if it is one.
+    #[must_use]
+    pub fn layer(&self) -> Option<Layer> {
+        match self {
+            Self::Layer { layer, .. } => Some(*layer),
+            Self::Limit { .. } => Some(Layer::Cgroup),
+            _ => None,
+        }
+    }
+}
+
+fn system<E: Into<io::Error>>(action: &'static str) -> impl FnOnce(E) -> SpawnError {
+    move |source| SpawnError::System {
+        action,
+        source: source.into(),
+    }
+}
+
+/// How a component ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ExitStatus {
+    /// It exited with this status.
+    Code(i32),
+    /// This signal killed it; 31 (SIGSYS) is a forbidden system call.
+    Signal(i32),
+}
+
+impl ExitStatus {
+    /// True for status 0.
+    #[must_use]
+    pub fn success(self) -> bool {
+        self == Self::Code(0)
+    }
+}
+
+/// Starts components. It holds what all starts have in common.
+///
+/// A component dies with the *thread* that started it (`PR_SET_PDEATHSIG`) and with the `Runner`'s process, so
+/// long-lived components are started by a single-threaded process: the keeper.
+#[derive(Debug)]
+pub struct Runner {
+    null: OwnedFd,
+    /// Both ends of the lifeline: the reading one goes to components, the writing one to nobody.
+    lifeline: (OwnedFd, OwnedFd),
+    namespaces: Vec<(Layer, u64)>,
+    uid: u32,
+    gid: u32,
+    checked: Option<UidRange>,
+    groups: Option<Groups>,
+    started: u64,
+}
+
+/// A component whose child process exists; it may not run its binary yet.
+#[derive(Debug)]
+pub struct Component {
+    pid: Pid,
+    pidfd: OwnedFd,
+    label: PathBuf,
+    uid: Option<HostUid>,
+    group: Option<Group>,
+    channel: Option<OwnedFd>,
+    exit: Option<ExitStatus>,
+}
+
+impl Runner {
+    /// Prepares to start components: opens `/dev/null`, makes the lifeline, reads the own identity and namespaces.
+    ///
+    /// # Errors
+    ///
+    /// [`SpawnError::System`].
+    pub fn new() -> Result<Self, SpawnError> {
+        let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
+            .map_err(system("opening /dev/null"))?;
+        let lifeline =
+            rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(system("making the lifeline"))?;
+        let mut namespaces = Vec::new();
+        for (layer, _, name) in Layer::NAMESPACES {
+            let metadata = fs::metadata(format!("/proc/self/ns/{name}")).map_err(system("reading /proc/self/ns"))?;
+            namespaces.push((layer, metadata.ino()));
+        }
+        let (uid, gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+        Ok(Self {
+            null,
+            lifeline,
+            namespaces,
+            uid,
+            gid,
+            checked: None,
+            groups: None,
+            started: 0,
+        })
+    }
+
+    /// Starts a component and waits until it runs its binary.
+    ///
+    /// # Errors
+    ///
+    /// [`SpawnError`]; nothing is left of the start then.
+    pub fn spawn(&mut self, spec: ComponentSpec) -> Result<Component, SpawnError> {
+        let mut component = self.start(spec)?;
+        component.finish_start()?;
+        Ok(component)
+    }
+
+    /// Starts a component without waiting for `exec`: when [`Component::starting`] is readable,
+    /// [`Component::finish_start`] tells what became of it.
+    ///
+    /// # Errors
+    ///
+    /// [`SpawnError`]; nothing is left of the start then.
+    pub fn start(&mut self, spec: ComponentSpec) -> Result<Component, SpawnError> {
+        let jail = &spec.jail;
+        let own_uid = self.uid == 0 && !jail.waives(Layer::HostUid);
+        let user_namespace = !jail.waives(Layer::UserNamespace);
+        if own_uid && !user_namespace {
+            let cause = "it comes with the user namespace, which is waived".to_owned();
+            return Err(SpawnError::Layer {
+                layer: Layer::HostUid,
+                cause,
+            });
+        }
+        if own_uid && self.checked != Some(jail.uids) {
+            jail.uids.check_foreign().map_err(|error| host_uid(&error))?;
+            self.checked = Some(jail.uids);
+        }
+        let group = self.make_group(jail)?;
+
+        let child_channel;
+        let channel;
+        (channel, child_channel) =
+            rustix::net::socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
+                .map_err(system("making the start channel"))?;
+
+        let stderr = spec.stderr.as_ref().map_or(self.null.as_fd(), AsFd::as_fd);
+        let sources = [self.lifeline.0.as_fd(), self.null.as_fd(), stderr]
+            .into_iter()
+            .chain(spec.handles.fds.iter().map(AsFd::as_fd));
+        let floor = FIRST_HANDLE + spec.handles.fds.len() as RawFd;
+        let mut above = Above::new(floor);
+        let fds = sources.map(|fd| above.place(fd)).collect::<Result<Vec<_>, _>>()?;
+        let child_channel_number = above.place(child_channel.as_fd())?;
+        let program = above.place(spec.program.fd.as_fd())?;
+
+        let startup = Startup {
+            handles: spec.handles.entries.clone(),
+            waived: jail.waived.iter().copied().collect(),
+            namespaces: self.namespaces.clone(),
+            own_uid,
+            uids: jail.uids,
+            rlimits: jail.rlimits,
+            cgroup: group.as_ref().map(|_| jail.limits.describe()),
+        };
+        let record = serde_json::to_string(&startup).map_err(|error| SpawnError::System {
+            action: "writing the startup record",
+            source: error.into(),
+        })?;
+        let environment = CString::new(format!("{STARTUP_VARIABLE}={record}"))
+            .map_err(|_| system("writing the startup record")(Errno::INVAL))?;
+        let argv: Vec<_> = spec
+            .args
+            .iter()
+            .map(|arg| arg.as_ptr())
+            .chain([std::ptr::null()])
+            .collect();
+        let envp = [environment.as_ptr(), std::ptr::null()];
+
+        let flags = Layer::NAMESPACES
+            .iter()
+            .filter(|(layer, ..)| !jail.waives(*layer))
+            .fold(0_u64, |flags, (_, flag, _)| flags | u64::from(flag.cast_unsigned()));
+        let plan = child::Plan {
+            fds: &fds,
+            channel: child_channel_number,
+            program,
+            become_namespace_root: own_uid,
+            argv: argv.as_ptr(),
+            envp: envp.as_ptr(),
+        };
+        let cgroup = group.as_ref().and_then(Group::v2).map(AsFd::as_fd);
+        let (pid, pidfd) = clone_child(flags, cgroup, &plan).map_err(|error| diagnose::clone_failure(jail, &error))?;
+        drop(child_channel);
+        let mut component = Component {
+            pid,
+            pidfd,
+            label: spec.program.label,
+            uid: None,
+            group,
+            channel: Some(channel),
+            exit: None,
+        };
+
+        // From here on dropping the component kills the child.
+        component.admit(self, &spec.jail, own_uid, user_namespace)?;
+        Ok(component)
+    }
+
+    fn make_group(&mut self, jail: &JailSpec) -> Result<Option<Group>, SpawnError> {
+        if jail.limits.is_empty() {
+            return Ok(None);
+        }
+        let groups = match &mut self.groups {
+            Some(groups) => groups,
+            none => none.insert(Groups::new().map_err(system("reading /proc/self/mountinfo"))?),
+        };
+        self.started += 1;
+        groups
+            .create(&self.started.to_string(), &jail.limits)
+            .map(Some)
+            .map_err(|error| SpawnError::Limit {
+                cause: error.to_string(),
+            })
+    }
+}
+
+fn host_uid(error: &UidError) -> SpawnError {
+    SpawnError::Layer {
+        layer: Layer::HostUid,
+        cause: error.to_string(),
+    }
+}
+
+/// Duplicates of descriptors that would be overwritten while the child lays out its own.
+struct Above {
+    floor: RawFd,
+    kept: Vec<OwnedFd>,
+}
+
+impl Above {
+    fn new(floor: RawFd) -> Self {
+        Self {
+            floor,
+            kept: Vec::new(),
+        }
+    }
+
+    fn place(&mut self, fd: BorrowedFd<'_>) -> Result<RawFd, SpawnError> {
+        if fd.as_raw_fd() >= self.floor {
+            return Ok(fd.as_raw_fd());
+        }
+        let copy = rustix::io::fcntl_dupfd_cloexec(fd, self.floor).map_err(system("duplicating a handle"))?;
+        let number = copy.as_raw_fd();
+        self.kept.push(copy);
+        Ok(number)
+    }
+}
+
+/// Every signal, blocked while the child is made, so that no handler of the starter runs in it.
+struct SignalsBlocked(libc::sigset_t);
+
+impl SignalsBlocked {
+    fn new() -> Self {
+        // SAFETY: both sets are locals that the calls fill; the calls fail only for a bad `how`.
+        unsafe {
+            let mut all: libc::sigset_t = std::mem::zeroed();
+            let mut before: libc::sigset_t = std::mem::zeroed();
+            libc::sigfillset(&raw mut all);
+            libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, &raw mut before);
+            Self(before)
+        }
+    }
+}
+
+impl Drop for SignalsBlocked {
+    fn drop(&mut self) {
+        // SAFETY: restores the set that `new` was given.
+        unsafe {
+            libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.0, std::ptr::null_mut());
+        }
+    }
+}
+
+/// linux/sched.h; `libc` has it in a type too small.
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+
+/// `clone3` with these namespace flags; the child runs the plan.
+fn clone_child(flags: u64, cgroup: Option<BorrowedFd<'_>>, plan: &child::Plan<'_>) -> io::Result<(Pid, OwnedFd)> {
+    let mut pidfd: RawFd = -1;
+    // SAFETY: all-zero is a valid value of this plain struct.
+    let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
+    args.flags = flags | u64::from(libc::CLONE_PIDFD.cast_unsigned());
+    args.pidfd = (&raw mut pidfd) as u64;
+    args.exit_signal = u64::from(libc::SIGCHLD.cast_unsigned());
+    if let Some(cgroup) = cgroup {
+        args.flags |= CLONE_INTO_CGROUP;
+        args.cgroup = u64::from(cgroup.as_raw_fd().cast_unsigned());
+    }
+    let blocked = SignalsBlocked::new();
+    // SAFETY: the struct is valid for its size; without CLONE_VM the child runs on a copy of this memory.
+    let result = unsafe { libc::syscall(libc::SYS_clone3, &raw mut args, size_of::<libc::clone_args>()) };
+    if result == 0 {
+        // SAFETY: this is the child, with every signal blocked; the plan was built from NULL-terminated arrays.
+        unsafe { child::run(plan) }
+    }
+    let error = io::Error::last_os_error();
+    drop(blocked);
+    let pid = i32::try_from(result)
+        .ok()
+        .filter(|pid| *pid > 0)
+        .and_then(Pid::from_raw)
+        .ok_or(error)?;
+    // SAFETY: CLONE_PIDFD stored a fresh descriptor, which nothing else owns.
+    Ok((pid, unsafe { OwnedFd::from_raw_fd(pidfd) }))
+}
+
+impl Component {
+    /// The rest of the starter's part: id maps, v1 groups, and the byte that lets the child go on.
+    fn admit(
+        &mut self,
+        runner: &Runner,
+        jail: &JailSpec,
+        own_uid: bool,
+        user_namespace: bool,
+    ) -> Result<(), SpawnError> {
+        let pid = self.pid();
+        if own_uid {
+            self.uid = Some(jail.uids.take(pid).map_err(|error| host_uid(&error))?);
+        }
+        if user_namespace {
+            let layer = if own_uid { Layer::HostUid } else { Layer::UserNamespace };
+            let map = |file: &str, content: String| {
+                fs::write(format!("/proc/{pid}/{file}"), &content).map_err(|error| SpawnError::Layer {
+                    layer,
+                    cause: format!("writing {content:?} to the {file} of its user namespace: {error}"),
+                })
+            };
+            let (uid, gid) = match &self.uid {
+                Some(host) => (host.uid, host.uid),
+                None => {
+                    // Without privileges a gid map is only to be had for giving up setgroups.
+                    map("setgroups", "deny".to_owned())?;
+                    (runner.uid, runner.gid)
+                }
+            };
+            map("gid_map", format!("0 {gid} 1"))?;
+            map("uid_map", format!("0 {uid} 1"))?;
+        }
+        if let Some(group) = &self.group {
+            group.admit(pid).map_err(|error| SpawnError::Limit {
+                cause: error.to_string(),
+            })?;
+        }
+        if let Some(channel) = &self.channel {
+            rustix::net::send(channel, &[1], rustix::net::SendFlags::NOSIGNAL)
+                .map_err(system("letting the child go on"))?;
+        }
+        Ok(())
+    }
+
+    /// Readable once `exec` has succeeded or failed; `None` after [`Component::finish_start`].
+    #[must_use]
+    pub fn starting(&self) -> Option<BorrowedFd<'_>> {
+        self.channel.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Waits until the binary runs.
+    ///
+    /// # Errors
+    ///
+    /// [`SpawnError`]: what kept the child from it. The child is gone then.
+    pub fn finish_start(&mut self) -> Result<(), SpawnError> {
+        let Some(channel) = self.channel.take() else {
+            return Ok(());
+        };
+        let mut message = [0_u8; child::FAILURE_LEN];
+        let read = loop {
+            match rustix::net::recv(&channel, &mut message, rustix::net::RecvFlags::empty()) {
+                Err(Errno::INTR) => {}
+                other => break other.map_err(system("waiting for exec"))?.0,
+            }
+        };
+        let Some((step, errno)) = child::parse_failure(message.get(..read).unwrap_or_default()) else {
+            return Ok(());
+        };
+        let source = io::Error::from_raw_os_error(errno);
+        Err(match step {
+            child::Step::Descriptors => SpawnError::System {
+                action: "laying out the handles",
+                source,
+            },
+            child::Step::Session => SpawnError::System {
+                action: "setsid",
+                source,
+            },
+            child::Step::Signals => SpawnError::System {
+                action: "unblocking signals",
+                source,
+            },
+            child::Step::Uid => SpawnError::Layer {
+                layer: Layer::HostUid,
+                cause: format!("changing to the uid: {source}"),
+            },
+            child::Step::Exec => SpawnError::Program {
+                path: self.label.clone(),
+                reason: exec_failure(&source),
+            },
+        })
+    }
+
+    /// Its process id, as the starter sees it.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.pid.as_raw_pid().unsigned_abs()
+    }
+
+    /// The handle on its process: readable when it has ended.
+    #[must_use]
+    pub fn pidfd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+
+    /// The host uid that it has for itself, if it has one.
+    #[must_use]
+    pub fn host_uid(&self) -> Option<u32> {
+        self.uid.as_ref().map(|host| host.uid)
+    }
+
+    /// Its cgroup directories, if it has limits.
+    #[must_use]
+    pub fn cgroup_directories(&self) -> &[PathBuf] {
+        self.group.as_ref().map_or(&[], Group::directories)
+    }
+
+    /// Kills it. Succeeds if it is dead already.
+    ///
+    /// # Errors
+    ///
+    /// If the system refuses the signal.
+    pub fn kill(&self) -> io::Result<()> {
+        match rustix::process::pidfd_send_signal(&self.pidfd, Signal::KILL) {
+            Err(errno) if errno != Errno::SRCH => Err(errno.into()),
+            _ => Ok(()),
+        }
+    }
+
+    /// Waits for its end, reaps it and removes its groups.
+    ///
+    /// # Errors
+    ///
+    /// If the process was reaped by someone else.
+    pub fn wait(&mut self) -> io::Result<ExitStatus> {
+        loop {
+            if let Some(status) = self.try_wait()? {
+                return Ok(status);
+            }
+            let mut poll = [PollFd::new(&self.pidfd, PollFlags::IN)];
+            match rustix::event::poll(&mut poll, None) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+    }
+
+    /// Like [`Component::wait`], but returns `None` at once while it lives.
+    ///
+    /// # Errors
+    ///
+    /// If the process was reaped by someone else.
+    pub fn try_wait(&mut self) -> io::Result<Option<ExitStatus>> {
+        if self.exit.is_none() {
+            let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
+            let Some(status) = rustix::process::waitid(WaitId::PidFd(self.pidfd.as_fd()), options)? else {
+                return Ok(None);
+            };
+            let code = status.exit_status().map(ExitStatus::Code);
+            let signal = status.terminating_signal().map(ExitStatus::Signal);
+            self.exit = code.or(signal);
+            if let Some(group) = &mut self.group {
+                group.remove();
+            }
+        }
+        Ok(self.exit)
+    }
+}
+
+impl Drop for Component {
+    fn drop(&mut self) {
+        if self.exit.is_none() && self.kill().is_ok() {
+            let _ = self.wait();
+        }
+    }
+}
+
+/// What an exec error means for someone who installed the program.
+fn exec_failure(error: &io::Error) -> String {
+    let hint = match error.raw_os_error() {
+        Some(libc::EACCES) => " (the component's own uid has to be able to execute it: chmod o+rx)",
+        Some(libc::ENOENT) => " (its dynamic linker is missing)",
+        Some(libc::ENOEXEC) => " (it is no program for this machine)",
+        _ => "",
+    };
+    format!("cannot be executed: {error}{hint}")
+}

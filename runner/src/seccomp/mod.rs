@@ -1,0 +1,86 @@
+//! The system-call filters: one for each thread role, each a subset of the control thread's.
+//!
+//! A call that no part of a component has any business making kills the process with SIGSYS, so that an attempt shows.
+//! The few that libraries probe for harmlessly answer with an error instead (see the table).
+
+mod compile;
+mod table;
+
+use std::fmt;
+use std::sync::OnceLock;
+
+use seccompiler::BpfProgram;
+
+pub use compile::CompileError;
+
+/// What a thread is for, which decides what it may call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ThreadRole {
+    /// The control loop: all that any of its threads may, since they start with its filter.
+    Control,
+    /// A device's dispatch loop, and workers that it starts.
+    DeviceLoop,
+    /// A virtual processor.
+    Vcpu,
+    /// Work on hostile files, such as loading a kernel: reads handles and writes memory.
+    Helper,
+}
+
+impl ThreadRole {
+    /// All roles.
+    pub const ALL: [Self; 4] = [Self::Control, Self::DeviceLoop, Self::Vcpu, Self::Helper];
+
+    const fn bit(self) -> u8 {
+        1 << self as u8
+    }
+}
+
+impl fmt::Display for ThreadRole {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Control => "control",
+            Self::DeviceLoop => "device loop",
+            Self::Vcpu => "vCPU",
+            Self::Helper => "helper",
+        })
+    }
+}
+
+static PROGRAMS: [OnceLock<BpfProgram>; ThreadRole::ALL.len()] = [const { OnceLock::new() }; ThreadRole::ALL.len()];
+
+/// The role's program; compiled at its first use. It names this process's id, so it serves no other.
+fn program(role: ThreadRole) -> Result<&'static BpfProgram, CompileError> {
+    let slot = &PROGRAMS[role as usize];
+    if let Some(program) = slot.get() {
+        return Ok(program);
+    }
+    let program = compile::compile(role, std::process::id())?;
+    Ok(slot.get_or_init(|| program))
+}
+
+/// The number of BPF instructions in the role's filter.
+///
+/// # Errors
+///
+/// [`CompileError`].
+pub fn program_len(role: ThreadRole) -> Result<usize, CompileError> {
+    program(role).map(Vec::len)
+}
+
+/// Installs the role's filter on the calling thread.
+pub(crate) fn install(role: ThreadRole) -> Result<(), CompileError> {
+    let program = program(role)?;
+    let fprog = libc::sock_fprog {
+        len: u16::try_from(program.len()).map_err(|_| CompileError::TooLong(program.len()))?,
+        // The kernel only reads; the two structs have the layout of `struct sock_filter` (linux/filter.h).
+        filter: program.as_ptr().cast_mut().cast(),
+    };
+    // The system call and not `prctl`, which stays forbidden for everything but thread names. `no_new_privs` is set.
+    // SAFETY: the program outlives the call, which copies it.
+    let result = unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &raw const fprog) };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(CompileError::Refused(std::io::Error::last_os_error()))
+    }
+}

@@ -1,0 +1,19 @@
+//! The jail, tried for real: this binary is both the tests and the component that they jail.
+//!
+//! Started by the runner (with a startup record) it is the component: it seals itself and does what its arguments say.
+//! Otherwise it runs the tests.
+
+mod attempts;
+mod component;
+mod figures;
+mod harness;
+mod keeper;
+mod layers;
+mod outside;
+
+fn main() {
+    if std::env::var_os(sepal_runner::startup::STARTUP_VARIABLE).is_some() {
+        component::main();
+    }
+    harness::main();
+}
