@@ -10,6 +10,7 @@
 
 pub mod config;
 pub mod error;
+pub mod transport;
 #[expect(missing_docs, unreachable_pub, reason = "generated from the .capnp files, which carry the documentation")]
 #[allow(clippy::all, clippy::undocumented_unsafe_blocks, clippy::unwrap_used, clippy::expect_used)]
 #[rustfmt::skip]

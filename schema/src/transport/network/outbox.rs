@@ -1,0 +1,105 @@
+//! The bytes that wait to be written, with the descriptors that go along.
+
+use std::{
+    collections::VecDeque,
+    io,
+    os::fd::OwnedFd,
+    task::{Context, Poll, ready},
+};
+
+use capnp::serialize;
+
+use super::Message;
+use crate::transport::fd_stream::{Link, MAX_FDS_PER_SEND, borrow};
+
+/// Memory that an empty outbox keeps.
+const KEEP: usize = 64 * 1024;
+
+#[derive(Default)]
+pub(super) struct Outbox {
+    bytes: Vec<u8>,
+    /// Bytes of `bytes` that are written.
+    head: usize,
+    /// Stream offset of `bytes[head]`.
+    offset: u64,
+    /// Descriptors with the stream offset of the byte that takes them along, in order.
+    fds: VecDeque<(u64, Vec<OwnedFd>)>,
+}
+
+impl Outbox {
+    pub(super) fn unsent(&self) -> usize {
+        self.bytes.len() - self.head
+    }
+
+    /// Stream offset up to which all is written.
+    pub(super) fn written(&self) -> u64 {
+        self.offset
+    }
+
+    pub(super) fn clear(&mut self) {
+        *self = Self {
+            offset: self.offset + self.unsent() as u64,
+            ..Self::default()
+        };
+    }
+
+    /// Adds a message, and returns the stream offset of its end.
+    pub(super) fn push(&mut self, message: &Message, fds: Vec<OwnedFd>) -> u64 {
+        if self.head == self.bytes.len() {
+            self.bytes.clear();
+            self.head = 0;
+        } else if self.head >= KEEP && self.head >= self.unsent() {
+            self.bytes.drain(..self.head);
+            self.head = 0;
+        }
+        let start = self.offset + self.unsent() as u64;
+        if !fds.is_empty() {
+            self.fds.push_back((start, fds));
+        }
+        // Writing to memory does not fail.
+        let _ = serialize::write_message(&mut self.bytes, message);
+        self.offset + self.unsent() as u64
+    }
+
+    /// Writes some bytes.
+    pub(super) fn poll_write(&mut self, cx: &mut Context<'_>, link: &mut dyn Link) -> Poll<io::Result<()>> {
+        let mut until = self.bytes.len();
+        let mut carried: &[OwnedFd] = &[];
+        let mut next = self.fds.iter();
+        if let Some((at, fds)) = self.fds.front()
+            && *at <= self.offset
+        {
+            next.next();
+            carried = &fds[..fds.len().min(MAX_FDS_PER_SEND)];
+            if carried.len() < fds.len() {
+                // The rest goes with the next byte, still of the same message.
+                until = self.head + 1;
+            }
+        }
+        if let Some((at, _)) = next.next() {
+            // What comes with descriptors begins a write of its own.
+            let before = usize::try_from(at - self.offset).unwrap_or(usize::MAX);
+            until = until.min(self.head.saturating_add(before));
+        }
+        let written = ready!(link.poll_send(cx, &self.bytes[self.head..until], &borrow(carried)))?;
+        if written == 0 {
+            return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+        }
+        let sent = carried.len();
+        self.head += written;
+        self.offset += written as u64;
+        if sent > 0
+            && let Some((at, fds)) = self.fds.front_mut()
+        {
+            fds.drain(..sent);
+            *at = self.offset;
+            if fds.is_empty() {
+                self.fds.pop_front();
+            }
+        }
+        if self.unsent() == 0 && self.bytes.capacity() > KEEP {
+            (self.bytes, self.head) = (Vec::new(), 0);
+        }
+        Poll::Ready(Ok(()))
+    }
+}
