@@ -17,6 +17,8 @@
 //! - DMA controllers (0x00-0x0f, 0x80-0x8f, 0xc0-0xdf) and the POST port 0x80: written to at most.
 //! - PM timer and PM1 registers: hardware-reduced ACPI has none.
 
+pub mod acpi_pm;
+pub mod i8042;
 pub mod ioapic;
 pub mod serial;
 
