@@ -28,6 +28,11 @@ pub const CMDLINE_MAX: usize = 2048;
 pub const BOOT_AREA_END: u64 = 0x2_1000;
 /// End of usable memory below the legacy hole (start of the EBDA on a PC).
 pub const LOW_MEMORY_END: u64 = 0x9_fc00;
+/// Page tables and code of [`crate::unassisted`]'s system-call trampoline: in the legacy hole, so in RAM but not in the memory map.
+/// Used on hosts without hardware virtualization only.
+pub const SYSCALL_TRAMPOLINE: u64 = 0xa_0000;
+/// Bytes of [`SYSCALL_TRAMPOLINE`].
+pub const SYSCALL_TRAMPOLINE_SIZE: u64 = 0x4000;
 /// ACPI tables with the RSDP first, reserved in the memory map.
 pub const ACPI: u64 = 0xe_0000;
 /// Bytes reserved for the ACPI tables.
@@ -47,6 +52,8 @@ pub const ECAM: u64 = 0xe000_0000;
 pub const ECAM_SIZE: u64 = 0x1000_0000;
 /// IOAPIC registers, one page.
 pub const IOAPIC: u64 = 0xfec0_0000;
+/// Where the system-call trampoline writes to; one page. See [`SYSCALL_TRAMPOLINE`].
+pub const SYSCALL_DOORBELL: u64 = 0xfed8_0000;
 /// Local APIC registers, one page.
 pub const LOCAL_APIC: u64 = 0xfee0_0000;
 /// Three pages that Intel hosts need for real-mode emulation (KVM_SET_TSS_ADDR), inside the hole.

@@ -6,3 +6,4 @@ pub mod layout;
 pub mod lifecycle;
 pub mod machine;
 pub mod memory;
+pub mod unassisted;

@@ -1,0 +1,99 @@
+//! Everything that a host without hardware virtualization needs and no other host does.
+//!
+//! On some hosts `/dev/kvm` comes from `kvm_pvm`, a page-table virtual machine. There guest code at CPL 3 runs natively, and guest
+//! code at CPL 0 goes through KVM's instruction emulator. Linux boots in that only with help:
+//!
+//! | what is missing there | what is done about it | where |
+//! |---|---|---|
+//! | CPUID can't hide what the emulator lacks unless whole leaves are missing | a recipe | [`adjust_cpuid`] |
+//! | features that CPUID can't hide at all | the guest's own command line | [`CMDLINE`] |
+//! | instructions that the emulator lacks | decoded and carried out here | [`Assist::internal_error`] |
+//! | SYSCALL does not enter CPL 0 | a trampoline in the guest's page tables | [`Assist::wrmsr`], [`Assist::mmio_write`] |
+//!
+//! Whether a host is of this kind is for the manager to find out ([`detect`]): the jail shows no `/sys`. On other hosts nothing
+//! of this is called.
+//!
+//! A guest may be hostile: its registers, page tables, code and MSR values are checked for everything that is done with them.
+
+mod assist;
+mod cpuid;
+mod decode;
+mod emulate;
+mod paging;
+mod syscall_entry;
+
+pub use assist::{Assist, AssistError};
+pub use cpuid::adjust_cpuid;
+
+/// What a guest's Linux command line gets in addition. Put it before the user's own words: where one occurs twice, Linux takes
+/// the last.
+///
+/// - `noxsave`: the emulator has neither XSAVE nor XRSTOR, and their CPUID bit can't be hidden. Don't override.
+/// - `clearcpuid=`: CPUID bits that can't be hidden, of instructions that the emulator lacks and Linux would use in the kernel.
+///   A `clearcpuid=` of the user's replaces this one, so it should contain these names.
+/// - `nopti`: page-table isolation would keep the system-call trampoline out of the user's page tables. Don't override.
+/// - `mitigations=off`: the kernel's code is not run by the processor, so speculation in it has no meaning here, while each
+///   thunk and fence costs time. May be overridden.
+/// - `noreplace-smp`: a kernel on one processor would otherwise patch every lock prefix away, for a second and no gain.
+/// - `GLIBC_TUNABLES=` (Linux passes it to the first process as an environment variable): user space sees AVX, which no CPUID
+///   setting hides at CPL 3, but with `noxsave` the kernel does not keep AVX registers over a context switch. This keeps glibc's
+///   string functions from using them.
+pub const CMDLINE: &str = "noxsave clearcpuid=ssse3,sse4_1,sse4_2,aes,pclmulqdq,popcnt,avx,fma,f16c,movbe nopti mitigations=off \
+     noreplace-smp GLIBC_TUNABLES=glibc.cpu.hwcaps=-AVX,-AVX2,-AVX512F,-AVX512VL,-AVX512BW";
+
+/// Whether a host that offers `/dev/kvm` does so without hardware virtualization.
+///
+/// `cpuinfo` is the text of `/proc/cpuinfo`, `kvm_pvm_loaded` tells whether `/sys/module/kvm_pvm` exists. Without flags in
+/// `cpuinfo`, only the module counts.
+pub fn detect(cpuinfo: &str, kvm_pvm_loaded: bool) -> bool {
+    let flags = cpuinfo
+        .lines()
+        .filter_map(|line| line.split_once(':'))
+        .find(|(key, _)| key.trim_end() == "flags");
+    let has_virtualization = flags.is_none_or(|(_, flags)| {
+        flags
+            .split_ascii_whitespace()
+            .any(|flag| flag == "vmx" || flag == "svm")
+    });
+    kvm_pvm_loaded || !has_virtualization
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn processors_with_virtualization_need_no_help() {
+        let intel = "processor\t: 0\nflags\t\t: fpu vme vmx sse\n";
+        let amd = "processor\t: 0\nflags\t\t: fpu svm sse\n";
+        assert!(!detect(intel, false));
+        assert!(!detect(amd, false));
+        assert!(
+            detect(intel, true),
+            "the module decides: its virtual machines are not the processor's"
+        );
+    }
+
+    #[test]
+    fn processors_without_virtualization_need_help() {
+        assert!(detect("flags\t\t: fpu vme svm_lock avmx\nvmx flags\t: vnmi\n", false));
+        assert!(detect("flags :", false));
+    }
+
+    #[test]
+    fn unreadable_facts_leave_it_to_the_module() {
+        assert!(!detect("", false));
+        assert!(!detect("flags", false));
+        assert!(detect("", true));
+    }
+
+    #[test]
+    fn the_command_line_is_plain_words() {
+        assert!(CMDLINE.bytes().all(|b| b.is_ascii_graphic() || b == b' '));
+        assert!(!CMDLINE.contains("  "), "a line was continued badly");
+        assert!(CMDLINE.len() < crate::layout::CMDLINE_MAX / 4);
+        let clear = CMDLINE.split(' ').find_map(|word| word.strip_prefix("clearcpuid="));
+        // Linux reads the list into 128 bytes.
+        assert!(clear.is_some_and(|list| list.len() < 128));
+    }
+}
