@@ -10,12 +10,13 @@
 
 pub mod config;
 pub mod error;
-pub mod transport;
 #[expect(missing_docs, unreachable_pub, reason = "generated from the .capnp files, which carry the documentation")]
 #[allow(clippy::all, clippy::undocumented_unsafe_blocks, clippy::unwrap_used, clippy::expect_used)]
 #[rustfmt::skip]
 mod generated;
 pub mod info;
 pub mod report;
+pub mod socket;
+pub mod transport;
 
 pub use generated::{config_capnp, error_capnp, file_capnp, guest_capnp, lifecycle_capnp, manager_capnp};

@@ -14,7 +14,11 @@ mod tests;
 
 use std::os::fd::OwnedFd;
 
-use crate::{error::Error, file_capnp};
+use crate::{
+    error::{Error, Kind},
+    file_capnp,
+    transport::{FdError, FdTable},
+};
 
 pub use decode::check_name;
 
@@ -41,6 +45,25 @@ pub trait Handles {
     fn send(&self, fd: OwnedFd) -> Result<u32, Error>;
     /// Takes the descriptor of that number, which arrived with or before the message that names it.
     fn take(&self, number: u32) -> Result<OwnedFd, Error>;
+}
+
+impl Handles for FdTable {
+    fn send(&self, fd: OwnedFd) -> Result<u32, Error> {
+        Self::send(self, fd).map_err(fd_error)
+    }
+    fn take(&self, number: u32) -> Result<OwnedFd, Error> {
+        Self::take(self, number).map_err(fd_error)
+    }
+}
+
+fn fd_error(error: FdError) -> Error {
+    let kind = match error {
+        FdError::NotCarried => Kind::NotSupported,
+        FdError::Disconnected => Kind::InternalError,
+        FdError::TooMany => Kind::NoResources,
+        FdError::Missing(_) => Kind::BadConfig,
+    };
+    Error::new(kind, error.to_string())
 }
 
 /// A file that a guest shall use.

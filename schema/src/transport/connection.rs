@@ -36,7 +36,7 @@ use futures::{
 };
 
 use super::{
-    fd_stream::{FdTable, Link, PlainLink, SocketLink},
+    fd_stream::{FdTable, PlainLink, SocketLink},
     limits::{EndReason, Limits},
     network::{Network, Wire},
     reactor::Handle,
@@ -165,7 +165,8 @@ impl Drop for Connection {
 pub fn connect<C: FromClientHook>(handle: &Handle, socket: UnixStream, limits: Limits) -> io::Result<(C, Connection)> {
     let peer = PeerCredentials::of(&socket)?;
     let link = SocketLink(handle.register(socket)?);
-    let (client, connection) = start(handle, Box::new(link), true, Side::Client, limits, None, Some(peer));
+    let wire = Wire::new(Box::new(link), true, Side::Client, limits);
+    let (client, connection) = start(handle, wire, Side::Client, None, Some(peer));
     Ok((C::new(client.hook), connection))
 }
 
@@ -179,17 +180,24 @@ pub fn serve(
     limits: Limits,
     bootstrap: capability::Client,
 ) -> io::Result<Connection> {
+    serve_with(handle, socket, limits, |_| bootstrap)
+}
+
+/// As [`serve`], for a bootstrap capability that takes descriptors from the connection's table, or its peer's credentials.
+///
+/// # Errors
+/// When the socket cannot be put on the event loop.
+pub fn serve_with(
+    handle: &Handle,
+    socket: UnixStream,
+    limits: Limits,
+    bootstrap: impl FnOnce(FdTable) -> capability::Client,
+) -> io::Result<Connection> {
     let peer = PeerCredentials::of(&socket)?;
     let link = SocketLink(handle.register(socket)?);
-    let (_, connection) = start(
-        handle,
-        Box::new(link),
-        true,
-        Side::Server,
-        limits,
-        Some(bootstrap),
-        Some(peer),
-    );
+    let wire = Wire::new(Box::new(link), true, Side::Server, limits);
+    let bootstrap = bootstrap(wire.table().clone());
+    let (_, connection) = start(handle, wire, Side::Server, Some(bootstrap), Some(peer));
     Ok(connection)
 }
 
@@ -201,7 +209,8 @@ pub fn connect_plain<C: FromClientHook>(
     limits: Limits,
 ) -> (C, Connection) {
     let link = Box::new(PlainLink { reader, writer });
-    let (client, connection) = start(handle, link, false, Side::Client, limits, None, None);
+    let wire = Wire::new(link, false, Side::Client, limits);
+    let (client, connection) = start(handle, wire, Side::Client, None, None);
     (C::new(client.hook), connection)
 }
 
@@ -214,19 +223,17 @@ pub fn serve_plain(
     bootstrap: capability::Client,
 ) -> Connection {
     let link = Box::new(PlainLink { reader, writer });
-    start(handle, link, false, Side::Server, limits, Some(bootstrap), None).1
+    let wire = Wire::new(link, false, Side::Server, limits);
+    start(handle, wire, Side::Server, Some(bootstrap), None).1
 }
 
 fn start(
     handle: &Handle,
-    link: Box<dyn Link>,
-    carries_fds: bool,
+    wire: Rc<Wire>,
     side: Side,
-    limits: Limits,
     bootstrap: Option<capability::Client>,
     peer: Option<PeerCredentials>,
 ) -> (capability::Client, Connection) {
-    let wire = Wire::new(link, carries_fds, side, limits);
     let bootstrap = bootstrap.map(|client| Revocable(Rc::new(RefCell::new(client.hook))));
     let revocable = bootstrap.clone();
     let bootstrap = bootstrap.map(|hook| capability::Client::new(Box::new(hook)));

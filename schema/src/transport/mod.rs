@@ -28,7 +28,7 @@ pub mod reactor;
 use std::any::Any;
 
 pub use self::{
-    connection::{Connection, PeerCredentials, connect, serve},
+    connection::{Connection, PeerCredentials, connect, serve, serve_with},
     fd_stream::{FdError, FdTable},
     limits::{EndReason, Limit, Limits},
     reactor::{AsyncFd, Handle, Reactor, Remote},
