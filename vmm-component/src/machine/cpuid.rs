@@ -64,18 +64,9 @@ mod amd1 {
     pub(super) const ECX_MWAITX: u32 = 1 << 29;
 }
 
-/// What the tables depend on besides the host.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Profile {
-    /// vCPUs of the machine, 1 to 64.
-    pub(super) vcpus: u8,
-    /// Frequency of the guest's TSC, where the host's is constant.
-    pub(super) tsc_khz: Option<u32>,
-}
-
-/// The part of the table that all vCPUs share, made once a machine.
-pub(super) fn common(supported: &[kvm_cpuid_entry2], profile: Profile) -> Vec<kvm_cpuid_entry2> {
-    let cores = u32::from(profile.vcpus.max(1));
+/// The part of the table that all vCPUs of a machine with `vcpus` of them share. `supported` is KVM_GET_SUPPORTED_CPUID's.
+pub(super) fn common(supported: &[kvm_cpuid_entry2], vcpus: u8) -> Vec<kvm_cpuid_entry2> {
+    let cores = u32::from(vcpus.max(1));
     let max_leaf = supported.iter().find(|e| e.function == 0).map_or(0, |e| e.eax);
     let mut table: Vec<kvm_cpuid_entry2> = supported
         .iter()
@@ -90,12 +81,11 @@ pub(super) fn common(supported: &[kvm_cpuid_entry2], profile: Profile) -> Vec<kv
             table.extend(topology(function, cores));
         }
     }
-    add_timing(&mut table, profile.tsc_khz);
     table
 }
 
-/// `common` with what tells vCPU number `vcpu` from the others.
-pub(super) fn for_vcpu(common: &[kvm_cpuid_entry2], vcpu: u8) -> Vec<kvm_cpuid_entry2> {
+/// `common` with what tells vCPU number `vcpu` from the others, and the frequency of its TSC in kHz, if that is known.
+pub(super) fn for_vcpu(common: &[kvm_cpuid_entry2], vcpu: u8, tsc_khz: Option<u32>) -> Vec<kvm_cpuid_entry2> {
     let id = u32::from(vcpu);
     let mut table = common.to_vec();
     for e in &mut table {
@@ -111,12 +101,20 @@ pub(super) fn for_vcpu(common: &[kvm_cpuid_entry2], vcpu: u8) -> Vec<kvm_cpuid_e
             _ => {}
         }
     }
+    if constant_tsc(common) {
+        add_timing(&mut table, tsc_khz);
+    }
     table
 }
 
 /// The table in the form that KVM takes, `None` if it is too long for KVM.
 pub(super) fn to_kvm(table: &[kvm_cpuid_entry2]) -> Option<CpuId> {
     CpuId::from_entries(table).ok()
+}
+
+/// Whether the TSC runs at one rate in all power states: leaf 0x80000007 EDX, bit 8.
+fn constant_tsc(table: &[kvm_cpuid_entry2]) -> bool {
+    table.iter().any(|e| e.function == 0x8000_0007 && e.edx & 1 << 8 != 0)
 }
 
 fn narrow(e: &mut kvm_cpuid_entry2, cores: u32) {

@@ -6,6 +6,7 @@ use std::time::Duration;
 use sepal_schema::error::{Error, Kind};
 use vmm_sys_util::errno;
 
+use crate::acpi::AcpiError;
 use crate::boot::{BootError, BootErrorClass};
 use crate::memory::MemoryError;
 
@@ -40,6 +41,9 @@ pub enum MachineError {
     /// The kernel, its command line or its initial file system could not be loaded.
     #[error(transparent)]
     Boot(BootError),
+    /// The tables that describe the machine to its guest could not be written.
+    #[error(transparent)]
+    Acpi(#[from] AcpiError),
     /// A device could not be made.
     #[error("device {device}: {reason}")]
     DeviceInit {
@@ -122,7 +126,7 @@ impl MachineError {
             }
             Self::Memory(_) => Kind::BadConfig,
             Self::Cancelled => Kind::Cancelled,
-            Self::Kvm { .. } | Self::MissingCapability(_) => Kind::GuestInitializationFailure,
+            Self::Kvm { .. } | Self::MissingCapability(_) | Self::Acpi(_) => Kind::GuestInitializationFailure,
             Self::Boot(error) => match error.class() {
                 BootErrorClass::KernelLoad => Kind::KernelLoadFailure,
                 BootErrorClass::BadConfig => Kind::BadConfig,

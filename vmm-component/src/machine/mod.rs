@@ -22,6 +22,7 @@ mod event;
 mod pause;
 mod platform;
 mod report;
+mod routes;
 mod stats;
 mod threads;
 mod vcpu;
@@ -32,7 +33,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
-use kvm_ioctls::Kvm;
+use kvm_ioctls::{Kvm, VmFd};
 
 use self::pause::PauseLedger;
 use self::platform::Platform;
@@ -41,6 +42,7 @@ use self::stats::VcpuCounters;
 use self::threads::VcpuThreads;
 use self::vcpu::mailbox::{MAX_INSPECTORS, Mailbox};
 use self::vcpu::{Seed, Shared};
+use crate::acpi::{self, AcpiConfig};
 use crate::boot::{self, BootEntry, BootRequest};
 use crate::layout;
 use crate::memory::{GuestRam, MemoryMap};
@@ -57,7 +59,6 @@ const DROP_PATIENCE: Duration = Duration::from_secs(2);
 pub struct Machine {
     vcpus: u8,
     entry: BootEntry,
-    cpuid: Vec<kvm_cpuid_entry2>,
     threads: VcpuThreads,
     platform: Arc<Platform>,
     shared: Arc<Shared>,
@@ -90,54 +91,51 @@ impl Machine {
     ///
     /// Whatever [`MachineError`] says of creation; nothing is left then.
     pub fn create(kvm: &Kvm, config: MachineConfig, hooks: Hooks, cancel: &AtomicBool) -> Result<Self, MachineError> {
-        let go_on = || {
-            if cancel.load(Ordering::Relaxed) {
-                Err(MachineError::Cancelled)
-            } else {
-                Ok(())
-            }
-        };
-        check_vcpus(config.vcpus, kvm.get_max_vcpus())?;
-        go_on()?;
-        let vm = Arc::new(vm::create(kvm)?);
-        let run_size = kvm
-            .get_vcpu_mmap_size()
-            .map_err(MachineError::kvm("size the vCPUs' shared pages"))?;
+        check_vcpus(config.vcpus, usize::MAX)?;
+        go_on(cancel)?;
+        Self::create_from(Spare::new(kvm)?, config, hooks, cancel)
+    }
+
+    /// [`create`](Self::create) with the part that was done ahead of time.
+    ///
+    /// # Errors
+    ///
+    /// The same.
+    pub fn create_from(
+        spare: Spare,
+        config: MachineConfig,
+        hooks: Hooks,
+        cancel: &AtomicBool,
+    ) -> Result<Self, MachineError> {
+        check_vcpus(config.vcpus, spare.max_vcpus)?;
+        go_on(cancel)?;
+        let vm = Arc::new(spare.vm);
         let ram = GuestRam::new(config.memory, cancel)?;
         vm::set_memory(&vm, &ram)?;
-        go_on()?;
-        let supported = kvm
-            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-            .map_err(MachineError::kvm("read the supported CPUID"))?;
-        let cpuid = cpuid::common(
-            supported.as_slice(),
-            cpuid::Profile {
-                vcpus: config.vcpus,
-                tsc_khz: None,
-            },
-        );
+        go_on(cancel)?;
         let reporter = Arc::new(Reporter::new(config.generation, Arc::clone(&hooks.events)));
-        let platform = Arc::new(Platform::new());
+        let platform = Arc::new(Platform::new(&vm, &ram, config.serial, &reporter)?);
+        let rsdp = acpi::write(ram.memory(), &AcpiConfig { vcpus: config.vcpus })?;
         let request = BootRequest {
             kernel: &config.kernel,
             initrd: config.initrd.as_ref(),
             cmdline: &config.cmdline,
-            rsdp: layout::ACPI,
+            rsdp,
             protocol: None,
             cancel,
         };
         let entry = boot::load(ram.memory(), &MemoryMap::new(ram.ranges()), &request)?;
-        go_on()?;
+        go_on(cancel)?;
         Ok(Self {
             vcpus: config.vcpus,
             entry,
-            cpuid,
             threads: VcpuThreads::new(),
             platform: Arc::clone(&platform),
             shared: Arc::new(Shared {
                 vm,
-                run_size,
+                run_size: spare.run_size,
                 ram: Arc::new(ram),
+                cpuid: cpuid::common(&spare.cpuid, config.vcpus),
                 bus: platform,
                 assist: None,
                 reporter,
@@ -160,7 +158,7 @@ impl Machine {
         if result.is_err() {
             self.shut(Instant::now() + DROP_PATIENCE);
         } else if !self.shared.ledger.wanted() {
-            self.threads.order_all(|orders| orders.pause = false);
+            self.threads.order_parked(|orders| orders.pause = false);
         }
         result
     }
@@ -169,17 +167,16 @@ impl Machine {
         vcpu::mailbox::install_kick_handler().map_err(MachineError::host("set the kick signal's handler"))?;
         for index in 0..self.vcpus {
             let failed = |reason: String| MachineError::VcpuStart { vcpu: index, reason };
-            let cpuid = cpuid::to_kvm(&cpuid::for_vcpu(&self.cpuid, index))
-                .ok_or_else(|| failed("its CPUID table is too long".to_owned()))?;
             self.threads.spawn(Seed {
                 index,
-                cpuid,
                 entry: (index == 0).then_some(self.entry),
                 mailbox: Arc::new(Mailbox::new().map_err(|e| failed(format!("make its mailbox: {e}")))?),
                 counters: Arc::new(VcpuCounters::default()),
                 shared: Arc::clone(&self.shared),
             })?;
         }
+        // While the vCPUs set themselves up.
+        self.platform.start(&self.shared.reporter, &self.shared.hooks)?;
         self.threads.wait_ready()
     }
 
@@ -210,7 +207,7 @@ impl Machine {
     /// Lets the vCPUs go on.
     pub fn resume(&self) {
         self.shared.ledger.want(false);
-        self.threads.order_all(|orders| orders.pause = false);
+        self.threads.order_parked(|orders| orders.pause = false);
     }
 
     /// Tells the guest that its power button was pressed; what it makes of that is its own affair.
@@ -292,7 +289,10 @@ impl Machine {
     /// Ends all threads by `deadline`; returns the names of those that didn't.
     fn shut(&mut self, deadline: Instant) -> Vec<String> {
         self.kick();
-        self.threads.join(deadline)
+        let mut stuck = self.threads.join(deadline);
+        // After the vCPUs: what they wrote last comes out, too.
+        stuck.extend(self.platform.stop(deadline));
+        stuck
     }
 }
 
@@ -302,6 +302,46 @@ impl Drop for Machine {
         if !stuck.is_empty() {
             tracing::error!(?stuck, "threads of a machine did not end");
         }
+    }
+}
+
+/// The part of a machine that is the same for all: an empty VM, and what the host offers. Making it ahead of time takes it out of the time that
+/// a creation needs.
+#[derive(Debug)]
+pub struct Spare {
+    vm: VmFd,
+    run_size: usize,
+    max_vcpus: usize,
+    cpuid: Vec<kvm_cpuid_entry2>,
+}
+
+impl Spare {
+    /// Makes one.
+    ///
+    /// # Errors
+    ///
+    /// [`MachineError::Kvm`] and [`MachineError::MissingCapability`].
+    pub fn new(kvm: &Kvm) -> Result<Self, MachineError> {
+        Ok(Self {
+            vm: vm::create(kvm)?,
+            run_size: kvm
+                .get_vcpu_mmap_size()
+                .map_err(MachineError::kvm("size the vCPUs' shared pages"))?,
+            max_vcpus: kvm.get_max_vcpus(),
+            cpuid: kvm
+                .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+                .map_err(MachineError::kvm("read the supported CPUID"))?
+                .as_slice()
+                .to_vec(),
+        })
+    }
+}
+
+fn go_on(cancel: &AtomicBool) -> Result<(), MachineError> {
+    if cancel.load(Ordering::Relaxed) {
+        Err(MachineError::Cancelled)
+    } else {
+        Ok(())
     }
 }
 

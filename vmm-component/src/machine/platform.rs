@@ -1,27 +1,164 @@
-//! The machine's devices and the addresses at which its vCPUs reach them.
+//! The machine's devices, and the addresses at which its vCPUs reach them.
+//!
+//! ```text
+//!   vCPU ── ports ──▶ bus ──▶ serial, i8042, ACPI power management
+//!        ── memory ─▶ bus ──▶ IOAPIC ── message ──▶ KVM's local APICs
+//!        ◀─────────── interrupts ──────────────────────────┘
+//! ```
 
-use sepal_devices::bus::Bus;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
+use sepal_devices::bus::{Bus, BusDevice, BusError};
+use sepal_devices::dispatch::{DeviceEvent, DeviceReporter, DispatchLoop, StopError};
+use sepal_devices::legacy::acpi_pm::{self, AcpiPm, PowerButton, PowerEvent, PowerSink};
+use sepal_devices::legacy::i8042::{self, I8042};
+use sepal_devices::legacy::ioapic::{self, IoApic};
+use sepal_devices::legacy::serial::{self, Serial, SerialLoop};
+
+use super::config::{Hooks, ThreadRole};
+use super::error::MachineError;
+use super::event::{Happening, ResetCause};
+use super::report::Reporter;
+use super::routes::Routes;
 use super::vcpu::GuestBus;
+use super::vm::KvmMsi;
+use crate::layout;
+use crate::memory::GuestRam;
 
-/// The buses, as the vCPUs use them.
+/// The serial port's name, also of its thread.
+const SERIAL: &str = "serial";
+
+/// The buses as the vCPUs use them, and what the owner does with devices.
 pub(super) struct Platform {
     pio: Bus,
     mmio: Bus,
+    ioapic: Arc<IoApic>,
+    power_button: PowerButton,
+    loops: Mutex<Loops>,
+}
+
+/// The devices' loops.
+#[derive(Default)]
+struct Loops {
+    /// Not yet started.
+    serial: Option<SerialLoop>,
+    running: Vec<DispatchLoop>,
 }
 
 impl Platform {
-    /// Makes the devices.
-    pub(super) fn new() -> Self {
-        Self {
-            pio: Bus::new(),
-            mmio: Bus::new(),
+    /// Makes the devices. `msi` is the way to the local APICs of the VM whose routes go to `routes`.
+    pub(super) fn new(
+        vm: &Arc<kvm_ioctls::VmFd>,
+        ram: &GuestRam,
+        serial: Option<OwnedFd>,
+        reporter: &Arc<Reporter>,
+    ) -> Result<Self, MachineError> {
+        let device_reporter: Arc<dyn DeviceReporter> = Arc::clone(reporter) as _;
+        let pio = Bus::with_reporter(Arc::clone(&device_reporter));
+        let mmio = Bus::with_reporter(device_reporter);
+
+        let ioapic = IoApic::new(Arc::new(KvmMsi::new(Arc::clone(vm))));
+        ioapic.set_route_listener(Arc::new(Routes::new(Arc::clone(vm), &ioapic)));
+        insert(
+            &mmio,
+            layout::IOAPIC,
+            ioapic::MMIO_LEN,
+            "ioapic",
+            Arc::clone(&ioapic) as _,
+        )?;
+
+        let line = |gsi: u32| ioapic.line(gsi as usize);
+        let power = |cause| {
+            Arc::new(Power {
+                reporter: Arc::clone(reporter),
+                cause,
+            })
+        };
+
+        let port = Serial::new(line(layout::SERIAL_GSI), serial::DEFAULT_OUTPUT_CAPACITY).map_err(init(SERIAL))?;
+        let serial_loop = serial
+            .map(|host| port.host_loop(host))
+            .transpose()
+            .map_err(init(SERIAL))?;
+        insert(&pio, layout::SERIAL.into(), serial::PORTS, SERIAL, port)?;
+
+        let i8042 = I8042::new(power(ResetCause::I8042));
+        insert(&pio, layout::I8042_DATA.into(), i8042::PORTS, "i8042", i8042)?;
+
+        let acpi = AcpiPm::new(power(ResetCause::Acpi), line(layout::GED_GSI));
+        let power_button = acpi.power_button();
+        insert(&pio, layout::ACPI_SLEEP_CONTROL.into(), acpi_pm::PORTS, "acpi-pm", acpi)?;
+
+        check_memory(&mmio, ram)?;
+        Ok(Self {
+            pio,
+            mmio,
+            ioapic,
+            power_button,
+            loops: Mutex::new(Loops {
+                serial: serial_loop,
+                running: Vec::new(),
+            }),
+        })
+    }
+
+    /// Starts the devices' loops.
+    pub(super) fn start(&self, reporter: &Arc<Reporter>, hooks: &Hooks) -> Result<(), MachineError> {
+        let mut loops = self.loops();
+        if let Some(device) = loops.serial.take() {
+            let setup = Arc::clone(&hooks.thread_setup);
+            let started = DispatchLoop::spawn(
+                SERIAL,
+                move || setup(ThreadRole::Device(SERIAL)),
+                device,
+                Arc::clone(reporter) as _,
+            )
+            .map_err(|e| MachineError::DeviceStart {
+                device: SERIAL.to_owned(),
+                reason: e.to_string(),
+            })?;
+            loops.running.push(started);
         }
+        Ok(())
+    }
+
+    /// Ends the devices' loops, which bring out what must not be lost until `deadline`; returns the names of those that don't end.
+    pub(super) fn stop(&self, deadline: Instant) -> Vec<String> {
+        let mut loops = self.loops();
+        // One that never ran has nothing to bring out.
+        loops.serial = None;
+        let running = std::mem::take(&mut loops.running);
+        drop(loops);
+        let left = |deadline: Instant| deadline.saturating_duration_since(Instant::now());
+        for device in &running {
+            device.request_stop(left(deadline));
+        }
+        let mut hung = Vec::new();
+        for device in running {
+            match device.stop(left(deadline).max(LEAST_PATIENCE)) {
+                Ok(()) => {}
+                Err(StopError::Hung { device }) => hung.push(device),
+                // It was reported when it happened.
+                Err(StopError::Failed { .. }) => {}
+            }
+        }
+        hung
     }
 
     /// Presses the power button.
-    pub(super) fn press_power_button(&self) {}
+    pub(super) fn press_power_button(&self) {
+        self.power_button.press();
+    }
+
+    fn loops(&self) -> std::sync::MutexGuard<'_, Loops> {
+        self.loops.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
+
+/// What a device's loop gets to end even after the deadline.
+const LEAST_PATIENCE: Duration = Duration::from_millis(10);
 
 impl GuestBus for Platform {
     fn read_port(&self, port: u16, data: &mut [u8]) {
@@ -40,5 +177,64 @@ impl GuestBus for Platform {
         self.mmio.write(address, data);
     }
 
-    fn end_of_interrupt(&self, _vector: u8) {}
+    fn end_of_interrupt(&self, vector: u8) {
+        self.ioapic.eoi(vector);
+    }
+}
+
+/// Turns a guest's request to end into the machine's end.
+struct Power {
+    reporter: Arc<Reporter>,
+    /// What a reset that comes this way is called.
+    cause: ResetCause,
+}
+
+impl PowerSink for Power {
+    fn request(&self, event: PowerEvent) {
+        self.reporter.report(match event {
+            PowerEvent::Shutdown => Happening::Shutdown,
+            PowerEvent::Reset => Happening::Reset { how: self.cause },
+        });
+    }
+}
+
+impl DeviceReporter for Reporter {
+    fn report(&self, event: DeviceEvent) {
+        match event {
+            DeviceEvent::Failed { device, reason } => Self::report(self, Happening::DeviceFailed { device, reason }),
+            DeviceEvent::HostClosed { device } => tracing::info!(device, "the host's end was closed"),
+            other => tracing::info!(?other, "device event"),
+        }
+    }
+}
+
+fn init<E: std::fmt::Display>(device: &'static str) -> impl FnOnce(E) -> MachineError {
+    move |error| MachineError::DeviceInit {
+        device: device.to_owned(),
+        reason: error.to_string(),
+    }
+}
+
+fn insert(bus: &Bus, base: u64, len: u64, name: &'static str, device: Arc<dyn BusDevice>) -> Result<(), MachineError> {
+    bus.insert(base, len, name, device).map_err(|error| match error {
+        BusError::Overlap { .. } => MachineError::DeviceOverlap {
+            device: name.to_owned(),
+            reason: error.to_string(),
+        },
+        error => init(name)(error),
+    })
+}
+
+/// Devices and memory must not claim the same addresses: memory would win, and the device be dead without a word.
+fn check_memory(mmio: &Bus, ram: &GuestRam) -> Result<(), MachineError> {
+    for device in mmio.ranges() {
+        let end = device.base + (device.len - 1);
+        if let Some(range) = ram.ranges().iter().find(|r| r.start <= end && device.base < r.end) {
+            return Err(MachineError::DeviceOverlap {
+                device: device.name.to_owned(),
+                reason: format!("{:#x}..={end:#x} overlaps the memory at {range:#x?}", device.base),
+            });
+        }
+    }
+    Ok(())
 }

@@ -24,7 +24,11 @@ pub(super) struct Routes {
 impl Routes {
     /// An empty table for `vm`, whose first GSIs follow the pins of `ioapic`.
     pub(super) fn new(vm: Arc<VmFd>, ioapic: &Arc<IoApic>) -> Self {
-        Self { vm, table: Mutex::default(), ioapic: Arc::downgrade(ioapic) }
+        Self {
+            vm,
+            table: Mutex::default(),
+            ioapic: Arc::downgrade(ioapic),
+        }
     }
 
     fn apply(&self, table: &BTreeMap<u32, Msi>) {
@@ -41,7 +45,9 @@ impl Routes {
 
 impl RouteListener for Routes {
     fn route_changed(&self, pin: usize) {
-        let (Some(ioapic), Ok(gsi)) = (self.ioapic.upgrade(), u32::try_from(pin)) else { return };
+        let (Some(ioapic), Ok(gsi)) = (self.ioapic.upgrade(), u32::try_from(pin)) else {
+            return;
+        };
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         // Read under the table's lock: of two vCPUs that get here together, the second sets the newest.
         let before = match ioapic.redirection(pin).eoi_route() {

@@ -133,6 +133,13 @@ impl VcpuThreads {
         }
     }
 
+    /// Changes the orders of all vCPUs for the sake of those that are parked: the bell wakes them, and a vCPU in the guest is left there.
+    pub(super) fn order_parked(&self, change: impl Fn(&mut Orders)) {
+        for handle in &self.handles {
+            handle.mailbox.change(&change);
+        }
+    }
+
     /// Changes one vCPU's orders; `None` if there is no such vCPU.
     pub(super) fn order<R>(&self, index: u8, change: impl FnOnce(&mut Orders) -> R) -> Option<R> {
         self.handles.iter().find(|h| h.index == index).map(|h| h.order(change))

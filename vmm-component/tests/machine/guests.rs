@@ -6,7 +6,7 @@
 use std::arch::global_asm;
 
 /// Where guests are linked, and entered.
-pub const BASE: u64 = 0x10_0000;
+pub(crate) const BASE: u64 = 0x10_0000;
 
 /// Makes the code between two labels a function that returns its bytes.
 macro_rules! guest {
@@ -20,7 +20,7 @@ macro_rules! guest {
             options(att_syntax),
         );
         $(#[$doc])*
-        pub fn $name() -> Vec<u8> {
+        pub(crate) fn $name() -> Vec<u8> {
             unsafe extern "C" {
                 #[link_name = $start]
                 static START: u8;
@@ -192,7 +192,7 @@ guest!(
 );
 
 /// A guest that starts `others` more processors.
-pub fn smp(others: u8) -> Vec<u8> {
+pub(crate) fn smp(others: u8) -> Vec<u8> {
     let mut image = smp_code();
     image.resize(0x2_0000, 0);
     image.push(others);
@@ -200,7 +200,7 @@ pub fn smp(others: u8) -> Vec<u8> {
 }
 
 /// An ELF file of one segment, `code`, entered at its start.
-pub fn elf(code: &[u8]) -> Vec<u8> {
+pub(crate) fn elf(code: &[u8]) -> Vec<u8> {
     let mut file = Vec::new();
     let half = |file: &mut Vec<u8>, v: u16| file.extend(v.to_le_bytes());
     let word = |file: &mut Vec<u8>, v: u32| file.extend(v.to_le_bytes());

@@ -1,5 +1,7 @@
 //! Guests of a few instructions on real machines. Needs /dev/kvm, with or without hardware virtualization; prints "skipped" without it.
 
+#![allow(clippy::expect_used, reason = "what is not as expected fails the program")]
+
 mod guests;
 mod rig;
 

@@ -19,13 +19,13 @@ use sepal_vmm_component::memory::{MIB, MemoryConfig};
 use crate::guests;
 
 /// Far more than anything here takes; a test that gets there has failed.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Generation of the machines here.
-pub const GENERATION: u64 = 7;
+pub(crate) const GENERATION: u64 = 7;
 
 /// KVM, or `None` with a word about it.
-pub fn kvm() -> Option<Kvm> {
+pub(crate) fn kvm() -> Option<Kvm> {
     if Path::new("/dev/kvm").exists() {
         return Some(Kvm::new().expect("/dev/kvm opens"));
     }
@@ -34,7 +34,7 @@ pub fn kvm() -> Option<Kvm> {
 }
 
 /// How this host runs guests.
-pub fn host() -> HostKind {
+pub(crate) fn host() -> HostKind {
     if Path::new("/sys/module/kvm_pvm").exists() {
         HostKind::Unassisted
     } else {
@@ -43,14 +43,14 @@ pub fn host() -> HostKind {
 }
 
 /// A file without a name that holds `bytes`.
-pub fn file(bytes: &[u8]) -> File {
+pub(crate) fn file(bytes: &[u8]) -> File {
     let mut file = tempfile::tempfile().expect("a temporary file");
     file.write_all(bytes).expect("its contents");
     file
 }
 
 /// A configuration with 16 MiB and `vcpus` vCPUs that runs `code`.
-pub fn config(code: &[u8], vcpus: u8, serial: Option<OwnedFd>) -> MachineConfig {
+pub(crate) fn config(code: &[u8], vcpus: u8, serial: Option<OwnedFd>) -> MachineConfig {
     MachineConfig {
         generation: GENERATION,
         memory: MemoryConfig {
@@ -68,12 +68,12 @@ pub fn config(code: &[u8], vcpus: u8, serial: Option<OwnedFd>) -> MachineConfig 
 }
 
 /// Hooks that confine nothing, and where the events come out.
-pub fn hooks() -> (Hooks, Receiver<MachineEvent>) {
+pub(crate) fn hooks() -> (Hooks, Receiver<MachineEvent>) {
     hooks_with(|_| Ok(()))
 }
 
 /// Hooks with a thread set-up of the test's.
-pub fn hooks_with(
+pub(crate) fn hooks_with(
     setup: impl Fn(ThreadRole) -> std::io::Result<()> + Send + Sync + 'static,
 ) -> (Hooks, Receiver<MachineEvent>) {
     let (sender, receiver) = channel();
@@ -88,15 +88,15 @@ pub fn hooks_with(
 }
 
 /// A machine, not yet started, and what belongs to it.
-pub struct Rig {
-    pub machine: Machine,
-    pub events: Receiver<MachineEvent>,
-    pub serial: UnixStream,
+pub(crate) struct Rig {
+    pub(crate) machine: Machine,
+    pub(crate) events: Receiver<MachineEvent>,
+    pub(crate) serial: UnixStream,
 }
 
 impl Rig {
     /// Makes a machine of what `adjust` makes of the usual configuration.
-    pub fn make(
+    pub(crate) fn make(
         kvm: &Kvm,
         code: &[u8],
         vcpus: u8,
@@ -116,21 +116,21 @@ impl Rig {
     }
 
     /// Makes a machine and starts it.
-    pub fn start(kvm: &Kvm, code: &[u8], vcpus: u8) -> Self {
+    pub(crate) fn start(kvm: &Kvm, code: &[u8], vcpus: u8) -> Self {
         let mut rig = Self::make(kvm, code, vcpus, |_| {}).expect("the machine is made");
         rig.machine.start().expect("the machine starts");
         rig
     }
 
     /// The next event.
-    pub fn next(&self) -> Happening {
+    pub(crate) fn next(&self) -> Happening {
         let event = self.events.recv_timeout(PATIENCE).expect("an event");
         assert_eq!(event.generation, GENERATION);
         event.what
     }
 
     /// Waits for the guest's end, tears the machine down and returns how it ended with all of its serial output.
-    pub fn finish(self) -> (Happening, Vec<u8>) {
+    pub(crate) fn finish(self) -> (Happening, Vec<u8>) {
         let ending = loop {
             let what = self.next();
             if what.ends() {
@@ -141,7 +141,7 @@ impl Rig {
     }
 
     /// Ends the machine; all of its serial output comes with it.
-    pub fn stop(mut self) -> (Stopped, Vec<u8>) {
+    pub(crate) fn stop(mut self) -> (Stopped, Vec<u8>) {
         let stopped = self.machine.join(PATIENCE);
         assert_eq!(stopped.stuck, Vec::<String>::new());
         let mut output = Vec::new();
@@ -150,7 +150,7 @@ impl Rig {
     }
 
     /// Waits until the guest has written `byte`.
-    pub fn await_byte(&mut self, byte: u8) {
+    pub(crate) fn await_byte(&mut self, byte: u8) {
         let mut seen = [0];
         self.serial.read_exact(&mut seen).expect("a byte of serial output");
         assert_eq!(seen[0], byte);

@@ -41,10 +41,10 @@ fn find(table: &[kvm_cpuid_entry2], function: u32, index: u32) -> &kvm_cpuid_ent
 proptest! {
     #[test]
     fn topology_is_consistent_for_every_size(vcpus in 1u8..=64, tsc_khz in proptest::option::of(1u32..10_000_000)) {
-        let common = common(&generous(), Profile { vcpus, tsc_khz });
+        let common = common(&generous(), vcpus);
         let mut ids = std::collections::HashSet::new();
         for vcpu in 0..vcpus {
-            let table = for_vcpu(&common, vcpu);
+            let table = for_vcpu(&common, vcpu, tsc_khz);
             let one = find(&table, 1, 0);
             let id = one.ebx >> 24;
             prop_assert!(ids.insert(id));
@@ -77,20 +77,14 @@ proptest! {
         host in proptest::collection::vec((any::<u32>(), 0u32..4, any::<[u32; 4]>()), 0..200), vcpus in 1u8..=64
     ) {
         let host: Vec<_> = host.into_iter().map(|(function, index, regs)| entry(function % 0x30, index, regs)).collect();
-        let table = for_vcpu(&common(&host, Profile { vcpus, tsc_khz: Some(1) }), vcpus - 1);
+        let table = for_vcpu(&common(&host, vcpus), vcpus - 1, Some(1));
         prop_assert!(to_kvm(&table).is_some());
     }
 }
 
 #[test]
 fn what_the_guest_does_not_get_is_not_shown() {
-    let table = common(
-        &generous(),
-        Profile {
-            vcpus: 2,
-            tsc_khz: None,
-        },
-    );
+    let table = for_vcpu(&common(&generous(), 2), 0, None);
     assert_eq!(
         find(&table, 1, 0).ecx & (leaf1::ECX_VMX | leaf1::ECX_MONITOR | leaf1::ECX_OSXSAVE),
         0
@@ -103,16 +97,18 @@ fn what_the_guest_does_not_get_is_not_shown() {
 
 #[test]
 fn the_guest_sees_a_hypervisor_with_a_deadline_timer_and_the_frequency() {
-    let table = common(
-        &generous(),
-        Profile {
-            vcpus: 1,
-            tsc_khz: Some(2_600_000),
-        },
-    );
+    let table = for_vcpu(&common(&generous(), 1), 0, Some(2_600_000));
     let ecx = find(&table, 1, 0).ecx;
     assert_ne!(ecx & leaf1::ECX_HYPERVISOR, 0);
     assert_ne!(ecx & leaf1::ECX_TSC_DEADLINE, 0);
     assert_eq!(find(&table, KVM_TIMING, 0).eax, 2_600_000);
     assert_eq!(find(&table, KVM_SIGNATURE, 0).eax, KVM_TIMING);
+}
+
+#[test]
+fn a_frequency_that_may_change_is_not_told() {
+    let mut host = generous();
+    host.retain(|e| e.function != 0x8000_0007);
+    let table = for_vcpu(&common(&host, 1), 0, Some(2_600_000));
+    assert!(!table.iter().any(|e| e.function == KVM_TIMING));
 }

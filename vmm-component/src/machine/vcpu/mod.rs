@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberId, SubscriberOps};
-use kvm_bindings::CpuId;
+use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::{VcpuFd, VmFd};
 
 use self::mailbox::{Mailbox, Orders};
@@ -22,6 +22,7 @@ use self::run_page::{Exit, PortAccess, RunMapping, RunPage};
 use super::assist::{Assist, AssistOutcome, MsrOutcome};
 use super::boot_state;
 use super::config::{Hooks, ThreadRole};
+use super::cpuid;
 use super::event::{Happening, ResetCause};
 use super::pause::PauseLedger;
 use super::report::Reporter;
@@ -48,6 +49,8 @@ pub(super) struct Shared {
     pub(super) vm: Arc<VmFd>,
     pub(super) run_size: usize,
     pub(super) ram: Arc<GuestRam>,
+    /// What the vCPUs' CPUID have in common.
+    pub(super) cpuid: Vec<kvm_cpuid_entry2>,
     pub(super) bus: Arc<dyn GuestBus>,
     pub(super) assist: Option<Arc<dyn Assist>>,
     pub(super) reporter: Arc<Reporter>,
@@ -58,7 +61,6 @@ pub(super) struct Shared {
 /// What one vCPU is made from.
 pub(super) struct Seed {
     pub(super) index: u8,
-    pub(super) cpuid: CpuId,
     /// Where the first instruction is; `None` waits for another vCPU's start-up message.
     pub(super) entry: Option<BootEntry>,
     pub(super) mailbox: Arc<Mailbox>,
@@ -117,7 +119,10 @@ impl Vcpu {
         mailbox::unblock_kick().map_err(|e| format!("let the kick signal through: {e}"))?;
         let fd = shared.vm.create_vcpu(u64::from(seed.index)).map_err(kvm("create it"))?;
         let page = RunPage::map(&fd, shared.run_size).map_err(kvm("map its shared page"))?;
-        fd.set_cpuid2(&seed.cpuid).map_err(kvm("set its CPUID"))?;
+        // Fails where the host's TSC is unstable; then there is no frequency to tell.
+        let table = cpuid::for_vcpu(&shared.cpuid, seed.index, fd.get_tsc_khz().ok());
+        let table = cpuid::to_kvm(&table).ok_or("its CPUID table is too long")?;
+        fd.set_cpuid2(&table).map_err(kvm("set its CPUID"))?;
         boot_state::set_msrs(&fd)?;
         let mut lapic = fd.get_lapic().map_err(kvm("read its local APIC"))?;
         boot_state::connect_local_pins(&mut lapic);

@@ -1,0 +1,52 @@
+//! Times a machine alone: made, started, the first byte on its serial port, torn down. `boot_once [ROUNDS [VCPUS]]`, 200 rounds of 1 vCPU if not said.
+//!
+//! The guest writes one byte and resets. What is printed are minimum, median and maximum in microseconds.
+
+#![allow(clippy::expect_used, reason = "what is not as expected fails the program")]
+
+#[path = "../tests/machine/guests.rs"]
+#[allow(dead_code, reason = "shared with the tests of the machine")]
+mod guests;
+#[path = "../tests/machine/rig.rs"]
+#[allow(dead_code, reason = "shared with the tests of the machine")]
+mod rig;
+
+use std::io::Read;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::AtomicBool;
+use std::time::Instant;
+
+use sepal_vmm_component::machine::Machine;
+
+fn main() {
+    let mut arguments = std::env::args().skip(1).map(|a| a.parse::<usize>().expect("a number"));
+    let rounds = arguments.next().unwrap_or(200).max(1);
+    let vcpus = u8::try_from(arguments.next().unwrap_or(1)).expect("at most 255 vCPUs");
+    let Some(kvm) = rig::kvm() else { return };
+    let code = guests::hello();
+    let mut times: [Vec<u128>; 4] = std::array::from_fn(|_| Vec::with_capacity(rounds));
+    for _ in 0..rounds {
+        let (mut serial, guest_end) = UnixStream::pair().expect("a socket pair");
+        let config = rig::config(&code, vcpus, Some(guest_end.into()));
+        let (hooks, _events) = rig::hooks();
+        let start = Instant::now();
+        let mut machine = Machine::create(&kvm, config, hooks, &AtomicBool::new(false)).expect("the machine is made");
+        let made = start.elapsed();
+        machine.start().expect("the machine starts");
+        let started = start.elapsed();
+        serial.read_exact(&mut [0]).expect("a byte");
+        let spoke = start.elapsed();
+        let ending = Instant::now();
+        machine.join(rig::PATIENCE);
+        for (list, time) in times.iter_mut().zip([made, started - made, spoke, ending.elapsed()]) {
+            list.push(time.as_micros());
+        }
+    }
+    for (name, list) in ["create", "start", "create to first byte", "teardown"]
+        .iter()
+        .zip(&mut times)
+    {
+        list.sort_unstable();
+        println!("{name:22} {:6} {:6} {:6}", list[0], list[rounds / 2], list[rounds - 1]);
+    }
+}
