@@ -6,4 +6,5 @@ pub mod layout;
 pub mod lifecycle;
 pub mod machine;
 pub mod memory;
+pub mod server;
 pub mod unassisted;

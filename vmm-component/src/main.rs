@@ -1,0 +1,93 @@
+//! The component: one jailed process for one virtual machine, started by the guest manager's keeper.
+//!
+//! ```text
+//!   take the startup handles -> close the jail -> serve the lifecycle on the control socket -> end with the connection
+//! ```
+//!
+//! Exit status: 0 after the connection has closed and everything is torn down, 1 if the component could not start, 3 if a machine's threads would
+//! not end.
+
+use std::{
+    os::{fd::OwnedFd, unix::net::UnixStream},
+    process::ExitCode,
+};
+
+use anyhow::{Context, Result};
+use kvm_ioctls::Kvm;
+use sepal_runner::{
+    inner::{self, StartupHandles},
+    layer::{LayerState, LayerStatus},
+    startup,
+};
+use sepal_schema::{
+    info::{LayerInfo, LayerState as State},
+    transport::{Limits, Reactor, serve_with},
+};
+use sepal_vmm_component::server::{ComponentServer, Controller, vm};
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("vmm-component: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<()> {
+    let mut handles = StartupHandles::take().context("taking the startup handles")?;
+    let control = UnixStream::from(handles.remove(startup::CONTROL)?);
+    let kvm = kvm(handles.remove(startup::KVM)?);
+    let layers = inner::seal(handles.seal_spec()).context("closing the jail")?;
+    drop(handles);
+    log_to_stderr();
+
+    let mut reactor = Reactor::single_threaded().context("making the control loop")?;
+    let handle = reactor.handle();
+    let (controller, exited) = Controller::new(&handle, vm::builder(kvm));
+    let layers = layers.iter().map(layer_info).collect();
+    let connection = serve_with(&handle, control, Limits::default(), |fds| {
+        ComponentServer::client(controller.clone(), fds, layers).client
+    })
+    .context("serving the control socket")?;
+    handle.spawn({
+        let controller = controller.clone();
+        async move {
+            let reason = connection.await;
+            tracing::debug!("the guest manager's connection ended: {reason}");
+            controller.disconnected();
+        }
+    });
+    // Resolves after the last machine is gone, or fails if nobody is left who could say so.
+    let _ = reactor.run_until(exited).context("running the control loop")?;
+    Ok(())
+}
+
+fn kvm(fd: OwnedFd) -> Kvm {
+    use std::os::fd::{FromRawFd, IntoRawFd};
+    // SAFETY: the descriptor is owned and is /dev/kvm, which the startup handles have checked; ownership moves into the Kvm.
+    unsafe { Kvm::from_raw_fd(fd.into_raw_fd()) }
+}
+
+/// Lines go to the manager, which adds the time and the guest's name.
+fn log_to_stderr() {
+    let lines = tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .without_time()
+        .with_ansi(false)
+        .with_target(false);
+    lines.with_max_level(tracing::Level::INFO).init();
+}
+
+fn layer_info(status: &LayerStatus) -> LayerInfo {
+    LayerInfo {
+        name: status.layer.name().into(),
+        state: match status.state {
+            LayerState::Holds => State::Holds,
+            LayerState::Waived => State::Waived,
+            LayerState::NotRequested => State::NotRequested,
+        },
+        detail: status.detail.clone(),
+    }
+}

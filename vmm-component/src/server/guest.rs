@@ -1,0 +1,419 @@
+//! One guest, from its creation to its end: what is known about it, and its facets for whoever bound it.
+
+use std::{cell::RefCell, rc::Rc, time::Instant};
+
+use capnp::capability::Rc as ServerRc;
+use futures::channel::oneshot;
+use sepal_schema::{
+    error::{Error, Kind, write_completion},
+    guest_capnp::{event, event_sink, guest, observer, power, stats},
+    info::{GuestDescriptor, GuestInfo, GuestStatus},
+    report::{Reason, StopReport, now_ns},
+    transport::{Handle, guard},
+};
+
+use super::controller::Controller;
+use crate::{
+    lifecycle::{Ending, Generation},
+    machine::{ExitReason, MachineStats},
+};
+
+/// What is known about one guest. Outlives the machine for as long as somebody holds the guest.
+pub(super) struct GuestState {
+    generation: Generation,
+    descriptor: GuestDescriptor,
+    events: Option<event_sink::Client>,
+    spawner: Handle,
+    inner: RefCell<Inner>,
+}
+
+#[derive(Default)]
+struct Inner {
+    started: Option<Instant>,
+    paused: bool,
+    report: Option<StopReport>,
+    /// Who waits for the end.
+    waiting: Vec<oneshot::Sender<StopReport>>,
+    /// Who waits for all vCPUs to have left the guest.
+    pausing: Vec<oneshot::Sender<()>>,
+}
+
+impl GuestState {
+    /// A guest that is being created; `events` is told what happens to it.
+    pub(super) fn new(
+        generation: Generation,
+        descriptor: GuestDescriptor,
+        events: Option<event_sink::Client>,
+        spawner: Handle,
+    ) -> Rc<Self> {
+        Rc::new(Self {
+            generation,
+            descriptor,
+            events,
+            spawner,
+            inner: RefCell::default(),
+        })
+    }
+
+    pub(super) fn generation(&self) -> Generation {
+        self.generation
+    }
+
+    /// How the guest ended; none as long as it has not.
+    pub(super) fn report(&self) -> Option<StopReport> {
+        self.inner.borrow().report.clone()
+    }
+
+    /// The vCPUs run.
+    pub(super) fn started(&self) {
+        self.inner.borrow_mut().started = Some(Instant::now());
+        self.emit(|mut event| event.set_started(()));
+    }
+
+    /// The last vCPU has left the guest after a pause.
+    pub(super) fn paused(&self) {
+        let pausing = {
+            let inner = &mut *self.inner.borrow_mut();
+            inner.paused = true;
+            std::mem::take(&mut inner.pausing)
+        };
+        for waiter in pausing {
+            let _ = waiter.send(());
+        }
+        self.emit(|mut event| event.set_paused(()));
+    }
+
+    fn resumed(&self) {
+        {
+            let inner = &mut *self.inner.borrow_mut();
+            inner.paused = false;
+            inner.pausing.clear();
+        }
+        self.emit(|mut event| event.set_resumed(()));
+    }
+
+    /// A device broke; the guest goes on without it.
+    pub(super) fn device_failed(&self, device: &str, reason: &str) {
+        self.emit(|event| {
+            let mut failed = event.init_device_failed();
+            failed.set_device(device);
+            failed.set_reason(reason);
+        });
+    }
+
+    /// The guest is no more.
+    pub(super) fn gone(&self, ending: &Result<Ending, Error>) {
+        let (report, waiting) = {
+            let inner = &mut *self.inner.borrow_mut();
+            let uptime = inner.started.map_or(0, |started| nanoseconds(started.elapsed()));
+            let report = report(ending, uptime);
+            inner.report = Some(report.clone());
+            inner.pausing.clear();
+            (report, std::mem::take(&mut inner.waiting))
+        };
+        for waiter in waiting {
+            let _ = waiter.send(report.clone());
+        }
+    }
+
+    fn emit(&self, fill: impl FnOnce(event::Builder<'_>)) {
+        let Some(sink) = &self.events else { return };
+        let mut request = sink.event_request();
+        let mut event = request.get().init_event();
+        event.set_time_ns(now_ns());
+        event.set_generation(self.generation);
+        fill(event);
+        let sent = request.send();
+        self.spawner.spawn(async move {
+            // Events are few, and the manager that cannot be reached any more is about to end this process.
+            let _ = sent.await;
+        });
+    }
+
+    fn info(&self) -> GuestInfo {
+        let inner = self.inner.borrow();
+        let running = inner.report.is_none().then_some(inner.started).flatten();
+        GuestInfo {
+            name: String::new(),
+            status: match (&inner.report, inner.started) {
+                (Some(_), _) => GuestStatus::Stopped,
+                (None, Some(_)) => GuestStatus::Running,
+                (None, None) => GuestStatus::NotStarted,
+            },
+            generation: self.generation,
+            uptime_ns: running.map_or(0, |started| nanoseconds(started.elapsed())),
+            descriptor: Some(self.descriptor.clone()),
+            stop: inner.report.clone(),
+            problems: Vec::new(),
+            layers: Vec::new(),
+            component_pid: 0,
+            paused: inner.paused,
+            detached: false,
+        }
+    }
+
+    /// Waits until all vCPUs have left the guest. Fails if it ends first, or is resumed.
+    fn wait_until_paused(&self) -> impl Future<Output = Result<(), Error>> + use<> {
+        let inner = &mut *self.inner.borrow_mut();
+        let paused = inner.paused;
+        let (sender, receiver) = oneshot::channel();
+        if !paused {
+            inner.pausing.push(sender);
+        }
+        async move {
+            match paused {
+                true => Ok(()),
+                false => receiver
+                    .await
+                    .map_err(|_| Error::new(Kind::NotRunning, "the guest went on or ended before it paused")),
+            }
+        }
+    }
+
+    fn wait(&self) -> impl Future<Output = Option<StopReport>> + use<> {
+        let inner = &mut *self.inner.borrow_mut();
+        let done = inner.report.clone();
+        let (sender, receiver) = oneshot::channel();
+        if done.is_none() {
+            inner.waiting.push(sender);
+        }
+        async move {
+            match done {
+                Some(report) => Some(report),
+                None => receiver.await.ok(),
+            }
+        }
+    }
+}
+
+/// How the guest ended, from what ended it.
+fn report(ending: &Result<Ending, Error>, uptime_ns: u64) -> StopReport {
+    let (reason, detail) = match ending {
+        Ok(Ending::Shutdown) => (Reason::Shutdown, "the guest shut down".to_owned()),
+        Ok(Ending::Reset(how)) => (Reason::Reset, how.clone()),
+        Err(error) => {
+            let reason = match error.kind {
+                Kind::ControllerForcedHalt | Kind::Cancelled => Reason::Killed,
+                Kind::VcpuRuntimeFailure => Reason::Crash,
+                _ => Reason::StartFailed,
+            };
+            (reason, error.message.clone())
+        }
+    };
+    StopReport {
+        reason,
+        detail,
+        error: ending.clone().err(),
+        uptime_ns,
+        time_ns: now_ns(),
+    }
+}
+
+fn nanoseconds(duration: std::time::Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// Serves [`Guest`](guest) and all its facets: they differ in what their holder may call, not in what they know.
+pub(super) struct GuestServer {
+    state: Rc<GuestState>,
+    controller: Rc<Controller>,
+}
+
+/// A capability for the guest.
+pub(super) fn client(state: Rc<GuestState>, controller: Rc<Controller>) -> guest::Client {
+    guard::new_client(GuestServer { state, controller })
+}
+
+impl GuestServer {
+    fn facet(&self) -> Self {
+        Self {
+            state: self.state.clone(),
+            controller: self.controller.clone(),
+        }
+    }
+}
+
+impl guest::Server for GuestServer {
+    async fn power(
+        self: ServerRc<Self>,
+        _: guest::PowerParams,
+        mut results: guest::PowerResults,
+    ) -> Result<(), capnp::Error> {
+        results.get().set_power(guard::new_client(self.facet()));
+        Ok(())
+    }
+
+    async fn observer(
+        self: ServerRc<Self>,
+        _: guest::ObserverParams,
+        mut results: guest::ObserverResults,
+    ) -> Result<(), capnp::Error> {
+        results.get().set_observer(guard::new_client(self.facet()));
+        Ok(())
+    }
+}
+
+impl power::Server for GuestServer {
+    async fn shutdown(
+        self: ServerRc<Self>,
+        _: power::ShutdownParams,
+        mut results: power::ShutdownResults,
+    ) -> Result<(), capnp::Error> {
+        let outcome = self
+            .controller
+            .with_running(self.state.generation, |vm| vm.press_power_button());
+        write_completion(&outcome, results.get());
+        Ok(())
+    }
+
+    async fn kill(
+        self: ServerRc<Self>,
+        _: power::KillParams,
+        mut results: power::KillResults,
+    ) -> Result<(), capnp::Error> {
+        // A newer guest is not this capability's to stop.
+        let outcome = match self.state.report() {
+            Some(report) => Ok(report),
+            None => match self.controller.stop().await {
+                Ok(()) => self
+                    .state
+                    .report()
+                    .ok_or_else(|| Error::new(Kind::InternalError, "the guest left no report")),
+                Err(error) => Err(error),
+            },
+        };
+        match outcome {
+            Ok(report) => report.write(results.get().init_report()),
+            Err(error) => error.write(results.get().init_error()),
+        }
+        Ok(())
+    }
+
+    async fn stop(
+        self: ServerRc<Self>,
+        _: power::StopParams,
+        mut results: power::StopResults,
+    ) -> Result<(), capnp::Error> {
+        let error = Error::not_supported(
+            "stop",
+            "the guest manager waits and decides; a component only presses the button or kills",
+        );
+        error.write(results.get().init_error());
+        Ok(())
+    }
+
+    async fn pause(
+        self: ServerRc<Self>,
+        _: power::PauseParams,
+        mut results: power::PauseResults,
+    ) -> Result<(), capnp::Error> {
+        let asked = self.controller.with_running(self.state.generation, |vm| {
+            vm.pause();
+            Ok(())
+        });
+        let outcome = match asked {
+            Ok(()) => self.state.wait_until_paused().await,
+            Err(error) => Err(error),
+        };
+        write_completion(&outcome, results.get());
+        Ok(())
+    }
+
+    async fn resume(
+        self: ServerRc<Self>,
+        _: power::ResumeParams,
+        mut results: power::ResumeResults,
+    ) -> Result<(), capnp::Error> {
+        let outcome = self.controller.with_running(self.state.generation, |vm| {
+            vm.resume();
+            Ok(())
+        });
+        if outcome.is_ok() {
+            self.state.resumed();
+        }
+        write_completion(&outcome, results.get());
+        Ok(())
+    }
+
+    async fn reset(
+        self: ServerRc<Self>,
+        _: power::ResetParams,
+        mut results: power::ResetResults,
+    ) -> Result<(), capnp::Error> {
+        let error = Error::not_supported(
+            "reset",
+            "resetting a guest from outside is not supported by this version",
+        );
+        write_completion(&Err(error), results.get());
+        Ok(())
+    }
+
+    async fn nmi(
+        self: ServerRc<Self>,
+        _: power::NmiParams,
+        mut results: power::NmiResults,
+    ) -> Result<(), capnp::Error> {
+        let outcome = self.controller.with_running(self.state.generation, |vm| vm.nmi());
+        write_completion(&outcome, results.get());
+        Ok(())
+    }
+}
+
+impl observer::Server for GuestServer {
+    async fn info(
+        self: ServerRc<Self>,
+        _: observer::InfoParams,
+        mut results: observer::InfoResults,
+    ) -> Result<(), capnp::Error> {
+        self.state.info().write(results.get().init_info());
+        Ok(())
+    }
+
+    async fn wait(
+        self: ServerRc<Self>,
+        _: observer::WaitParams,
+        mut results: observer::WaitResults,
+    ) -> Result<(), capnp::Error> {
+        let report = self.state.wait().await;
+        report
+            .ok_or_else(|| capnp::Error::disconnected("the component is ending".into()))?
+            .write(results.get());
+        Ok(())
+    }
+
+    async fn stats(
+        self: ServerRc<Self>,
+        _: observer::StatsParams,
+        mut results: observer::StatsResults,
+    ) -> Result<(), capnp::Error> {
+        match self.controller.with_running(self.state.generation, |vm| Ok(vm.stats())) {
+            Ok(stats) => write_stats(&stats, results.get().init_stats()),
+            Err(error) => error.write(results.get().init_error()),
+        }
+        Ok(())
+    }
+}
+
+fn write_stats(stats: &MachineStats, to: stats::Builder<'_>) {
+    // A guest has 64 vCPUs at most.
+    let mut list = to.init_vcpus(stats.vcpus.len() as u32);
+    for (i, vcpu) in stats.vcpus.iter().enumerate() {
+        let mut to = list.reborrow().get(i as u32);
+        let (io, mmio, assists) = (
+            vcpu.exits_for(ExitReason::Pio),
+            vcpu.exits_for(ExitReason::Mmio),
+            vcpu.exits_for(ExitReason::Assist),
+        );
+        to.set_index(i as u8);
+        to.set_exits(vcpu.total());
+        to.set_io_exits(io);
+        to.set_mmio_exits(mmio);
+        to.set_assists(assists);
+        to.set_other_exits(
+            vcpu.total()
+                .saturating_sub(io)
+                .saturating_sub(mmio)
+                .saturating_sub(assists),
+        );
+    }
+}

@@ -1,0 +1,1 @@
+//! The controller and its server over a real connection, with machines that only pretend.

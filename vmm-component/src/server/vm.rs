@@ -1,0 +1,157 @@
+//! The machine as the controller sees it: what it is made from, and what can be done with it.
+//!
+//! [`build`] makes the real one. Tests of the server make their own.
+
+use std::{
+    fs::File,
+    io,
+    os::fd::OwnedFd,
+    sync::{Arc, atomic::AtomicBool},
+    time::Duration,
+};
+
+use kvm_ioctls::Kvm;
+use sepal_schema::{
+    config::MemoryBacking,
+    error::{Error, Kind},
+};
+
+use sepal_runner::inner;
+
+use crate::{
+    lifecycle::Generation,
+    machine::{Hooks, HostKind, Machine, MachineConfig, MachineEvent, MachineStats, ThreadRole},
+    memory::{CustomRange, MIB, MemoryConfig},
+};
+
+/// Everything that a machine is made from.
+pub struct VmSpec {
+    /// Number of vCPUs.
+    pub cpus: u8,
+    /// Memory in MiB.
+    pub memory_mib: u32,
+    /// Back memory with transparent huge pages.
+    pub huge_pages: bool,
+    /// Client-backed ranges of memory.
+    pub custom_memory: Vec<MemoryBacking>,
+    /// The complete command line.
+    pub cmdline: String,
+    /// The kernel.
+    pub kernel: OwnedFd,
+    /// Initial RAM file system.
+    pub initrd: Option<OwnedFd>,
+    /// The host's KVM works without hardware virtualization.
+    pub unassisted: bool,
+    /// Stream socket of the serial port.
+    pub serial: Option<OwnedFd>,
+}
+
+/// Where a machine's threads tell what happened; never blocks.
+pub type Events = Arc<dyn Fn(MachineEvent) + Send + Sync>;
+
+/// Makes machines; runs in a thread of its own and ends soon once the flag is set.
+pub type Builder = Arc<dyn Fn(Generation, VmSpec, Events, &AtomicBool) -> Result<Box<dyn Vm>, Error> + Send + Sync>;
+
+/// A machine that was built.
+pub trait Vm: Send {
+    /// Starts vCPUs and dispatch loops; they run when it returns.
+    fn start(&mut self) -> Result<(), Error>;
+    /// Asks all vCPUs to leave the guest. `Happening::Paused` follows when the last one has.
+    fn pause(&mut self);
+    /// Lets all vCPUs go on.
+    fn resume(&mut self);
+    /// Presses the power button.
+    fn press_power_button(&mut self) -> Result<(), Error>;
+    /// A non-maskable interrupt for every vCPU.
+    fn nmi(&mut self) -> Result<(), Error>;
+    /// Counters, taken without waking a vCPU.
+    fn stats(&self) -> MachineStats;
+    /// Ends all threads, flushes what the guest printed last, and gives the memory back. Fails with the names of threads that did not end.
+    fn tear_down(self: Box<Self>) -> Result<(), String>;
+}
+
+/// How long the threads of a machine may take to end once they are told to.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Makes real machines with this handle on `/dev/kvm`, each of whose threads narrows its own system-call filter first.
+pub fn builder(kvm: Kvm) -> Builder {
+    Arc::new(move |generation, spec, events, cancel| {
+        inner::narrow(inner::ThreadRole::Helper).map_err(|error| Error::new(Kind::StartFailure, error.to_string()))?;
+        let memory = MemoryConfig {
+            size_bytes: u64::from(spec.memory_mib) * MIB,
+            custom: spec.custom_memory.into_iter().map(custom_range).collect(),
+            huge_pages: spec.huge_pages,
+        };
+        let config = MachineConfig {
+            generation,
+            memory,
+            vcpus: spec.cpus,
+            kernel: File::from(spec.kernel),
+            initrd: spec.initrd.map(File::from),
+            cmdline: spec.cmdline,
+            serial: spec.serial,
+            host: if spec.unassisted {
+                HostKind::Unassisted
+            } else {
+                HostKind::Hardware
+            },
+        };
+        let hooks = Hooks {
+            thread_setup: Arc::new(narrow),
+            events,
+        };
+        let machine = Machine::create(&kvm, config, hooks, cancel).map_err(|error| error.to_error())?;
+        Ok(Box::new(machine) as Box<dyn Vm>)
+    })
+}
+
+fn custom_range(backing: MemoryBacking) -> CustomRange {
+    CustomRange {
+        memfd: backing.memfd,
+        start: backing.start,
+        end: backing.end,
+    }
+}
+
+fn narrow(role: ThreadRole) -> io::Result<()> {
+    let role = match role {
+        ThreadRole::Vcpu(_) => inner::ThreadRole::Vcpu,
+        ThreadRole::Device(_) => inner::ThreadRole::DeviceLoop,
+    };
+    inner::narrow(role).map_err(io::Error::other)
+}
+
+impl Vm for Machine {
+    fn start(&mut self) -> Result<(), Error> {
+        Machine::start(self).map_err(|error| error.to_error())
+    }
+
+    fn pause(&mut self) {
+        Machine::pause(self);
+    }
+
+    fn resume(&mut self) {
+        Machine::resume(self);
+    }
+
+    fn press_power_button(&mut self) -> Result<(), Error> {
+        Machine::press_power_button(self).map_err(|error| error.to_error())
+    }
+
+    fn nmi(&mut self) -> Result<(), Error> {
+        Machine::nmi(self).map_err(|error| error.to_error())
+    }
+
+    fn stats(&self) -> MachineStats {
+        Machine::stats(self)
+    }
+
+    fn tear_down(self: Box<Self>) -> Result<(), String> {
+        let stopped = (*self).join(PATIENCE);
+        if stopped.stuck.is_empty() {
+            Ok(())
+        } else {
+            Err(stopped.stuck.join(", "))
+        }
+    }
+}
