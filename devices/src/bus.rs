@@ -110,7 +110,10 @@ impl Bus {
 
     /// An empty bus that reports a device that panics to `reporter`, as [`DeviceEvent::Failed`].
     pub fn with_reporter(reporter: Arc<dyn DeviceReporter>) -> Self {
-        Self { slots: RwLock::default(), reporter: Some(reporter) }
+        Self {
+            slots: RwLock::default(),
+            reporter: Some(reporter),
+        }
     }
 
     /// Puts `device` at the addresses `base..base + len`.
@@ -128,13 +131,31 @@ impl Bus {
         let mut slots = self.slots_mut();
         // Only the first range that ends at or after `base` can overlap: ranges are sorted and disjoint.
         let at = slots.partition_point(|slot| slot.range.base + (slot.range.len - 1) < base);
-        if let Some(BusRange { base: other_base, len: other_len, name: other }) = slots.get(at).map(|slot| slot.range)
+        if let Some(BusRange {
+            base: other_base,
+            len: other_len,
+            name: other,
+        }) = slots.get(at).map(|slot| slot.range)
             && other_base <= last
         {
-            return Err(BusError::Overlap { name, base, len, other, other_base, other_len });
+            return Err(BusError::Overlap {
+                name,
+                base,
+                len,
+                other,
+                other_base,
+                other_len,
+            });
         }
         let range = BusRange { base, len, name };
-        slots.insert(at, Arc::new(Slot { range, device, quarantined: AtomicBool::new(false) }));
+        slots.insert(
+            at,
+            Arc::new(Slot {
+                range,
+                device,
+                quarantined: AtomicBool::new(false),
+            }),
+        );
         Ok(())
     }
 
@@ -145,7 +166,9 @@ impl Bus {
     /// [`BusError::NotThere`] if no range starts there.
     pub fn remove(&self, base: u64) -> Result<(), BusError> {
         let mut slots = self.slots_mut();
-        let at = slots.binary_search_by_key(&base, |slot| slot.range.base).map_err(|_| BusError::NotThere { base })?;
+        let at = slots
+            .binary_search_by_key(&base, |slot| slot.range.base)
+            .map_err(|_| BusError::NotThere { base })?;
         slots.remove(at);
         Ok(())
     }
@@ -182,7 +205,11 @@ impl Bus {
             return None;
         }
         let slots = self.slots();
-        let slot = slots.get(slots.partition_point(|slot| slot.range.base <= address).checked_sub(1)?)?;
+        let slot = slots.get(
+            slots
+                .partition_point(|slot| slot.range.base <= address)
+                .checked_sub(1)?,
+        )?;
         let offset = address - slot.range.base;
         let room = slot.range.len.checked_sub(offset)?;
         (len as u64 <= room).then(|| (Arc::clone(slot), offset))
@@ -194,12 +221,21 @@ impl Bus {
             return false;
         }
         // A broken invariant inside the device can't be seen from outside: it is never called again.
-        let Err(panic) = catch_unwind(AssertUnwindSafe(call)) else { return true };
+        let Err(panic) = catch_unwind(AssertUnwindSafe(call)) else {
+            return true;
+        };
         if !slot.quarantined.swap(true, Ordering::Relaxed) {
             let reason = panic_message(&*panic);
-            tracing::error!(device = slot.range.name, reason, "device panicked on a bus access; its addresses are dead from now on");
+            tracing::error!(
+                device = slot.range.name,
+                reason,
+                "device panicked on a bus access; its addresses are dead from now on"
+            );
             if let Some(reporter) = &self.reporter {
-                reporter.report(DeviceEvent::Failed { device: slot.range.name.into(), reason });
+                reporter.report(DeviceEvent::Failed {
+                    device: slot.range.name.into(),
+                    reason,
+                });
             }
         }
         false

@@ -143,7 +143,6 @@ impl Watches<'_, '_> {
     }
 }
 
-
 /// Why a loop did not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
@@ -240,11 +239,25 @@ impl DispatchLoop {
         E: std::fmt::Display,
     {
         let name = name.into();
-        let resources = |reason: String| StartError::Resources { device: name.clone(), reason };
+        let resources = |reason: String| StartError::Resources {
+            device: name.clone(),
+            reason,
+        };
         let fd = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(|e| resources(e.to_string()))?;
-        let stop = Arc::new(StopRequest { fd, deadline: Mutex::new(None) });
-        let identity = Arc::new(Identity { name: name.clone(), reporter });
-        let subscriber = Subscriber { device, identity: Arc::clone(&identity), stop: Arc::clone(&stop), state: State::Running };
+        let stop = Arc::new(StopRequest {
+            fd,
+            deadline: Mutex::new(None),
+        });
+        let identity = Arc::new(Identity {
+            name: name.clone(),
+            reporter,
+        });
+        let subscriber = Subscriber {
+            device,
+            identity: Arc::clone(&identity),
+            stop: Arc::clone(&stop),
+            state: State::Running,
+        };
         let manager = EventManager::new_with_capacity(EVENTS_PER_WAIT).map_err(|e| resources(e.to_string()))?;
 
         let (outcome_sender, outcome) = sync_channel(1);
@@ -256,10 +269,20 @@ impl DispatchLoop {
             .map_err(|e| resources(e.to_string()))?;
 
         let refused = match started.recv() {
-            Ok(Ok(())) => return Ok(Self { name, stop, outcome, thread: Some(thread) }),
+            Ok(Ok(())) => {
+                return Ok(Self {
+                    name,
+                    stop,
+                    outcome,
+                    thread: Some(thread),
+                });
+            }
             Ok(Err(refused)) => refused,
             // The sender is dropped unused only when the thread unwinds outside of what it catches.
-            Err(_) => StartError::Panicked { device: name, reason: "the thread ended".into() },
+            Err(_) => StartError::Panicked {
+                device: name,
+                reason: "the thread ended".into(),
+            },
         };
         let _ = thread.join();
         Err(refused)
@@ -291,7 +314,9 @@ impl DispatchLoop {
     }
 
     fn join(&mut self, within: Duration) -> Result<(), StopError> {
-        let Some(thread) = self.thread.take() else { return Ok(()) };
+        let Some(thread) = self.thread.take() else {
+            return Ok(());
+        };
         let device = self.name.clone();
         match self.outcome.recv_timeout(within.saturating_add(HANG_GRACE)) {
             Err(RecvTimeoutError::Timeout) => Err(StopError::Hung { device }),
@@ -300,7 +325,10 @@ impl DispatchLoop {
                 match received {
                     Ok(Ok(())) if !panicked => Ok(()),
                     Ok(Err(reason)) => Err(StopError::Failed { device, reason }),
-                    _ => Err(StopError::Failed { device, reason: "its thread panicked".into() }),
+                    _ => Err(StopError::Failed {
+                        device,
+                        reason: "its thread panicked".into(),
+                    }),
                 }
             }
         }
@@ -334,13 +362,25 @@ impl<D: DispatchDevice> Body<D> {
     ) {
         let device = || self.identity.name.clone();
         let id = match catch_unwind(AssertUnwindSafe(|| {
-            setup().map_err(|e| StartError::Setup { device: device(), reason: e.to_string() })?;
-            start(&mut self.manager, subscriber).map_err(|e| StartError::Device { device: device(), reason: e.to_string() })
+            setup().map_err(|e| StartError::Setup {
+                device: device(),
+                reason: e.to_string(),
+            })?;
+            start(&mut self.manager, subscriber).map_err(|e| StartError::Device {
+                device: device(),
+                reason: e.to_string(),
+            })
         })) {
             Ok(Ok(id)) => id,
             Ok(Err(error)) => return send(&started, Err(error)),
             Err(panic) => {
-                return send(&started, Err(StartError::Panicked { device: device(), reason: panic_message(&*panic) }));
+                return send(
+                    &started,
+                    Err(StartError::Panicked {
+                        device: device(),
+                        reason: panic_message(&*panic),
+                    }),
+                );
             }
         };
         send(&started, Ok(()));
@@ -354,7 +394,10 @@ impl<D: DispatchDevice> Body<D> {
         if let Err(reason) = &result {
             let Identity { name, reporter } = &*self.identity;
             tracing::error!(device = name, reason, "device failed and is quarantined");
-            reporter.report(DeviceEvent::Failed { device: name.clone(), reason: reason.clone() });
+            reporter.report(DeviceEvent::Failed {
+                device: name.clone(),
+                reason: reason.clone(),
+            });
         }
         send(&outcome, result);
     }
@@ -368,7 +411,9 @@ impl<D: DispatchDevice> Body<D> {
                 Ok(Err(error)) => break Err(error.to_string()),
                 Err(panic) => break Err(panic_message(&*panic)),
             }
-            let Ok(subscriber) = self.manager.subscriber_mut(id) else { break Err("the loop lost its device".into()) };
+            let Ok(subscriber) = self.manager.subscriber_mut(id) else {
+                break Err("the loop lost its device".into());
+            };
             match std::mem::replace(&mut subscriber.state, State::Running) {
                 State::Running => {}
                 State::Stopping => {
@@ -394,7 +439,10 @@ fn send<T>(sender: &SyncSender<T>, value: T) {
 }
 
 /// Adds the device to the manager and lets it register its descriptors.
-fn start<D: DispatchDevice>(manager: &mut EventManager<Subscriber<D>>, subscriber: Subscriber<D>) -> Result<SubscriberId, DeviceError> {
+fn start<D: DispatchDevice>(
+    manager: &mut EventManager<Subscriber<D>>,
+    subscriber: Subscriber<D>,
+) -> Result<SubscriberId, DeviceError> {
     // Calls `Subscriber::init`, which has no result: a refusal is left in the state.
     let id = manager.add_subscriber(subscriber);
     let subscriber = manager.subscriber_mut(id)?;
@@ -422,14 +470,22 @@ struct Subscriber<D> {
 impl<D: DispatchDevice> Subscriber<D> {
     /// The device, with what its handlers get.
     fn parts<'a, 'b>(&'a mut self, ops: &'a mut EventOps<'b>) -> (&'a mut D, Watches<'a, 'b>) {
-        (&mut self.device, Watches { ops, identity: &self.identity })
+        (
+            &mut self.device,
+            Watches {
+                ops,
+                identity: &self.identity,
+            },
+        )
     }
 }
 
 impl<D: DispatchDevice> MutEventSubscriber for Subscriber<D> {
     fn init(&mut self, ops: &mut EventOps<'_>) {
         // Runs inside `start`, which catches a panic and reads the state.
-        let watched = ops.add(Events::new_raw(self.stop.fd.as_raw_fd(), EventSet::IN)).map_err(DeviceError::from);
+        let watched = ops
+            .add(Events::new_raw(self.stop.fd.as_raw_fd(), EventSet::IN))
+            .map_err(DeviceError::from);
         let (device, mut watches) = self.parts(ops);
         if let Err(error) = watched.and_then(|()| device.start(&mut watches)) {
             self.state = State::Failed(error.to_string());

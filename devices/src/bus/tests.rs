@@ -14,7 +14,10 @@ struct Probe {
 
 impl Probe {
     fn new(id: u8) -> Arc<Self> {
-        Arc::new(Self { id, seen: Mutex::default() })
+        Arc::new(Self {
+            id,
+            seen: Mutex::default(),
+        })
     }
 }
 
@@ -97,7 +100,11 @@ fn the_last_address_can_be_used() {
     assert!(!bus.write(u64::MAX, &[0, 0]));
     assert_eq!(
         bus.insert(u64::MAX - 3, 5, "more", Probe::new(0)),
-        Err(BusError::PastEnd { name: "more", base: u64::MAX - 3, len: 5 })
+        Err(BusError::PastEnd {
+            name: "more",
+            base: u64::MAX - 3,
+            len: 5
+        })
     );
 }
 
@@ -108,8 +115,21 @@ fn errors_name_both_devices() {
     let error = bus.insert(0x64, 4, "probe", Probe::new(0)).unwrap_err();
     assert_eq!(error.to_string(), "probe: 0x64+0x4 overlaps i8042 at 0x60+0x5");
     let error = bus.insert(0x64, 0, "probe", Probe::new(0)).unwrap_err();
-    assert_eq!(error, BusError::Empty { name: "probe", base: 0x64 });
-    assert_eq!(bus.ranges().collect::<Vec<_>>(), [BusRange { base: 0x60, len: 5, name: "i8042" }]);
+    assert_eq!(
+        error,
+        BusError::Empty {
+            name: "probe",
+            base: 0x64
+        }
+    );
+    assert_eq!(
+        bus.ranges().collect::<Vec<_>>(),
+        [BusRange {
+            base: 0x60,
+            len: 5,
+            name: "i8042"
+        }]
+    );
 }
 
 #[test]
@@ -136,7 +156,13 @@ fn a_panic_quarantines_the_device_and_is_reported_once() {
     assert_eq!(data, [0xff]);
     assert!(bus.read(8, &mut data));
     assert_eq!(data, [9]);
-    assert_eq!(*reports.0.lock().unwrap(), [DeviceEvent::Failed { device: "bomb".into(), reason: "boom".into() }]);
+    assert_eq!(
+        *reports.0.lock().unwrap(),
+        [DeviceEvent::Failed {
+            device: "bomb".into(),
+            reason: "boom".into()
+        }]
+    );
 }
 
 proptest! {

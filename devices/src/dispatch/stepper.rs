@@ -29,10 +29,24 @@ pub(crate) struct Stepper<D: DispatchDevice> {
 impl<D: DispatchDevice> Stepper<D> {
     pub(crate) fn start(device: D) -> Result<Self, DeviceError> {
         let reports = Arc::new(Reports::default());
-        let identity = Arc::new(Identity { name: "device".into(), reporter: reports.clone() });
-        let stop = Arc::new(StopRequest { fd: EventFd::new(EFD_NONBLOCK)?, deadline: Mutex::new(None) });
+        let identity = Arc::new(Identity {
+            name: "device".into(),
+            reporter: reports.clone(),
+        });
+        let stop = Arc::new(StopRequest {
+            fd: EventFd::new(EFD_NONBLOCK)?,
+            deadline: Mutex::new(None),
+        });
         let mut manager = EventManager::new()?;
-        let id = start(&mut manager, Subscriber { device, identity, stop, state: State::Running })?;
+        let id = start(
+            &mut manager,
+            Subscriber {
+                device,
+                identity,
+                stop,
+                state: State::Running,
+            },
+        )?;
         Ok(Self { manager, id, reports })
     }
 

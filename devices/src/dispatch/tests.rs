@@ -61,7 +61,6 @@ impl DispatchDevice for Probe {
     }
 }
 
-
 struct Reports(Mutex<Sender<DeviceEvent>>);
 
 impl DeviceReporter for Reports {
@@ -135,15 +134,23 @@ fn setup_runs_first_on_the_loops_thread() {
         sender.send(std::thread::current().name().map(str::to_owned)).unwrap();
         Err("filter refused")
     };
-    let refused = DispatchLoop::spawn("probe", setup, probe, rig.reporter.clone()).err().unwrap();
-    assert_eq!(refused.to_string(), "probe: its thread could not be set up: filter refused");
+    let refused = DispatchLoop::spawn("probe", setup, probe, rig.reporter.clone())
+        .err()
+        .unwrap();
+    assert_eq!(
+        refused.to_string(),
+        "probe: its thread could not be set up: filter refused"
+    );
     assert_eq!(names.recv().unwrap().as_deref(), Some("probe"));
 }
 
 #[test]
 fn a_device_that_refuses_to_start_is_the_result_of_spawn() {
     let (rig, spawned) = spawn(Plan::RefuseStart);
-    assert_eq!(spawned.err().unwrap().to_string(), "probe: did not start: no backing file");
+    assert_eq!(
+        spawned.err().unwrap().to_string(),
+        "probe: did not start: no backing file"
+    );
     assert!(rig.rung.recv().is_err(), "the device is dropped");
     assert!(rig.events.try_recv().is_err(), "nothing is reported twice");
 }
@@ -151,7 +158,10 @@ fn a_device_that_refuses_to_start_is_the_result_of_spawn() {
 #[test]
 fn a_panic_in_start_is_the_result_of_spawn() {
     let (_rig, spawned) = spawn(Plan::PanicInStart);
-    assert_eq!(spawned.err().unwrap().to_string(), "probe: panicked while it started: start panics");
+    assert_eq!(
+        spawned.err().unwrap().to_string(),
+        "probe: panicked while it started: start panics"
+    );
 }
 
 /// Rings the doorbell of a device that then fails with `reason`.
@@ -159,9 +169,24 @@ fn fails_when_rung(plan: Plan, reason: &str) {
     let (rig, spawned) = spawn(plan);
     let running = spawned.unwrap();
     rig.doorbell.write(1).unwrap();
-    assert_eq!(rig.events.recv(), Ok(DeviceEvent::Failed { device: "probe".into(), reason: reason.into() }));
-    assert!(rig.quarantined.load(Ordering::SeqCst), "quarantined before it is reported");
-    assert_eq!(running.stop(Duration::from_secs(10)), Err(StopError::Failed { device: "probe".into(), reason: reason.into() }));
+    assert_eq!(
+        rig.events.recv(),
+        Ok(DeviceEvent::Failed {
+            device: "probe".into(),
+            reason: reason.into()
+        })
+    );
+    assert!(
+        rig.quarantined.load(Ordering::SeqCst),
+        "quarantined before it is reported"
+    );
+    assert_eq!(
+        running.stop(Duration::from_secs(10)),
+        Err(StopError::Failed {
+            device: "probe".into(),
+            reason: reason.into()
+        })
+    );
     assert!(!rig.stopped.load(Ordering::SeqCst));
 }
 
@@ -190,7 +215,10 @@ fn a_device_that_hangs_does_not_hang_stop() {
     let held = lock(&rig.hang);
     rig.doorbell.write(1).unwrap();
     assert_eq!(rig.rung.recv(), Ok(7));
-    assert_eq!(running.stop(Duration::ZERO), Err(StopError::Hung { device: "probe".into() }));
+    assert_eq!(
+        running.stop(Duration::ZERO),
+        Err(StopError::Hung { device: "probe".into() })
+    );
     drop(held);
     // Let go, the thread ends by itself.
     assert!(rig.rung.recv().is_err());

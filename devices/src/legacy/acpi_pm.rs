@@ -65,7 +65,11 @@ pub struct AcpiPm {
 impl AcpiPm {
     /// Ports that ask `power` for shutdown and reset; `line` is the generic event device's interrupt, edge-triggered.
     pub fn new(power: Arc<dyn PowerSink>, line: Arc<dyn InterruptLine>) -> Arc<Self> {
-        Arc::new(Self { power, line, events: AtomicU8::new(0) })
+        Arc::new(Self {
+            power,
+            line,
+            events: AtomicU8::new(0),
+        })
     }
 
     /// The button that belongs to these ports.
@@ -74,7 +78,11 @@ impl AcpiPm {
     }
 
     fn read_byte(&self, offset: u64) -> u8 {
-        if offset == EVENT_STATUS { self.events.swap(0, Ordering::AcqRel) } else { 0 }
+        if offset == EVENT_STATUS {
+            self.events.swap(0, Ordering::AcqRel)
+        } else {
+            0
+        }
     }
 
     fn write_byte(&self, offset: u64, value: u8) {

@@ -56,13 +56,19 @@ pub struct I8042 {
 impl I8042 {
     /// A controller that asks `power` for a reset.
     pub fn new(power: Arc<dyn PowerSink>) -> Arc<Self> {
-        Arc::new(Self { power, stale: AtomicU8::new(STALE), nmi_status: AtomicU8::new(0) })
+        Arc::new(Self {
+            power,
+            stale: AtomicU8::new(STALE),
+            nmi_status: AtomicU8::new(0),
+        })
     }
 
     fn read_byte(&self, offset: u64) -> u8 {
         match offset {
             DATA => {
-                let _ = self.stale.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1));
+                let _ = self
+                    .stale
+                    .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1));
                 0xff
             }
             NMI_STATUS => self.nmi_status.fetch_xor(REFRESH, Ordering::Relaxed) | TIMER2_OUT,

@@ -166,7 +166,11 @@ impl Pin {
         if self.entry.level_triggered() {
             return self.service_level();
         }
-        if self.asserted > 1 || self.entry.masked() { None } else { self.entry.msi() }
+        if self.asserted > 1 || self.entry.masked() {
+            None
+        } else {
+            self.entry.msi()
+        }
     }
 
     /// One line was released.
@@ -233,8 +237,15 @@ pub struct IoApic {
 impl IoApic {
     /// An I/O APIC as after power-on (all pins masked) that sends its messages to `sink`.
     pub fn new(sink: Arc<dyn MsiSink>) -> Arc<Self> {
-        let pins = [Pin { entry: RedirectionEntry::RESET, asserted: 0 }; PINS];
-        Arc::new(Self { state: Mutex::new(State { index: 0, id: 0, pins }), sink, listener: OnceLock::new() })
+        let pins = [Pin {
+            entry: RedirectionEntry::RESET,
+            asserted: 0,
+        }; PINS];
+        Arc::new(Self {
+            state: Mutex::new(State { index: 0, id: 0, pins }),
+            sink,
+            listener: OnceLock::new(),
+        })
     }
 
     /// A new line to `pin`. Several lines on one pin are ORed; dropping a line releases it. A line to a pin that does not exist leads
@@ -243,7 +254,11 @@ impl IoApic {
         if pin >= PINS {
             tracing::error!(pin, "interrupt line to an I/O APIC pin that does not exist");
         }
-        Arc::new(Line { ioapic: Arc::clone(self), pin, asserted: AtomicBool::new(false) })
+        Arc::new(Line {
+            ioapic: Arc::clone(self),
+            pin,
+            asserted: AtomicBool::new(false),
+        })
     }
 
     /// Who learns that the EOI route of a pin changed. Only the first call counts: the machine has one routing table.
@@ -255,7 +270,10 @@ impl IoApic {
 
     /// The redirection table entry of `pin`, as it is now; that of a pin that does not exist is [`RedirectionEntry::RESET`].
     pub fn redirection(&self, pin: usize) -> RedirectionEntry {
-        lock(&self.state).pins.get(pin).map_or(RedirectionEntry::RESET, |pin| pin.entry)
+        lock(&self.state)
+            .pins
+            .get(pin)
+            .map_or(RedirectionEntry::RESET, |pin| pin.entry)
     }
 
     /// The hypervisor saw the EOI of a level-triggered interrupt with `vector` (`KVM_EXIT_IOAPIC_EOI`).

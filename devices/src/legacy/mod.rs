@@ -20,6 +20,7 @@
 pub mod acpi_pm;
 pub mod i8042;
 pub mod ioapic;
+pub mod rtc;
 pub mod serial;
 
 mod uart;

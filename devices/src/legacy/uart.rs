@@ -116,7 +116,11 @@ impl Uart {
 
     /// How many bytes from the host the receive FIFO takes now. None in loopback: the receiver is cut off from the line.
     pub(crate) fn room(&self) -> usize {
-        if self.looped() { 0 } else { self.fifo_len().saturating_sub(self.received.len()) }
+        if self.looped() {
+            0
+        } else {
+            self.fifo_len().saturating_sub(self.received.len())
+        }
     }
 
     /// A byte from the host; must fit ([`room`](Self::room)).
@@ -145,7 +149,11 @@ impl Uart {
             offset::MCR => self.mcr,
             offset::LSR => {
                 let ready = if self.received.is_empty() { 0 } else { LSR_DATA_READY };
-                let overrun = if std::mem::take(&mut self.overrun) { LSR_OVERRUN } else { 0 };
+                let overrun = if std::mem::take(&mut self.overrun) {
+                    LSR_OVERRUN
+                } else {
+                    0
+                };
                 LSR_TRANSMITTER_EMPTY | ready | overrun
             }
             offset::MSR => self.modem_lines() | std::mem::take(&mut self.modem_changes),
@@ -199,7 +207,11 @@ impl Uart {
         if self.ier & IER_RECEIVE != 0 && !self.received.is_empty() {
             // Below the trigger level a real chip waits four characters' time for more; the host's bytes come in bursts, so that time is
             // over as soon as they are here.
-            return if self.received.len() >= self.trigger() { IIR_RECEIVE } else { IIR_TIMEOUT };
+            return if self.received.len() >= self.trigger() {
+                IIR_RECEIVE
+            } else {
+                IIR_TIMEOUT
+            };
         }
         if self.ier & IER_TRANSMIT != 0 && self.transmit_pending {
             return IIR_TRANSMIT;
@@ -215,10 +227,15 @@ impl Uart {
         if !self.looped() {
             return MSR_CONNECTED;
         }
-        [(MCR_RTS, MSR_CTS), (MCR_DTR, MSR_DSR), (MCR_OUT1, MSR_RI), (MCR_OUT2, MSR_DCD)]
-            .into_iter()
-            .filter(|(output, _)| self.mcr & output != 0)
-            .fold(0, |lines, (_, input)| lines | input)
+        [
+            (MCR_RTS, MSR_CTS),
+            (MCR_DTR, MSR_DSR),
+            (MCR_OUT1, MSR_RI),
+            (MCR_OUT2, MSR_DCD),
+        ]
+        .into_iter()
+        .filter(|(output, _)| self.mcr & output != 0)
+        .fold(0, |lines, (_, input)| lines | input)
     }
 
     fn divisor_latch(&self) -> bool {
@@ -239,7 +256,11 @@ impl Uart {
 
     /// Bytes that make a full receive interrupt.
     fn trigger(&self) -> usize {
-        if self.fifos_on() { [1, 4, 8, 14][usize::from(self.fcr >> 6)] } else { 1 }
+        if self.fifos_on() {
+            [1, 4, 8, 14][usize::from(self.fcr >> 6)]
+        } else {
+            1
+        }
     }
 }
 
@@ -282,7 +303,11 @@ mod tests {
         assert_eq!(uart.read(offset::IIR_FCR) & 0x0f, IIR_RECEIVE);
         assert_eq!(uart.read(offset::DATA), 0);
         assert_eq!(uart.read(offset::DATA), 1);
-        assert_eq!(uart.read(offset::IIR_FCR) & 0x0f, IIR_TIMEOUT, "below the trigger level");
+        assert_eq!(
+            uart.read(offset::IIR_FCR) & 0x0f,
+            IIR_TIMEOUT,
+            "below the trigger level"
+        );
         for byte in 2..9 {
             assert!(uart.interrupt());
             assert_eq!(uart.read(offset::LSR) & LSR_DATA_READY, LSR_DATA_READY);
@@ -325,7 +350,11 @@ mod tests {
         assert_eq!(uart.room(), 0);
         assert_eq!(uart.write(offset::DATA, 7), None);
         assert_eq!(uart.write(offset::DATA, 8), None);
-        assert_eq!(uart.read(offset::LSR) & 3, LSR_DATA_READY | LSR_OVERRUN, "no FIFO: the second byte is lost");
+        assert_eq!(
+            uart.read(offset::LSR) & 3,
+            LSR_DATA_READY | LSR_OVERRUN,
+            "no FIFO: the second byte is lost"
+        );
         assert_eq!(uart.read(offset::LSR) & 3, LSR_DATA_READY);
         assert_eq!(uart.read(offset::DATA), 7);
         uart.write(offset::MCR, 0);

@@ -36,7 +36,10 @@ struct Rig {
 impl Rig {
     fn new() -> Self {
         let sink = Arc::new(Sink::default());
-        Self { ioapic: IoApic::new(sink.clone()), sink }
+        Self {
+            ioapic: IoApic::new(sink.clone()),
+            sink,
+        }
     }
 
     fn write(&self, register: u8, value: u32) {
@@ -112,7 +115,13 @@ fn an_edge_is_one_message_with_its_destination() {
     line.set(true);
     line.set(true);
     line.set(false);
-    assert_eq!(rig.sink.take(), [Msi { address: 0xfee0_3000, data: 0x4031 }]);
+    assert_eq!(
+        rig.sink.take(),
+        [Msi {
+            address: 0xfee0_3000,
+            data: 0x4031
+        }]
+    );
     line.pulse();
     assert_eq!(rig.sink.take().len(), 1);
 }
@@ -131,11 +140,35 @@ fn an_edge_while_masked_is_lost() {
 fn delivery_and_destination_modes_map_to_the_message() {
     let msi = |bits| RedirectionEntry(bits).msi();
     // Lowest priority to a logical set carries the redirection hint; to a physical id it does not.
-    assert_eq!(msi(0xff << 56 | LOGICAL | 1 << 8 | 0x40), Some(Msi { address: 0xfeef_f00c, data: 0x4140 }));
-    assert_eq!(msi(0xff << 56 | 1 << 8 | 0x40), Some(Msi { address: 0xfeef_f000, data: 0x4140 }));
-    assert_eq!(msi(LOGICAL | LEVEL | 0x40), Some(Msi { address: 0xfee0_0004, data: 0xc040 }));
+    assert_eq!(
+        msi(0xff << 56 | LOGICAL | 1 << 8 | 0x40),
+        Some(Msi {
+            address: 0xfeef_f00c,
+            data: 0x4140
+        })
+    );
+    assert_eq!(
+        msi(0xff << 56 | 1 << 8 | 0x40),
+        Some(Msi {
+            address: 0xfeef_f000,
+            data: 0x4140
+        })
+    );
+    assert_eq!(
+        msi(LOGICAL | LEVEL | 0x40),
+        Some(Msi {
+            address: 0xfee0_0004,
+            data: 0xc040
+        })
+    );
     // NMI is an edge even if the entry says level.
-    assert_eq!(msi(LEVEL | 4 << 8), Some(Msi { address: 0xfee0_0000, data: 0x4400 }));
+    assert_eq!(
+        msi(LEVEL | 4 << 8),
+        Some(Msi {
+            address: 0xfee0_0000,
+            data: 0x4400
+        })
+    );
     assert_eq!(RedirectionEntry(LEVEL | 4 << 8).eoi_route(), None);
     assert_eq!(msi(3 << 8), None);
     assert_eq!(msi(6 << 8), None);
@@ -147,7 +180,13 @@ fn a_level_fires_again_after_each_eoi_until_it_is_released() {
     let line = rig.ioapic.line(9);
     rig.set_entry(9, LEVEL | 0x52);
     line.set(true);
-    assert_eq!(rig.sink.take(), [Msi { address: 0xfee0_0000, data: 0xc052 }]);
+    assert_eq!(
+        rig.sink.take(),
+        [Msi {
+            address: 0xfee0_0000,
+            data: 0xc052
+        }]
+    );
     assert_eq!(rig.read(REDIRECTION + 18), 0xc052, "remote IRR");
     line.set(false);
     line.set(true);
@@ -236,7 +275,13 @@ fn the_listener_hears_of_level_routes_only() {
     assert_eq!(heard(), [], "edges need no EOI");
     rig.set_entry(9, MASKED | LEVEL | 0x52);
     assert_eq!(heard(), [9]);
-    assert_eq!(rig.ioapic.redirection(9).eoi_route(), Some(Msi { address: 0xfee0_0000, data: 0xc052 }));
+    assert_eq!(
+        rig.ioapic.redirection(9).eoi_route(),
+        Some(Msi {
+            address: 0xfee0_0000,
+            data: 0xc052
+        })
+    );
     rig.set_entry(9, LEVEL | 0x52);
     assert_eq!(heard(), [], "masking changes no route");
     rig.set_entry(9, 2 << 56 | LEVEL | 0x52);
@@ -268,7 +313,10 @@ fn op() -> impl Strategy<Value = Op> {
     // Few vectors and pins, so that the operations meet.
     let entry = (0u64..4, any::<u64>()).prop_map(|(vector, bits)| 0x30 | vector | bits & 0x0300_0000_0001_ff00);
     prop_oneof![
-        (prop_oneof![Just(IOREGSEL), Just(IOWIN), Just(EOI), 0u64..MMIO_LEN], prop::collection::vec(any::<u8>(), 1..=8))
+        (
+            prop_oneof![Just(IOREGSEL), Just(IOWIN), Just(EOI), 0u64..MMIO_LEN],
+            prop::collection::vec(any::<u8>(), 1..=8)
+        )
             .prop_map(|(offset, data)| Op::Write(offset, data)),
         (0u64..MMIO_LEN, 1usize..=8).prop_map(|(offset, len)| Op::Read(offset, len)),
         (0u8..4, entry).prop_map(|(pin, bits)| Op::Entry(pin, bits)),

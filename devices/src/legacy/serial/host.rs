@@ -80,7 +80,10 @@ impl SerialLoop {
         fcntl_setfl(&fd, flags | OFlags::NONBLOCK)?;
         let mode = flags & OFlags::RWMODE;
         let (can_read, can_write) = (mode != OFlags::WRONLY, mode != OFlags::RDONLY);
-        let timer = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC)?;
+        let timer = timerfd_create(
+            TimerfdClockId::Monotonic,
+            TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC,
+        )?;
         if !can_write {
             port.state().discard();
         }
@@ -147,8 +150,14 @@ impl SerialLoop {
     /// Starts or stops the timer that ends each batch.
     fn tick(&mut self, on: bool) -> Result<(), DeviceError> {
         if on != self.ticking {
-            let interval = Timespec { tv_sec: 0, tv_nsec: if on { BATCH_INTERVAL.as_nanos() as i64 } else { 0 } };
-            let times = Itimerspec { it_interval: interval, it_value: interval };
+            let interval = Timespec {
+                tv_sec: 0,
+                tv_nsec: if on { BATCH_INTERVAL.as_nanos() as i64 } else { 0 },
+            };
+            let times = Itimerspec {
+                it_interval: interval,
+                it_value: interval,
+            };
             timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &times)?;
             self.ticking = on;
         }
@@ -160,8 +169,14 @@ impl SerialLoop {
         if std::mem::take(&mut self.can_write) {
             self.port.state().discard();
             (self.written, self.filled, self.blocked) = (0, 0, false);
-            tracing::info!(device = watches.device(), why, "the host end takes no more output; it is discarded");
-            watches.report(DeviceEvent::HostClosed { device: watches.device().into() });
+            tracing::info!(
+                device = watches.device(),
+                why,
+                "the host end takes no more output; it is discarded"
+            );
+            watches.report(DeviceEvent::HostClosed {
+                device: watches.device().into(),
+            });
             self.tick(false)?;
         }
         Ok(())
@@ -235,7 +250,10 @@ impl SerialLoop {
     fn wait_writable(&self, deadline: Instant) -> bool {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            let left = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+            let left = Timespec {
+                tv_sec: left.as_secs() as i64,
+                tv_nsec: left.subsec_nanos().into(),
+            };
             match poll(&mut [PollFd::new(&self.fd, PollFlags::OUT)], Some(&left)) {
                 Ok(ready) => return ready > 0,
                 Err(Errno::INTR) => {}
@@ -250,7 +268,9 @@ impl DispatchDevice for SerialLoop {
         watches.add(&self.port.doorbell, DOORBELL, EventSet::IN)?;
         watches.add(&self.timer, TICK, EventSet::IN)?;
         self.watched = self.wanted();
-        watches.add(&self.fd, HOST, self.watched).map_err(|e| format!("the host end cannot be watched: {e}"))?;
+        watches
+            .add(&self.fd, HOST, self.watched)
+            .map_err(|e| format!("the host end cannot be watched: {e}"))?;
         self.pump_output(watches)?;
         self.rewatch(watches)
     }

@@ -37,7 +37,10 @@ impl Line {
 
     /// Waits for an edge after `seen` edges; how many there were.
     fn wait_edge(&self, seen: u64) -> u64 {
-        self.changed.wait_while(self.state.lock().unwrap(), |state| state.1 == seen).unwrap().1
+        self.changed
+            .wait_while(self.state.lock().unwrap(), |state| state.1 == seen)
+            .unwrap()
+            .1
     }
 }
 
@@ -50,7 +53,10 @@ struct Guest {
 impl Guest {
     fn new(capacity: usize) -> Self {
         let line = Arc::new(Line::default());
-        Self { port: Serial::new(line.clone(), capacity).unwrap(), line }
+        Self {
+            port: Serial::new(line.clone(), capacity).unwrap(),
+            line,
+        }
     }
 
     fn set(&self, register: u8, value: u8) {
@@ -85,7 +91,10 @@ impl Guest {
     fn spawn(&self, host: impl Into<OwnedFd>) -> (DispatchLoop, Arc<Reports>) {
         let reports = Arc::new(Reports::default());
         let device = self.port.host_loop(host.into()).unwrap();
-        (DispatchLoop::spawn("serial", || Ok::<_, String>(()), device, reports.clone()).unwrap(), reports)
+        (
+            DispatchLoop::spawn("serial", || Ok::<_, String>(()), device, reports.clone()).unwrap(),
+            reports,
+        )
     }
 
     fn step(&self, host: impl Into<OwnedFd>) -> Stepper<SerialLoop> {
@@ -95,7 +104,9 @@ impl Guest {
 
 /// Bytes that show when some are missing or out of order.
 fn pattern(len: usize) -> Vec<u8> {
-    (0..len as u32).map(|i| (i.wrapping_mul(0x9e37_79b1) >> 24) as u8).collect()
+    (0..len as u32)
+        .map(|i| (i.wrapping_mul(0x9e37_79b1) >> 24) as u8)
+        .collect()
 }
 
 fn read_exact(host: &mut UnixStream, len: usize) -> Vec<u8> {
@@ -145,7 +156,10 @@ fn a_host_that_does_not_read_costs_old_output_and_never_the_guests_time() {
     let dropped = guest.port.dropped() as usize;
     assert!(dropped > 0);
     let received = read_exact(&mut host, sent.len() - 1000 - dropped);
-    assert!(received.ends_with(&sent[sent.len() - DEFAULT_OUTPUT_CAPACITY / 2..]), "the newest output is what is kept");
+    assert!(
+        received.ends_with(&sent[sent.len() - DEFAULT_OUTPUT_CAPACITY / 2..]),
+        "the newest output is what is kept"
+    );
     running.stop(MINUTE).unwrap();
     assert_eq!(guest.port.dropped() as usize, dropped);
     assert_eq!(host.read(&mut [0]).unwrap(), 0, "nothing more");
@@ -256,7 +270,12 @@ fn a_closed_host_end_discards_output_and_leaves_the_loop_at_rest() {
     let mut stepper = guest.step(end);
     drop(host);
     stepper.settle();
-    assert_eq!(stepper.reports.take(), [DeviceEvent::HostClosed { device: "device".into() }]);
+    assert_eq!(
+        stepper.reports.take(),
+        [DeviceEvent::HostClosed {
+            device: "device".into()
+        }]
+    );
     guest.send(&[b'x'; 5000]);
     assert_eq!(stepper.step(), 0);
     assert_eq!(guest.port.dropped(), 0, "discarded, not dropped for slowness");
@@ -376,7 +395,11 @@ fn a_stop_waits_for_a_full_host_only_until_its_deadline() {
     let mut received = vec![];
     host.read_to_end(&mut received).unwrap();
     assert!(sent.starts_with(&received));
-    assert_eq!(received.len() + guest.port.dropped() as usize, sent.len(), "what the host did not take is counted");
+    assert_eq!(
+        received.len() + guest.port.dropped() as usize,
+        sent.len(),
+        "what the host did not take is counted"
+    );
 }
 
 #[test]
