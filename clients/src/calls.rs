@@ -1,0 +1,82 @@
+//! The protocol's calls as Rust functions: typed errors become `sepal_schema::error::Error`, broken connections exceptions.
+
+use std::time::Duration;
+
+use anyhow::Result;
+use sepal_schema::{
+    error::Error,
+    guest_capnp::{guest, observer, output, power, serial},
+    info::GuestInfo,
+    manager_capnp::guest_manager,
+    report::StopReport,
+};
+
+/// A guest by its name.
+pub(crate) async fn lookup(manager: &guest_manager::Client, name: &str) -> Result<guest::Client> {
+    use guest_manager::lookup_result::Which;
+    let mut request = manager.lookup_request();
+    request.get().set_name(name);
+    let response = request.send().promise.await?;
+    match response.get()?.which()? {
+        Which::Guest(guest) => Ok(guest?),
+        Which::Error(error) => Err(Error::read(error?)?.into()),
+    }
+}
+
+/// The read-only facet.
+pub(crate) fn observer(guest: &guest::Client) -> observer::Client {
+    guest.observer_request().send().pipeline.get_observer()
+}
+
+/// The facet that stops.
+pub(crate) fn power(guest: &guest::Client) -> power::Client {
+    guest.power_request().send().pipeline.get_power()
+}
+
+/// The serial port.
+pub(crate) fn serial(guest: &guest::Client) -> serial::Client {
+    guest.serial_request().send().pipeline.get_serial()
+}
+
+/// What the serial port printed.
+pub(crate) fn output(observer: &observer::Client) -> output::Client {
+    observer.output_request().send().pipeline.get_output()
+}
+
+/// What there is to know about a guest.
+pub(crate) async fn info(observer: &observer::Client) -> Result<GuestInfo> {
+    let response = observer.info_request().send().promise.await?;
+    Ok(GuestInfo::read(response.get()?.get_info()?)?)
+}
+
+/// Waits for the guest's end.
+pub(crate) async fn wait(observer: &observer::Client) -> Result<StopReport> {
+    let response = observer.wait_request().send().promise.await?;
+    Ok(StopReport::read(response.get()?)?)
+}
+
+/// Stops by force at once.
+pub(crate) async fn kill(power: &power::Client) -> Result<StopReport> {
+    let response = power.kill_request().send().promise.await?;
+    stop_result(response.get()?)
+}
+
+/// Asks to shut down, waits, and then stops by force if that is allowed.
+pub(crate) async fn stop(power: &power::Client, timeout: Duration, force: bool) -> Result<StopReport> {
+    let mut request = power.stop_request();
+    // Zero would mean the protocol's own default.
+    request
+        .get()
+        .set_timeout_ms(u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX).max(1));
+    request.get().set_force(force);
+    let response = request.send().promise.await?;
+    stop_result(response.get()?)
+}
+
+fn stop_result(result: power::stop_result::Reader<'_>) -> Result<StopReport> {
+    use power::stop_result::Which;
+    match result.which()? {
+        Which::Report(report) => Ok(StopReport::read(report?)?),
+        Which::Error(error) => Err(Error::read(error?)?.into()),
+    }
+}

@@ -1,0 +1,73 @@
+//! `guest stop` and `guest wait`.
+
+use std::{path::Path, time::Duration};
+
+use anyhow::Result;
+use futures::{FutureExt, pin_mut, select};
+use sepal_schema::{
+    error::{Error, Kind},
+    report::StopReport,
+    transport::Handle,
+};
+
+use crate::{
+    args::{Stop, Wait},
+    calls,
+    manager::Manager,
+    show, status,
+};
+
+/// How long a guest gets to shut down unless the command line says otherwise.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// When the user is told that there is a way which always works.
+const HINT_AFTER: Duration = Duration::from_secs(10);
+
+/// Stops a guest; the exit status is 0 if it is gone as asked.
+pub(crate) async fn stop(handle: &Handle, socket: Option<&Path>, args: &Stop) -> Result<u8> {
+    let manager = Manager::running(handle, socket)?;
+    let guest = calls::lookup(&manager.client, &args.name).await?;
+    let power = calls::power(&guest);
+    let report = match (args.force, args.timeout) {
+        (true, None) => calls::kill(&power).await?,
+        (force, timeout) => {
+            let stopping = calls::stop(&power, timeout.unwrap_or(PATIENCE), force).fuse();
+            let hint = handle.sleep(HINT_AFTER).fuse();
+            pin_mut!(stopping, hint);
+            loop {
+                select! {
+                    report = stopping => break report?,
+                    () = hint => eprintln!("still waiting for {0}; `guest stop --force {0}` stops it in any case", args.name),
+                }
+            }
+        }
+    };
+    tell(&args.name, &report, args.json)?;
+    Ok(status::SUCCESS)
+}
+
+/// Waits for a guest's end.
+pub(crate) async fn wait(handle: &Handle, socket: Option<&Path>, args: &Wait) -> Result<u8> {
+    let manager = Manager::running(handle, socket)?;
+    let guest = calls::lookup(&manager.client, &args.name).await?;
+    let observer = calls::observer(&guest);
+    let report = match args.timeout {
+        None => calls::wait(&observer).await?,
+        Some(timeout) => match handle.timeout(timeout, calls::wait(&observer)).await {
+            Ok(report) => report?,
+            Err(_) => {
+                let message = format!("{} has not ended within {} s", args.name, timeout.as_secs_f64());
+                return Err(Error::new(Kind::TimedOut, message).into());
+            }
+        },
+    };
+    tell(&args.name, &report, args.json)?;
+    Ok(status::of(&report))
+}
+
+fn tell(name: &str, report: &StopReport, json: bool) -> Result<()> {
+    if json {
+        return show::print_json(&show::Ending::from(report));
+    }
+    eprintln!("{name}: {}", report.detail);
+    Ok(())
+}

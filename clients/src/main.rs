@@ -1,0 +1,56 @@
+//! `guest`: the command line of Sepal, a client of the guest manager like any other.
+//!
+//! ```text
+//!   args      what can be said
+//!   manager   finds the guest manager, or starts one
+//!   calls     the protocol's calls, as Rust functions
+//!   launch, session, show, control   the commands
+//!   terminal, status, table          what the user sees
+//! ```
+
+mod args;
+mod calls;
+mod control;
+mod launch;
+mod manager;
+mod session;
+mod show;
+mod status;
+mod table;
+mod terminal;
+
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::{CommandFactory, Parser};
+use sepal_schema::transport::Reactor;
+
+use crate::args::{Cli, Command};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let outcome = run(&cli);
+    terminal::restore();
+    outcome.map_or_else(|error| status::fail(&error), ExitCode::from)
+}
+
+fn run(cli: &Cli) -> Result<u8> {
+    let mut reactor = Reactor::new().context("making the event loop")?;
+    let handle = reactor.handle();
+    let socket = cli.manager.as_deref();
+    let outcome = match &cli.command {
+        Command::Launch(args) => reactor.run_until(launch::launch(&handle, socket, args)),
+        Command::Attach(args) => reactor.run_until(session::attach(&handle, socket, args)),
+        Command::List(args) => reactor.run_until(show::list(&handle, socket, args)),
+        Command::Info(args) => reactor.run_until(show::info(&handle, socket, args)),
+        Command::Logs(args) => reactor.run_until(show::logs(&handle, socket, args)),
+        Command::Version(args) => reactor.run_until(show::version(&handle, socket, args)),
+        Command::Stop(args) => reactor.run_until(control::stop(&handle, socket, args)),
+        Command::Wait(args) => reactor.run_until(control::wait(&handle, socket, args)),
+        Command::Completions { shell } => {
+            clap_complete::generate(*shell, &mut Cli::command(), "guest", &mut std::io::stdout());
+            return Ok(status::SUCCESS);
+        }
+    };
+    outcome.context("running the event loop")?
+}

@@ -1,0 +1,195 @@
+//! Finding the guest manager: a running one by its socket, or one that is started for this command.
+
+use std::{
+    env,
+    ffi::OsString,
+    fs::File,
+    io::{self, ErrorKind, Read},
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::{net::UnixStream, process::CommandExt},
+    },
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+};
+
+use anyhow::{Context, Result, bail};
+use rustix::io::FdFlags;
+use sepal_schema::{
+    config::Handles,
+    manager_capnp::guest_manager,
+    transport::{Connection, Handle, Limits, connect},
+};
+
+/// A connection to a guest manager.
+pub(crate) struct Manager {
+    pub(crate) client: guest_manager::Client,
+    pub(crate) connection: Connection,
+    /// The process, if it was started for this command.
+    child: Option<Child>,
+}
+
+impl Manager {
+    /// Connects to the manager that runs.
+    pub(crate) fn running(handle: &Handle, socket: Option<&Path>) -> Result<Self> {
+        let path = socket_path(socket)?;
+        match Self::at(handle, &path)? {
+            Some(manager) => Ok(manager),
+            None => bail!(
+                "no guest manager runs (nobody listens at {}); `guest launch --detach` starts one that stays",
+                path.display()
+            ),
+        }
+    }
+
+    /// Connects to the manager that runs, or starts a private one that ends with this connection.
+    pub(crate) fn running_or_private(handle: &Handle, socket: Option<&Path>) -> Result<Self> {
+        if let Some(manager) = Self::at(handle, &socket_path(socket)?)? {
+            return Ok(manager);
+        }
+        let (ours, theirs) = UnixStream::pair().context("making a socket pair")?;
+        let mut command = command()?;
+        command.arg("--fd").arg(theirs.as_raw_fd().to_string());
+        let child = spawn(command, &[theirs.into()])?;
+        Self::over(handle, ours, Some(child))
+    }
+
+    /// Connects to the manager that runs, or starts one that stays.
+    pub(crate) fn running_or_daemon(handle: &Handle, socket: Option<&Path>) -> Result<Self> {
+        let path = socket_path(socket)?;
+        if let Some(manager) = Self::at(handle, &path)? {
+            return Ok(manager);
+        }
+        start_daemon(&path)?;
+        match Self::at(handle, &path)? {
+            Some(manager) => Ok(manager),
+            None => bail!("the guest manager started, but nobody listens at {}", path.display()),
+        }
+    }
+
+    fn at(handle: &Handle, path: &Path) -> Result<Option<Self>> {
+        match UnixStream::connect(path) {
+            Ok(socket) => Self::over(handle, socket, None).map(Some),
+            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => Ok(None),
+            Err(error) => Err(error).with_context(|| format!("connecting to the guest manager at {}", path.display())),
+        }
+    }
+
+    fn over(handle: &Handle, socket: UnixStream, child: Option<Child>) -> Result<Self> {
+        let (client, connection) =
+            connect(handle, socket, Limits::default()).context("talking to the guest manager")?;
+        Ok(Self {
+            client,
+            connection,
+            child,
+        })
+    }
+
+    /// The descriptors that travel with the connection's messages.
+    pub(crate) fn fds(&self) -> impl Handles + use<> {
+        self.connection.fds()
+    }
+
+    /// Why a call failed, as far as the end of a private manager explains it.
+    pub(crate) fn explain(&mut self, error: anyhow::Error) -> anyhow::Error {
+        match self.child.as_mut().map(Child::try_wait) {
+            Some(Ok(Some(status))) => error.context(format!("the guest manager ended ({status})")),
+            _ => error,
+        }
+    }
+
+    /// Lets go of the manager; a private one has ended when this returns, and cleaned up behind itself.
+    pub(crate) fn close(self) {
+        let Self {
+            client,
+            connection,
+            child,
+        } = self;
+        drop(client);
+        drop(connection);
+        if let Some(mut child) = child {
+            let _ = child.wait();
+        }
+    }
+}
+
+/// The socket of the user's manager; the same rule as the manager's own.
+fn socket_path(given: Option<&Path>) -> Result<PathBuf> {
+    Ok(given.map_or_else(sepal_schema::socket::default_path, Path::to_owned))
+}
+
+/// The manager's program: beside this one.
+fn command() -> Result<Command> {
+    let own = env::current_exe().context("finding this program's own file")?;
+    let path = own.with_file_name("guest-manager");
+    if !path.exists() {
+        bail!(
+            "the program {} is missing; it is built and installed together with guest",
+            path.display()
+        );
+    }
+    Ok(Command::new(path))
+}
+
+/// Starts a process that inherits these descriptors under their own numbers.
+fn spawn(mut command: Command, inherited: &[OwnedFd]) -> Result<Child> {
+    let program: OsString = command.get_program().to_owned();
+    for fd in inherited {
+        // Only this program's children see the descriptor in between, and it starts no other at this time.
+        rustix::io::fcntl_setfd(fd, FdFlags::empty())?;
+    }
+    let child = command.stdin(Stdio::null()).spawn();
+    for fd in inherited {
+        rustix::io::fcntl_setfd(fd, FdFlags::CLOEXEC)?;
+    }
+    child.with_context(|| format!("starting {}", Path::new(&program).display()))
+}
+
+/// Starts a manager in a session of its own, and returns when it listens.
+fn start_daemon(socket: &Path) -> Result<()> {
+    let (mut ready, theirs) = io::pipe().context("making a pipe")?;
+    let log = log_file(socket)?;
+    let mut command = command()?;
+    command
+        .arg("--socket")
+        .arg(socket)
+        .arg("--ready-fd")
+        .arg(theirs.as_raw_fd().to_string());
+    command.stdout(Stdio::null()).stderr(log.1);
+    // SAFETY: setsid is async-signal-safe, and nothing else happens between fork and exec.
+    unsafe {
+        command.pre_exec(|| {
+            rustix::process::setsid()?;
+            Ok(())
+        });
+    }
+    let mut child = spawn(command, &[theirs.into()])?;
+    // End of file without a byte: it ended before it listened.
+    let mut byte = [0];
+    if ready.read(&mut byte).context("waiting for the guest manager")? == 0 {
+        let status = child.wait()?;
+        bail!(
+            "the guest manager did not start ({status}); its log is {}",
+            log.0.display()
+        );
+    }
+    Ok(())
+}
+
+fn log_file(socket: &Path) -> Result<(PathBuf, File)> {
+    let path = socket.with_extension("log");
+    if let Some(folder) = path.parent() {
+        use std::os::unix::fs::DirBuilderExt;
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(folder)
+            .with_context(|| format!("making the folder {}", folder.display()))?;
+    }
+    let file = File::options()
+        .append(true)
+        .create(true)
+        .open(&path)
+        .with_context(|| format!("opening the log {}", path.display()))?;
+    Ok((path, file))
+}

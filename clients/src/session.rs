@@ -1,0 +1,196 @@
+//! A terminal connected to a guest's serial port, by `launch` and `attach`.
+//!
+//! ```text
+//!   standard input  --(thread)-->  stream  --> guest
+//!   standard output <--(thread)--  stream  <-- guest      end of file: the guest is gone
+//! ```
+//!
+//! The stream is a socket of the guest manager's, which never makes the guest wait: a terminal that stands still loses the oldest output. Two threads
+//! copy, because a terminal or a file cannot be waited for by an event loop in every case.
+
+use std::{
+    io::{self, Read, Write},
+    os::unix::net::UnixStream,
+    path::Path,
+    thread,
+};
+
+use anyhow::{Context, Result, bail};
+use futures::{FutureExt, channel::oneshot, future, select};
+use sepal_schema::{
+    config::Handles,
+    error::Error,
+    guest_capnp::{guest, serial},
+    report::{Reason, StopReport},
+    transport::Handle,
+};
+
+use crate::{
+    args::Attach,
+    calls,
+    manager::Manager,
+    status,
+    terminal::{self, Raw},
+};
+
+/// Bytes copied at a time.
+const CHUNK: usize = 16 * 1024;
+
+/// How the session came about, which decides what detaching means.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Mode {
+    /// The guest lives as long as the session.
+    Launched,
+    /// The guest lives on.
+    Attached,
+}
+
+/// Connects the terminal to a guest that runs.
+pub(crate) async fn attach(handle: &Handle, socket: Option<&Path>, args: &Attach) -> Result<u8> {
+    let manager = Manager::running(handle, socket)?;
+    let guest = calls::lookup(&manager.client, &args.name).await?;
+    run(&manager, &guest, &args.name, Mode::Attached).await
+}
+
+/// Copies until the guest ends or the user detaches. Returns the exit status.
+pub(crate) async fn run(manager: &Manager, guest: &guest::Client, name: &str, mode: Mode) -> Result<u8> {
+    let observer = calls::observer(guest);
+    let position = match mode {
+        Mode::Launched => 0,
+        Mode::Attached => calls::output(&observer)
+            .end_request()
+            .send()
+            .promise
+            .await?
+            .get()?
+            .get_position(),
+    };
+    let stream = open(manager, &calls::serial(guest), position).await?;
+    let raw = Raw::enter().context("making the terminal raw")?;
+    if raw.is_some() {
+        let leaving = if mode == Mode::Launched {
+            "stops the guest"
+        } else {
+            "detaches"
+        };
+        eprint!("connected to {name}; Ctrl-] {leaving}\r\n");
+    }
+
+    let printed = copy_output(stream.try_clone()?)?;
+    let escape = copy_input(stream, raw.is_some())?;
+    let ended = async {
+        // All output has been printed before the end is told.
+        let copied = printed.await;
+        let report = calls::wait(&observer).await?;
+        copied.unwrap_or(Ok(())).context("writing the guest's output")?;
+        anyhow::Ok(report)
+    }
+    .fuse();
+    let escaped = async {
+        // Input that ends is no wish to leave.
+        if escape.await.is_err() {
+            future::pending::<()>().await;
+        }
+    }
+    .fuse();
+    futures::pin_mut!(ended, escaped);
+    let report = select! {
+        report = ended => report,
+        () = escaped => {
+            drop(raw);
+            eprintln!();
+            if mode == Mode::Attached {
+                eprintln!("detached from {name}, which runs on");
+                return Ok(status::SUCCESS);
+            }
+            calls::kill(&calls::power(guest)).await
+        }
+        reason = manager.connection.ended().fuse() => {
+            bail!("the connection to the guest manager ended: {reason}")
+        }
+    };
+    let report = report?;
+    tell(name, &report);
+    Ok(status::of(&report))
+}
+
+/// Tells how the guest ended, unless it simply shut down.
+fn tell(name: &str, report: &StopReport) {
+    terminal::restore();
+    if report.reason != Reason::Shutdown {
+        eprintln!("{name}: {}", report.detail);
+    }
+}
+
+async fn open(manager: &Manager, serial: &serial::Client, position: u64) -> Result<UnixStream> {
+    use serial::open_result::Which;
+    let mut request = serial.open_request();
+    request.get().set_position(position);
+    let response = request.send().promise.await?;
+    match response.get()?.which()? {
+        Which::Fd(fd) => Ok(UnixStream::from(manager.fds().take(fd?.get_number())?)),
+        Which::Error(error) => Err(Error::read(error?)?.into()),
+    }
+}
+
+/// Copies the guest's output to standard output on a thread of its own, until the guest is gone.
+fn copy_output(mut from: UnixStream) -> Result<oneshot::Receiver<io::Result<()>>> {
+    let (done, copied) = oneshot::channel();
+    let work = move || {
+        let mut buffer = [0; CHUNK];
+        let mut out = io::stdout().lock();
+        let result = loop {
+            match from.read(&mut buffer) {
+                Ok(0) => break Ok(()),
+                Ok(length) => {
+                    if let Err(error) = out.write_all(&buffer[..length]).and_then(|()| out.flush()) {
+                        break Err(error);
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => break Err(error),
+            }
+        };
+        // Nobody listens any more if the session is over.
+        let _ = done.send(result);
+    };
+    thread::Builder::new()
+        .name("output".into())
+        .spawn(work)
+        .context("starting a thread for the output")?;
+    Ok(copied)
+}
+
+/// Copies standard input to the guest on a thread of its own; tells when the escape is typed on a terminal.
+fn copy_input(mut to: UnixStream, terminal: bool) -> Result<oneshot::Receiver<()>> {
+    let (escape, escaped) = oneshot::channel();
+    let work = move || {
+        let mut buffer = [0; CHUNK];
+        loop {
+            let length = match io::stdin().lock().read(&mut buffer) {
+                Ok(0) => break,
+                Ok(length) => length,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(_) => break,
+            };
+            let typed = &buffer[..length];
+            let position = terminal
+                .then(|| typed.iter().position(|&byte| byte == terminal::ESCAPE))
+                .flatten();
+            // A guest that is gone takes no more input; the end is noticed where its output ends.
+            if to.write_all(&typed[..position.unwrap_or(length)]).is_err() {
+                break;
+            }
+            if position.is_some() {
+                // Nobody listens any more if the session is over.
+                let _ = escape.send(());
+                break;
+            }
+        }
+    };
+    thread::Builder::new()
+        .name("input".into())
+        .spawn(work)
+        .context("starting a thread for the input")?;
+    Ok(escaped)
+}

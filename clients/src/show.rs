@@ -1,0 +1,305 @@
+//! `guest list`, `info`, `logs` and `version`: what only looks.
+
+use std::{
+    io::{self, Write},
+    path::Path,
+    time::Duration,
+};
+
+use anyhow::{Context, Result};
+use sepal_schema::{
+    error::kind_name,
+    info::{GuestInfo, GuestStatus, LayerState, status_name},
+    report::{StopReport, reason_name},
+    transport::Handle,
+};
+use serde::Serialize;
+
+use crate::{
+    args::{List, Logs, Named, Version},
+    calls,
+    manager::Manager,
+    status, table,
+};
+
+/// A guest as JSON; the names are the protocol's.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Guest<'a> {
+    name: &'a str,
+    status: &'static str,
+    generation: u64,
+    uptime_seconds: f64,
+    cpus: Option<u8>,
+    memory_mib: Option<u64>,
+    kernel: Option<&'a str>,
+    cmdline: Option<&'a str>,
+    devices: &'a [String],
+    stop: Option<Ending<'a>>,
+    problems: &'a [String],
+    layers: Vec<Layer<'a>>,
+    component_pid: Option<u32>,
+    paused: bool,
+    detached: bool,
+}
+
+/// A layer of the jail as JSON.
+#[derive(Serialize)]
+struct Layer<'a> {
+    name: &'a str,
+    state: &'static str,
+    detail: &'a str,
+}
+
+/// How a guest ended, as JSON.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Ending<'a> {
+    reason: &'static str,
+    detail: &'a str,
+    error: Option<&'static str>,
+    uptime_seconds: f64,
+    time_unix_seconds: f64,
+}
+
+impl<'a> From<&'a StopReport> for Ending<'a> {
+    fn from(report: &'a StopReport) -> Self {
+        Self {
+            reason: reason_name(report.reason),
+            detail: &report.detail,
+            error: report.error.as_ref().map(|error| kind_name(error.kind)),
+            uptime_seconds: seconds(report.uptime_ns),
+            time_unix_seconds: seconds(report.time_ns),
+        }
+    }
+}
+
+impl<'a> From<&'a GuestInfo> for Guest<'a> {
+    fn from(info: &'a GuestInfo) -> Self {
+        let descriptor = info.descriptor.as_ref();
+        Self {
+            name: &info.name,
+            status: status_name(info.status),
+            generation: info.generation,
+            uptime_seconds: seconds(info.uptime_ns),
+            cpus: descriptor.map(|d| d.cpus),
+            memory_mib: descriptor.map(|d| d.memory_mib),
+            kernel: descriptor.map(|d| d.kernel.as_str()),
+            cmdline: descriptor.map(|d| d.cmdline.as_str()),
+            devices: descriptor.map_or(&[], |d| &d.devices),
+            stop: info.stop.as_ref().map(Ending::from),
+            problems: &info.problems,
+            layers: info
+                .layers
+                .iter()
+                .map(|layer| Layer {
+                    name: &layer.name,
+                    state: layer_state(layer.state),
+                    detail: &layer.detail,
+                })
+                .collect(),
+            component_pid: Some(info.component_pid).filter(|&pid| pid != 0),
+            paused: info.paused,
+            detached: info.detached,
+        }
+    }
+}
+
+/// Lists all guests.
+pub(crate) async fn list(handle: &Handle, socket: Option<&Path>, args: &List) -> Result<u8> {
+    let manager = Manager::running(handle, socket)?;
+    let response = manager.client.list_request().send().promise.await?;
+    let guests = response
+        .get()?
+        .get_guests()?
+        .iter()
+        .map(GuestInfo::read)
+        .collect::<Result<Vec<_>, _>>()?;
+    if args.json {
+        let guests: Vec<Guest<'_>> = guests.iter().map(Guest::from).collect();
+        print_json(&guests)?;
+        return Ok(status::SUCCESS);
+    }
+    let rows = guests.iter().map(|guest| {
+        let descriptor = guest.descriptor.clone().unwrap_or_default();
+        [
+            guest.name.clone(),
+            condition(guest),
+            descriptor.cpus.to_string(),
+            format!("{}M", descriptor.memory_mib),
+            if guest.status == GuestStatus::Running {
+                table::duration(guest.uptime_ns)
+            } else {
+                "-".into()
+            },
+            if guest.component_pid == 0 {
+                "-".into()
+            } else {
+                guest.component_pid.to_string()
+            },
+        ]
+    });
+    print(&table::table(
+        &["NAME", "STATUS", "CPUS", "MEMORY", "UPTIME", "PID"],
+        rows,
+    ))?;
+    Ok(status::SUCCESS)
+}
+
+/// Shows one guest.
+pub(crate) async fn info(handle: &Handle, socket: Option<&Path>, args: &Named) -> Result<u8> {
+    let manager = Manager::running(handle, socket)?;
+    let guest = calls::lookup(&manager.client, &args.name).await?;
+    let info = calls::info(&calls::observer(&guest)).await?;
+    if args.json {
+        print_json(&Guest::from(&info))?;
+        return Ok(status::SUCCESS);
+    }
+    let mut facts = vec![("name", info.name.clone()), ("status", condition(&info))];
+    if let Some(descriptor) = &info.descriptor {
+        facts.push(("vCPUs", descriptor.cpus.to_string()));
+        facts.push(("memory", format!("{} MiB", descriptor.memory_mib)));
+        facts.push(("kernel", descriptor.kernel.clone()));
+        facts.push(("cmdline", descriptor.cmdline.clone()));
+        facts.push(("devices", descriptor.devices.join(", ")));
+    }
+    if info.status == GuestStatus::Running {
+        facts.push(("uptime", table::duration(info.uptime_ns)));
+    }
+    if let Some(stop) = &info.stop {
+        facts.push(("ended", format!("{}: {}", reason_name(stop.reason), stop.detail)));
+        facts.push(("had run", table::duration(stop.uptime_ns)));
+    }
+    if info.component_pid != 0 {
+        facts.push(("component", format!("process {}", info.component_pid)));
+    }
+    facts.push((
+        "owner",
+        if info.detached {
+            "none (detached)"
+        } else {
+            "the client that launched it"
+        }
+        .into(),
+    ));
+    let mut text = table::facts(&facts);
+    if !info.layers.is_empty() {
+        let rows = info.layers.iter().map(|layer| {
+            [
+                format!("  {}", layer.name),
+                layer_state(layer.state).to_owned(),
+                layer.detail.clone(),
+            ]
+        });
+        text.push_str("jail\n");
+        text.push_str(&table::table(&["  LAYER", "STATE", "DETAIL"], rows));
+    }
+    for problem in &info.problems {
+        text.push_str(&format!("problem: {problem}\n"));
+    }
+    print(&text)?;
+    Ok(status::SUCCESS)
+}
+
+/// Prints the kept history of the serial port, and what follows if that is wanted.
+pub(crate) async fn logs(handle: &Handle, socket: Option<&Path>, args: &Logs) -> Result<u8> {
+    let manager = Manager::running(handle, socket)?;
+    let guest = calls::lookup(&manager.client, &args.name).await?;
+    let output = calls::output(&calls::observer(&guest));
+    let mut position = 0;
+    loop {
+        let mut request = output.read_request();
+        request.get().set_position(position);
+        request.get().set_wait(args.follow);
+        let response = request.send().promise.await?;
+        let piece = response.get()?;
+        if piece.get_dropped() > 0 {
+            eprintln!("[{} bytes are no longer kept]", piece.get_dropped());
+        }
+        let bytes = piece.get_bytes()?;
+        let mut out = io::stdout().lock();
+        out.write_all(bytes)
+            .and_then(|()| out.flush())
+            .context("writing the guest's output")?;
+        position = piece.get_position() + bytes.len() as u64;
+        let over = piece.get_ended() || !args.follow;
+        if bytes.is_empty() && over {
+            return Ok(status::SUCCESS);
+        }
+    }
+}
+
+/// Prints both versions.
+pub(crate) async fn version(handle: &Handle, socket: Option<&Path>, args: &Version) -> Result<u8> {
+    #[derive(Serialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Versions {
+        guest: &'static str,
+        manager: Option<String>,
+        manager_pid: Option<u32>,
+        protocol: Option<u32>,
+    }
+    let own = env!("CARGO_PKG_VERSION");
+    let mut versions = Versions {
+        guest: own,
+        manager: None,
+        manager_pid: None,
+        protocol: None,
+    };
+    if let Ok(manager) = Manager::running(handle, socket) {
+        // A manager that does not answer is no reason not to tell our own version.
+        let answer = handle
+            .timeout(Duration::from_secs(5), manager.client.version_request().send().promise)
+            .await;
+        if let Ok(Ok(response)) = answer {
+            let answer = response.get()?;
+            versions.manager = Some(answer.get_version()?.to_string()?);
+            versions.manager_pid = Some(answer.get_pid());
+            versions.protocol = Some(answer.get_protocol());
+        }
+    }
+    if args.json {
+        print_json(&versions)?;
+        return Ok(status::SUCCESS);
+    }
+    let manager = match (&versions.manager, versions.manager_pid, versions.protocol) {
+        (Some(version), Some(pid), Some(protocol)) => format!("{version} (process {pid}, protocol {protocol})"),
+        _ => "not running".into(),
+    };
+    print(&table::facts(&[("guest", own.to_owned()), ("manager", manager)]))?;
+    Ok(status::SUCCESS)
+}
+
+/// Prints a value as JSON.
+pub(crate) fn print_json(value: &impl Serialize) -> Result<()> {
+    print(&format!("{}\n", serde_json::to_string_pretty(value)?))
+}
+
+fn print(text: &str) -> Result<()> {
+    match io::stdout().lock().write_all(text.as_bytes()) {
+        // `guest list | head -1` is no failure.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        outcome => outcome.context("writing to standard output"),
+    }
+}
+
+/// The status in one word or two.
+fn condition(info: &GuestInfo) -> String {
+    match (&info.stop, info.status) {
+        (_, GuestStatus::Running) if info.paused => "paused".into(),
+        (Some(stop), GuestStatus::Stopped) => format!("stopped ({})", reason_name(stop.reason)),
+        (_, status) => status_name(status).into(),
+    }
+}
+
+fn layer_state(state: LayerState) -> &'static str {
+    match state {
+        LayerState::Holds => "holds",
+        LayerState::Waived => "waived",
+        LayerState::NotRequested => "not-requested",
+    }
+}
+
+fn seconds(ns: u64) -> f64 {
+    Duration::from_nanos(ns).as_secs_f64()
+}
