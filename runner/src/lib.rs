@@ -2,7 +2,7 @@
 //!
 //! Two halves meet across `exec`:
 //!
-//! - [`outer`] runs in the process that starts components : it makes the namespaces, the
+//! - [`outer`] runs in the process that starts components (normally the [`keeper`]): it makes the namespaces, the
 //!   component's host uid and its limits, lays the handles out at fixed numbers and executes the component's binary.
 //! - [`inner`] runs in the component: it takes the handles, and [`inner::seal`] gives up everything else.
 //!
@@ -18,6 +18,7 @@
 pub mod cgroup;
 pub mod host;
 pub mod inner;
+pub mod keeper;
 pub mod layer;
 pub mod outer;
 pub mod seccomp;

@@ -549,14 +549,19 @@ impl Component {
             let Some(status) = rustix::process::waitid(WaitId::PidFd(self.pidfd.as_fd()), options)? else {
                 return Ok(None);
             };
-            let code = status.exit_status().map(ExitStatus::Code);
-            let signal = status.terminating_signal().map(ExitStatus::Signal);
-            self.exit = code.or(signal);
-            if let Some(group) = &mut self.group {
-                group.remove();
-            }
+            self.ended(status.exit_status(), status.terminating_signal());
         }
         Ok(self.exit)
+    }
+}
+
+impl Component {
+    /// Takes note that the process was reaped with this status; its groups are empty then, and go.
+    pub(crate) fn ended(&mut self, code: Option<i32>, signal: Option<i32>) {
+        self.exit = code.map(ExitStatus::Code).or(signal.map(ExitStatus::Signal));
+        if let Some(group) = &mut self.group {
+            group.remove();
+        }
     }
 }
 

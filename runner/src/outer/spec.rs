@@ -151,6 +151,12 @@ impl Program {
         }
         Ok(Self { fd, label })
     }
+
+    /// The descriptor and what messages call it.
+    #[must_use]
+    pub fn into_parts(self) -> (OwnedFd, PathBuf) {
+        (self.fd, self.label)
+    }
 }
 
 /// One component to start.

@@ -32,12 +32,9 @@ pub(crate) fn main() -> ! {
             std::process::exit(EXIT_UNSEALED);
         }
     };
-    writeln!(
-        control,
-        "{}",
-        serde_json::to_string::<Vec<LayerStatus>>(&report).unwrap()
-    )
-    .unwrap();
+    // Whoever started it may be gone already.
+    let report = serde_json::to_string::<Vec<LayerStatus>>(&report).unwrap();
+    let _ = writeln!(control, "{report}");
 
     let errno = match role {
         // Stays until the other end says or closes.

@@ -6,7 +6,7 @@
 use std::ffi::CString;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
-use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
@@ -132,8 +132,8 @@ pub(crate) fn kvm() -> Option<OwnedFd> {
 pub(crate) struct Jailed {
     pub component: Component,
     pub control: BufReader<UnixStream>,
-    /// It dies with its starter's lifeline.
-    pub(crate) runner: Runner,
+    /// Held because the component's lifeline ends with it.
+    _runner: Runner,
 }
 
 pub(crate) fn program() -> Program {
@@ -157,7 +157,7 @@ impl Jailed {
         Ok(Self {
             component,
             control: BufReader::new(spec.1),
-            runner,
+            _runner: runner,
         })
     }
 
@@ -189,9 +189,4 @@ pub(crate) fn status_of(pid: u32, field: &str) -> String {
         .lines()
         .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
     value.unwrap_or_else(|| panic!("no {field}")).trim().to_owned()
-}
-
-/// Keeps a descriptor for a test that passes it on.
-pub(crate) fn duplicate(fd: impl AsFd) -> OwnedFd {
-    fd.as_fd().try_clone_to_owned().unwrap()
 }
