@@ -1,5 +1,6 @@
 //! The guest manager.
 pub mod changed;
+pub mod component;
 pub mod events;
 pub mod history;
 pub mod host;
@@ -7,3 +8,4 @@ pub mod listener;
 pub mod model;
 pub mod problems;
 pub mod registry;
+pub mod serial;

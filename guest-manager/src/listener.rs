@@ -27,6 +27,7 @@ use rustix::{
     fs::{FlockOperation, Mode, OFlags},
     net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType},
 };
+use sepal_schema::socket::{SOCKET, default_folder};
 
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 128;
@@ -73,19 +74,16 @@ pub struct DefaultSocket {
 }
 
 impl DefaultSocket {
-    /// In the user's runtime folder, if there is one; else in the system's for root, and in a folder of the user's own below `/tmp` for others.
+    /// That of the user `uid` with this runtime folder; see [`default_folder`].
     pub fn new(runtime_dir: Option<&Path>, uid: u32) -> Self {
-        let folder = match runtime_dir {
-            Some(runtime) if runtime.is_absolute() => runtime.join("sepal"),
-            _ if uid == 0 => PathBuf::from("/run/sepal"),
-            _ => PathBuf::from(format!("/tmp/sepal-{uid}")),
-        };
-        Self { folder }
+        Self {
+            folder: default_folder(runtime_dir, uid),
+        }
     }
 
     /// The socket.
     pub fn path(&self) -> PathBuf {
-        self.folder.join("manager.sock")
+        self.folder.join(SOCKET)
     }
 
     /// Makes the folder, or checks that it is ours alone.
@@ -267,21 +265,6 @@ mod tests {
 
     fn folder() -> tempfile::TempDir {
         tempfile::tempdir().unwrap()
-    }
-
-    #[test]
-    fn the_default_is_where_the_user_may_write() {
-        let path = |runtime: Option<&str>, uid| DefaultSocket::new(runtime.map(Path::new), uid).path();
-        assert_eq!(
-            path(Some("/run/user/7"), 7),
-            Path::new("/run/user/7/sepal/manager.sock")
-        );
-        assert_eq!(
-            path(Some("/run/user/0"), 0),
-            Path::new("/run/user/0/sepal/manager.sock")
-        );
-        assert_eq!(path(None, 0), Path::new("/run/sepal/manager.sock"));
-        assert_eq!(path(Some("relative"), 7), Path::new("/tmp/sepal-7/manager.sock"));
     }
 
     #[test]

@@ -10,9 +10,11 @@ use sepal_schema::{
 };
 
 /// Most entries that are kept of a list that a component sends: layers, devices.
-const MAX_LIST: usize = 64;
-/// Longest text that is kept of a component's messages, in bytes.
-const MAX_TEXT: usize = 4096;
+const MAX_LIST: usize = 32;
+/// Longest sentence that is kept of a component's messages, in bytes. What is kept must fit into answers of 128 KiB.
+const MAX_SENTENCE: usize = 1024;
+/// Longest name or note that is kept of a component's messages, in bytes.
+const MAX_NOTE: usize = 256;
 
 /// A moment on both clocks: one that only counts, one that people read.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -162,43 +164,51 @@ pub fn read_event(from: event::Reader<'_>) -> Result<Option<EventKind>, capnp::E
         Ok(Which::ShuttingDown(())) => EventKind::ShuttingDown,
         Ok(Which::Stopped(report)) => EventKind::Stopped(bounded_report(StopReport::read(report?)?)),
         Ok(Which::DeviceFailed(failure)) => EventKind::DeviceFailed {
-            device: cut(failure.get_device()?.to_str()?),
-            reason: cut(failure.get_reason()?.to_str()?),
+            device: cut(failure.get_device()?.to_str()?, MAX_NOTE),
+            reason: cut(failure.get_reason()?.to_str()?, MAX_NOTE),
         },
         Ok(Which::Removed(())) => EventKind::Removed,
         Err(_) => return Ok(None),
     }))
 }
 
-/// A text from outside, cut to a bound at a character.
-pub fn cut(text: &str) -> String {
-    text[..text.floor_char_boundary(MAX_TEXT)].to_owned()
+/// A text from outside, cut to `most` bytes or a little less, at a character.
+pub fn cut(text: &str, most: usize) -> String {
+    text[..text.floor_char_boundary(most)].to_owned()
+}
+
+/// An error from outside, texts cut.
+pub fn bounded_error(error: Error) -> Error {
+    Error {
+        kind: error.kind,
+        message: cut(&error.message, MAX_SENTENCE),
+        about: cut(&error.about, MAX_NOTE),
+    }
 }
 
 /// A report from outside, texts cut.
-pub fn bounded_report(mut report: StopReport) -> StopReport {
-    report.detail = cut(&report.detail);
-    if let Some(error) = &mut report.error {
-        error.message = cut(&error.message);
-        error.about = cut(&error.about);
+pub fn bounded_report(report: StopReport) -> StopReport {
+    StopReport {
+        detail: cut(&report.detail, MAX_SENTENCE),
+        error: report.error.map(bounded_error),
+        ..report
     }
-    report
 }
 
 /// Layers from outside: the first of them, texts cut.
 pub fn bounded_layers(layers: Vec<LayerInfo>) -> Vec<LayerInfo> {
     let first = layers.into_iter().take(MAX_LIST);
     let cut = |layer: LayerInfo| LayerInfo {
-        name: cut(&layer.name),
+        name: cut(&layer.name, MAX_NOTE),
         state: layer.state,
-        detail: cut(&layer.detail),
+        detail: cut(&layer.detail, MAX_NOTE),
     };
     first.map(cut).collect()
 }
 
-/// Texts from outside: the first of them, cut.
-pub fn bounded_texts(texts: Vec<String>) -> Vec<String> {
-    texts.iter().take(MAX_LIST).map(|text| cut(text)).collect()
+/// Names from outside: the first of them, cut.
+pub fn bounded_names(names: Vec<String>) -> Vec<String> {
+    names.iter().take(MAX_LIST).map(|name| cut(name, MAX_NOTE)).collect()
 }
 
 #[cfg(test)]
@@ -263,7 +273,7 @@ mod tests {
             uptime_ns: 0,
             time_ns: 0,
         };
-        assert_eq!(bounded_report(report).detail.len(), 4096);
-        assert_eq!(bounded_texts(vec![String::new(); 100]).len(), 64);
+        assert_eq!(bounded_report(report).detail.len(), 1024);
+        assert_eq!(bounded_names(vec![String::new(); 100]).len(), 32);
     }
 }

@@ -6,7 +6,7 @@
 //!     ^                              ^         |                    |  |               | started
 //!     |                              |         |        create: the |  |               v
 //!     | release, remove,      create |         |       old one ends |  |            Running
-//!     | replaced, forgotten          |         |   <----------------+  |               |
+//!     | replaced, forgotten          |         |   <----------------+  |               | (started is believed from the three before, too)
 //!     |                              |         |                       |               | stopping (from any of the four)
 //!     |                              |         |                       |               v
 //!     |                              |         v   ended               v            Stopping
@@ -32,7 +32,7 @@ use sepal_schema::{
 
 use crate::{
     events::{EventLog, KEPT},
-    model::{Ending, EventKind, GuestId, Moment},
+    model::{Ending, EventKind, GuestId, Moment, cut},
 };
 
 /// Most guests at a time that have not ended.
@@ -289,36 +289,38 @@ impl Registry {
         }
     }
 
-    /// Asks to run what was created; returns its generation. What is still being created must be waited for first.
+    /// Asks to run what was created. What is still being created must be waited for first.
     ///
     /// # Errors
     /// `NOT_CREATED`, `ALREADY_RUNNING`.
-    pub fn run(&mut self, id: GuestId) -> Result<u64, Error> {
+    pub fn run(&mut self, id: GuestId, generation: u64) -> Result<(), Error> {
         let entry = self.entries.get_mut(&id).ok_or_else(gone)?;
         match entry.phase {
-            Phase::Created => {
+            Phase::Created if entry.generation == generation => {
                 entry.phase = Phase::Launching;
-                Ok(entry.generation)
+                Ok(())
             }
-            Phase::NotStarted | Phase::Stopped | Phase::Died | Phase::Creating => {
+            Phase::Launching | Phase::Running | Phase::Stopping => Err(taken(entry)),
+            Phase::NotStarted | Phase::Stopped | Phase::Died | Phase::Creating | Phase::Created => {
                 let message = format!(
                     "guest \"{}\" has not been created: run needs a create that worked",
                     entry.name
                 );
                 Err(Error::new(Kind::NotCreated, message))
             }
-            Phase::Launching | Phase::Running | Phase::Stopping => Err(taken(entry)),
         }
     }
 
-    /// The vCPUs run.
+    /// The vCPUs run. Where run was asked for together with create, this may be known before the answer to create.
     pub fn started(&mut self, id: GuestId, generation: u64, now: Moment) {
-        let Some(entry) = self.live(id, generation) else { return };
-        if !matches!(entry.phase, Phase::Launching | Phase::Stopping) || entry.started_at.is_some() {
+        let Some(entry) = self.live(id, generation) else {
+            return;
+        };
+        if entry.started_at.is_some() {
             return;
         }
         entry.started_at = Some(now.monotonic_ns);
-        if entry.phase == Phase::Launching {
+        if entry.phase != Phase::Stopping {
             entry.phase = Phase::Running;
             self.tell(id, now, EventKind::Started);
         }
@@ -465,7 +467,7 @@ impl Registry {
     /// `NOT_FOUND`.
     pub fn lookup(&self, name: &str) -> Result<GuestId, Error> {
         self.names.get(name).copied().ok_or_else(|| {
-            let message = format!("there is no guest \"{}\"", crate::model::cut(name).escape_debug());
+            let message = format!("there is no guest \"{}\"", cut(name, 64).escape_debug());
             Error::new(Kind::NotFound, message).about("name")
         })
     }

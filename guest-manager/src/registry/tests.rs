@@ -46,7 +46,7 @@ fn run(registry: &mut Registry, name: &str) -> (GuestId, u64) {
     let id = registry.reserve(name, Origin::Launch, at(0)).unwrap();
     let generation = create(registry, id);
     assert!(registry.created(id, generation));
-    assert_eq!(registry.run(id).unwrap(), generation);
+    registry.run(id, generation).unwrap();
     registry.started(id, generation, at(10));
     (id, generation)
 }
@@ -159,16 +159,16 @@ fn names_are_checked_and_chosen() {
 fn run_needs_a_creation_that_worked_and_happens_once() {
     let mut registry = registry(4, 4);
     let id = registry.reserve("a", Origin::Lifecycle, at(0)).unwrap();
-    assert_eq!(kind(registry.run(id)), Kind::NotCreated);
+    assert_eq!(kind(registry.run(id, 0)), Kind::NotCreated);
     let generation = create(&mut registry, id);
-    assert_eq!(kind(registry.run(id)), Kind::NotCreated);
+    assert_eq!(kind(registry.run(id, generation)), Kind::NotCreated);
     assert_eq!(
         kind(registry.create(id, GuestDescriptor::default(), at(0))),
         Kind::AlreadyRunning
     );
     registry.created(id, generation);
-    registry.run(id).unwrap();
-    assert_eq!(kind(registry.run(id)), Kind::AlreadyRunning);
+    registry.run(id, generation).unwrap();
+    assert_eq!(kind(registry.run(id, generation)), Kind::AlreadyRunning);
     assert_eq!(
         kind(registry.create(id, GuestDescriptor::default(), at(0))),
         Kind::AlreadyRunning
@@ -312,10 +312,12 @@ fn apply(registry: &mut Registry, op: &Op, now: Moment) {
         }
         Op::Remove(n) => drop(registry.remove(&name(n), now)),
         Op::Create(n) | Op::Run(n) | Op::Release(n) => {
-            let Some((id, _)) = find(registry, n, 0) else { return };
+            let Some((id, generation)) = find(registry, n, 0) else {
+                return;
+            };
             match op {
                 Op::Create(_) => drop(registry.create(id, GuestDescriptor::default(), now)),
-                Op::Run(_) => drop(registry.run(id)),
+                Op::Run(_) => drop(registry.run(id, generation)),
                 _ => drop(registry.release(id, killed(), now)),
             }
         }
