@@ -3,7 +3,7 @@
 //! Devices know only these traits. The machine connects a wire to a pin of the [`IoApic`](crate::legacy::ioapic::IoApic), and a message to
 //! the hypervisor (`KVM_SIGNAL_MSI`, or an irqfd where the message is fixed).
 //!
-//! A wire's level depends on device state that sits behind a lock, while moving the wire may be a system call. [`LevelLatch`] lets a
+//! A wire's level depends on device state that sits behind a lock, while moving the wire may be a system call. `LevelLatch` lets a
 //! device decide the level under its lock and move the wire after releasing it, from any thread, without losing or reordering an edge:
 //!
 //! ```text

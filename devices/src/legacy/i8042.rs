@@ -7,7 +7,7 @@
 //! | 4 | 0x64 command, status | command 0xfe: reset; status as below |
 //!
 //! Absent for whoever probes it, quickly. A driver empties the output buffer first and gives up if it does not get empty: so status says
-//! "output full" (bit 0) while [`STALE`] bytes of 0xff are read, which is more than Linux's `i8042_flush` tries (16) and yet an end for
+//! "output full" (bit 0) while 32 bytes of 0xff are read, which is more than Linux's `i8042_flush` tries (16) and yet an end for
 //! software that drains without counting. A command makes as many stale bytes again, so whoever asks for a self-test gets a wrong answer
 //! at once, not a timeout of half a second. Status never says "input full" (bit 1): a reboot waits for that bit to clear
 //! (`kb_wait`: 65,536 tries, which all ones would make it spend) before it sends command 0xfe. The FADT says that there is no controller
