@@ -149,6 +149,11 @@ pub(crate) fn ioapic_pins() -> Option<u32> {
     (version != 0 && version != u32::MAX).then_some((version >> 16 & 0xff) + 1)
 }
 
+/// Whether there is a serial port: without one every read gives 0xff, which would look like input without end.
+pub(crate) fn serial_present() -> bool {
+    cpu::inb(cpu::COM1 + 5) != 0xff
+}
+
 /// Whether the serial port keeps what is written to its scratch register.
 pub(crate) fn serial_works() -> bool {
     cpu::outb(cpu::COM1 + 7, 0x5a);

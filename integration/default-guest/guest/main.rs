@@ -3,6 +3,8 @@
 //! What a user sees is described at the head of the crate `sepal-default-guest`. How it is made: `boot.s` runs at CPL 0, in as
 //! few instructions as it can; everything else is Rust at CPL 3, on a user-accessible identity map, with interrupts off: they
 //! arrive only inside the idle service. So this code runs at native speed also where KVM emulates CPL 0.
+//!
+//! Cargo's lints do not reach this program, except its pure modules; `clippy-driver` with build.rs's arguments does.
 
 #![no_std]
 #![no_main]

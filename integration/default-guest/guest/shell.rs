@@ -30,6 +30,7 @@ pub(crate) struct Shell {
     acpi: Option<Acpi>,
     mapper: Mapper,
     clock: MonotonicClock,
+    serial: bool,
     /// Bytes that came while a command ran and wait for the prompt: `keys[taken..received]`.
     keys: [u8; 256],
     taken: usize,
@@ -64,6 +65,7 @@ impl Shell {
             memory,
             mapper: Mapper::new(),
             clock: MonotonicClock::new(),
+            serial: machine::serial_present(),
             keys: [0; 256],
             taken: 0,
             received: 0,
@@ -120,7 +122,7 @@ impl Shell {
 
     fn next_key(&mut self) -> Option<u8> {
         if self.taken == self.received {
-            (self.taken, self.received) = (0, cpu::serial_read(&mut self.keys));
+            self.receive();
         }
         let key = self.keys.get(..self.received)?.get(self.taken)?;
         self.taken += 1;
@@ -180,14 +182,21 @@ impl Shell {
         result
     }
 
-    /// Keeps what was typed; a ^C drops it and counts. What does not fit stays in the serial port.
-    fn interrupt_typed(&mut self) -> bool {
+    /// Takes what was typed; what does not fit stays in the serial port.
+    fn receive(&mut self) {
         if self.taken == self.received {
             (self.taken, self.received) = (0, 0);
         }
-        if let Some(room) = self.keys.get_mut(self.received..) {
+        if self.serial
+            && let Some(room) = self.keys.get_mut(self.received..)
+        {
             self.received += cpu::serial_read(room);
         }
+    }
+
+    /// Keeps what was typed; a ^C drops it and counts.
+    fn interrupt_typed(&mut self) -> bool {
+        self.receive();
         let keys = self.keys.get(self.taken..self.received).unwrap_or_default();
         let found = keys.iter().rposition(|&key| key == 0x03);
         self.taken += found.map_or(0, |position| position + 1);

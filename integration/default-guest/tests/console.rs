@@ -124,6 +124,38 @@ fn without_acpi_tables_it_says_so_and_still_shuts_down() {
 }
 
 #[test]
+fn without_a_serial_port_the_power_button_still_works() {
+    if kvm_missing() {
+        return;
+    }
+    // The test machine shows output all the same.
+    let mut machine = Machine::start(&Options {
+        serial: false,
+        ..options("quiet")
+    });
+    machine.expect(PROMPT);
+    machine.press_power_button();
+    assert_eq!(machine.wait_for_end().0, End::SleepControl(0x34));
+}
+
+#[test]
+fn two_mebibytes_are_enough() {
+    if kvm_missing() {
+        return;
+    }
+    let mut machine = Machine::start(&Options {
+        memory_mib: 2,
+        ..options("")
+    });
+    assert!(machine.expect(PROMPT).contains("\r\nmemory: 1 MiB\r\n"));
+    let touched = command(&mut machine, "mem");
+    assert!(
+        touched.contains("touched 0 MiB (2") && !touched.contains("WRONG"),
+        "{touched}"
+    );
+}
+
+#[test]
 fn help_is_echoed_and_lists_every_command() {
     if kvm_missing() {
         return;
@@ -318,6 +350,7 @@ fn an_idle_guest_makes_no_exits() {
     };
     let (short, long) = (exits(&mut machine, 100), exits(&mut machine, 900));
     // One line and one prompt each; the port is read in chunks of what has come, so a few more or fewer looks at it.
+    println!("{short} exits for 100 ms, {long} for 900 ms");
     assert!(long <= short + 4, "{short} exits for 100 ms, {long} for 900 ms");
 }
 

@@ -11,6 +11,7 @@ const CMOS: [u8; 14] = [56, 0, 34, 0, 12, 0, 5, 29, 2, 24, 0x26, 0x06, 0, 0x80];
 
 /// State of the devices; methods that raise an interrupt return the message to send.
 pub(super) struct Devices {
+    serial: bool,
     received: VecDeque<u8>,
     interrupt_enable: u8,
     line_control: u8,
@@ -21,9 +22,11 @@ pub(super) struct Devices {
     events: u32,
 }
 
-impl Default for Devices {
-    fn default() -> Self {
+impl Devices {
+    /// All devices, the serial port only if `serial`.
+    pub(super) fn new(serial: bool) -> Self {
         Self {
+            serial,
             received: VecDeque::new(),
             interrupt_enable: 0,
             line_control: 0,
@@ -34,9 +37,7 @@ impl Default for Devices {
             events: 0,
         }
     }
-}
 
-impl Devices {
     pub(super) fn divisor_latch(&self) -> bool {
         self.line_control & 0x80 != 0
     }
@@ -74,6 +75,7 @@ impl Devices {
 
     pub(super) fn read_port(&mut self, port: u16, data: &mut [u8]) {
         let value = match port {
+            0x3f8..=0x3ff if !self.serial => 0xff,
             0x3f8 => self.received.pop_front().unwrap_or(0),
             0x3f9 => self.interrupt_enable,
             0x3fb => self.line_control,

@@ -33,6 +33,7 @@ pub(crate) struct Options {
     pub(crate) command_line: String,
     pub(crate) acpi: bool,
     pub(crate) protocol: Protocol,
+    pub(crate) serial: bool,
     /// KVM's clock is offered, but switching it on is an exception.
     pub(crate) broken_clock: bool,
 }
@@ -45,6 +46,7 @@ impl Default for Options {
             command_line: String::new(),
             acpi: true,
             protocol: Protocol::Pvh,
+            serial: true,
             broken_clock: false,
         }
     }
@@ -232,7 +234,7 @@ impl Machine {
         load::boot(&memory, &vcpus[0], options);
         let shared = Arc::new(Shared {
             vm,
-            devices: Mutex::default(),
+            devices: Mutex::new(Devices::new(options.serial)),
             seen: Mutex::default(),
             changed: Condvar::new(),
             exits: AtomicU64::new(0),
