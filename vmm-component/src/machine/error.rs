@@ -41,6 +41,9 @@ pub enum MachineError {
     /// The kernel, its command line or its initial file system could not be loaded.
     #[error(transparent)]
     Boot(BootError),
+    /// The help that a guest needs on a host without hardware virtualization could not be set up.
+    #[error("no hardware virtualization on this host: {0}")]
+    Unassisted(String),
     /// The tables that describe the machine to its guest could not be written.
     #[error(transparent)]
     Acpi(#[from] AcpiError),
@@ -126,7 +129,9 @@ impl MachineError {
             }
             Self::Memory(_) => Kind::BadConfig,
             Self::Cancelled => Kind::Cancelled,
-            Self::Kvm { .. } | Self::MissingCapability(_) | Self::Acpi(_) => Kind::GuestInitializationFailure,
+            Self::Kvm { .. } | Self::MissingCapability(_) | Self::Acpi(_) | Self::Unassisted(_) => {
+                Kind::GuestInitializationFailure
+            }
             Self::Boot(error) => match error.class() {
                 BootErrorClass::KernelLoad => Kind::KernelLoadFailure,
                 BootErrorClass::BadConfig => Kind::BadConfig,

@@ -13,7 +13,6 @@
 //!   [`Hooks::events`].
 //! - A machine that is dropped without a join is torn down all the same.
 
-mod assist;
 mod boot_state;
 mod config;
 mod cpuid;
@@ -46,6 +45,7 @@ use crate::acpi::{self, AcpiConfig};
 use crate::boot::{self, BootEntry, BootRequest};
 use crate::layout;
 use crate::memory::{GuestRam, MemoryMap};
+use crate::unassisted::{self, Assist};
 
 pub use self::config::{EventSink, Hooks, HostKind, MachineConfig, ThreadRole, ThreadSetup};
 pub use self::error::MachineError;
@@ -115,11 +115,19 @@ impl Machine {
         go_on(cancel)?;
         let reporter = Arc::new(Reporter::new(config.generation, Arc::clone(&hooks.events)));
         let platform = Arc::new(Platform::new(&vm, &ram, config.serial, &reporter)?);
+        let (assist, cmdline) = match config.host {
+            HostKind::Hardware => (None, config.cmdline),
+            HostKind::Unassisted => {
+                let assist =
+                    Assist::new(&vm, ram.memory().clone()).map_err(|e| MachineError::Unassisted(e.to_string()))?;
+                (Some(assist), unassisted_cmdline(&config.cmdline)?)
+            }
+        };
         let rsdp = acpi::write(ram.memory(), &AcpiConfig { vcpus: config.vcpus })?;
         let request = BootRequest {
             kernel: &config.kernel,
             initrd: config.initrd.as_ref(),
-            cmdline: &config.cmdline,
+            cmdline: &cmdline,
             rsdp,
             protocol: None,
             cancel,
@@ -137,7 +145,7 @@ impl Machine {
                 ram: Arc::new(ram),
                 cpuid: cpuid::common(&spare.cpuid, config.vcpus),
                 bus: platform,
-                assist: None,
+                assist,
                 reporter,
                 ledger: PauseLedger::new(),
                 hooks,
@@ -335,6 +343,22 @@ impl Spare {
                 .to_vec(),
         })
     }
+}
+
+/// The user's command line with what such a host needs before it, so that the user's words win.
+fn unassisted_cmdline(cmdline: &str) -> Result<String, MachineError> {
+    let needed = unassisted::CMDLINE;
+    let most = layout::CMDLINE_MAX - 1 - (needed.len() + 1);
+    if cmdline.len() > most {
+        return Err(MachineError::BadConfig {
+            field: "cmdline",
+            reason: format!(
+                "{} bytes are too long: on this host, which adds words of its own, the limit is {most}",
+                cmdline.len()
+            ),
+        });
+    }
+    Ok(format!("{needed} {cmdline}"))
 }
 
 fn go_on(cancel: &AtomicBool) -> Result<(), MachineError> {

@@ -1,7 +1,7 @@
 //! The machine's devices, and the addresses at which its vCPUs reach them.
 //!
 //! ```text
-//!   vCPU ── ports ──▶ bus ──▶ serial, i8042, ACPI power management
+//!   vCPU ── ports ──▶ bus ──▶ serial, real-time clock, i8042, ACPI power management
 //!        ── memory ─▶ bus ──▶ IOAPIC ── message ──▶ KVM's local APICs
 //!        ◀─────────── interrupts ──────────────────────────┘
 //! ```
@@ -11,10 +11,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use sepal_devices::bus::{Bus, BusDevice, BusError};
-use sepal_devices::dispatch::{DeviceEvent, DeviceReporter, DispatchLoop, StopError};
+use sepal_devices::dispatch::{DeviceEvent, DeviceReporter, DispatchDevice, DispatchLoop, StopError};
 use sepal_devices::legacy::acpi_pm::{self, AcpiPm, PowerButton, PowerEvent, PowerSink};
 use sepal_devices::legacy::i8042::{self, I8042};
 use sepal_devices::legacy::ioapic::{self, IoApic};
+use sepal_devices::legacy::rtc::{self, HostClock, MemorySizes, Rtc, RtcLoop};
 use sepal_devices::legacy::serial::{self, Serial, SerialLoop};
 
 use super::config::{Hooks, ThreadRole};
@@ -27,8 +28,9 @@ use super::vm::KvmMsi;
 use crate::layout;
 use crate::memory::GuestRam;
 
-/// The serial port's name, also of its thread.
+/// Names of the devices with loops, also of their threads.
 const SERIAL: &str = "serial";
+const RTC: &str = "rtc";
 
 /// The buses as the vCPUs use them, and what the owner does with devices.
 pub(super) struct Platform {
@@ -44,6 +46,8 @@ pub(super) struct Platform {
 struct Loops {
     /// Not yet started.
     serial: Option<SerialLoop>,
+    /// Not yet started.
+    rtc: Option<RtcLoop>,
     running: Vec<DispatchLoop>,
 }
 
@@ -84,6 +88,10 @@ impl Platform {
             .map_err(init(SERIAL))?;
         insert(&pio, layout::SERIAL.into(), serial::PORTS, SERIAL, port)?;
 
+        let (clock, clock_loop) =
+            Rtc::with_interrupt(Arc::new(HostClock), memory_sizes(ram), line(layout::RTC_GSI)).map_err(init(RTC))?;
+        insert(&pio, layout::RTC.into(), rtc::PORTS, RTC, clock)?;
+
         let i8042 = I8042::new(power(ResetCause::I8042));
         insert(&pio, layout::I8042_DATA.into(), i8042::PORTS, "i8042", i8042)?;
 
@@ -99,6 +107,7 @@ impl Platform {
             power_button,
             loops: Mutex::new(Loops {
                 serial: serial_loop,
+                rtc: Some(clock_loop),
                 running: Vec::new(),
             }),
         })
@@ -108,18 +117,10 @@ impl Platform {
     pub(super) fn start(&self, reporter: &Arc<Reporter>, hooks: &Hooks) -> Result<(), MachineError> {
         let mut loops = self.loops();
         if let Some(device) = loops.serial.take() {
-            let setup = Arc::clone(&hooks.thread_setup);
-            let started = DispatchLoop::spawn(
-                SERIAL,
-                move || setup(ThreadRole::Device(SERIAL)),
-                device,
-                Arc::clone(reporter) as _,
-            )
-            .map_err(|e| MachineError::DeviceStart {
-                device: SERIAL.to_owned(),
-                reason: e.to_string(),
-            })?;
-            loops.running.push(started);
+            loops.running.push(spawn(SERIAL, device, reporter, hooks)?);
+        }
+        if let Some(device) = loops.rtc.take() {
+            loops.running.push(spawn(RTC, device, reporter, hooks)?);
         }
         Ok(())
     }
@@ -128,7 +129,7 @@ impl Platform {
     pub(super) fn stop(&self, deadline: Instant) -> Vec<String> {
         let mut loops = self.loops();
         // One that never ran has nothing to bring out.
-        loops.serial = None;
+        (loops.serial, loops.rtc) = (None, None);
         let running = std::mem::take(&mut loops.running);
         drop(loops);
         let left = |deadline: Instant| deadline.saturating_duration_since(Instant::now());
@@ -205,6 +206,39 @@ impl DeviceReporter for Reporter {
             DeviceEvent::HostClosed { device } => tracing::info!(device, "the host's end was closed"),
             other => tracing::info!(?other, "device event"),
         }
+    }
+}
+
+fn spawn(
+    name: &'static str,
+    device: impl DispatchDevice + 'static,
+    reporter: &Arc<Reporter>,
+    hooks: &Hooks,
+) -> Result<DispatchLoop, MachineError> {
+    let setup = Arc::clone(&hooks.thread_setup);
+    DispatchLoop::spawn(
+        name,
+        move || setup(ThreadRole::Device(name)),
+        device,
+        Arc::clone(reporter) as _,
+    )
+    .map_err(|e| MachineError::DeviceStart {
+        device: name.to_owned(),
+        reason: e.to_string(),
+    })
+}
+
+fn memory_sizes(ram: &GuestRam) -> MemorySizes {
+    let total = |high: bool| {
+        ram.ranges()
+            .iter()
+            .filter(|r| (r.start >= layout::HOLE_END) == high)
+            .map(|r| r.end - r.start)
+            .sum()
+    };
+    MemorySizes {
+        below_4g: total(false),
+        above_4g: total(true),
     }
 }
 

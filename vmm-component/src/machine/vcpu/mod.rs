@@ -19,7 +19,6 @@ use kvm_ioctls::{VcpuFd, VmFd};
 use self::mailbox::{Mailbox, Orders};
 use self::phase::Phase;
 use self::run_page::{Exit, PortAccess, RunMapping, RunPage};
-use super::assist::{Assist, AssistOutcome, MsrOutcome};
 use super::boot_state;
 use super::config::{Hooks, ThreadRole};
 use super::cpuid;
@@ -29,6 +28,7 @@ use super::report::Reporter;
 use super::stats::{ExitReason, VcpuCounters};
 use crate::boot::BootEntry;
 use crate::memory::GuestRam;
+use crate::unassisted::{self, Assist};
 
 /// Where a vCPU's accesses go. Must not block.
 pub(super) trait GuestBus: Send + Sync {
@@ -52,7 +52,8 @@ pub(super) struct Shared {
     /// What the vCPUs' CPUID have in common.
     pub(super) cpuid: Vec<kvm_cpuid_entry2>,
     pub(super) bus: Arc<dyn GuestBus>,
-    pub(super) assist: Option<Arc<dyn Assist>>,
+    /// On hosts that need it.
+    pub(super) assist: Option<Arc<Assist>>,
     pub(super) reporter: Arc<Reporter>,
     pub(super) ledger: PauseLedger,
     pub(super) hooks: Hooks,
@@ -121,7 +122,10 @@ impl Vcpu {
         let page = RunPage::map(&fd, shared.run_size).map_err(kvm("map its shared page"))?;
         // Fails where the host's TSC is unstable; then there is no frequency to tell.
         let table = cpuid::for_vcpu(&shared.cpuid, seed.index, fd.get_tsc_khz().ok());
-        let table = cpuid::to_kvm(&table).ok_or("its CPUID table is too long")?;
+        let mut table = cpuid::to_kvm(&table).ok_or("its CPUID table is too long")?;
+        if shared.assist.is_some() {
+            unassisted::adjust_cpuid(&mut table);
+        }
         fd.set_cpuid2(&table).map_err(kvm("set its CPUID"))?;
         boot_state::set_msrs(&fd)?;
         let mut lapic = fd.get_lapic().map_err(kvm("read its local APIC"))?;
@@ -277,23 +281,31 @@ impl Vcpu {
                 self.shared.bus.end_of_interrupt(vector);
                 ExitReason::IoapicEoi
             }
+            // Without an assist no MSR is filtered, and what KVM doesn't know faults.
             Exit::ReadMsr(index) => {
-                let outcome = self.assist(|assist, fd| assist.rdmsr(fd, index));
-                self.answer_msr(outcome);
+                let value = self
+                    .shared
+                    .assist
+                    .as_deref()
+                    .and_then(|assist| assist.rdmsr(&self.fd, index));
+                self.page.answer_msr(value);
                 ExitReason::Msr
             }
             Exit::WriteMsr { index, value } => {
-                let outcome = self.assist(|assist, fd| assist.wrmsr(fd, index, value));
-                self.answer_msr(outcome);
+                let taken = self
+                    .shared
+                    .assist
+                    .as_deref()
+                    .is_some_and(|assist| assist.wrmsr(&self.fd, index, value));
+                self.page.answer_msr(taken.then_some(value));
                 ExitReason::Msr
             }
             Exit::InternalError(suberror) => {
-                match self.assist(|assist, fd| assist.internal_error(fd)) {
-                    Some(AssistOutcome::Handled) => {}
-                    Some(AssistOutcome::Unhandled(why)) => {
-                        return Err(self.failure(format!("{}: {why}", internal_error(suberror))));
-                    }
-                    None => return Err(self.failure(internal_error(suberror))),
+                let Some(assist) = self.shared.assist.as_deref() else {
+                    return Err(self.failure(internal_error(suberror)));
+                };
+                if let Err(reason) = assist.internal_error(&mut self.fd) {
+                    return Err(self.failure(reason));
                 }
                 ExitReason::Assist
             }
@@ -326,18 +338,6 @@ impl Vcpu {
         Ok(())
     }
 
-    fn assist<R>(&mut self, call: impl FnOnce(&dyn Assist, &mut VcpuFd) -> R) -> Option<R> {
-        self.shared.assist.as_deref().map(|assist| call(assist, &mut self.fd))
-    }
-
-    /// Without an assist no MSR is filtered, and what KVM doesn't know faults.
-    fn answer_msr(&mut self, outcome: Option<MsrOutcome>) {
-        self.page.answer_msr(match outcome {
-            Some(MsrOutcome::Done(value)) => Some(value),
-            Some(MsrOutcome::Fault) | None => None,
-        });
-    }
-
     fn port_access(&mut self, access: &PortAccess) {
         let bus = &*self.shared.bus;
         for element in self.page.io_data(access).chunks_exact_mut(access.width) {
@@ -355,7 +355,7 @@ impl Vcpu {
             return self.shared.bus.read_memory(address, data);
         }
         if let Some(assist) = self.shared.assist.as_deref()
-            && assist.mmio_write(&mut self.fd, address, data)
+            && assist.mmio_write(&self.fd, address, data)
         {
             return;
         }
