@@ -74,7 +74,8 @@ struct Inner {
 }
 
 impl Controller {
-    /// A controller on the loop of `spawner`, whose machines `builder` makes; and what resolves when the process should exit.
+    /// A controller on the loop of `spawner`, whose machines `builder` makes; and what resolves when the process should exit, which follows
+    /// [`disconnected`](Self::disconnected).
     pub fn new(spawner: &Handle, builder: Builder) -> (Rc<Self>, oneshot::Receiver<()>) {
         let (news, mut arrivals) = mpsc::unbounded();
         let (exit, exited) = oneshot::channel();
@@ -88,11 +89,14 @@ impl Controller {
             news,
             spawner: spawner.clone(),
         });
-        let weak = Rc::downgrade(&controller);
+        // Keeps the controller until everything has ended, also when nobody else does any more.
+        let carrier = controller.clone();
         spawner.spawn(async move {
-            while let Some(news) = arrivals.next().await {
-                let Some(controller) = weak.upgrade() else { break };
-                controller.learn(news);
+            while carrier.inner.borrow().exit.is_some() {
+                match arrivals.next().await {
+                    Some(news) => carrier.learn(news),
+                    None => break,
+                }
             }
         });
         (controller, exited)
