@@ -16,7 +16,7 @@
 //!
 //! System calls of the loop itself, beside those of the device and of the allocator and locks (`futex`, `mmap`, `munmap`, `madvise`, `brk`,
 //! `mprotect`): `epoll_wait`, `epoll_ctl`, `read` and `write` on eventfds, `close`, `clock_gettime`, and at the thread's end `sigaltstack`,
-//! `rt_sigprocmask` and `exit`; a panic's message needs `write` to standard error.
+//! `rt_sigprocmask` and `exit`. A panic's message needs `write` to standard error; builds with debug assertions call `fcntl` before a `close`.
 
 use std::any::Any;
 use std::os::fd::AsRawFd;

@@ -32,7 +32,7 @@
 //! out all output, waiting for a slow host until its deadline.
 //!
 //! System calls of the loop beside those of [`dispatch`](crate::dispatch): `read`, `write` and `close` on the host end,
-//! `timerfd_settime`, `poll` (or `ppoll`) on stop, and what the interrupt line does. The process ignores SIGPIPE, as every Rust program does
+//! `timerfd_settime`, `ppoll` on stop, and what the interrupt line does. The process ignores SIGPIPE, as every Rust program does
 //! unless it chose otherwise.
 
 use std::collections::VecDeque;
