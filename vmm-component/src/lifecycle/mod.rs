@@ -96,6 +96,8 @@ pub enum Effect {
     Start(Generation),
     /// End all threads of the machine and give its memory back. Answered by [`Input::TornDown`].
     TearDown(Generation),
+    /// Tell whoever holds this guest that it is gone, and how it ended. Each generation that was built goes exactly once.
+    Gone(Generation, Result<Ending, Error>),
     /// Answer a request.
     Reply(Token, Reply),
     /// End the process.
@@ -183,11 +185,13 @@ impl Lifecycle {
             binds: Vec::new(),
             run: None,
         };
-        vec![Effect::Build {
+        let gone = replaces.map(|old| Effect::Gone(old, Err(halted("another create replaced the guest"))));
+        let build = Effect::Build {
             generation,
             request: token,
             replaces,
-        }]
+        };
+        gone.into_iter().chain([build]).collect()
     }
 
     fn bind(&mut self, token: Token) -> Vec<Effect> {
@@ -267,11 +271,10 @@ impl Lifecycle {
                 vec![Effect::TearDown(generation)]
             }
             State::Running { generation, run } => {
-                let halted = Error::new(Kind::ControllerForcedHalt, "the guest was stopped by force");
                 self.state = State::Stopping {
                     generation,
                     building: None,
-                    run: Some((run, Err(halted))),
+                    run: Some((run, Err(halted("the guest was stopped by force")))),
                     stops,
                 };
                 vec![Effect::TearDown(generation)]
@@ -304,7 +307,8 @@ impl Lifecycle {
                 }
                 Err(error) => {
                     let why = Error::new(Kind::NotCreated, format!("create failed: {}", error.message));
-                    let mut effects = completed(create, Err(error));
+                    let mut effects = vec![Effect::Gone(generation, Err(error.clone()))];
+                    effects.extend(completed(create, Err(error)));
                     effects.extend(
                         binds
                             .into_iter()
@@ -366,7 +370,11 @@ impl Lifecycle {
                 run,
                 stops,
             } if generation == gone => {
-                let mut effects = Vec::new();
+                let ending = match &run {
+                    Some((_, ending)) => ending.clone(),
+                    None => Err(halted("the guest was stopped before it ran")),
+                };
+                let mut effects = vec![Effect::Gone(generation, ending)];
                 effects.extend(run.map(|(run, ending)| Effect::Reply(run, Reply::Ended(ending))));
                 effects.extend(stops.into_iter().flat_map(|stop| completed(stop, Ok(()))));
                 if self.leaving {
@@ -397,6 +405,10 @@ fn completed(token: Token, outcome: Result<(), Error>) -> Vec<Effect> {
 
 fn already_running(message: &str) -> Error {
     Error::new(Kind::AlreadyRunning, message)
+}
+
+fn halted(message: &str) -> Error {
+    Error::new(Kind::ControllerForcedHalt, message)
 }
 
 fn not_created() -> Error {

@@ -20,6 +20,7 @@ struct World {
     machine: Option<Generation>,
     started: bool,
     tearing_down: bool,
+    gone: BTreeMap<Generation, Result<Ending, Error>>,
     exited: bool,
 }
 
@@ -58,6 +59,10 @@ impl World {
                     assert_eq!(self.machine, Some(generation));
                     assert!(!self.tearing_down, "torn down twice");
                     self.tearing_down = true;
+                }
+                Effect::Gone(generation, ending) => {
+                    assert!(self.building != Some(generation), "gone while it is being built");
+                    assert_eq!(self.gone.insert(generation, ending), None, "gone twice");
                 }
                 Effect::Reply(token, reply) => {
                     assert!(self.asked.contains(&token));
@@ -242,6 +247,7 @@ fn a_clean_shutdown_ends_the_run_and_the_guest() {
     assert!(world.pending(run), "run is answered after the joins");
     world.finish_tear_down();
     assert_eq!(world.replies[&run], Reply::Ended(Ok(Ending::Shutdown)));
+    assert_eq!(world.gone[&1], Ok(Ending::Shutdown));
     let run = world.ask(Input::Run);
     assert_eq!(world.kind(run), Some(Kind::NotCreated));
 }
@@ -368,6 +374,7 @@ proptest! {
             prop_assert!(matches!(world.lifecycle.state, State::Idle));
         }
         prop_assert_eq!((world.machine, world.building), (None, None));
+        prop_assert_eq!(world.gone.len() as u64, world.lifecycle.last_generation);
         let unanswered: Vec<_> = world.asked.iter().filter(|token| world.pending(**token)).collect();
         prop_assert!(unanswered.is_empty(), "never answered: {:?}", unanswered);
     }
