@@ -91,6 +91,7 @@ fn quiet_leaves_one_line() {
     let mut machine = Machine::start(&options("quiet"));
     let name = format!("Sepal default guest {}\r\nsepal> ", env!("CARGO_PKG_VERSION"));
     assert_eq!(machine.expect(PROMPT), name);
+    println!("to the quiet prompt {:?}", machine.age());
 }
 
 #[test]
