@@ -23,6 +23,8 @@ mod platform;
 mod report;
 mod routes;
 mod stats;
+#[cfg(test)]
+mod tests;
 mod threads;
 mod vcpu;
 mod vm;
@@ -192,7 +194,7 @@ impl Machine {
     pub fn pause(&self) {
         let all_out = self.shared.ledger.want(true);
         self.threads.order_all(|orders| orders.pause = true);
-        if all_out {
+        if all_out && !self.shared.reporter.is_over() {
             self.shared.reporter.report(Happening::Paused);
         }
     }

@@ -153,6 +153,18 @@ impl Platform {
         self.power_button.press();
     }
 
+    /// The IOAPIC, for tests with devices of their own.
+    #[cfg(test)]
+    pub(super) fn ioapic(&self) -> &Arc<IoApic> {
+        &self.ioapic
+    }
+
+    /// The ports, for tests with devices of their own.
+    #[cfg(test)]
+    pub(super) fn pio(&self) -> &Bus {
+        &self.pio
+    }
+
     fn loops(&self) -> std::sync::MutexGuard<'_, Loops> {
         self.loops.lock().unwrap_or_else(PoisonError::into_inner)
     }

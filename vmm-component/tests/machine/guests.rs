@@ -161,6 +161,47 @@ guest!(
 );
 
 guest!(
+    /// Serves a level-triggered interrupt, IOAPIC pin 10 to vector 0x31: its handler writes to port 0x5000 and ends the interrupt. After three of them it
+    /// shuts down. Says 'r' when it is ready.
+    level_triggered,
+    "sepal_guest_level",
+    "sepal_guest_level_end",
+    [
+        "lidt 8f(%rip)",
+        "xor %ebp, %ebp",
+        "mov $0xfee00000, %ebx",
+        "movl $0x1ff, 0xf0(%rbx)",
+        "mov $0xfec00000, %edi",
+        "movl $0x25, (%rdi)",
+        "movl $0, 0x10(%rdi)",
+        "movl $0x24, (%rdi)",
+        "movl $0x8031, 0x10(%rdi)",
+        "mov $0x3f8, %edx",
+        "mov $'r', %al",
+        "out %al, (%dx)",
+        "sti",
+        "1: cmp $3, %ebp",
+        "jb 1b",
+        "mov $0x600, %edx",
+        "mov $0x34, %al",
+        "out %al, (%dx)",
+        "2: hlt",
+        "jmp 2b",
+        "7: inc %ebp",
+        "mov $0x5000, %edx",
+        "out %al, (%dx)",
+        "movl $0, 0xb0(%rbx)",
+        "iretq",
+        "8: .word 0x32 * 16 - 1",
+        ".quad 0x100000 + (9f - sepal_guest_level)",
+        ".balign 16",
+        "9: .skip 0x31 * 16",
+        ".word 7b - sepal_guest_level, 0x10, 0x8e00, 0x10",
+        ".quad 0",
+    ]
+);
+
+guest!(
     /// Echoes one byte that comes in on the serial port, polling, then resets. Says 'r' when it is ready.
     echo, "sepal_guest_echo", "sepal_guest_echo_end",
     [

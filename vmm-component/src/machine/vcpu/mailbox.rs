@@ -16,8 +16,8 @@
 //!   came after (b), then so did (3), hence after (a): `immediate_exit` stands, and the next KVM_RUN returns at once.
 //!
 //! KVM finishes the access of the last exit before it looks at `immediate_exit`, so a vCPU that took its orders after EINTR has no half-done
-//! instruction. A guest whose exits follow one another without EINTR (a long string instruction) is stopped by
-//! [`Over`](super::super::report::Reporter), which is looked at after each exit.
+//! instruction. A guest whose exits follow one another without EINTR (a long string instruction) is stopped all the same: whether the machine is over
+//! is looked at after each exit ([`Reporter`](crate::machine::report::Reporter)).
 
 use std::fmt;
 use std::io;

@@ -1,0 +1,180 @@
+//! What only shows from inside: a device of the test's on the machine's buses. Needs /dev/kvm; prints "skipped" without it. All else is tested
+//! from outside (`tests/machine`).
+
+#[path = "../../tests/machine/guests.rs"]
+#[allow(dead_code, reason = "shared with the tests from outside")]
+mod guests;
+
+use std::io::Write;
+use std::path::Path;
+use std::sync::Mutex;
+use std::sync::atomic::AtomicU32;
+use std::sync::mpsc::{Receiver, Sender, channel};
+
+use sepal_devices::bus::BusDevice;
+use sepal_devices::interrupt::InterruptLine;
+
+use super::*;
+use crate::memory::{MIB, MemoryConfig};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A machine that will run `code`, and its events; `None` with a word about it where there is no KVM.
+fn machine(code: &[u8], vcpus: u8) -> Option<(Machine, Receiver<MachineEvent>)> {
+    if !Path::new("/dev/kvm").exists() {
+        println!("skipped: no /dev/kvm");
+        return None;
+    }
+    let mut kernel = tempfile::tempfile().unwrap();
+    kernel.write_all(&guests::elf(code)).unwrap();
+    let (sender, events) = channel();
+    let hooks = Hooks {
+        thread_setup: Arc::new(|_| Ok(())),
+        events: Arc::new(move |event| {
+            let _ = sender.send(event);
+        }),
+    };
+    let config = MachineConfig {
+        generation: 1,
+        memory: MemoryConfig {
+            size_bytes: 16 * MIB,
+            custom: Vec::new(),
+            huge_pages: false,
+        },
+        vcpus,
+        kernel,
+        initrd: None,
+        cmdline: String::new(),
+        serial: None,
+        host: HostKind::Hardware,
+    };
+    let machine = Machine::create(&Kvm::new().unwrap(), config, hooks, &AtomicBool::new(false)).unwrap();
+    Some((machine, events))
+}
+
+/// Holds its line until it was written to three times.
+struct Insistent {
+    line: Arc<dyn InterruptLine>,
+    writes: AtomicU32,
+}
+
+impl BusDevice for Insistent {
+    fn read(&self, _: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
+
+    fn write(&self, _: u64, _: &[u8]) {
+        if self.writes.fetch_add(1, Ordering::Relaxed) == 2 {
+            self.line.set(false);
+        }
+    }
+}
+
+#[test]
+fn a_level_triggered_interrupt_comes_again_until_its_line_is_released() {
+    let Some((mut machine, events)) = machine(&guests::level_triggered(), 1) else {
+        return;
+    };
+    let device = Arc::new(Insistent {
+        line: machine.platform.ioapic().line(10),
+        writes: AtomicU32::new(0),
+    });
+    machine
+        .platform
+        .pio()
+        .insert(0x5000, 1, "insistent", Arc::clone(&device) as _)
+        .unwrap();
+    device.line.set(true);
+    machine.start().unwrap();
+    let event = events.recv_timeout(PATIENCE).unwrap();
+    assert!(matches!(event.what, Happening::Shutdown), "{event:?}");
+    let stopped = machine.join(PATIENCE);
+    assert_eq!(device.writes.load(Ordering::Relaxed), 3);
+    // The third may not have been seen when the guest shut down.
+    assert!(
+        stopped.stats.vcpus[0].exits_for(ExitReason::IoapicEoi) >= 2,
+        "{stopped:?}"
+    );
+}
+
+/// Ends the guest that writes to it by a panic.
+struct Faulty;
+
+impl BusDevice for Faulty {
+    fn read(&self, _: u64, _: &mut [u8]) {}
+
+    fn write(&self, _: u64, _: &[u8]) {
+        panic!("on purpose");
+    }
+}
+
+#[test]
+fn a_device_that_panics_is_reported_and_the_guest_goes_on() {
+    let Some((mut machine, events)) = machine(&guests::hello(), 1) else {
+        return;
+    };
+    machine.platform.pio().remove(layout::SERIAL.into()).unwrap();
+    machine
+        .platform
+        .pio()
+        .insert(layout::SERIAL.into(), 8, "faulty", Arc::new(Faulty))
+        .unwrap();
+    machine.start().unwrap();
+    let first = events.recv_timeout(PATIENCE).unwrap().what;
+    assert!(
+        matches!(&first, Happening::DeviceFailed { device, .. } if device == "faulty"),
+        "{first:?}"
+    );
+    let second = events.recv_timeout(PATIENCE).unwrap().what;
+    assert!(
+        matches!(second, Happening::Reset { how: ResetCause::I8042 }),
+        "{second:?}"
+    );
+    assert_eq!(machine.join(PATIENCE).stuck, Vec::<String>::new());
+}
+
+/// Tells that it was written to, and holds up the writer until the test lets go.
+struct Stuck {
+    entered: Sender<()>,
+    released: Mutex<Receiver<()>>,
+}
+
+impl BusDevice for Stuck {
+    fn read(&self, _: u64, _: &mut [u8]) {}
+
+    fn write(&self, _: u64, _: &[u8]) {
+        // Both fail only when the test is over.
+        let _ = self.entered.send(());
+        let _ = self.released.lock().unwrap().recv();
+    }
+}
+
+#[test]
+fn a_thread_that_does_not_end_is_named() {
+    let Some((mut machine, _events)) = machine(&guests::hello(), 1) else {
+        return;
+    };
+    let (entered, entry) = channel();
+    let (release, released) = channel();
+    let device = Arc::new(Stuck {
+        entered,
+        released: Mutex::new(released),
+    });
+    machine.platform.pio().remove(layout::SERIAL.into()).unwrap();
+    machine
+        .platform
+        .pio()
+        .insert(layout::SERIAL.into(), 8, "stuck", device)
+        .unwrap();
+    machine.start().unwrap();
+    entry.recv_timeout(PATIENCE).unwrap();
+    machine.pause();
+    let error = machine.wait_paused(Duration::from_millis(1)).unwrap_err();
+    assert!(
+        matches!(&error, MachineError::PauseTimeout { vcpus, .. } if vcpus == &[0]),
+        "{error}"
+    );
+    let stopped = machine.join(Duration::from_millis(1));
+    assert_eq!(stopped.stuck, ["vcpu0"]);
+    drop(release);
+}
