@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use rustix::event::{PollFd, PollFlags};
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::process::WaitOptions;
 
@@ -41,6 +41,7 @@ pub fn run() -> Result<(), KeeperError> {
         runner,
         components: BTreeMap::new(),
         files: Vec::new(),
+        idle: true,
     };
     let result = keeper.serve();
     keeper.end();
@@ -117,6 +118,8 @@ struct Keeper {
     runner: Runner,
     components: BTreeMap<u64, Component>,
     files: Vec<CleanFile>,
+    /// True after a turn that found nothing to do.
+    idle: bool,
 }
 
 impl Keeper {
@@ -132,6 +135,9 @@ impl Keeper {
     }
 
     fn turn(&mut self) -> Result<(), WireError> {
+        if self.idle {
+            self.runner.prepare();
+        }
         let mut wanted = PollFlags::IN;
         wanted.set(PollFlags::OUT, self.channel.has_unsent());
         let mut poll = vec![
@@ -151,8 +157,11 @@ impl Keeper {
                     .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)),
             );
         }
-        match rustix::event::poll(&mut poll, None) {
-            Ok(_) => {}
+        // Nothing to do at once, and no component between its clone and its exec: time to prepare the next start.
+        let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let timeout = (!self.idle && starting.is_empty()).then_some(&at_once);
+        match rustix::event::poll(&mut poll, timeout) {
+            Ok(ready) => self.idle = ready == 0,
             Err(Errno::INTR) => return Ok(()),
             Err(errno) => return Err(WireError::System(errno.into())),
         }

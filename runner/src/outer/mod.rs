@@ -29,6 +29,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions};
+use rustix::thread::LinkNameSpaceType;
 use serde::{Deserialize, Serialize};
 
 use crate::cgroup::{Group, Groups};
@@ -136,6 +137,8 @@ pub struct Runner {
     checked: Option<UidRange>,
     groups: Option<Groups>,
     started: u64,
+    /// The network namespace that this process began in, and whether it is in an unused one now.
+    network: Option<(OwnedFd, bool)>,
 }
 
 /// A component whose child process exists; it may not run its binary yet.
@@ -176,6 +179,7 @@ impl Runner {
             checked: None,
             groups: None,
             started: 0,
+            network: None,
         })
     }
 
@@ -252,10 +256,15 @@ impl Runner {
             .collect();
         let envp = [environment.as_ptr(), std::ptr::null()];
 
+        let waived = jail.waives(Layer::NetworkNamespace);
+        // The names that lock uids of a small range belong to a network namespace, which starters have to share.
+        let locks = own_uid && !jail.uids.is_exclusive_by_pid();
+        let network = self.take_network(waived || locks, waived)?;
         let flags = Layer::NAMESPACES
             .iter()
-            .filter(|(layer, ..)| !jail.waives(*layer))
-            .fold(0_u64, |flags, (_, flag, _)| flags | u64::from(flag.cast_unsigned()));
+            .filter(|(layer, ..)| *layer != Layer::NetworkNamespace && !jail.waives(*layer))
+            .fold(network, |flags, (_, flag, _)| flags | flag);
+        let flags = u64::from(flags.cast_unsigned());
         let plan = child::Plan {
             fds: &fds,
             channel: child_channel_number,
@@ -280,6 +289,45 @@ impl Runner {
         // From here on dropping the component kills the child.
         component.admit(self, &spec.jail, own_uid, user_namespace)?;
         Ok(component)
+    }
+
+    /// Prepares the next start: moves the calling thread into an empty network namespace, which the next component takes
+    /// over. Making one is most of what a start's namespaces cost, so the keeper does it while it has nothing to do.
+    ///
+    /// Only for single-threaded processes that need no network. Does nothing where it is not permitted: the start makes
+    /// its namespace itself then.
+    pub fn prepare(&mut self) {
+        if self.network.is_none() {
+            let own = rustix::fs::open(
+                "/proc/thread-self/ns/net",
+                OFlags::RDONLY | OFlags::CLOEXEC,
+                Mode::empty(),
+            );
+            self.network = own.ok().map(|own| (own, false));
+        }
+        if let Some((_, unused)) = &mut self.network
+            && !*unused
+        {
+            // SAFETY: changes the thread's network namespace and nothing of the process's memory or descriptors.
+            *unused = unsafe { libc::unshare(libc::CLONE_NEWNET) } == 0;
+        }
+    }
+
+    /// The network part of a start's flags, after what [`Runner::prepare`] did. With `home` the start has to happen in the
+    /// namespace that this process began in.
+    fn take_network(&mut self, home: bool, waived: bool) -> Result<libc::c_int, SpawnError> {
+        let new = if waived { 0 } else { libc::CLONE_NEWNET };
+        let Some((own, unused)) = &mut self.network else {
+            return Ok(new);
+        };
+        let prepared = std::mem::take(unused);
+        if home {
+            let network = Some(LinkNameSpaceType::Network);
+            rustix::thread::move_into_link_name_space(own.as_fd(), network)
+                .map_err(system("going back to the host's network"))?;
+            return Ok(new);
+        }
+        Ok(if prepared { 0 } else { new })
     }
 
     fn make_group(&mut self, jail: &JailSpec) -> Result<Option<Group>, SpawnError> {

@@ -50,7 +50,7 @@ impl UidRange {
     }
 
     /// True if pids alone keep the uids of live components apart.
-    fn is_exclusive_by_pid(self) -> bool {
+    pub(super) fn is_exclusive_by_pid(self) -> bool {
         self.count >= Self::PIDS
     }
 

@@ -7,11 +7,10 @@ mod compile;
 mod table;
 
 use std::fmt;
+use std::io;
 use std::sync::OnceLock;
 
-use seccompiler::BpfProgram;
-
-pub use compile::CompileError;
+use compile::Program;
 
 /// What a thread is for, which decides what it may call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -46,41 +45,37 @@ impl fmt::Display for ThreadRole {
     }
 }
 
-static PROGRAMS: [OnceLock<BpfProgram>; ThreadRole::ALL.len()] = [const { OnceLock::new() }; ThreadRole::ALL.len()];
+static PROGRAMS: [OnceLock<Program>; ThreadRole::ALL.len()] = [const { OnceLock::new() }; ThreadRole::ALL.len()];
 
 /// The role's program; compiled at its first use. It names this process's id, so it serves no other.
-fn program(role: ThreadRole) -> Result<&'static BpfProgram, CompileError> {
-    let slot = &PROGRAMS[role as usize];
-    if let Some(program) = slot.get() {
-        return Ok(program);
-    }
-    let program = compile::compile(role, std::process::id())?;
-    Ok(slot.get_or_init(|| program))
+fn program(role: ThreadRole) -> &'static Program {
+    PROGRAMS[role as usize].get_or_init(|| compile::compile(role, std::process::id()))
 }
 
 /// The number of BPF instructions in the role's filter.
-///
-/// # Errors
-///
-/// [`CompileError`].
-pub fn program_len(role: ThreadRole) -> Result<usize, CompileError> {
-    program(role).map(Vec::len)
+#[must_use]
+pub fn program_len(role: ThreadRole) -> usize {
+    program(role).len()
 }
 
 /// Installs the role's filter on the calling thread.
-pub(crate) fn install(role: ThreadRole) -> Result<(), CompileError> {
-    let program = program(role)?;
+///
+/// # Errors
+///
+/// What the kernel answers: EINVAL without filters, EACCES without `no_new_privs` or privilege, EFAULT or ENOMEM.
+pub(crate) fn install(role: ThreadRole) -> io::Result<()> {
+    let program = program(role);
     let fprog = libc::sock_fprog {
-        len: u16::try_from(program.len()).map_err(|_| CompileError::TooLong(program.len()))?,
-        // The kernel only reads; the two structs have the layout of `struct sock_filter` (linux/filter.h).
-        filter: program.as_ptr().cast_mut().cast(),
+        len: u16::try_from(program.len()).map_err(io::Error::other)?,
+        // The kernel only reads.
+        filter: program.as_ptr().cast_mut(),
     };
-    // The system call and not `prctl`, which stays forbidden for everything but thread names. `no_new_privs` is set.
+    // The system call and not `prctl`, which stays forbidden for everything but thread names.
     // SAFETY: the program outlives the call, which copies it.
     let result = unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &raw const fprog) };
     if result == 0 {
         Ok(())
     } else {
-        Err(CompileError::Refused(std::io::Error::last_os_error()))
+        Err(io::Error::last_os_error())
     }
 }

@@ -47,9 +47,9 @@ pub(super) struct Ioctl {
 
 /// A call that answers with an error and does nothing.
 pub(super) struct Answered {
-    pub(super) number: u32,
-    /// If given, only with this second argument (32 bits).
-    pub(super) second: Option<u32>,
+    pub(super) number: i64,
+    /// For `ioctl`: with this request.
+    pub(super) request: Option<u32>,
     pub(super) errno: u32,
 }
 
@@ -251,14 +251,14 @@ pub(super) const CALLS: &[Call] = &[
 pub(super) const ANSWERED: &[Answered] = &[
     // The C library then uses `clone`, whose flags a filter can see.
     Answered {
-        number: libc::SYS_clone3 as u32,
-        second: None,
+        number: libc::SYS_clone3,
+        request: None,
         errno: libc::ENOSYS.cast_unsigned(),
     },
     // "Is this a terminal?" No.
     Answered {
-        number: libc::SYS_ioctl as u32,
-        second: Some(libc::TCGETS as u32),
+        number: libc::SYS_ioctl,
+        request: Some(libc::TCGETS as u32),
         errno: libc::ENOTTY.cast_unsigned(),
     },
 ];
@@ -294,7 +294,7 @@ const ROUTE: u8 = C | V;
 /// State of a vCPU; the control thread sets it before the vCPU's thread exists.
 const CPU: u8 = C | V;
 
-/// Requests and argument sizes as in linux/kvm.h and the x86 asm/kvm.h; KVM_RUN first, because the list is searched in order.
+/// Requests and argument sizes as in linux/kvm.h and the x86 asm/kvm.h.
 pub(super) const IOCTLS: &[Ioctl] = &[
     ioctl(io(0x80), CPU), // KVM_RUN
     // Interrupts.

@@ -56,7 +56,7 @@ fn wait_for(fd: impl AsFd) {
     while rustix::event::poll(&mut poll, None) == Err(rustix::io::Errno::INTR) {}
 }
 
-fn next(keeper: &mut KeeperClient) -> KeeperEvent {
+pub(crate) fn next(keeper: &mut KeeperClient) -> KeeperEvent {
     loop {
         if let Some(event) = keeper.try_recv().unwrap() {
             return event;
