@@ -1,8 +1,8 @@
 //! The Landlock layer: a ruleset that handles every access the kernel knows and allows none.
 
 use landlock::{
-    ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, LandlockStatus, Ruleset, RulesetAttr, RulesetError,
-    RulesetStatus, Scope,
+    ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, LandlockStatus, Ruleset, RulesetAttr,
+    RulesetCreatedAttr, RulesetError, RulesetStatus, Scope,
 };
 
 /// The newest ABI that this code knows; older kernels enforce what they can.
@@ -37,5 +37,7 @@ fn restrict() -> Result<landlock::RestrictionStatus, RulesetError> {
         .handle_access(AccessNet::from_all(NEWEST))?
         .scope(Scope::from_all(NEWEST))?
         .create()?
+        // A layer of its own, which is in force by now unless it was waived.
+        .no_new_privs(false)
         .restrict_self()
 }

@@ -179,6 +179,13 @@ pub fn seal(spec: &SealSpec) -> Result<Vec<LayerStatus>, SealError> {
         Ok("set".to_owned())
     })?;
     spec.layer(&mut report, Layer::Seccomp, || {
+        if spec.waives(Layer::NoNewPrivs) {
+            return step(
+                Layer::Seccomp,
+                "its condition",
+                Err("it rests on no-new-privs, which is waived"),
+            );
+        }
         keep_allocator_from_files();
         let instructions = seccomp::program_len(ThreadRole::Control);
         step(

@@ -19,6 +19,9 @@ use sepal_runner::startup::HandleKind;
 /// Set for the child that runs a test as an ordinary user: the number of its descriptor on `/dev/kvm`, or -1.
 const AS_USER: &str = "SEPAL_TEST_KVM";
 
+/// Set for the child in a user namespace of its own.
+pub(crate) const INSIDE: &str = "SEPAL_TEST_INSIDE";
+
 pub(crate) type Test = (String, fn());
 
 pub(crate) fn main() -> ! {
@@ -26,6 +29,10 @@ pub(crate) fn main() -> ! {
     let mut tests = crate::layers::tests();
     tests.extend(crate::outside::tests());
     tests.extend(crate::keeper::tests());
+    tests.extend(crate::missing::tests());
+    if std::env::var_os(INSIDE).is_some() {
+        tests = crate::missing::inside();
+    }
     let mut trials = Vec::new();
     for (name, test) in tests {
         if is_root() {

@@ -64,14 +64,20 @@ fn every_layer_is_reported() {
     assert!(jailed.release().success());
 }
 
+/// The layer that has to be waived with this one.
+pub(crate) fn rests_on_it(layer: Layer) -> Option<Layer> {
+    match layer {
+        Layer::UserNamespace => Some(Layer::HostUid),
+        Layer::NoNewPrivs => Some(Layer::Seccomp),
+        _ => None,
+    }
+}
+
 fn each_layer_can_be_waived() {
     for layer in Layer::ALL {
         let (mut spec, control) = spec(&["wait"]);
         spec.jail.waived.insert(layer);
-        if layer == Layer::UserNamespace {
-            // The uid comes with the namespace.
-            spec.jail.waived.insert(Layer::HostUid);
-        }
+        rests_on_it(layer).map(|other| spec.jail.waived.insert(other));
         let started = Jailed::start((spec, control));
         if layer == Layer::UserNamespace && !is_root() {
             // Without a user namespace an ordinary user gets none of the others.

@@ -15,6 +15,7 @@ mod figures;
 mod harness;
 mod keeper;
 mod layers;
+mod missing;
 mod outside;
 
 fn main() {
