@@ -138,10 +138,10 @@ impl Hierarchies {
         found
     }
 
-    /// True if a v2 tree is mounted.
+    /// Where the v2 tree is mounted, if it is.
     #[must_use]
-    pub fn has_v2(&self) -> bool {
-        self.v2.is_some()
+    pub fn v2_mount(&self) -> Option<&Path> {
+        self.v2.as_ref().map(|v2| v2.mount.as_path())
     }
 
     /// How a controller is offered: 2, 1, or not at all.
@@ -228,7 +228,7 @@ broken line
     #[test]
     fn a_hybrid_host_gives_v1_controllers() {
         let found = Hierarchies::parse(HYBRID, OWN, false);
-        assert!(found.has_v2());
+        assert_eq!(found.v2_mount(), Some(Path::new("/sys/fs/cgroup/unified")));
         assert_eq!(found.version_of(Controller::Memory), Some(1));
         assert_eq!(found.version_of(Controller::Pids), None);
         let place = found.place(Controller::Memory).unwrap();

@@ -205,6 +205,15 @@ fn make(directory: &Path) -> Result<(), CgroupError> {
     }
 }
 
+fn open_group(directory: &Path) -> Result<OwnedFd, CgroupError> {
+    rustix::fs::open(
+        directory,
+        OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+    .map_err(|errno| refused("opening", directory, errno))
+}
+
 fn write(file: &Path, content: &str) -> Result<(), CgroupError> {
     fs::write(file, content).map_err(|error| refused("writing", file, error))
 }
@@ -252,12 +261,7 @@ impl Groups {
                     group.directories.push(directory.clone());
                     made.push((place.parent.clone(), directory.clone()));
                     if place.v2 {
-                        let fd = rustix::fs::open(
-                            &directory,
-                            OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC,
-                            Mode::empty(),
-                        );
-                        group.v2 = Some(fd.map_err(|errno| refused("opening", &directory, errno))?);
+                        group.v2 = Some(open_group(&directory)?);
                     } else {
                         group.v1.push(directory.clone());
                     }
@@ -348,6 +352,17 @@ impl Drop for Groups {
 }
 
 impl Group {
+    /// A v2 group that exists.
+    #[cfg(test)]
+    pub(crate) fn in_v2(directory: PathBuf) -> Result<Self, CgroupError> {
+        let v2 = Some(open_group(&directory)?);
+        Ok(Self {
+            directories: vec![directory],
+            v2,
+            v1: Vec::new(),
+        })
+    }
+
     /// The v2 group to clone into, if there is one.
     #[must_use]
     pub fn v2(&self) -> Option<&OwnedFd> {

@@ -9,12 +9,10 @@ use std::os::fd::RawFd;
 /// What the parent prepared for the child. Every pointer and slice stays valid, because the child has its own copy of
 /// the parent's memory.
 pub(super) struct Plan<'a> {
-    /// Sources for descriptors 0 and up; all of them numbered above the last of these targets.
+    /// Sources for descriptors 0 and up; all of them numbered above the last of these targets. The last two are for the
+    /// child alone and close on exec: its end of the socket pair (a byte comes in when the parent is done, a failure
+    /// message goes out if exec fails), and the binary.
     pub(super) fds: &'a [RawFd],
-    /// Its end of the socket pair: a byte comes in when the parent is done, a [`Failure`] goes out if exec fails.
-    pub(super) channel: RawFd,
-    /// The binary.
-    pub(super) program: RawFd,
     /// True to become uid and gid 0 of the user namespace, with no supplementary groups.
     pub(super) become_namespace_root: bool,
     /// NULL-terminated arguments and environment.
@@ -30,6 +28,21 @@ pub(super) enum Step {
     Uid = 3,
     Signals = 4,
     Exec = 5,
+}
+
+impl Plan<'_> {
+    /// How many descriptors stay open across exec.
+    fn kept(&self) -> usize {
+        self.fds.len().saturating_sub(2)
+    }
+
+    fn channel(&self) -> RawFd {
+        self.kept() as RawFd
+    }
+
+    fn program(&self) -> RawFd {
+        self.kept() as RawFd + 1
+    }
 }
 
 /// The length of a failure message, in bytes.
@@ -69,7 +82,12 @@ pub(super) unsafe fn run(plan: &Plan<'_>) -> ! {
     message[4..].copy_from_slice(&errno.to_ne_bytes());
     // SAFETY: the buffer is valid for its length; `_exit` is async-signal-safe and ends this copy of the process.
     unsafe {
-        libc::send(plan.channel, message.as_ptr().cast(), message.len(), libc::MSG_NOSIGNAL);
+        libc::send(
+            plan.channel(),
+            message.as_ptr().cast(),
+            message.len(),
+            libc::MSG_NOSIGNAL,
+        );
         libc::_exit(127)
     }
 }
@@ -77,22 +95,16 @@ pub(super) unsafe fn run(plan: &Plan<'_>) -> ! {
 /// Returns only where a step failed.
 unsafe fn steps(plan: &Plan<'_>) -> (Step, i32) {
     for (target, &source) in plan.fds.iter().enumerate() {
+        let flags = if target < plan.kept() { 0 } else { libc::O_CLOEXEC };
         // SAFETY: plain descriptor numbers; the sources lie above every target, so none is overwritten before use.
-        if unsafe { libc::dup2(source, target as RawFd) } < 0 {
+        if unsafe { libc::dup3(source, target as RawFd, flags) } < 0 {
             return (Step::Descriptors, errno());
         }
     }
-    // What is left is needed until exec, and only until then.
-    // SAFETY: marks descriptors, touches no memory.
-    let marked = unsafe {
-        libc::syscall(
-            libc::SYS_close_range,
-            plan.fds.len(),
-            u32::MAX as usize,
-            libc::CLOSE_RANGE_CLOEXEC,
-        )
-    };
-    if marked < 0 {
+    // The copies of the parent's end of the channel and of the lifeline have to go now: else the child itself would keep
+    // the parent's death from it.
+    // SAFETY: closes this copy's descriptors, which nothing here uses.
+    if unsafe { libc::syscall(libc::SYS_close_range, plan.fds.len(), u32::MAX as usize, 0) } < 0 {
         return (Step::Descriptors, errno());
     }
     // SAFETY: no arguments.
@@ -103,7 +115,7 @@ unsafe fn steps(plan: &Plan<'_>) -> (Step, i32) {
     // The parent writes the id maps and moves this process into its groups meanwhile; end of file means that it died.
     let mut go = 0_u8;
     // SAFETY: one byte into a local.
-    while unsafe { libc::recv(plan.channel, (&raw mut go).cast(), 1, 0) } != 1 {
+    while unsafe { libc::recv(plan.channel(), (&raw mut go).cast(), 1, 0) } != 1 {
         if errno() != libc::EINTR {
             // SAFETY: ends this copy of the process.
             unsafe { libc::_exit(126) }
@@ -141,7 +153,7 @@ unsafe fn steps(plan: &Plan<'_>) -> (Step, i32) {
     unsafe {
         libc::syscall(
             libc::SYS_execveat,
-            plan.program,
+            plan.program(),
             c"".as_ptr(),
             plan.argv,
             plan.envp,

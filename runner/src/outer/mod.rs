@@ -201,6 +201,12 @@ impl Runner {
     ///
     /// [`SpawnError`]; nothing is left of the start then.
     pub fn start(&mut self, spec: ComponentSpec) -> Result<Component, SpawnError> {
+        let group = self.make_group(&spec.jail)?;
+        self.start_in(spec, group)
+    }
+
+    /// Starts a component in these groups.
+    fn start_in(&mut self, spec: ComponentSpec, group: Option<Group>) -> Result<Component, SpawnError> {
         let jail = &spec.jail;
         let own_uid = self.uid == 0 && !jail.waives(Layer::HostUid);
         let user_namespace = !jail.waives(Layer::UserNamespace);
@@ -215,7 +221,6 @@ impl Runner {
             jail.uids.check_foreign().map_err(|error| host_uid(&error))?;
             self.checked = Some(jail.uids);
         }
-        let group = self.make_group(jail)?;
 
         let child_channel;
         let channel;
@@ -226,12 +231,11 @@ impl Runner {
         let stderr = spec.stderr.as_ref().map_or(self.null.as_fd(), AsFd::as_fd);
         let sources = [self.lifeline.0.as_fd(), self.null.as_fd(), stderr]
             .into_iter()
-            .chain(spec.handles.fds.iter().map(AsFd::as_fd));
-        let floor = FIRST_HANDLE + spec.handles.fds.len() as RawFd;
+            .chain(spec.handles.fds.iter().map(AsFd::as_fd))
+            .chain([child_channel.as_fd(), spec.program.fd.as_fd()]);
+        let floor = FIRST_HANDLE + spec.handles.fds.len() as RawFd + 2;
         let mut above = Above::new(floor);
         let fds = sources.map(|fd| above.place(fd)).collect::<Result<Vec<_>, _>>()?;
-        let child_channel_number = above.place(child_channel.as_fd())?;
-        let program = above.place(spec.program.fd.as_fd())?;
 
         let startup = Startup {
             handles: spec.handles.entries.clone(),
@@ -267,8 +271,6 @@ impl Runner {
         let flags = u64::from(flags.cast_unsigned());
         let plan = child::Plan {
             fds: &fds,
-            channel: child_channel_number,
-            program,
             become_namespace_root: own_uid,
             argv: argv.as_ptr(),
             envp: envp.as_ptr(),
@@ -631,3 +633,6 @@ fn exec_failure(error: &io::Error) -> String {
     };
     format!("cannot be executed: {error}{hint}")
 }
+
+#[cfg(test)]
+mod tests;

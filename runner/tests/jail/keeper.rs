@@ -44,6 +44,10 @@ pub(crate) fn tests() -> Vec<Test> {
             killing_the_keeper_leaves_nothing,
         ),
         (
+            "keeper::killing_it_at_any_moment_leaves_nothing".into(),
+            killing_it_at_any_moment_leaves_nothing,
+        ),
+        (
             "keeper::killing_the_manager_leaves_nothing".into(),
             killing_the_manager_leaves_nothing,
         ),
@@ -325,6 +329,29 @@ fn killing_the_keeper_leaves_nothing() {
     for group in groups {
         assert!(!group.exists(), "{group:?}");
     }
+}
+
+fn killing_it_at_any_moment_leaves_nothing() {
+    use std::io::Read;
+    for moment in 0..40 {
+        let mut keeper = KeeperClient::start(KEEPER).unwrap();
+        drop(start(&mut keeper, 0));
+        assert!(matches!(next(&mut keeper), KeeperEvent::Exited { .. }));
+        let (spec, mut control) = spec(&["wait"]);
+        keeper.spawn(1, spec).unwrap();
+        // From before the clone to after the seal; what has to hold is the same at each.
+        let start = std::time::Instant::now();
+        while start.elapsed() < std::time::Duration::from_micros(100 * moment) {
+            std::hint::spin_loop();
+        }
+        rustix::process::kill_process(Pid::from_raw(keeper.pid().cast_signed()).unwrap(), Signal::KILL).unwrap();
+        // Ends when the last copy of the component's socket is gone: with the component, which waits for this end.
+        let mut said = String::new();
+        let _ = control.read_to_string(&mut said);
+        assert!(!said.contains("unsealed") || said.contains("is gone"), "{said}");
+        assert!(keeper.close().is_err());
+    }
+    let _ = Groups::new().unwrap().sweep();
 }
 
 /// A manager in a process of its own, for [`killing_the_manager_leaves_nothing`].
