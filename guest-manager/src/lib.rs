@@ -1,11 +1,24 @@
 //! The guest manager.
 pub mod changed;
+pub mod client;
 pub mod component;
 pub mod events;
+pub mod files;
+pub mod guest;
+pub mod guest_server;
 pub mod history;
 pub mod host;
+mod ladder;
+mod life;
+pub mod lifecycle_server;
+mod list;
 pub mod listener;
+pub mod manager;
+pub mod manager_server;
 pub mod model;
 pub mod problems;
 pub mod registry;
 pub mod serial;
+pub mod slot;
+mod subscription;
+pub mod uploads;

@@ -63,6 +63,17 @@ impl Ending {
         }
     }
 
+    /// The report, once the times are known.
+    pub fn report(self, uptime_ns: u64, now: Moment) -> StopReport {
+        StopReport {
+            reason: self.reason,
+            detail: self.detail,
+            error: self.error,
+            uptime_ns,
+            time_ns: now.unix_ns,
+        }
+    }
+
     /// An ending with an error: the error's message is the detail.
     pub fn failed(reason: Reason, error: Error) -> Self {
         Self {

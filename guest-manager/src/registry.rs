@@ -383,14 +383,7 @@ impl Registry {
             .map_or(0, |start| now.monotonic_ns.saturating_sub(start));
         let uptime_ns = if uptime_ns == 0 { measured } else { uptime_ns };
         let died = ending.reason == Reason::VmmTerminated;
-        let Ending { reason, detail, error } = ending;
-        let report = StopReport {
-            reason,
-            detail,
-            error,
-            uptime_ns,
-            time_ns: now.unix_ns,
-        };
+        let report = ending.report(uptime_ns, now);
         entry.phase = if died { Phase::Died } else { Phase::Stopped };
         entry.paused = false;
         entry.ended_as = endings;

@@ -1,0 +1,372 @@
+//! One guest, from its creation to its end: what its capabilities lead to. What drives it is in `life`.
+//!
+//! ```text
+//!   creating --> created --> started --> ended          each waited for by any number of clients
+//!       \            \__________________/  ^
+//!        \_________________________________|
+//!   run wanted, stop wanted: asked for by clients, at any time, heard by `life`
+//! ```
+
+use std::{cell::RefCell, future::Future, rc::Rc, time::Duration};
+
+use sepal_schema::{
+    error::{Error, Kind},
+    guest_capnp::{guest as component_guest, power},
+    info::{GuestDescriptor, GuestInfo, GuestStatus},
+    report::{Reason, StopReport},
+};
+
+use crate::{
+    changed::Changed,
+    host,
+    manager::Manager,
+    model::{self, Ending, EventKind, GuestId},
+    serial::Port,
+};
+
+/// Why a guest is stopped by force.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StopCause {
+    /// Somebody wanted it at once; the sentence says who or what.
+    Killed(String),
+    /// It was asked to shut down, and did not within this time.
+    Hangup(Duration),
+}
+
+impl StopCause {
+    /// How a guest that is stopped for this ends.
+    pub fn ending(&self) -> Ending {
+        let (reason, detail) = match self {
+            Self::Killed(why) => (Reason::Killed, why.clone()),
+            Self::Hangup(after) => {
+                let after = after.as_millis();
+                (
+                    Reason::Hangup,
+                    format!("it did not shut down within {after} ms, and was stopped by force"),
+                )
+            }
+        };
+        Ending::failed(reason, Error::new(Kind::ControllerForcedHalt, detail))
+    }
+}
+
+/// What became of a guest.
+#[derive(Debug, Clone)]
+struct Ended {
+    report: StopReport,
+    info: Option<GuestInfo>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    created: Option<Result<(), Error>>,
+    run_wanted: bool,
+    started: bool,
+    stop_wanted: Option<StopCause>,
+    ended: Option<Ended>,
+}
+
+/// A guest.
+pub struct Guest {
+    /// The shared state.
+    pub manager: Rc<Manager>,
+    /// Who holds its name.
+    pub id: GuestId,
+    /// Which creation under this name.
+    pub generation: u64,
+    /// Its name.
+    pub name: Rc<str>,
+    /// Its serial port.
+    pub port: Rc<Port>,
+    remote: RefCell<Option<component_guest::Client>>,
+    state: Changed<State>,
+}
+
+impl Guest {
+    /// A guest whose creation begins.
+    pub fn new(manager: Rc<Manager>, id: GuestId, generation: u64, name: Rc<str>, run_wanted: bool) -> Rc<Self> {
+        let port = Port::new(manager.settings.history);
+        let state = State {
+            run_wanted,
+            ..State::default()
+        };
+        Rc::new(Self {
+            manager,
+            id,
+            generation,
+            name,
+            port,
+            remote: RefCell::default(),
+            state: Changed::new(state),
+        })
+    }
+
+    /// Whether it has not ended.
+    pub fn live(&self) -> bool {
+        self.state.look(|state| state.ended.is_none())
+    }
+
+    /// Waits until it is created, or known not to be.
+    ///
+    /// # Errors
+    /// What kept it from being created.
+    pub async fn created(&self) -> Result<(), Error> {
+        self.state.until(|state| state.created.clone()).await
+    }
+
+    /// Whether its vCPUs ever ran.
+    pub fn has_started(&self) -> bool {
+        self.state.look(|state| state.started)
+    }
+
+    /// Waits until its vCPUs run.
+    ///
+    /// # Errors
+    /// What kept them from running.
+    pub async fn started(&self) -> Result<(), Error> {
+        let started = |state: &mut State| {
+            if state.started {
+                return Some(Ok(()));
+            }
+            let report = &state.ended.as_ref()?.report;
+            if matches!(report.reason, Reason::Shutdown | Reason::Reset) {
+                return Some(Ok(()));
+            }
+            Some(Err(report.error.clone().unwrap_or_else(|| {
+                Error::new(Kind::StartFailure, report.detail.clone())
+            })))
+        };
+        self.state.until(started).await
+    }
+
+    /// Waits until it has ended, and all that belonged to it is gone.
+    pub async fn ended(&self) -> StopReport {
+        let report = |state: &mut State| Some(state.ended.as_ref()?.report.clone());
+        self.state.until(report).await
+    }
+
+    /// Asks for its vCPUs to be started as soon as it is created.
+    pub fn want_run(&self) {
+        self.state.change(|state| state.run_wanted = true);
+    }
+
+    /// Whether its vCPUs are to be started.
+    pub fn run_is_wanted(&self) -> bool {
+        self.state.look(|state| state.run_wanted)
+    }
+
+    /// Waits until its vCPUs are to be started.
+    pub async fn run_wanted(&self) {
+        self.state.until(|state| state.run_wanted.then_some(())).await;
+    }
+
+    /// Stops it by force. The first cause counts. [`Guest::ended`] tells when it is done.
+    pub fn want_stop(&self, cause: StopCause) {
+        if !self.live() {
+            return;
+        }
+        self.manager
+            .registry(|registry, now| registry.stopping(self.id, self.generation, now));
+        self.state
+            .change(|state| state.stop_wanted.get_or_insert(cause).clone());
+    }
+
+    /// Why it is stopped by force, if it is.
+    pub fn stop_cause(&self) -> Option<StopCause> {
+        self.state.look(|state| state.stop_wanted.clone())
+    }
+
+    /// Waits until it is to be stopped by force.
+    pub async fn stop_wanted(&self) {
+        self.state
+            .until(|state| state.stop_wanted.is_some().then_some(()))
+            .await;
+    }
+
+    /// The component's side of it.
+    ///
+    /// # Errors
+    /// `NOT_CREATED` while it is being created, `NOT_RUNNING` when it has ended.
+    pub fn remote(&self) -> Result<component_guest::Client, Error> {
+        self.check_live()?;
+        self.remote.borrow().clone().ok_or_else(|| {
+            Error::new(
+                Kind::NotCreated,
+                format!("guest \"{}\" is still being created", self.name),
+            )
+        })
+    }
+
+    /// Its power button and brakes.
+    ///
+    /// # Errors
+    /// As [`Guest::remote`].
+    pub fn power(&self) -> Result<power::Client, Error> {
+        Ok(self.remote()?.power_request().send().pipeline.get_power())
+    }
+
+    /// Whether it can still be asked for something.
+    ///
+    /// # Errors
+    /// `NOT_RUNNING`, saying how it ended.
+    pub fn check_live(&self) -> Result<(), Error> {
+        let ended = self
+            .state
+            .look(|state| state.ended.as_ref().map(|ended| ended.report.clone()));
+        ended.map_or(Ok(()), |report| Err(self.not_running(&report)))
+    }
+
+    /// The answer of its component to `call`; when there is none, because the guest ended meanwhile, how it ended.
+    ///
+    /// # Errors
+    /// `VMM_TERMINATED`, `NOT_RUNNING`, or what else kept the component from answering.
+    pub async fn answer<T>(&self, call: impl Future<Output = Result<T, capnp::Error>>) -> Result<T, Error> {
+        let broken = match call.await {
+            Ok(answer) => return Ok(answer),
+            Err(error) => error,
+        };
+        if broken.kind != capnp::ErrorKind::Disconnected {
+            self.check_live()?;
+            return Err(broken.into());
+        }
+        // The connection has ended, and with it the guest, as soon as that is noticed.
+        let report = self.ended().await;
+        Err(match report.reason {
+            Reason::VmmTerminated => Error::new(Kind::VmmTerminated, report.detail),
+            _ => self.not_running(&report),
+        })
+    }
+
+    fn not_running(&self, report: &StopReport) -> Error {
+        let message = format!("guest \"{}\" has ended: {}", self.name, report.detail);
+        Error::new(Kind::NotRunning, message)
+    }
+
+    /// All that is known about it. When its name has gone on to another, what was known at its end.
+    pub fn info(&self) -> GuestInfo {
+        let current = self.manager.info(self.id, host::available_mib());
+        let current = current.filter(|info| info.generation == self.generation);
+        let last = || {
+            self.state
+                .look(|state| state.ended.as_ref().and_then(|ended| ended.info.clone()))
+        };
+        current.or_else(last).unwrap_or_else(|| GuestInfo {
+            // Let go of, and not quite gone yet.
+            name: self.name.to_string(),
+            status: GuestStatus::Stopping,
+            generation: self.generation,
+            uptime_ns: 0,
+            descriptor: None,
+            stop: None,
+            problems: Vec::new(),
+            layers: Vec::new(),
+            component_pid: 0,
+            paused: false,
+            detached: false,
+        })
+    }
+
+    /// Its component has been given the task of creating it.
+    pub(crate) fn set_remote(&self, remote: component_guest::Client) {
+        *self.remote.borrow_mut() = Some(remote);
+    }
+
+    /// The machine is there.
+    pub(crate) fn set_created(&self) {
+        self.manager.registry(|registry, _| {
+            if registry.created(self.id, self.generation) && self.run_is_wanted() {
+                // Asked for together with create; nothing but a stop can have come in between, which wins.
+                let _ = registry.run(self.id, self.generation);
+            }
+        });
+        self.state.change(|state| state.created.get_or_insert(Ok(())).is_ok());
+    }
+
+    /// All is over, and nothing is left of it.
+    pub(crate) fn set_ended(&self, ending: Ending, uptime_ns: u64) -> StopReport {
+        let fallback = ending.clone();
+        let report = self.manager.registry(|registry, now| {
+            let report = registry.ended(self.id, self.generation, ending, uptime_ns, now);
+            // Its name was let go of while it was being stopped, and told about then.
+            report.unwrap_or_else(|| fallback.report(uptime_ns, now))
+        });
+        let info = self
+            .manager
+            .info(self.id, None)
+            .filter(|info| info.generation == self.generation);
+        *self.remote.borrow_mut() = None;
+        self.state.change(|state| {
+            let error = report.error.clone();
+            let error = error.unwrap_or_else(|| Error::new(Kind::NotCreated, report.detail.clone()));
+            state.created.get_or_insert(Err(error));
+            state.ended = Some(Ended {
+                report: report.clone(),
+                info,
+            });
+        });
+        report
+    }
+
+    /// Its component says that something happened.
+    pub(crate) fn happened(&self, kind: EventKind) {
+        let (id, generation) = (self.id, self.generation);
+        match kind {
+            EventKind::Started => {
+                if !self.run_is_wanted() {
+                    return;
+                }
+                self.manager
+                    .registry(|registry, now| registry.started(id, generation, now));
+                self.state.change(|state| state.started = true);
+            }
+            EventKind::Paused => self.set_paused(true),
+            EventKind::Resumed => self.set_paused(false),
+            EventKind::ShuttingDown => self.set_shutting_down(),
+            EventKind::DeviceFailed { device, reason } => {
+                tracing::warn!(
+                    guest = &*self.name,
+                    device,
+                    reason,
+                    "a device failed and was quarantined"
+                );
+                self.manager
+                    .registry(|registry, now| registry.device_failed(id, generation, device, reason, now));
+            }
+            // What the manager knows better itself.
+            EventKind::Defined | EventKind::Starting | EventKind::Stopped(_) | EventKind::Removed => {}
+        }
+    }
+
+    /// Its vCPUs are held, or go on.
+    pub fn set_paused(&self, paused: bool) {
+        self.manager
+            .registry(|registry, now| registry.paused(self.id, self.generation, paused, now));
+    }
+
+    /// It was asked to shut down.
+    pub fn set_shutting_down(&self) {
+        self.manager
+            .registry(|registry, now| registry.shutting_down(self.id, self.generation, now));
+    }
+
+    /// Another creation under its name has taken its place before it ran.
+    pub(crate) fn set_superseded(&self, report: StopReport) {
+        let ended = Ended { report, info: None };
+        self.state
+            .change(|state| state.ended.get_or_insert(ended).report.clone());
+    }
+
+    /// Its component knows better what it is made of.
+    pub(crate) fn describe(&self, from: &GuestDescriptor) {
+        self.manager.registry(|registry, _| {
+            registry.describe(self.id, self.generation, |descriptor| {
+                if !from.cmdline.is_empty() {
+                    descriptor.cmdline = model::cut(&from.cmdline, sepal_schema::config::MAX_CMDLINE);
+                }
+                if !from.devices.is_empty() {
+                    descriptor.devices = model::bounded_names(from.devices.clone());
+                }
+            });
+        });
+    }
+}

@@ -1,0 +1,411 @@
+//! `Guest` and its facets, as clients hold them. Each is a capability of its own: holding one is the permission to use it.
+
+use std::{future::Future, rc::Rc, time::Duration};
+
+use sepal_schema::{
+    error::{Error, Kind, write_completion},
+    guest_capnp::{guest, observer, output, power, serial},
+    transport::guard,
+};
+
+use crate::{client::Client, guest::Guest, ladder, serial::Port, subscription};
+
+/// Where the interface of a method that the server traits declare asks for it.
+type Reply = Result<(), capnp::Error>;
+
+fn reply(result: Reply) -> impl Future<Output = Reply> + 'static {
+    futures::future::ready(result)
+}
+
+/// All of a guest.
+pub struct GuestServer {
+    client: Client,
+    guest: Rc<Guest>,
+}
+
+impl GuestServer {
+    /// Gives a client a guest.
+    pub fn new_client(client: Client, guest: Rc<Guest>) -> guest::Client {
+        guard::new_client(Self { client, guest })
+    }
+}
+
+fn not_there(device: &str) -> Error {
+    let message = format!("the guest has no {device}: its configuration left it out");
+    Error::new(Kind::DeviceNotPresent, message).about(device)
+}
+
+fn not_built(facet: &str) -> Error {
+    Error::not_supported(facet, format!("{facet} is not supported by this version"))
+}
+
+impl guest::Server for GuestServer {
+    fn serial(
+        self: Rc<Self>,
+        _: guest::SerialParams,
+        mut results: guest::SerialResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        let port = PortServer {
+            client: self.client.clone(),
+            guest: self.guest.clone(),
+        };
+        results.get().set_serial(guard::new_client(port));
+        reply(Ok(()))
+    }
+
+    fn power(
+        self: Rc<Self>,
+        _: guest::PowerParams,
+        mut results: guest::PowerResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        results
+            .get()
+            .set_power(guard::new_client(PowerServer(self.guest.clone())));
+        reply(Ok(()))
+    }
+
+    fn observer(
+        self: Rc<Self>,
+        _: guest::ObserverParams,
+        mut results: guest::ObserverResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        results
+            .get()
+            .set_observer(guard::new_client(ObserverServer(self.guest.clone())));
+        reply(Ok(()))
+    }
+
+    fn console(
+        self: Rc<Self>,
+        _: guest::ConsoleParams,
+        mut results: guest::ConsoleResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        not_there("console").write(results.get().init_error());
+        reply(Ok(()))
+    }
+
+    fn balloon_controller(
+        self: Rc<Self>,
+        _: guest::BalloonControllerParams,
+        mut results: guest::BalloonControllerResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        not_there("balloon").write(results.get().init_error());
+        reply(Ok(()))
+    }
+
+    fn mem_controller(
+        self: Rc<Self>,
+        _: guest::MemControllerParams,
+        mut results: guest::MemControllerResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        not_there("memoryDevice").write(results.get().init_error());
+        reply(Ok(()))
+    }
+
+    fn host_vsock_endpoint(
+        self: Rc<Self>,
+        _: guest::HostVsockEndpointParams,
+        mut results: guest::HostVsockEndpointResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        not_there("vsock").write(results.get().init_error());
+        reply(Ok(()))
+    }
+
+    fn snapshots(
+        self: Rc<Self>,
+        _: guest::SnapshotsParams,
+        mut results: guest::SnapshotsResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        not_built("snapshots").write(results.get().init_error());
+        reply(Ok(()))
+    }
+
+    fn debug(
+        self: Rc<Self>,
+        _: guest::DebugParams,
+        mut results: guest::DebugResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        not_built("debug").write(results.get().init_error());
+        reply(Ok(()))
+    }
+}
+
+/// Output alone.
+struct OutputServer(Rc<Port>);
+
+/// Output and input.
+struct PortServer {
+    client: Client,
+    guest: Rc<Guest>,
+}
+
+fn read(
+    port: Rc<Port>,
+    params: output::ReadParams,
+    mut results: output::ReadResults,
+) -> impl Future<Output = Reply> + 'static {
+    async move {
+        let params = params.get()?;
+        let most = usize::try_from(params.get_max_bytes()).unwrap_or(usize::MAX);
+        let piece = port.read(params.get_position(), most, params.get_wait()).await;
+        let mut to = results.get();
+        to.set_position(piece.position);
+        to.set_bytes(&piece.bytes);
+        to.set_dropped(piece.dropped);
+        to.set_ended(piece.ended);
+        Ok(())
+    }
+}
+
+fn end(port: Rc<Port>, mut results: output::EndResults) -> impl Future<Output = Reply> + 'static {
+    results.get().set_position(port.end());
+    reply(Ok(()))
+}
+
+impl output::Server for OutputServer {
+    fn read(
+        self: Rc<Self>,
+        params: output::ReadParams,
+        results: output::ReadResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        read(self.0.clone(), params, results)
+    }
+
+    fn end(self: Rc<Self>, _: output::EndParams, results: output::EndResults) -> impl Future<Output = Reply> + 'static {
+        end(self.0.clone(), results)
+    }
+}
+
+impl output::Server for PortServer {
+    fn read(
+        self: Rc<Self>,
+        params: output::ReadParams,
+        results: output::ReadResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        read(self.guest.port.clone(), params, results)
+    }
+
+    fn end(self: Rc<Self>, _: output::EndParams, results: output::EndResults) -> impl Future<Output = Reply> + 'static {
+        end(self.guest.port.clone(), results)
+    }
+}
+
+impl serial::Server for PortServer {
+    fn write(self: Rc<Self>, params: serial::WriteParams) -> impl Future<Output = Reply> + 'static {
+        let port = self.guest.port.clone();
+        async move {
+            let written = port.write(params.get()?.get_bytes()?).await;
+            written.map_err(|error| capnp::Error::failed(error.message))
+        }
+    }
+
+    fn open(
+        self: Rc<Self>,
+        params: serial::OpenParams,
+        mut results: serial::OpenResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        let mut open = || {
+            let position = params.get()?.get_position();
+            let stream = self.guest.port.open(&self.guest.manager.handle, position)?;
+            let number = sepal_schema::config::Handles::send(&self.client.fds, stream)?;
+            results.get().init_fd().set_number(number);
+            Ok::<_, Error>(())
+        };
+        if let Err(error) = open() {
+            error.write(results.get().init_error());
+        }
+        reply(Ok(()))
+    }
+}
+
+/// Everything that changes whether the guest runs.
+struct PowerServer(Rc<Guest>);
+
+impl PowerServer {
+    /// Passes a question on to the component.
+    async fn forward<T>(guest: &Guest, ask: impl FnOnce(power::Client) -> T) -> Result<(), Error>
+    where
+        T: Future<
+            Output = Result<capnp::capability::Response<sepal_schema::error_capnp::completion::Owned>, capnp::Error>,
+        >,
+    {
+        let answer = guest.answer(ask(guest.power()?)).await?;
+        sepal_schema::error::read_completion(answer.get()?)
+    }
+}
+
+fn write_stopped(outcome: Result<sepal_schema::report::StopReport, Error>, to: power::stop_result::Builder<'_>) {
+    match outcome {
+        Ok(report) => report.write(to.init_report()),
+        Err(error) => error.write(to.init_error()),
+    }
+}
+
+impl power::Server for PowerServer {
+    fn shutdown(
+        self: Rc<Self>,
+        _: power::ShutdownParams,
+        mut results: power::ShutdownResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        async move {
+            let outcome = ladder::press(&self.0).await;
+            write_completion(&outcome, results.get());
+            Ok(())
+        }
+    }
+
+    fn stop(
+        self: Rc<Self>,
+        params: power::StopParams,
+        mut results: power::StopResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        async move {
+            let (timeout, force) = {
+                let params = params.get()?;
+                (params.get_timeout_ms(), params.get_force())
+            };
+            let timeout = match timeout {
+                0 => self.0.manager.settings.default_deadline,
+                ms => Duration::from_millis(ms),
+            };
+            write_stopped(ladder::stop(&self.0, timeout, force).await, results.get());
+            Ok(())
+        }
+    }
+
+    fn kill(
+        self: Rc<Self>,
+        _: power::KillParams,
+        mut results: power::KillResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        async move {
+            write_stopped(ladder::kill(&self.0, "it was killed").await, results.get());
+            Ok(())
+        }
+    }
+
+    fn pause(
+        self: Rc<Self>,
+        _: power::PauseParams,
+        mut results: power::PauseResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        async move {
+            let outcome = Self::forward(&self.0, |power| power.pause_request().send().promise).await;
+            if outcome.is_ok() {
+                self.0.set_paused(true);
+            }
+            write_completion(&outcome, results.get());
+            Ok(())
+        }
+    }
+
+    fn resume(
+        self: Rc<Self>,
+        _: power::ResumeParams,
+        mut results: power::ResumeResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        async move {
+            let outcome = Self::forward(&self.0, |power| power.resume_request().send().promise).await;
+            if outcome.is_ok() {
+                self.0.set_paused(false);
+            }
+            write_completion(&outcome, results.get());
+            Ok(())
+        }
+    }
+
+    fn reset(
+        self: Rc<Self>,
+        _: power::ResetParams,
+        mut results: power::ResetResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        async move {
+            let outcome = Self::forward(&self.0, |power| power.reset_request().send().promise).await;
+            write_completion(&outcome, results.get());
+            Ok(())
+        }
+    }
+
+    fn nmi(
+        self: Rc<Self>,
+        _: power::NmiParams,
+        mut results: power::NmiResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        async move {
+            let outcome = Self::forward(&self.0, |power| power.nmi_request().send().promise).await;
+            write_completion(&outcome, results.get());
+            Ok(())
+        }
+    }
+}
+
+/// Read-only.
+struct ObserverServer(Rc<Guest>);
+
+impl observer::Server for ObserverServer {
+    fn info(
+        self: Rc<Self>,
+        _: observer::InfoParams,
+        mut results: observer::InfoResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        self.0.info().write(results.get().init_info());
+        reply(Ok(()))
+    }
+
+    fn wait(
+        self: Rc<Self>,
+        _: observer::WaitParams,
+        mut results: observer::WaitResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        async move {
+            self.0.ended().await.write(results.get());
+            Ok(())
+        }
+    }
+
+    fn output(
+        self: Rc<Self>,
+        _: observer::OutputParams,
+        mut results: observer::OutputResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        results
+            .get()
+            .set_output(guard::new_client(OutputServer(self.0.port.clone())));
+        reply(Ok(()))
+    }
+
+    fn subscribe(
+        self: Rc<Self>,
+        params: observer::SubscribeParams,
+        mut results: observer::SubscribeResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        let sink = params.get().and_then(|params| params.get_sink());
+        reply(sink.map(|sink| {
+            let cursor = self
+                .0
+                .manager
+                .registry(|registry, _| registry.log().cursor_of(self.0.id));
+            results
+                .get()
+                .set_subscription(subscription::new_client(&self.0.manager, cursor, sink));
+        }))
+    }
+
+    fn stats(
+        self: Rc<Self>,
+        _: observer::StatsParams,
+        mut results: observer::StatsResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        async move {
+            let ask = async {
+                let observer = self.0.remote()?.observer_request().send().pipeline.get_observer();
+                self.0.answer(observer.stats_request().send().promise).await
+            };
+            match ask.await {
+                Ok(answer) => results.set(answer.get()?)?,
+                Err(error) => error.write(results.get().init_error()),
+            }
+            Ok(())
+        }
+    }
+}

@@ -1,0 +1,473 @@
+//! What drives a guest from its creation to its end: one task for each creation, the only one that talks to its component about its life.
+//!
+//! ```text
+//!   files -> component -> create -----> wait for run ----> run --+--> outcome --> ending --> all gone --> ended
+//!     |          |          |  (run asked for at once is         |
+//!     |          |          |   sent together with create)       |
+//!     '----------'----------'------------------------------------'  heard all the time:
+//!         a stop by force: asks the component, and kills it when it does not answer
+//!         the component's death
+//! ```
+//!
+//! The conversation has effects; what its outcome means ([`Outcome::ending`]) is decided without any.
+
+use std::{
+    future::Future,
+    os::unix::net::UnixStream,
+    pin::pin,
+    rc::{Rc, Weak},
+};
+
+use futures::future::{Either, LocalBoxFuture, pending, select, select_all};
+use sepal_schema::{
+    config::GuestConfig,
+    error::{Error, Kind, read_completion},
+    guest_capnp::{event_sink, guest as component_guest},
+    info::GuestDescriptor,
+    lifecycle_capnp::guest_lifecycle::{self, run_result},
+    report::{Reason, StopReport},
+    transport::guard,
+};
+
+use crate::{
+    changed::Changed,
+    component::{Component, Exit, StartRequest},
+    files,
+    guest::{Guest, StopCause},
+    model::{Ending, bounded_error, bounded_report, read_event},
+    serial::Wire,
+    slot::Slot,
+};
+
+/// What came of the conversation with the component.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Outcome {
+    /// It never came to a component, or the component could not make the machine.
+    NotCreated(Error),
+    /// It was stopped before it ran.
+    NotRun,
+    /// `run` returned.
+    Ran(Result<StopReport, Error>),
+    /// The component's process ended.
+    Exited {
+        exit: Exit,
+        last_line: Option<String>,
+        /// Why we had killed it without anybody asking, if we had.
+        broken: Option<String>,
+    },
+}
+
+impl Outcome {
+    /// How the guest ended: its reason, and its uptime as far as the component told.
+    fn ending(self, cause: Option<&StopCause>, started: bool) -> (Ending, u64) {
+        let halted = |error: &Error| matches!(error.kind, Kind::ControllerForcedHalt | Kind::Cancelled);
+        let ending = match (self, cause) {
+            (Self::Ran(Ok(report)), _) => {
+                let StopReport {
+                    reason,
+                    detail,
+                    error,
+                    uptime_ns,
+                    ..
+                } = bounded_report(report);
+                return (Ending { reason, detail, error }, uptime_ns);
+            }
+            (Self::NotCreated(error) | Self::Ran(Err(error)), Some(cause)) if halted(&error) => cause.ending(),
+            (Self::NotRun | Self::Exited { broken: None, .. }, Some(cause)) => cause.ending(),
+            (Self::NotRun, None) => Ending::new(Reason::Killed, "it was stopped before it ran"),
+            (Self::NotCreated(error), _) => Ending::failed(Reason::StartFailed, bounded_error(error)),
+            (Self::Ran(Err(error)), _) => {
+                let error = bounded_error(error);
+                let reason = match error.kind {
+                    Kind::VcpuRuntimeFailure => Reason::Crash,
+                    Kind::ControllerForcedHalt => Reason::Killed,
+                    _ if started => Reason::Crash,
+                    _ => Reason::StartFailed,
+                };
+                Ending::failed(reason, error)
+            }
+            (
+                Self::Exited {
+                    exit,
+                    last_line,
+                    broken,
+                },
+                _,
+            ) => {
+                let mut words = match broken {
+                    Some(broken) => format!("the component broke off its connection ({broken}) and was killed"),
+                    None => format!("the component's process ended: {exit}"),
+                };
+                if let Some(line) = last_line {
+                    words = format!("{words}; its last words: {line}");
+                }
+                Ending::failed(
+                    Reason::VmmTerminated,
+                    bounded_error(Error::new(Kind::VmmTerminated, words)),
+                )
+            }
+        };
+        (ending, 0)
+    }
+}
+
+/// Drives `guest` until it has ended and nothing is left of it.
+pub(crate) async fn live(guest: Rc<Guest>, slot: Rc<Slot>, config: GuestConfig, may_name_paths: bool) {
+    let mut wire = None;
+    let outcome = conversation(&guest, &slot, config, may_name_paths, &mut wire).await;
+    let Some(outcome) = outcome else {
+        // Another creation has its component now.
+        guest.port.close();
+        return;
+    };
+    let (ending, uptime_ns) = outcome.ending(guest.stop_cause().as_ref(), guest.has_started());
+    if !slot.keeps_component() {
+        slot.end_component().await;
+    }
+    // After the end of whoever writes to it.
+    match wire {
+        Some(wire) => wire.finish(),
+        None => guest.port.close(),
+    }
+    let report = guest.set_ended(ending, uptime_ns);
+    let (reason, detail) = (sepal_schema::report::reason_name(report.reason), &report.detail);
+    tracing::info!(
+        guest = &*guest.name,
+        generation = guest.generation,
+        reason,
+        "ended: {detail}"
+    );
+}
+
+/// From the configuration to the outcome; none if another creation took the guest's place before it ran.
+async fn conversation(
+    guest: &Rc<Guest>,
+    slot: &Rc<Slot>,
+    config: GuestConfig,
+    may_name_paths: bool,
+    wire: &mut Option<Wire>,
+) -> Option<Outcome> {
+    let request = StartRequest {
+        name: guest.name.clone(),
+        limits: config.limits,
+        waived_layers: config.waived_layers.clone(),
+    };
+    let files = files::open(&guest.manager, config, may_name_paths);
+    let config = match select(pin!(files), pin!(guest.stop_wanted())).await {
+        Either::Left((Ok(config), _)) => config,
+        Either::Left((Err(error), _)) => return Some(Outcome::NotCreated(error)),
+        Either::Right(_) => return Some(Outcome::NotRun),
+    };
+    // Not interrupted by a stop: a component that is half started would have to be waited for all the same.
+    let component = match slot.component(request).await {
+        Ok(component) => component,
+        Err(error) => return Some(Outcome::NotCreated(error)),
+    };
+    if guest.stop_cause().is_some() {
+        return Some(Outcome::NotRun);
+    }
+    let talk = match Talk::begin(guest, &component, config, wire) {
+        Ok(talk) => talk,
+        Err(error) => return Some(Outcome::NotCreated(error)),
+    };
+
+    let stopped = Changed::new(false);
+    let force = pin!(force(guest, &component, &stopped));
+    let mut talk = pin!(talk.on(guest, &stopped));
+    let died = pin!(component.exited());
+    // In this order, so that an answer counts more than the death that follows it.
+    let first = match select(select(talk.as_mut(), died), force).await {
+        Either::Left((Either::Left((said, _)), _)) => Ok(said),
+        Either::Left((Either::Right((exit, _)), _)) => Err(exit),
+        Either::Right((never, _)) => match never {},
+    };
+    let (handle, patience) = (&guest.manager.handle, guest.manager.settings.force_after);
+    let said = match first {
+        Ok(said) => said,
+        Err(_) => {
+            // What the component said before it died is still in the socket.
+            let rest = handle.timeout(patience, talk).await;
+            rest.unwrap_or_else(|_| Said::Nothing("its process ended".to_owned()))
+        }
+    };
+    match said {
+        Said::Outcome(outcome) => Some(outcome),
+        Said::Superseded => None,
+        Said::Nothing(why) => {
+            // The connection is gone: so is the process, or it is useless.
+            let mut broken = None;
+            if handle.timeout(patience, component.exited()).await.is_err() {
+                broken = Some(why);
+                component.kill();
+            }
+            let exit = component.exited().await;
+            Some(Outcome::Exited {
+                exit,
+                last_line: component.last_line(),
+                broken,
+            })
+        }
+    }
+}
+
+/// Stops the guest by force when somebody wants that: asks the component, then kills it. Sets `stopped` when the component has answered.
+async fn force(guest: &Guest, component: &Component, stopped: &Changed<bool>) -> std::convert::Infallible {
+    guest.stop_wanted().await;
+    let (handle, patience) = (&guest.manager.handle, guest.manager.settings.force_after);
+    let stop = component.lifecycle().stop_request().send().promise;
+    match handle.timeout(patience, stop).await {
+        Ok(Ok(_)) => {
+            stopped.change(|stopped| *stopped = true);
+            handle.sleep(patience).await;
+            tracing::warn!(
+                guest = &*guest.name,
+                "the component stopped its machine but run does not return; killing it"
+            );
+        }
+        Ok(Err(error)) => tracing::warn!(guest = &*guest.name, "the component cannot stop its machine: {error}"),
+        Err(_) => tracing::warn!(
+            guest = &*guest.name,
+            "the component does not answer to stop; killing it"
+        ),
+    }
+    component.kill();
+    pending().await
+}
+
+/// What the component said in the end.
+enum Said {
+    Outcome(Outcome),
+    Superseded,
+    /// The connection broke, and how.
+    Nothing(String),
+}
+
+impl Said {
+    /// An exception of the RPC system: the connection broke, or the component has a bug; either way it cannot be relied on any more.
+    fn of_exception(error: &capnp::Error) -> Self {
+        Self::Nothing(error.to_string())
+    }
+}
+
+type Promise<T> = capnp::capability::Promise<capnp::capability::Response<T>, capnp::Error>;
+
+/// The questions that are open with the component.
+struct Talk {
+    lifecycle: guest_lifecycle::Client,
+    remote: component_guest::Client,
+    create: Promise<sepal_schema::error_capnp::completion::Owned>,
+    run: Option<Promise<run_result::Owned>>,
+}
+
+impl Talk {
+    /// Sends create and bind, and run too if it is wanted already: one round trip.
+    fn begin(
+        guest: &Rc<Guest>,
+        component: &Component,
+        config: GuestConfig,
+        wire: &mut Option<Wire>,
+    ) -> Result<Self, Error> {
+        let manager = &guest.manager;
+        let no_serial = |error| Error::new(Kind::NoResources, format!("no socket for the serial port: {error}"));
+        let (ours, theirs) = UnixStream::pair().map_err(no_serial)?;
+        *wire = Some(guest.port.attach(&manager.handle, ours).map_err(no_serial)?);
+
+        let lifecycle = component.lifecycle();
+        let fds = component.fds();
+        let mut create = lifecycle.create_request();
+        config.encode(create.get().init_config(), &fds)?;
+        let mut host = create.get().init_host();
+        host.set_unassisted(manager.settings.host.unassisted);
+        host.reborrow().init_serial().init_stream().set_number(
+            fds.send(theirs.into())
+                .map_err(|error| Error::new(Kind::NoResources, error.to_string()))?,
+        );
+        host.set_events(guard::new_client(Events(Rc::downgrade(guest))));
+        let create = create.send().promise;
+        let remote = lifecycle.bind_request().send().pipeline.get_guest();
+        guest.set_remote(remote.clone());
+        let run = guest.run_is_wanted().then(|| lifecycle.run_request().send().promise);
+        Ok(Self {
+            lifecycle,
+            remote,
+            create,
+            run,
+        })
+    }
+
+    async fn on(self, guest: &Rc<Guest>, stopped: &Changed<bool>) -> Said {
+        let created = async { Ok(read_completion(self.create.await?.get()?)) };
+        match created.await {
+            Ok(Ok(())) => guest.set_created(),
+            Ok(Err(error)) => return Said::Outcome(Outcome::NotCreated(error)),
+            Err(error) => return Said::of_exception(&error),
+        }
+        guest.manager.handle.spawn(describe(Rc::downgrade(guest), self.remote));
+        let run = match self.run {
+            Some(run) => run,
+            None => {
+                let wanted: LocalBoxFuture<'_, Option<Said>> = Box::pin(async {
+                    guest.run_wanted().await;
+                    None
+                });
+                let stopped = Box::pin(async {
+                    stopped.until(|stopped| stopped.then_some(())).await;
+                    Some(Said::Outcome(Outcome::NotRun))
+                });
+                let superseded = Box::pin(async {
+                    guest.ended().await;
+                    Some(Said::Superseded)
+                });
+                match select_all([wanted, stopped, superseded]).await.0 {
+                    None => self.lifecycle.run_request().send().promise,
+                    Some(said) => return said,
+                }
+            }
+        };
+        let ran = async {
+            Ok(match run.await?.get()?.which()? {
+                run_result::Ended(report) => Ok(StopReport::read(report?)?),
+                run_result::Error(error) => Err(Error::read(error?)?),
+            })
+        };
+        match ran.await {
+            Ok(result) => Said::Outcome(Outcome::Ran(result)),
+            Err(error) => Said::of_exception(&error),
+        }
+    }
+}
+
+/// Asks the component what the guest is made of.
+async fn describe(guest: Weak<Guest>, remote: component_guest::Client) {
+    let observer = remote.observer_request().send().pipeline.get_observer();
+    let info = observer.info_request().send().promise;
+    let descriptor = async { GuestDescriptor::read(info.await?.get()?.get_info()?.get_descriptor()?) };
+    if let (Ok(descriptor), Some(guest)) = (descriptor.await, guest.upgrade()) {
+        guest.describe(&descriptor);
+    }
+}
+
+/// Hears from the component what happens in the machine.
+struct Events(Weak<Guest>);
+
+impl event_sink::Server for Events {
+    fn event(
+        self: Rc<Self>,
+        params: event_sink::EventParams,
+    ) -> impl Future<Output = Result<(), capnp::Error>> + 'static {
+        let heard = params.get().and_then(|params| read_event(params.get_event()?));
+        let result = heard.map(|kind| {
+            if let (Some(kind), Some(guest)) = (kind, self.0.upgrade()) {
+                guest.happened(kind);
+            }
+        });
+        futures::future::ready(result)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn error(kind: Kind) -> Error {
+        Error::new(kind, "it went wrong")
+    }
+
+    fn reason(outcome: Outcome, cause: Option<&StopCause>, started: bool) -> Reason {
+        outcome.ending(cause, started).0.reason
+    }
+
+    #[test]
+    fn a_guest_that_ends_by_itself_ends_so_whatever_was_wanted() {
+        let report = StopReport {
+            reason: Reason::Shutdown,
+            detail: "ACPI".into(),
+            error: None,
+            uptime_ns: 5,
+            time_ns: 0,
+        };
+        let cause = StopCause::Killed("by hand".into());
+        for cause in [None, Some(&cause)] {
+            let (ending, uptime) = Outcome::Ran(Ok(report.clone())).ending(cause, true);
+            assert_eq!((ending.reason, ending.error, uptime), (Reason::Shutdown, None, 5));
+        }
+    }
+
+    #[test]
+    fn what_was_stopped_by_force_says_why() {
+        let killed = StopCause::Killed("its lease was dropped".into());
+        let hangup = StopCause::Hangup(Duration::from_millis(50));
+        let exited = || Outcome::Exited {
+            exit: Exit::Signal(9),
+            last_line: None,
+            broken: None,
+        };
+        let outcomes = [
+            Outcome::NotRun,
+            Outcome::NotCreated(error(Kind::Cancelled)),
+            Outcome::Ran(Err(error(Kind::ControllerForcedHalt))),
+            exited(),
+        ];
+        for outcome in outcomes {
+            let (ending, _) = outcome.clone().ending(Some(&killed), true);
+            assert_eq!(
+                (ending.reason, &ending.detail[..]),
+                (Reason::Killed, "its lease was dropped")
+            );
+            assert_eq!(ending.error.unwrap().kind, Kind::ControllerForcedHalt);
+            assert_eq!(reason(outcome, Some(&hangup), true), Reason::Hangup);
+        }
+    }
+
+    #[test]
+    fn a_component_that_dies_says_how() {
+        let last_line = Some("out of luck".to_owned());
+        let exited = Outcome::Exited {
+            exit: Exit::Signal(11),
+            last_line,
+            broken: None,
+        };
+        let (ending, _) = exited.ending(None, true);
+        assert_eq!(ending.reason, Reason::VmmTerminated);
+        assert!(
+            ending.detail.contains("SIGSEGV") && ending.detail.contains("out of luck"),
+            "{}",
+            ending.detail
+        );
+        assert_eq!(ending.error.unwrap().kind, Kind::VmmTerminated);
+        let broken = Outcome::Exited {
+            exit: Exit::Signal(9),
+            last_line: None,
+            broken: Some("protocol".into()),
+        };
+        assert!(broken.ending(None, true).0.detail.contains("protocol"));
+    }
+
+    #[test]
+    fn failures_before_and_after_the_start_are_told_apart() {
+        assert_eq!(
+            reason(Outcome::NotCreated(error(Kind::KernelLoadFailure)), None, false),
+            Reason::StartFailed
+        );
+        assert_eq!(
+            reason(Outcome::Ran(Err(error(Kind::VcpuStartFailure))), None, false),
+            Reason::StartFailed
+        );
+        assert_eq!(
+            reason(Outcome::Ran(Err(error(Kind::VcpuRuntimeFailure))), None, false),
+            Reason::Crash
+        );
+        assert_eq!(
+            reason(Outcome::Ran(Err(error(Kind::InternalError))), None, true),
+            Reason::Crash
+        );
+        // A stop that comes together with another failure does not hide it.
+        let cause = StopCause::Killed("by hand".into());
+        assert_eq!(
+            reason(Outcome::Ran(Err(error(Kind::VcpuRuntimeFailure))), Some(&cause), true),
+            Reason::Crash
+        );
+    }
+}

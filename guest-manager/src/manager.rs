@@ -1,0 +1,165 @@
+//! What all of the manager shares: the registry, the guests' holders, how to start components, the settings.
+
+use std::{cell::RefCell, collections::HashMap, os::fd::OwnedFd, rc::Rc, time::Duration};
+
+use event_listener::{Event, EventListener};
+use sepal_schema::{error::Error, info::GuestInfo, transport::Handle};
+
+use crate::{
+    changed::Changed,
+    component::ComponentStarter,
+    events::Cursor,
+    files, history,
+    host::{self, Host},
+    model::{self, GuestId, Moment},
+    problems::{Facts, problems},
+    registry::{Limits, Registry},
+    slot::Slot,
+    uploads::Uploads,
+};
+
+/// What can differ from one manager to another.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// The host's kind.
+    pub host: Host,
+    /// How much serial output is kept for a guest, in bytes.
+    pub history: usize,
+    /// How many guests and events there may be.
+    pub limits: Limits,
+    /// How long a component may take to stop its machine before its process is killed.
+    pub force_after: Duration,
+    /// How long a power button may take where the caller names no deadline.
+    pub default_deadline: Duration,
+}
+
+impl Default for Settings {
+    /// An ordinary host; 256 KiB of history; 5 s to stop by force; 30 s to shut down.
+    fn default() -> Self {
+        Self {
+            host: Host::default(),
+            history: history::DEFAULT_CAPACITY,
+            limits: Limits::default(),
+            force_after: Duration::from_secs(5),
+            default_deadline: Duration::from_secs(30),
+        }
+    }
+}
+
+/// The shared state. One a manager, on the event loop's thread.
+pub struct Manager {
+    /// The event loop.
+    pub handle: Handle,
+    /// What can differ.
+    pub settings: Settings,
+    /// Starts components.
+    pub starter: Box<dyn ComponentStarter>,
+    /// Uploads that clients hold.
+    pub uploads: Uploads,
+    /// The kernel for configurations without one: sealed memory.
+    pub default_kernel: OwnedFd,
+    registry: RefCell<Registry>,
+    logged: Event,
+    slots: RefCell<HashMap<GuestId, Rc<Slot>>>,
+    shutdown: Changed<bool>,
+}
+
+impl Manager {
+    /// A manager without guests.
+    ///
+    /// # Errors
+    /// `NO_RESOURCES`: there is no memory for the embedded kernel.
+    pub fn new(handle: Handle, settings: Settings, starter: Box<dyn ComponentStarter>) -> Result<Rc<Self>, Error> {
+        let default_kernel = files::sealed_memory("kernel", sepal_default_guest::IMAGE)?;
+        Ok(Rc::new(Self {
+            handle,
+            registry: RefCell::new(Registry::new(settings.limits)),
+            settings,
+            starter,
+            uploads: Uploads::default(),
+            default_kernel,
+            logged: Event::new(),
+            slots: RefCell::default(),
+            shutdown: Changed::default(),
+        }))
+    }
+
+    /// Reads or changes what is known about guests, and tells those who read the events along.
+    pub fn registry<R>(&self, work: impl FnOnce(&mut Registry, Moment) -> R) -> R {
+        let (result, forgotten) = {
+            let mut registry = self.registry.borrow_mut();
+            let result = work(&mut registry, Moment::now());
+            (result, registry.take_forgotten())
+        };
+        for id in forgotten {
+            // Dropped with the map free again: the end of a slot may come back here.
+            let slot = self.slots.borrow_mut().remove(&id);
+            drop(slot);
+        }
+        self.logged.notify(usize::MAX);
+        result
+    }
+
+    /// The next event for a cursor, waited for if need be, with the number of those that it lost before.
+    pub async fn next_event(&self, cursor: &mut Cursor) -> (Rc<model::Event>, u64) {
+        loop {
+            let listener: EventListener = self.logged.listen();
+            if let Some(next) = self.registry.borrow().log().next(cursor) {
+                return next;
+            }
+            listener.await;
+        }
+    }
+
+    /// Remembers who holds a name.
+    pub fn add_slot(&self, slot: Rc<Slot>) {
+        self.slots.borrow_mut().insert(slot.id, slot);
+    }
+
+    /// Who holds a name; none if it was let go of.
+    pub fn slot(&self, id: GuestId) -> Option<Rc<Slot>> {
+        self.slots.borrow().get(&id).cloned()
+    }
+
+    /// All that is known about a guest, problems included; none if its name was let go of. `available_mib` as the host said last.
+    pub fn info(&self, id: GuestId, available_mib: Option<u64>) -> Option<GuestInfo> {
+        let output_lost = self
+            .slot(id)
+            .and_then(|slot| slot.current())
+            .map_or(0, |guest| guest.port.lost());
+        let registry = self.registry.borrow();
+        let mut info = registry.info(id, Moment::now())?;
+        let host = self.settings.host;
+        info.problems = problems(&Facts {
+            info: &info,
+            failures: registry.failures(id),
+            host,
+            available_mib,
+            output_lost,
+        });
+        Some(info)
+    }
+
+    /// All guests, sorted by name.
+    pub fn infos(&self) -> Vec<GuestInfo> {
+        let available_mib = host::available_mib();
+        let ids = self.registry.borrow().ids();
+        ids.into_iter().filter_map(|id| self.info(id, available_mib)).collect()
+    }
+
+    /// Asks for the manager's end.
+    pub fn shut_down(&self) {
+        self.shutdown.change(|shutdown| *shutdown = true);
+    }
+
+    /// Waits until somebody asks for the manager's end.
+    pub async fn shutdown_asked(&self) {
+        self.shutdown.until(|shutdown| shutdown.then_some(())).await;
+    }
+
+    /// Stops all guests by force, and returns when they are gone.
+    pub async fn stop_all(&self, why: &str) {
+        let slots: Vec<_> = self.slots.borrow().values().cloned().collect();
+        futures::future::join_all(slots.iter().map(|slot| slot.end(why))).await;
+    }
+}

@@ -1,0 +1,285 @@
+//! `GuestManager`: what a connection to the manager's socket begins with.
+
+use std::{cell::Cell, future::Future, rc::Rc};
+
+use sepal_schema::{
+    config::GuestConfig,
+    error::{Error, Kind, write_completion},
+    manager_capnp::{PROTOCOL_VERSION, guest_manager},
+    transport::guard,
+};
+
+use crate::{
+    client::Client,
+    guest::{Guest, StopCause},
+    guest_server::GuestServer,
+    ladder,
+    lifecycle_server::LifecycleServer,
+    list,
+    manager::Manager,
+    registry::Origin,
+    slot::Slot,
+    subscription,
+};
+
+type Reply = Result<(), capnp::Error>;
+
+fn reply(result: Reply) -> impl Future<Output = Reply> + 'static {
+    futures::future::ready(result)
+}
+
+/// The server, one for each connection.
+pub struct ManagerServer {
+    manager: Rc<Manager>,
+    client: Client,
+}
+
+impl ManagerServer {
+    /// The bootstrap capability of a client's connection.
+    pub fn new_client(manager: Rc<Manager>, client: Client) -> guest_manager::Client {
+        guard::new_client(Self { manager, client })
+    }
+
+    /// Reads the configuration, while its descriptors are there, and begins.
+    fn begin(&self, params: &guest_manager::LaunchParams) -> Result<(Rc<Guest>, Rc<Lease>), Error> {
+        let params = params.get()?;
+        let config = GuestConfig::decode(params.get_config()?, &self.client.fds)?;
+        let slot = Slot::new(&self.manager, &config.name, Origin::Launch)?;
+        if params.get_detach() {
+            self.manager.registry(|registry, _| registry.detach(slot.id));
+        }
+        let guest = slot
+            .create(config, self.client.trusted, true)
+            .inspect_err(|_| slot.release())?;
+        // From here on: a caller that gives up before the answer stops the guest like one that drops the lease.
+        let lease = Rc::new(Lease {
+            guest: guest.clone(),
+            released: Cell::new(params.get_detach()),
+        });
+        Ok((guest, lease))
+    }
+
+    /// The guest that was created last under a name.
+    fn find(&self, name: &str) -> Result<Rc<Guest>, Error> {
+        let id = self.manager.registry(|registry, _| registry.lookup(name))?;
+        let guest = self.manager.slot(id).and_then(|slot| slot.current());
+        guest.ok_or_else(|| {
+            let message = format!("the name \"{name}\" is taken, but no guest has been created yet");
+            Error::new(Kind::NotFound, message).about("name")
+        })
+    }
+}
+
+fn name_of(name: Result<capnp::text::Reader<'_>, capnp::Error>) -> Result<String, Error> {
+    let name = name?.to_str();
+    Ok(name
+        .map_err(|_| Error::bad_config("name", "the name is not valid UTF-8"))?
+        .to_owned())
+}
+
+impl guest_manager::Server for ManagerServer {
+    fn version(
+        self: Rc<Self>,
+        _: guest_manager::VersionParams,
+        mut results: guest_manager::VersionResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        let mut to = results.get();
+        to.set_version(env!("CARGO_PKG_VERSION"));
+        to.set_protocol(PROTOCOL_VERSION);
+        to.set_pid(std::process::id());
+        reply(Ok(()))
+    }
+
+    fn new_guest(
+        self: Rc<Self>,
+        params: guest_manager::NewGuestParams,
+        mut results: guest_manager::NewGuestResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        let take = || {
+            let name = name_of(params.get()?.get_name())?;
+            Slot::new(&self.manager, &name, Origin::Lifecycle)
+        };
+        match take() {
+            Ok(slot) => results
+                .get()
+                .set_lifecycle(LifecycleServer::new_client(self.client.clone(), slot)),
+            Err(error) => error.write(results.get().init_error()),
+        }
+        reply(Ok(()))
+    }
+
+    fn launch(
+        self: Rc<Self>,
+        params: guest_manager::LaunchParams,
+        mut results: guest_manager::LaunchResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        let begun = self.begin(&params);
+        let client = self.client.clone();
+        async move {
+            let launched = match begun {
+                Ok((guest, lease)) => guest.started().await.map(|()| (guest, lease)),
+                Err(error) => Err(error),
+            };
+            match launched {
+                Ok((guest, lease)) => {
+                    let mut to = results.get().init_launched();
+                    to.set_name(&*guest.name);
+                    to.set_guest(GuestServer::new_client(client, guest));
+                    to.set_lease(guard::new_client_from_rc(lease));
+                }
+                Err(error) => error.write(results.get().init_error()),
+            }
+            Ok(())
+        }
+    }
+
+    fn lookup(
+        self: Rc<Self>,
+        params: guest_manager::LookupParams,
+        mut results: guest_manager::LookupResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        let find = || self.find(&name_of(params.get()?.get_name())?);
+        match find() {
+            Ok(guest) => results
+                .get()
+                .set_guest(GuestServer::new_client(self.client.clone(), guest)),
+            Err(error) => error.write(results.get().init_error()),
+        }
+        reply(Ok(()))
+    }
+
+    fn list(
+        self: Rc<Self>,
+        _: guest_manager::ListParams,
+        mut results: guest_manager::ListResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        let infos = list::fit(self.manager.infos());
+        let mut to = results
+            .get()
+            .init_guests(u32::try_from(infos.len()).unwrap_or(u32::MAX));
+        for (i, info) in (0..).zip(&infos) {
+            info.write(to.reborrow().get(i));
+        }
+        reply(Ok(()))
+    }
+
+    fn subscribe(
+        self: Rc<Self>,
+        params: guest_manager::SubscribeParams,
+        mut results: guest_manager::SubscribeResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        let mut subscribe = || {
+            let params = params.get()?;
+            let replay = usize::try_from(params.get_replay()).unwrap_or(usize::MAX);
+            let cursor = self.manager.registry(|registry, _| registry.log().cursor(replay));
+            let subscription = subscription::new_client(&self.manager, cursor, params.get_sink()?);
+            results.get().set_subscription(subscription);
+            Ok(())
+        };
+        reply(subscribe())
+    }
+
+    fn force_shutdown(
+        self: Rc<Self>,
+        params: guest_manager::ForceShutdownParams,
+        mut results: guest_manager::ForceShutdownResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        let find = || {
+            let name = name_of(params.get()?.get_name())?;
+            self.find(&name)
+                .map_err(|error| Error::new(Kind::NotRunning, error.message).about("name"))
+        };
+        let guest = find();
+        async move {
+            let outcome = match guest {
+                Ok(guest) => ladder::kill(&guest, "it was shut down by force").await.map(drop),
+                Err(error) => Err(error),
+            };
+            write_completion(&outcome, results.get());
+            Ok(())
+        }
+    }
+
+    fn remove(
+        self: Rc<Self>,
+        params: guest_manager::RemoveParams,
+        mut results: guest_manager::RemoveResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        let remove = || {
+            let name = name_of(params.get()?.get_name())?;
+            self.manager.registry(|registry, now| registry.remove(&name, now))
+        };
+        write_completion(&remove(), results.get());
+        reply(Ok(()))
+    }
+
+    fn upload(
+        self: Rc<Self>,
+        params: guest_manager::UploadParams,
+        mut results: guest_manager::UploadResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        let upload = || {
+            self.manager
+                .uploads
+                .create(params.get()?.get_size(), &self.client.uploads)
+        };
+        match upload() {
+            Ok(upload) => results.get().set_upload(upload),
+            Err(error) => error.write(results.get().init_error()),
+        }
+        reply(Ok(()))
+    }
+
+    fn shutdown(
+        self: Rc<Self>,
+        _: guest_manager::ShutdownParams,
+        mut results: guest_manager::ShutdownResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        async move {
+            let outcome = if self.client.trusted {
+                self.manager.stop_all("the manager was shut down").await;
+                self.manager.shut_down();
+                Ok(())
+            } else {
+                let message = "only a client with the manager's own uid, or root, may end the manager";
+                Err(Error::new(Kind::PermissionDenied, message))
+            };
+            write_completion(&outcome, results.get());
+            Ok(())
+        }
+    }
+}
+
+/// A launched guest's life line.
+struct Lease {
+    guest: Rc<Guest>,
+    released: Cell<bool>,
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        if !self.released.get() {
+            self.guest.want_stop(StopCause::Killed(
+                "the lease of the client that launched it was dropped".to_owned(),
+            ));
+        }
+    }
+}
+
+impl guest_manager::lease::Server for Lease {
+    fn detach(
+        self: Rc<Self>,
+        _: guest_manager::lease::DetachParams,
+        mut results: guest_manager::lease::DetachResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        let outcome = self.guest.check_live();
+        if outcome.is_ok() {
+            self.released.set(true);
+            self.guest
+                .manager
+                .registry(|registry, _| registry.detach(self.guest.id));
+        }
+        write_completion(&outcome, results.get());
+        reply(Ok(()))
+    }
+}
