@@ -134,10 +134,12 @@ pub(super) fn load(ram: &GuestMemoryMmap, map: &MemoryMap, image: &mut Image<'_>
 
     let mut note_bytes = NoteBytes::Wanted(notes);
     for segment in &segments {
-        note_bytes.read_before(image, segment.file.start)?;
-        image.skip_to(segment.file.start)?;
         let size = segment.file.end - segment.file.start;
-        image.load(ram, segment.memory.start, size)?;
+        if size > 0 {
+            note_bytes.read_before(image, segment.file.start)?;
+            image.skip_to(segment.file.start)?;
+            image.load(ram, segment.memory.start, size)?;
+        }
         let zeros = segment.memory.start + size..segment.memory.end;
         guest::zero(ram, zeros.start, zeros.end - zeros.start, image.cancel())?;
         note_bytes.read_from_guest(ram, segment)?;
@@ -304,27 +306,31 @@ fn check_memory(map: &MemoryMap, segments: &mut [Segment]) -> Result<(), ElfErro
         }
     }
     segments.sort_by_key(|segment| segment.memory.start);
-    check_disjoint(segments, |segment| &segment.memory, "memory")
+    check_disjoint(segments.iter(), |segment| &segment.memory, "memory")
 }
 
-/// Leaves the segments in the file's order. None may share bytes with another, since they are read in one pass.
+/// Leaves the segments in the file's order. None may share bytes with another, since they are read in one pass. Where one
+/// of zeros only would be in the file means nothing: it may be inside another, or beyond the end.
 fn check_file(segments: &mut [Segment]) -> Result<(), ElfError> {
     segments.sort_by_key(|segment| (segment.file.start, segment.file.end));
-    check_disjoint(segments, |segment| &segment.file, "the file")
+    check_disjoint(
+        segments.iter().filter(|segment| !segment.file.is_empty()),
+        |segment| &segment.file,
+        "the file",
+    )
 }
 
-fn check_disjoint(
-    segments: &[Segment],
+/// Checks ascending ranges of the segments.
+fn check_disjoint<'a>(
+    segments: impl Iterator<Item = &'a Segment> + Clone,
     range: impl Fn(&Segment) -> &Range<u64>,
     space: &'static str,
 ) -> Result<(), ElfError> {
-    match segments
-        .windows(2)
-        .find(|pair| range(&pair[0]).end > range(&pair[1]).start)
-    {
-        Some(pair) => Err(ElfError::Overlap {
-            first: pair[0].index,
-            second: pair[1].index,
+    let mut pairs = segments.clone().zip(segments.skip(1));
+    match pairs.find(|(first, second)| range(first).end > range(second).start) {
+        Some((first, second)) => Err(ElfError::Overlap {
+            first: first.index,
+            second: second.index,
             space,
         }),
         None => Ok(()),

@@ -75,6 +75,27 @@ fn notes_outside_of_any_segment() {
 }
 
 #[test]
+fn a_segment_of_zeros_may_be_anywhere_in_the_file() {
+    for offset in [0x1040, 0x1_0000, 0x7fff_ffff_ffff_0000] {
+        let mut image = elf(
+            KERNEL,
+            &[
+                Segment::load(0x1000, KERNEL, &pattern(100, 0), 100),
+                Segment::load(0x1000, DATA, &[], 8192),
+            ],
+        );
+        image[64 + 56 + 8..64 + 56 + 16].copy_from_slice(&u64::to_le_bytes(offset));
+        for image in [image.clone(), super::images::bzimage(&super::images::gzip(&image))] {
+            let guest = Guest::new(64);
+            guest.memory().write_obj(0xaa_u8, GuestAddress(DATA + 5000)).unwrap();
+            guest.load(&image).unwrap();
+            assert_eq!(guest.bytes(KERNEL, 100), pattern(100, 0));
+            assert!(guest.bytes(DATA, 8192).iter().all(|byte| *byte == 0));
+        }
+    }
+}
+
+#[test]
 fn zeroed_memory_is_zero_after_use_and_untouched_before() {
     use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
     let stored = |guest: &Guest| {
