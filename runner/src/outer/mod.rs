@@ -13,6 +13,7 @@
 //! old mounts (the dynamic linker) is done by then; [`crate::inner::seal`] gives up the rest.
 
 mod child;
+mod component;
 mod diagnose;
 mod spec;
 mod uid;
@@ -24,20 +25,19 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
-use rustix::event::{PollFd, PollFlags};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
-use rustix::process::{Pid, Signal, WaitId, WaitIdOptions};
+use rustix::process::Pid;
 use rustix::thread::LinkNameSpaceType;
-use serde::{Deserialize, Serialize};
 
 use crate::cgroup::{Group, Groups};
 use crate::layer::Layer;
 use crate::startup::{FIRST_HANDLE, STARTUP_VARIABLE, Startup};
+pub use component::{Component, ExitStatus};
 pub(crate) use diagnose::probe;
 pub use spec::{ComponentSpec, Handles, JailSpec, Program, UidRange};
-use uid::{HostUid, UidError};
+use uid::UidError;
 
 /// Why a component did not start.
 #[derive(Debug, thiserror::Error)]
@@ -104,24 +104,6 @@ fn system<E: Into<io::Error>>(action: &'static str) -> impl FnOnce(E) -> SpawnEr
     }
 }
 
-/// How a component ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum ExitStatus {
-    /// It exited with this status.
-    Code(i32),
-    /// This signal killed it; 31 (SIGSYS) is a forbidden system call.
-    Signal(i32),
-}
-
-impl ExitStatus {
-    /// True for status 0.
-    #[must_use]
-    pub fn success(self) -> bool {
-        self == Self::Code(0)
-    }
-}
-
 /// Starts components. It holds what all starts have in common.
 ///
 /// A component dies with the *thread* that started it (`PR_SET_PDEATHSIG`) and with the `Runner`'s process, so
@@ -139,18 +121,6 @@ pub struct Runner {
     started: u64,
     /// The network namespace that this process began in, and whether it is in an unused one now.
     network: Option<(OwnedFd, bool)>,
-}
-
-/// A component whose child process exists; it may not run its binary yet.
-#[derive(Debug)]
-pub struct Component {
-    pid: Pid,
-    pidfd: OwnedFd,
-    label: PathBuf,
-    uid: Option<HostUid>,
-    group: Option<Group>,
-    channel: Option<OwnedFd>,
-    exit: Option<ExitStatus>,
 }
 
 impl Runner {
@@ -438,200 +408,6 @@ fn clone_child(flags: u64, cgroup: Option<BorrowedFd<'_>>, plan: &child::Plan<'_
         .ok_or(error)?;
     // SAFETY: CLONE_PIDFD stored a fresh descriptor, which nothing else owns.
     Ok((pid, unsafe { OwnedFd::from_raw_fd(pidfd) }))
-}
-
-impl Component {
-    /// The rest of the starter's part: id maps, v1 groups, and the byte that lets the child go on.
-    fn admit(
-        &mut self,
-        runner: &Runner,
-        jail: &JailSpec,
-        own_uid: bool,
-        user_namespace: bool,
-    ) -> Result<(), SpawnError> {
-        let pid = self.pid();
-        if own_uid {
-            self.uid = Some(jail.uids.take(pid).map_err(|error| host_uid(&error))?);
-        }
-        if user_namespace {
-            let layer = if own_uid { Layer::HostUid } else { Layer::UserNamespace };
-            let map = |file: &str, content: String| {
-                fs::write(format!("/proc/{pid}/{file}"), &content).map_err(|error| SpawnError::Layer {
-                    layer,
-                    cause: format!("writing {content:?} to the {file} of its user namespace: {error}"),
-                })
-            };
-            let (uid, gid) = match &self.uid {
-                Some(host) => (host.uid, host.uid),
-                None => {
-                    // Without privileges a gid map is only to be had for giving up setgroups.
-                    map("setgroups", "deny".to_owned())?;
-                    (runner.uid, runner.gid)
-                }
-            };
-            map("gid_map", format!("0 {gid} 1"))?;
-            map("uid_map", format!("0 {uid} 1"))?;
-        }
-        if let Some(group) = &self.group {
-            group.admit(pid).map_err(|error| SpawnError::Limit {
-                cause: error.to_string(),
-            })?;
-        }
-        if let Some(channel) = &self.channel {
-            rustix::net::send(channel, &[1], rustix::net::SendFlags::NOSIGNAL)
-                .map_err(system("letting the child go on"))?;
-        }
-        Ok(())
-    }
-
-    /// Readable once `exec` has succeeded or failed; `None` after [`Component::finish_start`].
-    #[must_use]
-    pub fn starting(&self) -> Option<BorrowedFd<'_>> {
-        self.channel.as_ref().map(AsFd::as_fd)
-    }
-
-    /// Waits until the binary runs.
-    ///
-    /// # Errors
-    ///
-    /// [`SpawnError`]: what kept the child from it. The child is gone then.
-    pub fn finish_start(&mut self) -> Result<(), SpawnError> {
-        let Some(channel) = self.channel.take() else {
-            return Ok(());
-        };
-        let mut message = [0_u8; child::FAILURE_LEN];
-        let read = loop {
-            match rustix::net::recv(&channel, &mut message, rustix::net::RecvFlags::empty()) {
-                Err(Errno::INTR) => {}
-                other => break other.map_err(system("waiting for exec"))?.0,
-            }
-        };
-        let Some((step, errno)) = child::parse_failure(message.get(..read).unwrap_or_default()) else {
-            return Ok(());
-        };
-        let source = io::Error::from_raw_os_error(errno);
-        Err(match step {
-            child::Step::Descriptors => SpawnError::System {
-                action: "laying out the handles",
-                source,
-            },
-            child::Step::Session => SpawnError::System {
-                action: "setsid",
-                source,
-            },
-            child::Step::Signals => SpawnError::System {
-                action: "unblocking signals",
-                source,
-            },
-            child::Step::Uid => SpawnError::Layer {
-                layer: Layer::HostUid,
-                cause: format!("changing to the uid: {source}"),
-            },
-            child::Step::Exec => SpawnError::Program {
-                path: self.label.clone(),
-                reason: exec_failure(&source),
-            },
-        })
-    }
-
-    /// Its process id, as the starter sees it.
-    #[must_use]
-    pub fn pid(&self) -> u32 {
-        self.pid.as_raw_pid().unsigned_abs()
-    }
-
-    /// The handle on its process: readable when it has ended.
-    #[must_use]
-    pub fn pidfd(&self) -> BorrowedFd<'_> {
-        self.pidfd.as_fd()
-    }
-
-    /// The host uid that it has for itself, if it has one.
-    #[must_use]
-    pub fn host_uid(&self) -> Option<u32> {
-        self.uid.as_ref().map(|host| host.uid)
-    }
-
-    /// Its cgroup directories, if it has limits.
-    #[must_use]
-    pub fn cgroup_directories(&self) -> &[PathBuf] {
-        self.group.as_ref().map_or(&[], Group::directories)
-    }
-
-    /// Kills it. Succeeds if it is dead already.
-    ///
-    /// # Errors
-    ///
-    /// If the system refuses the signal.
-    pub fn kill(&self) -> io::Result<()> {
-        match rustix::process::pidfd_send_signal(&self.pidfd, Signal::KILL) {
-            Err(errno) if errno != Errno::SRCH => Err(errno.into()),
-            _ => Ok(()),
-        }
-    }
-
-    /// Waits for its end, reaps it and removes its groups.
-    ///
-    /// # Errors
-    ///
-    /// If the process was reaped by someone else.
-    pub fn wait(&mut self) -> io::Result<ExitStatus> {
-        loop {
-            if let Some(status) = self.try_wait()? {
-                return Ok(status);
-            }
-            let mut poll = [PollFd::new(&self.pidfd, PollFlags::IN)];
-            match rustix::event::poll(&mut poll, None) {
-                Ok(_) | Err(Errno::INTR) => {}
-                Err(errno) => return Err(errno.into()),
-            }
-        }
-    }
-
-    /// Like [`Component::wait`], but returns `None` at once while it lives.
-    ///
-    /// # Errors
-    ///
-    /// If the process was reaped by someone else.
-    pub fn try_wait(&mut self) -> io::Result<Option<ExitStatus>> {
-        if self.exit.is_none() {
-            let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
-            let Some(status) = rustix::process::waitid(WaitId::PidFd(self.pidfd.as_fd()), options)? else {
-                return Ok(None);
-            };
-            self.ended(status.exit_status(), status.terminating_signal());
-        }
-        Ok(self.exit)
-    }
-}
-
-impl Component {
-    /// Takes note that the process was reaped with this status; its groups are empty then, and go.
-    pub(crate) fn ended(&mut self, code: Option<i32>, signal: Option<i32>) {
-        self.exit = code.map(ExitStatus::Code).or(signal.map(ExitStatus::Signal));
-        if let Some(group) = &mut self.group {
-            group.remove();
-        }
-    }
-}
-
-impl Drop for Component {
-    fn drop(&mut self) {
-        if self.exit.is_none() && self.kill().is_ok() {
-            let _ = self.wait();
-        }
-    }
-}
-
-/// What an exec error means for someone who installed the program.
-fn exec_failure(error: &io::Error) -> String {
-    let hint = match error.raw_os_error() {
-        Some(libc::EACCES) => " (the component's own uid has to be able to execute it: chmod o+rx)",
-        Some(libc::ENOENT) => " (its dynamic linker is missing)",
-        Some(libc::ENOEXEC) => " (it is no program for this machine)",
-        _ => "",
-    };
-    format!("cannot be executed: {error}{hint}")
 }
 
 #[cfg(test)]
