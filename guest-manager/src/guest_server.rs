@@ -2,15 +2,17 @@
 
 use std::{future::Future, rc::Rc, time::Duration};
 
+use capnp::capability::{Promise, Response};
 use sepal_schema::{
-    error::{Error, Kind, write_completion},
+    error::{Error, Kind, read_completion, write_completion},
+    error_capnp::completion,
     guest_capnp::{guest, observer, output, power, serial},
+    report::StopReport,
     transport::guard,
 };
 
 use crate::{client::Client, guest::Guest, ladder, serial::Port, subscription};
 
-/// Where the interface of a method that the server traits declare asks for it.
 type Reply = Result<(), capnp::Error>;
 
 fn reply(result: Reply) -> impl Future<Output = Reply> + 'static {
@@ -218,23 +220,22 @@ impl serial::Server for PortServer {
     }
 }
 
+type Answer = Promise<Response<completion::Owned>, capnp::Error>;
+
 /// Everything that changes whether the guest runs.
 struct PowerServer(Rc<Guest>);
 
 impl PowerServer {
     /// Passes a question on to the component.
-    async fn forward<T>(guest: &Guest, ask: impl FnOnce(power::Client) -> T) -> Result<(), Error>
-    where
-        T: Future<
-            Output = Result<capnp::capability::Response<sepal_schema::error_capnp::completion::Owned>, capnp::Error>,
-        >,
-    {
-        let answer = guest.answer(ask(guest.power()?)).await?;
-        sepal_schema::error::read_completion(answer.get()?)
+    async fn forward(guest: &Guest, ask: impl FnOnce(&power::Client) -> Answer) -> Result<(), Error> {
+        // Held until the answer is there: dropping what a question is sent to takes it back.
+        let power = guest.power()?;
+        let answer = guest.answer(ask(&power)).await?;
+        read_completion(answer.get()?)
     }
 }
 
-fn write_stopped(outcome: Result<sepal_schema::report::StopReport, Error>, to: power::stop_result::Builder<'_>) {
+fn write_stopped(outcome: Result<StopReport, Error>, to: power::stop_result::Builder<'_>) {
     match outcome {
         Ok(report) => report.write(to.init_report()),
         Err(error) => error.write(to.init_error()),

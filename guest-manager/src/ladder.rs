@@ -21,9 +21,9 @@ use crate::guest::{Guest, StopCause};
 ///
 /// # Errors
 /// `NOT_RUNNING`, or the component's refusal.
-pub async fn press(guest: &Guest) -> Result<(), Error> {
-    let press = guest.power()?.shutdown_request().send().promise;
-    let answer = guest.answer(press).await?;
+pub(crate) async fn press(guest: &Guest) -> Result<(), Error> {
+    let power = guest.power()?;
+    let answer = guest.answer(power.shutdown_request().send().promise).await?;
     read_completion(answer.get()?)?;
     guest.set_shutting_down();
     Ok(())
@@ -33,7 +33,7 @@ pub async fn press(guest: &Guest) -> Result<(), Error> {
 ///
 /// # Errors
 /// `NOT_RUNNING` if the guest had ended before; without `force`, `TIMED_OUT` or the component's refusal.
-pub async fn stop(guest: &Guest, timeout: Duration, force: bool) -> Result<StopReport, Error> {
+pub(crate) async fn stop(guest: &Guest, timeout: Duration, force: bool) -> Result<StopReport, Error> {
     guest.check_live()?;
     let ask = async {
         // A component that does not answer does not keep the deadline from passing.
@@ -67,7 +67,7 @@ pub async fn stop(guest: &Guest, timeout: Duration, force: bool) -> Result<StopR
 ///
 /// # Errors
 /// `NOT_RUNNING` if the guest had ended before.
-pub async fn kill(guest: &Guest, why: &str) -> Result<StopReport, Error> {
+pub(crate) async fn kill(guest: &Guest, why: &str) -> Result<StopReport, Error> {
     guest.check_live()?;
     guest.want_stop(StopCause::Killed(why.to_owned()));
     Ok(guest.ended().await)

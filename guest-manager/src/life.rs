@@ -18,7 +18,10 @@ use std::{
     rc::{Rc, Weak},
 };
 
-use futures::future::{Either, LocalBoxFuture, pending, select, select_all};
+use futures::{
+    FutureExt,
+    future::{Either, LocalBoxFuture, pending, select, select_all},
+};
 use sepal_schema::{
     config::GuestConfig,
     error::{Error, Kind, read_completion},
@@ -173,7 +176,7 @@ async fn conversation(
 
     let stopped = Changed::new(false);
     let force = pin!(force(guest, &component, &stopped));
-    let mut talk = pin!(talk.on(guest, &stopped));
+    let mut talk = pin!(talk.on(guest, &component, &stopped));
     let died = pin!(component.exited());
     // In this order, so that an answer counts more than the death that follows it.
     let first = match select(select(talk.as_mut(), died), force).await {
@@ -295,7 +298,7 @@ impl Talk {
         })
     }
 
-    async fn on(self, guest: &Rc<Guest>, stopped: &Changed<bool>) -> Said {
+    async fn on(self, guest: &Rc<Guest>, component: &Component, stopped: &Changed<bool>) -> Said {
         let created = async { Ok(read_completion(self.create.await?.get()?)) };
         match created.await {
             Ok(Ok(())) => guest.set_created(),
@@ -306,19 +309,12 @@ impl Talk {
         let run = match self.run {
             Some(run) => run,
             None => {
-                let wanted: LocalBoxFuture<'_, Option<Said>> = Box::pin(async {
-                    guest.run_wanted().await;
-                    None
-                });
-                let stopped = Box::pin(async {
-                    stopped.until(|stopped| stopped.then_some(())).await;
-                    Some(Said::Outcome(Outcome::NotRun))
-                });
-                let superseded = Box::pin(async {
-                    guest.ended().await;
-                    Some(Said::Superseded)
-                });
-                match select_all([wanted, stopped, superseded]).await.0 {
+                let wanted: LocalBoxFuture<'_, Option<Said>> = Box::pin(guest.run_wanted().map(|()| None));
+                let stopped = stopped.until(|stopped| stopped.then_some(()));
+                let stopped = Box::pin(stopped.map(|()| Some(Said::Outcome(Outcome::NotRun))));
+                let superseded = Box::pin(guest.ended().map(|_| Some(Said::Superseded)));
+                let broken = Box::pin(component.disconnected().map(|why| Some(Said::Nothing(why))));
+                match select_all([wanted, stopped, superseded, broken]).await.0 {
                     None => self.lifecycle.run_request().send().promise,
                     Some(said) => return said,
                 }

@@ -9,7 +9,7 @@ const SHORT: usize = 80;
 
 /// Leaves out as little as possible: first the layers of the jails, then command lines and devices, then the problems and what explains
 /// the ends.
-pub fn fit(mut infos: Vec<GuestInfo>) -> Vec<GuestInfo> {
+pub(crate) fn fit(mut infos: Vec<GuestInfo>) -> Vec<GuestInfo> {
     let steps: [fn(&mut GuestInfo); 3] = [
         |info| info.layers.clear(),
         |info| {

@@ -17,7 +17,7 @@ struct Subscription {
 impl subscription::Server for Subscription {}
 
 /// Tells `sink` everything from `cursor` on, until the returned capability is dropped or the sink fails.
-pub fn new_client(manager: &Rc<Manager>, mut cursor: Cursor, sink: event_sink::Client) -> subscription::Client {
+pub(crate) fn new_client(manager: &Rc<Manager>, mut cursor: Cursor, sink: event_sink::Client) -> subscription::Client {
     let teller = manager.clone();
     let task = manager.handle.spawn_owned(async move {
         loop {

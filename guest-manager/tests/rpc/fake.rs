@@ -1,0 +1,464 @@
+//! A component that does what a test wants, and the starter that "starts" it.
+
+use std::{
+    cell::{Cell, RefCell},
+    future::Future,
+    io::Write,
+    os::unix::net::UnixStream,
+    rc::{Rc, Weak},
+};
+
+use futures::{channel::oneshot, future::LocalBoxFuture};
+use sepal_guest_manager::{
+    changed::Changed,
+    component::{ComponentStarter, Exit, StartRequest, Started},
+};
+use sepal_schema::{
+    config::{File, GuestConfig},
+    error::{Error, Kind, write_completion},
+    guest_capnp::{event_sink, guest, observer, power},
+    info::{GuestDescriptor, LayerInfo, LayerState, write_layers},
+    lifecycle_capnp::{component, guest_lifecycle, host_setup},
+    report::{Reason, StopReport},
+    transport::{Connection, FdTable, Handle, Limits, guard, serve_with},
+};
+
+type Reply = Result<(), capnp::Error>;
+
+/// What a component does with a question.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) enum Does {
+    #[default]
+    Works,
+    Fails(Kind),
+    Hangs,
+}
+
+/// How components behave that are started from now on.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Behaviour {
+    pub(crate) start: Does,
+    pub(crate) create: Does,
+    pub(crate) run: Does,
+    /// `run` returns at once: the guest shut down before anybody could tell that it had started.
+    pub(crate) quick: bool,
+    pub(crate) stop: Does,
+    /// Works: the guest shuts down. Hangs: it ignores the button. Fails: there is none.
+    pub(crate) button: Does,
+    /// What it writes to standard error when it starts.
+    pub(crate) words: &'static str,
+}
+
+/// Starts fake components, and remembers them.
+pub(crate) struct Fake {
+    handle: Handle,
+    pub(crate) behaviour: Cell<Behaviour>,
+    pub(crate) processes: RefCell<Vec<Rc<Process>>>,
+    pub(crate) requests: RefCell<Vec<StartRequest>>,
+}
+
+impl Fake {
+    pub(crate) fn new(handle: &Handle) -> Rc<Self> {
+        Rc::new(Self {
+            handle: handle.clone(),
+            behaviour: Cell::default(),
+            processes: RefCell::default(),
+            requests: RefCell::default(),
+        })
+    }
+
+    /// The component that was started last.
+    pub(crate) fn last(&self) -> Rc<Process> {
+        self.processes.borrow().last().unwrap().clone()
+    }
+
+    /// How many components were started.
+    pub(crate) fn count(&self) -> usize {
+        self.processes.borrow().len()
+    }
+
+    /// How many components live.
+    pub(crate) fn alive(&self) -> usize {
+        let processes = self.processes.borrow();
+        processes.iter().filter(|process| process.alive()).count()
+    }
+}
+
+/// The starter that the manager gets.
+pub(crate) struct Starter(pub(crate) Rc<Fake>);
+
+impl ComponentStarter for Starter {
+    fn start(&self, request: StartRequest) -> LocalBoxFuture<'static, Result<Started, Error>> {
+        let fake = self.0.clone();
+        fake.requests.borrow_mut().push(request);
+        Box::pin(async move {
+            let behaviour = fake.behaviour.get();
+            match behaviour.start {
+                Does::Works => {}
+                Does::Fails(kind) => return Err(Error::new(kind, "the fake does not start")),
+                Does::Hangs => futures::future::pending().await,
+            }
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            let (exit, exited) = oneshot::channel();
+            let process = Rc::new(Process {
+                pid: 1000 + u32::try_from(fake.count()).unwrap(),
+                behaviour,
+                exit: RefCell::new(Some(exit)),
+                connection: RefCell::default(),
+                state: Changed::default(),
+                events: RefCell::default(),
+                serial: RefCell::default(),
+                config: RefCell::default(),
+            });
+            let serve = |fds| {
+                let process = process.clone();
+                guard::new_client::<component::Client, _>(Server { process, fds }).client
+            };
+            let connection = serve_with(&fake.handle, theirs, Limits::default(), serve).unwrap();
+            *process.connection.borrow_mut() = Some(connection);
+            let (stderr, mut words) = std::io::pipe().unwrap();
+            words.write_all(behaviour.words.as_bytes()).unwrap();
+            let pid = process.pid;
+            let killed = Rc::downgrade(&process);
+            fake.processes.borrow_mut().push(process);
+            Ok(Started {
+                pid,
+                socket: ours,
+                stderr: Some(stderr.into()),
+                kill: Box::new(move || {
+                    if let Some(process) = killed.upgrade() {
+                        process.die(Exit::Signal(9));
+                    }
+                }),
+                exit: Box::pin(async move { exited.await.unwrap_or(Exit::Unknown("the test is over".into())) }),
+            })
+        })
+    }
+}
+
+#[derive(Debug, Default)]
+struct State {
+    created: bool,
+    running: bool,
+    /// How `run` returns.
+    result: Option<Result<StopReport, Error>>,
+    pressed: usize,
+    stops: usize,
+}
+
+/// A component's "process".
+pub(crate) struct Process {
+    pub(crate) pid: u32,
+    behaviour: Behaviour,
+    exit: RefCell<Option<oneshot::Sender<Exit>>>,
+    connection: RefCell<Option<Connection>>,
+    state: Changed<State>,
+    events: RefCell<Option<event_sink::Client>>,
+    serial: RefCell<Option<UnixStream>>,
+    pub(crate) config: RefCell<Option<GuestConfig>>,
+}
+
+impl Process {
+    pub(crate) fn alive(&self) -> bool {
+        self.exit.borrow().is_some()
+    }
+
+    /// Ends as a process does: everything that it had open closes.
+    pub(crate) fn die(&self, exit: Exit) {
+        let told = self.exit.borrow_mut().take();
+        drop(self.connection.borrow_mut().take());
+        drop(self.serial.borrow_mut().take());
+        drop(self.events.borrow_mut().take());
+        if let Some(told) = told {
+            let _ = told.send(exit);
+        }
+    }
+
+    /// Closes the connection without ending.
+    pub(crate) fn hang_up(&self) {
+        drop(self.connection.borrow_mut().take());
+    }
+
+    /// The guest prints.
+    pub(crate) fn print(&self, text: &[u8]) {
+        self.serial.borrow_mut().as_mut().unwrap().write_all(text).unwrap();
+    }
+
+    /// Its end of the serial port.
+    pub(crate) fn serial(&self) -> UnixStream {
+        self.serial.borrow().as_ref().unwrap().try_clone().unwrap()
+    }
+
+    /// The guest ends by itself.
+    pub(crate) fn end(&self, reason: Reason) {
+        let report = StopReport {
+            reason,
+            detail: format!("{reason:?}"),
+            error: None,
+            uptime_ns: 7,
+            time_ns: 0,
+        };
+        self.finish(Ok(report));
+    }
+
+    /// `run` returns.
+    pub(crate) fn finish(&self, result: Result<StopReport, Error>) {
+        drop(self.serial.borrow_mut().take());
+        self.state.change(|state| {
+            state.created = false;
+            if state.running {
+                state.running = false;
+                state.result = Some(result);
+            }
+        });
+    }
+
+    /// How often its power button was pressed.
+    pub(crate) fn pressed(&self) -> usize {
+        self.state.look(|state| state.pressed)
+    }
+
+    /// Waits until it is asked to stop its machine.
+    pub(crate) async fn asked_to_stop(&self) {
+        self.state.until(|state| (state.stops > 0).then_some(())).await;
+    }
+
+    /// Tells the manager that something happened.
+    pub(crate) async fn tell(&self, fill: impl FnOnce(sepal_schema::guest_capnp::event::Builder<'_>)) {
+        let sink = self.events.borrow().clone().unwrap();
+        let mut call = sink.event_request();
+        fill(call.get().init_event());
+        call.hook.send().promise.await.unwrap();
+    }
+}
+
+struct Server {
+    process: Rc<Process>,
+    fds: FdTable,
+}
+
+async fn answer(does: Does) -> Result<(), Error> {
+    match does {
+        Does::Works => Ok(()),
+        Does::Fails(kind) => Err(Error::new(kind, "the fake does not do it").about("fake")),
+        Does::Hangs => futures::future::pending().await,
+    }
+}
+
+impl Server {
+    fn take_serial(&self, host: host_setup::Reader<'_>) -> UnixStream {
+        match host.get_serial().which().unwrap() {
+            host_setup::serial::Stream(stream) => self.fds.take(stream.unwrap().get_number()).unwrap().into(),
+            host_setup::serial::None(()) => panic!("the manager gives every component a serial stream"),
+        }
+    }
+}
+
+impl guest_lifecycle::Server for Server {
+    fn create(
+        self: Rc<Self>,
+        params: guest_lifecycle::CreateParams,
+        mut results: guest_lifecycle::CreateResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        let process = self.process.clone();
+        {
+            let params = params.get().unwrap();
+            let config = GuestConfig::decode(params.get_config().unwrap(), &self.fds).unwrap();
+            let file = |file: &File| matches!(file, File::Fd(_) | File::None);
+            assert!(
+                file(&config.kernel) && file(&config.initrd),
+                "a component gets descriptors only"
+            );
+            let host = params.get_host().unwrap();
+            *process.serial.borrow_mut() = Some(self.take_serial(host));
+            *process.events.borrow_mut() = Some(host.get_events().unwrap());
+            *process.config.borrow_mut() = Some(config);
+        }
+        async move {
+            let stopped = process
+                .state
+                .until(|state| (state.stops > 0).then_some(Err(Error::new(Kind::Cancelled, "stopped"))));
+            let stopped = std::pin::pin!(stopped);
+            let created = std::pin::pin!(answer(process.behaviour.create));
+            let outcome = futures::future::select(created, stopped).await.factor_first().0;
+            process.state.change(|state| state.created = outcome.is_ok());
+            write_completion(&outcome, results.get());
+            Ok(())
+        }
+    }
+
+    fn bind(
+        self: Rc<Self>,
+        _: guest_lifecycle::BindParams,
+        mut results: guest_lifecycle::BindResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        results
+            .get()
+            .set_guest(guard::new_client(Machine(self.process.clone())));
+        futures::future::ready(Ok(()))
+    }
+
+    fn run(
+        self: Rc<Self>,
+        _: guest_lifecycle::RunParams,
+        mut results: guest_lifecycle::RunResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        let process = self.process.clone();
+        async move {
+            process.state.until(|state| state.created.then_some(())).await;
+            if let Err(error) = answer(process.behaviour.run).await {
+                error.write(results.get().init_error());
+                return Ok(());
+            }
+            process.state.change(|state| state.running = true);
+            if process.behaviour.quick {
+                process.end(Reason::Shutdown);
+            } else {
+                process.tell(|mut event| event.set_started(())).await;
+            }
+            match process.state.until(|state| state.result.take()).await {
+                Ok(report) => report.write(results.get().init_ended()),
+                Err(error) => error.write(results.get().init_error()),
+            }
+            Ok(())
+        }
+    }
+
+    fn stop(
+        self: Rc<Self>,
+        _: guest_lifecycle::StopParams,
+        mut results: guest_lifecycle::StopResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        let process = self.process.clone();
+        process.state.change(|state| state.stops += 1);
+        async move {
+            let outcome = answer(process.behaviour.stop).await;
+            process.finish(Err(Error::new(Kind::ControllerForcedHalt, "stopped")));
+            process.state.change(|state| state.stops = 0);
+            write_completion(&outcome, results.get());
+            Ok(())
+        }
+    }
+}
+
+impl component::Server for Server {
+    fn layers(
+        self: Rc<Self>,
+        _: component::LayersParams,
+        mut results: component::LayersResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        let layer = |name: &str, state| LayerInfo {
+            name: name.into(),
+            state,
+            detail: "as the fake says".into(),
+        };
+        let layers = [layer("seccomp", LayerState::Holds), layer("cgroup", LayerState::Waived)];
+        write_layers(&layers, results.get().init_layers(2));
+        futures::future::ready(Ok(()))
+    }
+}
+
+struct Machine(Rc<Process>);
+
+impl guest::Server for Machine {
+    fn power(
+        self: Rc<Self>,
+        _: guest::PowerParams,
+        mut results: guest::PowerResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        results.get().set_power(guard::new_client(Button(self.0.clone())));
+        futures::future::ready(Ok(()))
+    }
+
+    fn observer(
+        self: Rc<Self>,
+        _: guest::ObserverParams,
+        mut results: guest::ObserverResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        results
+            .get()
+            .set_observer(guard::new_client(Eye(Rc::downgrade(&self.0))));
+        futures::future::ready(Ok(()))
+    }
+}
+
+struct Button(Rc<Process>);
+
+impl power::Server for Button {
+    fn shutdown(
+        self: Rc<Self>,
+        _: power::ShutdownParams,
+        mut results: power::ShutdownResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        let process = &self.0;
+        process.state.change(|state| state.pressed += 1);
+        let outcome = match process.behaviour.button {
+            Does::Works => {
+                process.end(Reason::Shutdown);
+                Ok(())
+            }
+            Does::Hangs => Ok(()),
+            Does::Fails(kind) => Err(Error::new(kind, "there is no button")),
+        };
+        write_completion(&outcome, results.get());
+        futures::future::ready(Ok(()))
+    }
+
+    fn pause(
+        self: Rc<Self>,
+        _: power::PauseParams,
+        mut results: power::PauseResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        write_completion(&Ok(()), results.get());
+        futures::future::ready(Ok(()))
+    }
+
+    fn resume(
+        self: Rc<Self>,
+        _: power::ResumeParams,
+        mut results: power::ResumeResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        write_completion(&Ok(()), results.get());
+        futures::future::ready(Ok(()))
+    }
+
+    fn nmi(
+        self: Rc<Self>,
+        _: power::NmiParams,
+        mut results: power::NmiResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        async move {
+            let _ = &mut results;
+            futures::future::pending().await
+        }
+    }
+}
+
+struct Eye(Weak<Process>);
+
+impl observer::Server for Eye {
+    fn info(
+        self: Rc<Self>,
+        _: observer::InfoParams,
+        mut results: observer::InfoResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        let process = self.0.upgrade().unwrap();
+        let cmdline = process.config.borrow().as_ref().unwrap().full_cmdline();
+        let descriptor = GuestDescriptor {
+            cmdline: format!("{cmdline} added"),
+            devices: vec!["serial".into(), "rtc".into()],
+            ..GuestDescriptor::default()
+        };
+        descriptor.write(results.get().init_info().init_descriptor());
+        futures::future::ready(Ok(()))
+    }
+
+    fn stats(
+        self: Rc<Self>,
+        _: observer::StatsParams,
+        mut results: observer::StatsResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        results.get().init_stats().set_serial_dropped(17);
+        futures::future::ready(Ok(()))
+    }
+}

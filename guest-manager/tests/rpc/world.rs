@@ -1,0 +1,231 @@
+//! A manager, a client, and short ways to say what a client does.
+
+use std::{os::unix::net::UnixStream, rc::Rc, time::Duration};
+
+use sepal_guest_manager::{
+    client::Client,
+    manager::{Manager, Settings},
+    manager_server::ManagerServer,
+};
+use sepal_schema::{
+    config::GuestConfig,
+    error::{Error, read_completion},
+    guest_capnp::{guest, observer, power},
+    info::{GuestInfo, GuestStatus},
+    lifecycle_capnp::guest_lifecycle::{self, run_result},
+    manager_capnp::guest_manager::{self, launch_result, lease, lookup_result, new_guest_result},
+    report::StopReport,
+    transport::{Connection, Handle, Limits, Reactor, connect, serve_with},
+};
+
+use crate::fake::{Fake, Starter};
+
+/// A test that has not ended by then hangs.
+const HUNG: Duration = Duration::from_secs(60);
+
+pub(crate) struct World {
+    pub(crate) handle: Handle,
+    pub(crate) manager: Rc<Manager>,
+    pub(crate) fake: Rc<Fake>,
+}
+
+/// A client's connection.
+pub(crate) struct Caller {
+    pub(crate) manager: guest_manager::Client,
+    pub(crate) connection: Connection,
+}
+
+/// What launch gives.
+pub(crate) struct Launched {
+    pub(crate) name: String,
+    pub(crate) guest: guest::Client,
+    pub(crate) lease: lease::Client,
+}
+
+/// Runs a test on a manager with these settings.
+pub(crate) fn with(settings: Settings, test: impl AsyncFnOnce(World)) {
+    let mut reactor = Reactor::new().unwrap();
+    let handle = reactor.handle();
+    let fake = Fake::new(&handle);
+    let manager = Manager::new(handle.clone(), settings, Box::new(Starter(fake.clone()))).unwrap();
+    let world = World {
+        handle: handle.clone(),
+        manager,
+        fake,
+    };
+    let done = reactor.run_until(handle.timeout(HUNG, test(world))).unwrap();
+    done.expect("the test hangs");
+}
+
+/// Runs a test on an ordinary manager.
+pub(crate) fn run(test: impl AsyncFnOnce(World)) {
+    with(Settings::default(), test);
+}
+
+/// Settings with little patience, for components that do not answer.
+pub(crate) fn impatient() -> Settings {
+    Settings {
+        force_after: Duration::from_millis(100),
+        ..Settings::default()
+    }
+}
+
+impl World {
+    /// A client that has the manager's uid, or not.
+    pub(crate) fn caller_as(&self, trusted: bool) -> Caller {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let serve = |fds| ManagerServer::new_client(self.manager.clone(), Client::new(fds, trusted)).client;
+        serve_with(&self.handle, theirs, Limits::default(), serve)
+            .unwrap()
+            .detach();
+        let (manager, connection) = connect(&self.handle, ours, Limits::default()).unwrap();
+        Caller { manager, connection }
+    }
+
+    pub(crate) fn caller(&self) -> Caller {
+        self.caller_as(true)
+    }
+}
+
+/// A configuration with nothing but a name.
+pub(crate) fn named(name: &str) -> GuestConfig {
+    GuestConfig {
+        name: name.into(),
+        ..GuestConfig::default()
+    }
+}
+
+impl Caller {
+    pub(crate) async fn launch_config(&self, config: GuestConfig, detach: bool) -> Result<Launched, Error> {
+        let mut request = self.manager.launch_request();
+        request.get().set_detach(detach);
+        config.encode(request.get().init_config(), &self.connection.fds())?;
+        let answer = request.send().promise.await?;
+        match answer.get()?.which().unwrap() {
+            launch_result::Launched(launched) => Ok(Launched {
+                name: launched.get_name()?.to_string().unwrap(),
+                guest: launched.get_guest()?,
+                lease: launched.get_lease()?,
+            }),
+            launch_result::Error(error) => Err(Error::read(error?)?),
+        }
+    }
+
+    pub(crate) async fn launch(&self, name: &str) -> Result<Launched, Error> {
+        self.launch_config(named(name), false).await
+    }
+
+    pub(crate) async fn lookup(&self, name: &str) -> Result<guest::Client, Error> {
+        let mut request = self.manager.lookup_request();
+        request.get().set_name(name);
+        let answer = request.send().promise.await?;
+        match answer.get()?.which().unwrap() {
+            lookup_result::Guest(guest) => Ok(guest?),
+            lookup_result::Error(error) => Err(Error::read(error?)?),
+        }
+    }
+
+    pub(crate) async fn list(&self) -> Vec<GuestInfo> {
+        let answer = self.manager.list_request().send().promise.await.unwrap();
+        let guests = answer.get().unwrap().get_guests().unwrap();
+        guests.iter().map(|info| GuestInfo::read(info).unwrap()).collect()
+    }
+
+    pub(crate) async fn new_guest(&self, name: &str) -> Result<guest_lifecycle::Client, Error> {
+        let mut request = self.manager.new_guest_request();
+        request.get().set_name(name);
+        let answer = request.send().promise.await?;
+        match answer.get()?.which().unwrap() {
+            new_guest_result::Lifecycle(lifecycle) => Ok(lifecycle?),
+            new_guest_result::Error(error) => Err(Error::read(error?)?),
+        }
+    }
+
+    pub(crate) async fn force_shutdown(&self, name: &str) -> Result<(), Error> {
+        let mut request = self.manager.force_shutdown_request();
+        request.get().set_name(name);
+        read_completion(request.send().promise.await?.get()?)
+    }
+
+    pub(crate) async fn remove(&self, name: &str) -> Result<(), Error> {
+        let mut request = self.manager.remove_request();
+        request.get().set_name(name);
+        read_completion(request.send().promise.await?.get()?)
+    }
+
+    pub(crate) async fn create(&self, lifecycle: &guest_lifecycle::Client, config: GuestConfig) -> Result<(), Error> {
+        let mut request = lifecycle.create_request();
+        config.encode(request.get().init_config(), &self.connection.fds())?;
+        read_completion(request.send().promise.await?.get()?)
+    }
+}
+
+pub(crate) async fn run_lifecycle(lifecycle: &guest_lifecycle::Client) -> Result<StopReport, Error> {
+    let answer = lifecycle.run_request().send().promise.await?;
+    match answer.get()?.which().unwrap() {
+        run_result::Ended(report) => Ok(StopReport::read(report?)?),
+        run_result::Error(error) => Err(Error::read(error?)?),
+    }
+}
+
+pub(crate) fn power(guest: &guest::Client) -> power::Client {
+    guest.power_request().send().pipeline.get_power()
+}
+
+pub(crate) fn observer(guest: &guest::Client) -> observer::Client {
+    guest.observer_request().send().pipeline.get_observer()
+}
+
+fn stop_result(answer: power::stop_result::Reader<'_>) -> Result<StopReport, Error> {
+    match answer.which().unwrap() {
+        power::stop_result::Report(report) => Ok(StopReport::read(report?)?),
+        power::stop_result::Error(error) => Err(Error::read(error?)?),
+    }
+}
+
+pub(crate) async fn kill(guest: &guest::Client) -> Result<StopReport, Error> {
+    stop_result(power(guest).kill_request().send().promise.await?.get()?)
+}
+
+pub(crate) async fn stop(guest: &guest::Client, timeout_ms: u64, force: bool) -> Result<StopReport, Error> {
+    let mut request = power(guest).stop_request();
+    request.get().set_timeout_ms(timeout_ms);
+    request.get().set_force(force);
+    stop_result(request.send().promise.await?.get()?)
+}
+
+pub(crate) async fn wait(guest: &guest::Client) -> StopReport {
+    let answer = observer(guest).wait_request().send().promise.await.unwrap();
+    StopReport::read(answer.get().unwrap()).unwrap()
+}
+
+pub(crate) async fn info(guest: &guest::Client) -> GuestInfo {
+    let answer = observer(guest).info_request().send().promise.await.unwrap();
+    GuestInfo::read(answer.get().unwrap().get_info().unwrap()).unwrap()
+}
+
+pub(crate) async fn status(guest: &guest::Client) -> GuestStatus {
+    info(guest).await.status
+}
+
+/// Reads what the serial port printed from `position` on; with `wait`, until there is something.
+pub(crate) async fn read(guest: &guest::Client, position: u64, wait: bool) -> (Vec<u8>, bool) {
+    let serial = guest.serial_request().send().pipeline.get_serial();
+    let mut request = serial.client.clone().cast_to_output().read_request();
+    request.get().set_position(position);
+    request.get().set_wait(wait);
+    let answer = request.send().promise.await.unwrap();
+    let answer = answer.get().unwrap();
+    (answer.get_bytes().unwrap().to_vec(), answer.get_ended())
+}
+
+/// Serial ports are outputs, too.
+pub(crate) trait AsOutput {
+    fn cast_to_output(self) -> sepal_schema::guest_capnp::output::Client;
+}
+
+impl AsOutput for capnp::capability::Client {
+    fn cast_to_output(self) -> sepal_schema::guest_capnp::output::Client {
+        capnp::capability::FromClientHook::new(self.hook)
+    }
+}
