@@ -14,6 +14,10 @@ use crate::harness::{Jailed, Test, is_root, spec, status_of};
 
 pub(crate) fn tests() -> Vec<Test> {
     vec![
+        (
+            "outside::a_starters_personality_is_left".into(),
+            a_starters_personality_is_left,
+        ),
         ("outside::status_shows_the_jail".into(), status_shows_the_jail),
         ("outside::namespaces_are_its_own".into(), namespaces_are_its_own),
         (
@@ -258,4 +262,17 @@ fn a_dropped_component_is_gone() {
     drop(jailed);
     let gone = rustix::process::pidfd_send_signal(&pidfd, rustix::process::Signal::KILL);
     assert_eq!(gone, Err(rustix::io::Errno::SRCH));
+}
+
+fn a_starters_personality_is_left() {
+    const READ_IMPLIES_EXEC: libc::c_ulong = 0x0040_0000;
+    let thread = std::thread::spawn(|| {
+        // SAFETY: concerns this thread and what it starts.
+        unsafe { libc::personality(READ_IMPLIES_EXEC) };
+        let jailed = waiting();
+        let personality = fs::read_to_string(format!("/proc/{}/personality", jailed.component.pid())).unwrap();
+        assert_eq!(personality.trim(), "00000000");
+        assert!(jailed.release().success());
+    });
+    thread.join().unwrap();
 }
