@@ -16,6 +16,8 @@ use super::limits::{Limit, Limits};
 /// Room for this many bytes is offered to each read, and at most [`MAX_CHUNK`].
 const MIN_CHUNK: usize = 16 * 1024;
 const MAX_CHUNK: usize = 64 * 1024;
+/// Memory that is kept between messages.
+const KEEP: usize = 128 * 1024;
 const WORD: usize = 8;
 
 /// A whole message.
@@ -62,7 +64,7 @@ impl Decoder {
     pub(crate) fn space(&mut self) -> &mut [u8] {
         if self.start == self.end {
             (self.start, self.end) = (0, 0);
-            if self.buffer.len() > MAX_CHUNK {
+            if self.buffer.len() > KEEP {
                 self.buffer = Vec::new();
             }
         }

@@ -190,7 +190,10 @@ impl Wire {
             let frame = self.inbound.borrow_mut().decoder.next();
             if let Some(frame) = frame.map_err(|limit| self.exceeded(limit))? {
                 if let Some(message) = self.inspect(frame.segments, frame.range)? {
-                    self.busy.set(self.inbound.borrow().decoder.has_message());
+                    // Stays until there is nothing more, where the writer is woken.
+                    if self.inbound.borrow().decoder.has_message() {
+                        self.busy.set(true);
+                    }
                     return Poll::Ready(Ok(message));
                 }
                 continue;

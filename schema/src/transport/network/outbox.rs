@@ -13,7 +13,7 @@ use super::Message;
 use crate::transport::fd_stream::{Link, MAX_FDS_PER_SEND, borrow};
 
 /// Memory that an empty outbox keeps.
-const KEEP: usize = 64 * 1024;
+const KEEP: usize = 128 * 1024;
 
 #[derive(Default)]
 pub(super) struct Outbox {

@@ -230,6 +230,8 @@ impl Core {
             .borrow_mut()
             .run_with_timeout(if wait { -1 } else { 0 })
             .map_err(manager_error)?;
+        // Awake: what follows need not write to the eventfd. The next round covers what came while asleep.
+        self.root.begin();
         let mut woken = WOKEN.take();
         for waker in woken.drain(..) {
             waker.wake();
