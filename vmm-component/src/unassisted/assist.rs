@@ -6,16 +6,17 @@ use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
 
 use kvm_bindings::{
     KVM_CAP_X86_USER_SPACE_MSR, KVM_INTERNAL_ERROR_EMULATION, KVM_MSR_EXIT_REASON_FILTER, Msrs, kvm_enable_cap,
-    kvm_msr_entry,
+    kvm_msr_entry, kvm_xsave,
 };
 use kvm_ioctls::{MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VcpuFd, VmFd};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::errno;
 
 use super::decode::{MAX_LENGTH, decode};
-use super::emulate::{Cpu, Exception, Outcome, execute, uses_mxcsr};
+use super::emulate::{Cpu, Exception, Outcome, execute, uses_xstate};
 use super::paging::{AddressSpace, is_canonical};
 use super::syscall_entry::{self, SyscallMsrs};
+use super::xstate::{self, Kept, XState};
 
 const MSR_STAR: u32 = 0xc000_0081;
 const MSR_LSTAR: u32 = 0xc000_0082;
@@ -38,13 +39,14 @@ pub enum AssistError {
 
 /// One machine's help on a host without hardware virtualization, shared by its vCPUs.
 ///
-/// Each method is called on the thread of the vCPU that it is given, after the exit that it is named for. Between vCPUs there
-/// is one lock, held for a look at a small map.
+/// Each method is called on the thread of the vCPU that it is given, after the exit that it is named for. What vCPUs share is behind
+/// locks that are held for a look at a small map.
 #[derive(Debug)]
 pub struct Assist {
     ram: GuestMemoryMmap,
     /// By the vCPU's file descriptor, which stays what it is while the machine lives.
     msrs: Mutex<BTreeMap<RawFd, SyscallMsrs>>,
+    kept: Mutex<Kept>,
 }
 
 impl Assist {
@@ -86,7 +88,8 @@ impl Assist {
             .map_err(AssistError::MsrFilter)?;
         Ok(Arc::new(Self {
             ram,
-            msrs: Mutex::new(BTreeMap::new()),
+            msrs: Mutex::default(),
+            kept: Mutex::default(),
         }))
     }
 
@@ -104,7 +107,7 @@ impl Assist {
         let ioctl = |step: &'static str| move |e: errno::Error| format!("{step}: {e}");
         let mut cpu = Cpu {
             regs: vcpu.get_regs().map_err(ioctl("read its registers"))?,
-            mxcsr: 0,
+            xstate: XState::default(),
         };
         let mut sregs = vcpu.get_sregs().map_err(ioctl("read its system registers"))?;
         let rip = cpu.regs.rip;
@@ -123,13 +126,13 @@ impl Assist {
         let instruction = decode(bytes)
             .ok_or_else(|| format!("KVM can't emulate the instruction at RIP {rip:#x}, bytes {bytes:02x?}"))?;
         tracing::debug!(operation = ?instruction.operation, rip, "instruction carried out for KVM");
-        let mut fpu = if uses_mxcsr(&instruction) {
-            Some(vcpu.get_fpu().map_err(ioctl("read its floating-point state"))?)
-        } else {
-            None
-        };
-        cpu.mxcsr = fpu.map_or(0, |fpu| fpu.mxcsr);
-        let exception = match execute(&instruction, &mut cpu, &sregs, &space) {
+        let (reads_xstate, changes_xstate) = uses_xstate(&instruction);
+        let mut xsave = if reads_xstate { Some(get_xsave(vcpu)?) } else { None };
+        if let Some(xsave) = &xsave {
+            cpu.xstate = XState::from_words(&xsave.region);
+        }
+        let outcome = execute(&instruction, &mut cpu, &sregs, &space, &mut lock(&self.kept));
+        let exception = match outcome {
             Outcome::Done => None,
             Outcome::Exception(exception) => Some(exception),
             Outcome::Outside { physical } => {
@@ -138,11 +141,10 @@ impl Assist {
                 ));
             }
         };
-        if let Some(fpu) = &mut fpu
-            && fpu.mxcsr != cpu.mxcsr
-        {
-            fpu.mxcsr = cpu.mxcsr;
-            vcpu.set_fpu(fpu).map_err(ioctl("set its floating-point state"))?;
+        if changes_xstate && let Some(xsave) = &mut xsave {
+            xsave.region = cpu.xstate.to_words();
+            // SAFETY: this process enables no dynamically sized components, so the area that KVM reads is `kvm_xsave`'s 4096 bytes.
+            unsafe { vcpu.set_xsave(xsave) }.map_err(ioctl("set its floating-point state"))?;
         }
         // This also takes back the #UD that KVM has queued for the instruction, so it goes before any exception of ours.
         vcpu.set_regs(&cpu.regs).map_err(ioctl("set its registers"))?;
@@ -195,7 +197,7 @@ impl Assist {
         if !set_msr(vcpu, index, host_value) {
             return false;
         }
-        self.lock().insert(vcpu.as_raw_fd(), msrs);
+        lock(&self.msrs).insert(vcpu.as_raw_fd(), msrs);
         true
     }
 
@@ -237,12 +239,31 @@ impl Assist {
     }
 
     fn msrs_of(&self, vcpu: &VcpuFd) -> SyscallMsrs {
-        self.lock().get(&vcpu.as_raw_fd()).copied().unwrap_or_default()
+        lock(&self.msrs).get(&vcpu.as_raw_fd()).copied().unwrap_or_default()
     }
+}
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<RawFd, SyscallMsrs>> {
-        self.msrs.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The vCPU's extended state, if it is of the kind that is handled here.
+fn get_xsave(vcpu: &VcpuFd) -> Result<kvm_xsave, String> {
+    let xcrs = vcpu.get_xcrs().map_err(|e| format!("read its XCR0: {e}"))?;
+    let enabled = xcrs
+        .xcrs
+        .iter()
+        .take(xcrs.nr_xcrs as usize)
+        .find(|xcr| xcr.xcr == 0)
+        .map_or(0, |xcr| xcr.value);
+    if enabled & !xstate::COMPONENTS != 0 {
+        return Err(format!(
+            "its guest enabled state components {enabled:#x} in XCR0; on this host only {:#x} can be kept",
+            xstate::COMPONENTS
+        ));
     }
+    vcpu.get_xsave()
+        .map_err(|e| format!("read its floating-point state: {e}"))
 }
 
 /// Sets an MSR as the host may, past the filter.

@@ -7,8 +7,6 @@ use kvm_bindings::CpuId;
 
 /// Structured extended features: SMAP, SMEP, INVPCID, AVX2 and so on. An entry reads as the host's; a missing one as zero.
 const EXTENDED_FEATURES: u32 = 7;
-/// XSAVE areas; the same holds for it.
-const XSAVE: u32 = 0xd;
 
 /// Leaf 1 ECX.
 const CX16: u32 = 1 << 13;
@@ -38,7 +36,7 @@ const KVM_CLOCKSOURCE_STABLE: u32 = 1 << 24;
 ///
 /// The last step before KVM_SET_CPUID2: whatever else makes up the table comes first.
 pub fn adjust_cpuid(cpuid: &mut CpuId) {
-    cpuid.retain(|entry| !matches!(entry.function, EXTENDED_FEATURES | XSAVE));
+    cpuid.retain(|entry| entry.function != EXTENDED_FEATURES);
     for entry in cpuid.as_mut_slice() {
         match entry.function {
             1 => entry.ecx &= !(CX16 | PCID | X2APIC),
@@ -91,7 +89,10 @@ mod tests {
         let mut cpuid = CpuId::from_entries(&entries).unwrap();
         adjust_cpuid(&mut cpuid);
         let leaves: Vec<u32> = cpuid.as_slice().iter().map(|entry| entry.function).collect();
-        assert_eq!(leaves, [0, 1, 0xb, 0x4000_0001, 0x8000_0001, 0x8000_0008]);
+        assert_eq!(
+            leaves,
+            [0, 1, 0xb, 0xd, 0xd, 0xd, 0x4000_0001, 0x8000_0001, 0x8000_0008]
+        );
         let leaf = |function| *cpuid.as_slice().iter().find(|e| e.function == function).unwrap();
         assert_eq!(leaf(0), full(0, 0));
         assert_eq!(leaf(1).ecx, !(CX16 | PCID | X2APIC));

@@ -21,6 +21,10 @@ pub(super) enum Operation {
     Ldmxcsr,
     /// Stores MXCSR to memory.
     Stmxcsr,
+    /// Stores processor state to memory, in the standard form.
+    Xsave,
+    /// Loads processor state from memory, in the standard form.
+    Xrstor,
 }
 
 /// One instruction, as far as carrying it out needs.
@@ -131,6 +135,18 @@ const TABLE: &[Row] = &[
         prefix: Prefix::None,
         modrm: Form::Memory(3),
         operation: Operation::Stmxcsr,
+    },
+    Row {
+        opcode: &[0x0f, 0xae],
+        prefix: Prefix::None,
+        modrm: Form::Memory(4),
+        operation: Operation::Xsave,
+    },
+    Row {
+        opcode: &[0x0f, 0xae],
+        prefix: Prefix::None,
+        modrm: Form::Memory(5),
+        operation: Operation::Xrstor,
     },
 ];
 

@@ -4,6 +4,7 @@ use kvm_bindings::{kvm_regs, kvm_sregs};
 
 use super::decode::{Address, Instruction, Operand, Operation, Segment, register, register_mut};
 use super::paging::{AddressSpace, Fault};
+use super::xstate::{self, Invalid, Kept, XState};
 
 const CARRY: u64 = 1;
 const PARITY: u64 = 1 << 2;
@@ -13,15 +14,12 @@ const SIGN: u64 = 1 << 7;
 const OVERFLOW: u64 = 1 << 11;
 const RESUME: u64 = 1 << 16;
 
-/// Bits of MXCSR that processors have; loading any other is a general protection fault.
-const MXCSR_BITS: u32 = 0xffff;
-
 /// The state that instructions work on.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Cpu {
     pub(super) regs: kvm_regs,
-    /// The SSE control and status register; written back if an instruction changed it.
-    pub(super) mxcsr: u32,
+    /// Extended state, where [`uses_xstate`] says that it is used.
+    pub(super) xstate: XState,
 }
 
 /// An exception for the guest.
@@ -46,9 +44,13 @@ pub(super) enum Outcome {
     Outside { physical: u64 },
 }
 
-/// Whether an instruction needs [`Cpu::mxcsr`], which is costly to get.
-pub(super) fn uses_mxcsr(instruction: &Instruction) -> bool {
-    matches!(instruction.operation, Operation::Ldmxcsr | Operation::Stmxcsr)
+/// Whether an instruction reads [`Cpu::xstate`], which is costly to get, and whether it changes it.
+pub(super) fn uses_xstate(instruction: &Instruction) -> (bool, bool) {
+    match instruction.operation {
+        Operation::Int3 | Operation::Fwait | Operation::Popcnt => (false, false),
+        Operation::Stmxcsr | Operation::Xsave => (true, false),
+        Operation::Ldmxcsr | Operation::Xrstor => (true, true),
+    }
 }
 
 /// Carries out `instruction`, which is at `cpu.regs.rip`.
@@ -57,8 +59,9 @@ pub(super) fn execute(
     cpu: &mut Cpu,
     sregs: &kvm_sregs,
     space: &AddressSpace<'_>,
+    kept: &mut Kept,
 ) -> Outcome {
-    match try_execute(instruction, cpu, sregs, space) {
+    match try_execute(instruction, cpu, sregs, space, kept) {
         Ok(exception) => {
             cpu.regs.rip = cpu.regs.rip.wrapping_add(u64::from(instruction.length));
             cpu.regs.rflags &= !RESUME;
@@ -73,6 +76,21 @@ pub(super) fn execute(
 enum Stop {
     Exception(Exception),
     Outside { physical: u64 },
+}
+
+impl From<Invalid> for Stop {
+    fn from(_: Invalid) -> Self {
+        Stop::Exception(Exception::GeneralProtection)
+    }
+}
+
+impl From<xstate::Error> for Stop {
+    fn from(error: xstate::Error) -> Self {
+        match error {
+            xstate::Error::Invalid(invalid) => invalid.into(),
+            xstate::Error::Memory(fault) => fault.into(),
+        }
+    }
 }
 
 impl From<Fault> for Stop {
@@ -91,6 +109,7 @@ fn try_execute(
     cpu: &mut Cpu,
     sregs: &kvm_sregs,
     space: &AddressSpace<'_>,
+    kept: &mut Kept,
 ) -> Result<Option<Exception>, Stop> {
     let linear = |address: Address, cpu: &Cpu| {
         let next = cpu.regs.rip.wrapping_add(u64::from(instruction.length));
@@ -126,16 +145,23 @@ fn try_execute(
             if let Operand::Memory(address) = instruction.operand {
                 let mut bytes = [0; 4];
                 space.read(linear(address, cpu), &mut bytes)?;
-                let value = u32::from_le_bytes(bytes);
-                if value & !MXCSR_BITS != 0 {
-                    return Err(Stop::Exception(Exception::GeneralProtection));
-                }
-                cpu.mxcsr = value;
+                cpu.xstate.set_mxcsr(u32::from_le_bytes(bytes))?;
             }
         }
         Operation::Stmxcsr => {
             if let Operand::Memory(address) = instruction.operand {
-                space.write(linear(address, cpu), &cpu.mxcsr.to_le_bytes())?;
+                space.write(linear(address, cpu), &cpu.xstate.mxcsr().to_le_bytes())?;
+            }
+        }
+        Operation::Xsave | Operation::Xrstor => {
+            if let Operand::Memory(address) = instruction.operand {
+                let at = linear(address, cpu);
+                let wanted = cpu.regs.rdx << 32 | u64::from(cpu.regs.rax as u32);
+                if instruction.operation == Operation::Xsave {
+                    xstate::save(&cpu.xstate, wanted, at, space, kept)?;
+                } else {
+                    cpu.xstate = xstate::restore(&cpu.xstate, wanted, at, space, kept)?;
+                }
             }
         }
     }

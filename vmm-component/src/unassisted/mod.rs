@@ -8,6 +8,7 @@
 //! | CPUID can't hide what the emulator lacks unless whole leaves are missing | a recipe | [`adjust_cpuid`] |
 //! | features that CPUID can't hide at all | the guest's own command line | [`CMDLINE`] |
 //! | instructions that the emulator lacks | decoded and carried out here | [`Assist::internal_error`] |
+//! | AVX, which user space sees and its kernel doesn't, over context switches | kept here, beside what the kernel saves | the same |
 //! | SYSCALL does not enter CPL 0 | a trampoline in the guest's page tables | [`Assist::wrmsr`], [`Assist::mmio_write`] |
 //!
 //! Whether a host is of this kind is for the manager to find out ([`detect`]): the jail shows no `/sys`. On other hosts nothing
@@ -21,6 +22,7 @@ mod decode;
 mod emulate;
 mod paging;
 mod syscall_entry;
+mod xstate;
 
 pub use assist::{Assist, AssistError};
 pub use cpuid::adjust_cpuid;
@@ -28,18 +30,19 @@ pub use cpuid::adjust_cpuid;
 /// What a guest's Linux command line gets in addition. Put it before the user's own words: where one occurs twice, Linux takes
 /// the last.
 ///
-/// - `noxsave`: the emulator has neither XSAVE nor XRSTOR, and their CPUID bit can't be hidden. Don't override.
-/// - `clearcpuid=`: CPUID bits that can't be hidden, of instructions that the emulator lacks and Linux would use in the kernel.
-///   A `clearcpuid=` of the user's replaces this one, so it should contain these names.
+/// - `clearcpuid=`: features whose CPUID bits can't be hidden and whose instructions the emulator lacks, so that Linux does not
+///   use them in the kernel. By number, which kernels before 5.19 understand too: pclmulqdq, ssse3, fma, sse4_1, sse4_2, movbe,
+///   popcnt, aes, avx, f16c (word 4, from 129 on); xsaveopt, xsavec, xgetbv1, xsaves (word 10, from 320 on). A `clearcpuid=` of
+///   the user's replaces this one, so it should contain these.
 /// - `nopti`: page-table isolation would keep the system-call trampoline out of the user's page tables. Don't override.
 /// - `mitigations=off`: the kernel's code is not run by the processor, so speculation in it has no meaning here, while each
 ///   thunk and fence costs time. May be overridden.
+/// - `cryptomgr.notests`: testing its ciphers would take such a kernel minutes at each boot.
 /// - `noreplace-smp`: a kernel on one processor would otherwise patch every lock prefix away, for a second and no gain.
-/// - `GLIBC_TUNABLES=` (Linux passes it to the first process as an environment variable): user space sees AVX, which no CPUID
-///   setting hides at CPL 3, but with `noxsave` the kernel does not keep AVX registers over a context switch. This keeps glibc's
-///   string functions from using them.
-pub const CMDLINE: &str = "noxsave clearcpuid=ssse3,sse4_1,sse4_2,aes,pclmulqdq,popcnt,avx,fma,f16c,movbe nopti mitigations=off \
-     noreplace-smp GLIBC_TUNABLES=glibc.cpu.hwcaps=-AVX,-AVX2,-AVX512F,-AVX512VL,-AVX512BW";
+///
+/// A user should not add `noxsave`: user space sees AVX whatever is done, and only a kernel that uses XSAVE lets its registers be
+/// kept over a context switch.
+pub const CMDLINE: &str = "clearcpuid=129,137,140,147,148,150,151,153,156,157,320,321,322,323 nopti mitigations=off cryptomgr.notests noreplace-smp";
 
 /// Whether a host that offers `/dev/kvm` does so without hardware virtualization.
 ///

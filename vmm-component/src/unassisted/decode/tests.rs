@@ -14,6 +14,8 @@ fn expected(reference: &Reference) -> Option<(Operation, u8)> {
         Code::Popcnt_r64_rm64 => (Operation::Popcnt, 8),
         Code::Ldmxcsr_m32 => (Operation::Ldmxcsr, 0),
         Code::Stmxcsr_m32 => (Operation::Stmxcsr, 0),
+        Code::Xsave_mem | Code::Xsave64_mem => (Operation::Xsave, 0),
+        Code::Xrstor_mem | Code::Xrstor64_mem => (Operation::Xrstor, 0),
         _ => return None,
     })
 }

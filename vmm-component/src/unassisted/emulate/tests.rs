@@ -40,7 +40,7 @@ fn run(bytes: &[u8], cpu: &mut Cpu, memory: &GuestMemoryMmap) -> Outcome {
     cpu.regs.rip = RIP;
     let sregs = sregs();
     let space = AddressSpace::new(memory, &sregs).unwrap();
-    execute(&decode(bytes).unwrap(), cpu, &sregs, &space)
+    execute(&decode(bytes).unwrap(), cpu, &sregs, &space, &mut Kept::default())
 }
 
 fn cpu() -> Cpu {
@@ -49,7 +49,7 @@ fn cpu() -> Cpu {
             rflags: 0x1_0ad7,
             ..Default::default()
         },
-        mxcsr: 0x1f80,
+        xstate: XState::default(),
     }
 }
 
@@ -83,14 +83,35 @@ fn mxcsr_goes_to_memory_and_back() {
     memory.write_obj::<u32>(0x9fc0, GuestAddress(0x8110)).unwrap();
     // ldmxcsr, the same address
     assert_eq!(run(&[0x65, 0x0f, 0xae, 0x50, 0x10], &mut cpu, &memory), Outcome::Done);
-    assert_eq!(cpu.mxcsr, 0x9fc0);
+    assert_eq!(cpu.xstate.mxcsr(), 0x9fc0);
     assert_eq!(cpu.regs.rip, RIP + 5);
     memory.write_obj::<u32>(0x1_0000, GuestAddress(0x8110)).unwrap();
     assert_eq!(
         run(&[0x65, 0x0f, 0xae, 0x50, 0x10], &mut cpu, &memory),
         Outcome::Exception(Exception::GeneralProtection)
     );
-    assert_eq!((cpu.mxcsr, cpu.regs.rip), (0x9fc0, RIP));
+    assert_eq!((cpu.xstate.mxcsr(), cpu.regs.rip), (0x9fc0, RIP));
+}
+
+#[test]
+fn extended_state_goes_to_memory_and_back() {
+    let memory = memory();
+    let mut cpu = cpu();
+    cpu.xstate.set_mxcsr(0x9fc0).unwrap();
+    (cpu.regs.rcx, cpu.regs.rax, cpu.regs.rdx) = (0xa000, u64::from(u32::MAX), u64::from(u32::MAX));
+    let saved = cpu.xstate.clone();
+    // xsave64 (%rcx)
+    assert_eq!(run(&[0x48, 0x0f, 0xae, 0x21], &mut cpu, &memory), Outcome::Done);
+    assert_eq!(cpu.regs.rip, RIP + 4);
+    cpu.xstate = XState::default();
+    // xrstor64 (%rcx)
+    assert_eq!(run(&[0x48, 0x0f, 0xae, 0x29], &mut cpu, &memory), Outcome::Done);
+    assert_eq!(cpu.xstate, saved);
+    cpu.regs.rcx += 8;
+    for modrm in [0x21, 0x29] {
+        let outcome = run(&[0x48, 0x0f, 0xae, modrm], &mut cpu, &memory);
+        assert_eq!(outcome, Outcome::Exception(Exception::GeneralProtection));
+    }
 }
 
 #[test]
