@@ -167,9 +167,14 @@ impl Listening {
         &self.socket
     }
 
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Files that a killed manager leaves.
-    pub fn files(&self) -> [&Path; 2] {
-        [&self.path, &self.lock.path]
+    pub fn files(&self) -> Vec<PathBuf> {
+        vec![self.path.clone(), self.lock.path.clone()]
     }
 }
 

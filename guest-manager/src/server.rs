@@ -1,0 +1,71 @@
+//! Serves connections: those that come to the manager's socket, and one that was inherited.
+
+use std::{cell::Cell, io, os::unix::net::UnixStream, rc::Rc, time::Duration};
+
+use sepal_schema::transport::{AsyncFd, Connection, Limits, PeerCredentials, serve_with};
+
+use crate::{
+    client::{Client, trusted},
+    manager::Manager,
+    manager_server::ManagerServer,
+};
+
+/// Most connections at a time.
+const MAX_CONNECTIONS: usize = 1024;
+/// How long the manager leaves a caller waiting when it has no descriptors left.
+const OUT_OF_DESCRIPTORS: Duration = Duration::from_millis(100);
+
+/// Serves one connection; none if its peer may not use this manager.
+///
+/// # Errors
+/// The socket cannot be put on the event loop.
+pub fn serve(manager: &Rc<Manager>, socket: UnixStream) -> io::Result<Option<Connection>> {
+    let own_uid = rustix::process::geteuid().as_raw();
+    let peer = PeerCredentials::of(&socket)?;
+    if !trusted(peer, own_uid) {
+        tracing::warn!(
+            uid = peer.uid,
+            pid = peer.pid,
+            "connection refused: the manager serves only its own user and root"
+        );
+        return Ok(None);
+    }
+    tracing::debug!(uid = peer.uid, pid = peer.pid, "connected");
+    let bootstrap = |fds| ManagerServer::new_client(manager.clone(), Client::new(fds, true)).client;
+    serve_with(&manager.handle, socket, Limits::default(), bootstrap).map(Some)
+}
+
+/// Serves those who connect, for ever.
+pub async fn accept(manager: &Rc<Manager>, listener: AsyncFd<std::os::unix::net::UnixListener>) {
+    let open = Rc::new(Cell::new(0));
+    loop {
+        let socket = match listener.accept().await {
+            Ok(socket) => socket,
+            Err(error) => {
+                // One that is gone already is nobody's concern; for lack of descriptors there is nothing to do but wait for some.
+                if error.kind() != io::ErrorKind::ConnectionAborted {
+                    tracing::warn!("a connection cannot be accepted: {error}");
+                    manager.handle.sleep(OUT_OF_DESCRIPTORS).await;
+                }
+                continue;
+            }
+        };
+        if open.get() == MAX_CONNECTIONS {
+            tracing::warn!("connection refused: there are {MAX_CONNECTIONS}");
+            continue;
+        }
+        match serve(manager, socket) {
+            Ok(Some(connection)) => {
+                let open = open.clone();
+                open.set(open.get() + 1);
+                manager.handle.spawn(async move {
+                    let reason = connection.await;
+                    open.set(open.get() - 1);
+                    tracing::debug!("disconnected: {reason}");
+                });
+            }
+            Ok(None) => {}
+            Err(error) => tracing::warn!("a connection cannot be served: {error}"),
+        }
+    }
+}
