@@ -1,5 +1,7 @@
 //! The transport as its users see it: calls, capabilities, streams and descriptors between a client and a server.
 
+#![allow(clippy::unwrap_used, reason = "a failed test panics")]
+
 mod support;
 
 use std::{

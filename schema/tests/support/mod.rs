@@ -21,6 +21,8 @@ use sepal_schema::transport::{Connection, EndReason, FdTable, Handle, Limits, Re
 #[rustfmt::skip]
 pub mod transport_capnp;
 
+pub mod raw;
+
 pub use transport_capnp::probe;
 
 /// Counts what is alive.

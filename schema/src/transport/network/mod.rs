@@ -13,6 +13,7 @@
 //! Writing waits while whole messages are there to be handled, so the replies to a batch leave in one call.
 
 pub(super) mod cancel;
+mod inspect;
 mod outbox;
 
 use std::{
@@ -30,15 +31,12 @@ use capnp::{
     capability::Promise,
     message::{Builder, HeapAllocator, Reader, ReaderOptions},
     serialize::OwnedSegments,
-    struct_list,
 };
-use capnp_rpc::{
-    rpc_capnp::{cap_descriptor, message, resolve, return_},
-    rpc_twoparty_capnp::Side,
-};
+use capnp_rpc::rpc_twoparty_capnp::Side;
 
 use self::{
     cancel::{Cancellations, Token},
+    inspect::Content,
     outbox::Outbox,
 };
 use super::{
@@ -252,7 +250,7 @@ impl Wire {
         if self.held_bytes.get() + ledger.retained_bytes() > self.limits.held_bytes {
             return Err(self.exceeded(Limit::HeldBytes));
         }
-        let which = inspect_content(&message.reader).map_err(|error| EndReason::Protocol(error.to_string()))?;
+        let which = inspect::inspect(&message.reader).map_err(|error| EndReason::Protocol(error.to_string()))?;
         match which {
             Content::Call { question, capabilities } => {
                 self.count_capabilities(capabilities)?;
@@ -287,7 +285,7 @@ impl Wire {
         }
         // After the end comes only the message that tells the peer why, where it is not plain to see.
         if let Some(reason) = self.end.borrow().as_ref()
-            && !(reason.is_worth_telling() && is_abort(message))
+            && !(reason.is_worth_telling() && inspect::is_abort(message))
         {
             return;
         }
@@ -313,7 +311,7 @@ impl Wire {
     fn account(&self, message: &Message, end: u64, bytes: usize) -> Result<(), Limit> {
         let mut ledger = self.ledger.borrow_mut();
         let mut exports = Vec::new();
-        let returned = exported(message, &mut exports);
+        let returned = inspect::exported(message, &mut exports);
         let mut result = Ok(());
         for &id in &exports {
             result = result.and(ledger.export(id));
@@ -395,103 +393,6 @@ fn take_groups(groups: &mut VecDeque<(Range<u64>, Rc<FdGroup>)>, range: &Range<u
         groups.pop_front();
     }
     taken
-}
-
-/// What counts in a received message.
-enum Content {
-    Call { question: u32, capabilities: u32 },
-    Bootstrap { question: u32 },
-    Return { capabilities: u32 },
-    Finish { question: u32, release: bool },
-    Release { id: u32, count: u32 },
-    Abort(String),
-    Other,
-}
-
-fn inspect_content(reader: &Reader<OwnedSegments>) -> capnp::Result<Content> {
-    let Ok(which) = reader.get_root::<message::Reader<'_>>()?.which() else {
-        return Ok(Content::Other);
-    };
-    Ok(match which {
-        message::Call(call) => {
-            let call = call?;
-            let capabilities = call.get_params()?.get_cap_table()?.len();
-            Content::Call {
-                question: call.get_question_id(),
-                capabilities,
-            }
-        }
-        message::Bootstrap(bootstrap) => Content::Bootstrap {
-            question: bootstrap?.get_question_id(),
-        },
-        message::Return(ret) => {
-            let capabilities = match ret?.which() {
-                Ok(return_::Results(payload)) => payload?.get_cap_table()?.len(),
-                _ => 0,
-            };
-            Content::Return { capabilities }
-        }
-        message::Finish(finish) => {
-            let finish = finish?;
-            Content::Finish {
-                question: finish.get_question_id(),
-                release: finish.get_release_result_caps(),
-            }
-        }
-        message::Release(release) => {
-            let release = release?;
-            Content::Release {
-                id: release.get_id(),
-                count: release.get_reference_count(),
-            }
-        }
-        message::Abort(exception) => Content::Abort(exception?.get_reason()?.to_string().unwrap_or_default()),
-        _ => Content::Other,
-    })
-}
-
-fn is_abort(message: &Message) -> bool {
-    message
-        .get_root_as_reader::<message::Reader<'_>>()
-        .is_ok_and(|message| matches!(message.which(), Ok(message::Abort(_))))
-}
-
-/// Collects the capabilities that a message of ours hands out. For a return, gives its question and whether the peer
-/// will finish it.
-fn exported(message: &Message, exports: &mut Vec<u32>) -> capnp::Result<Option<(u32, bool)>> {
-    let Ok(which) = message.get_root_as_reader::<message::Reader<'_>>()?.which() else {
-        return Ok(None);
-    };
-    match which {
-        message::Call(call) => descriptors(call?.get_params()?.get_cap_table()?, exports)?,
-        message::Resolve(resolve) => {
-            if let Ok(resolve::Cap(cap)) = resolve?.which() {
-                descriptor(cap?, exports);
-            }
-        }
-        message::Return(ret) => {
-            let ret = ret?;
-            if let Ok(return_::Results(payload)) = ret.which() {
-                descriptors(payload?.get_cap_table()?, exports)?;
-            }
-            return Ok(Some((ret.get_answer_id(), !ret.get_no_finish_needed())));
-        }
-        _ => (),
-    }
-    Ok(None)
-}
-
-fn descriptors(list: struct_list::Reader<'_, cap_descriptor::Owned>, exports: &mut Vec<u32>) -> capnp::Result<()> {
-    for item in list {
-        descriptor(item, exports);
-    }
-    Ok(())
-}
-
-fn descriptor(item: cap_descriptor::Reader<'_>, exports: &mut Vec<u32>) {
-    if let Ok(cap_descriptor::SenderHosted(id) | cap_descriptor::SenderPromise(id)) = item.which() {
-        exports.push(id);
-    }
 }
 
 /// Counts bytes while it lives.

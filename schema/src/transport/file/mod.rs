@@ -4,6 +4,9 @@
 //! under a mapping. What passes [`check`] can be read with `pread` without blocking for ever and without a signal;
 //! an ordinary file that is cut short meanwhile gives an early end, never a SIGBUS, since nothing here maps it.
 
+#[cfg(test)]
+mod tests;
+
 use std::{
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
@@ -77,7 +80,7 @@ pub enum FileError {
     /// It was opened for appending only, which ignores offsets.
     #[error("the file is open for appending, so it cannot be written at an offset")]
     AppendOnly,
-    /// A memfd that its owner could still shrink.
+    /// A memfd, or an unnamed file of a tmpfs, that its owner could still shrink.
     #[error("the memfd can still shrink; add the seal F_SEAL_SHRINK before sending it")]
     NotSealed,
     /// It has more than was asked for.
@@ -160,7 +163,7 @@ fn regular_kind(fd: BorrowedFd<'_>) -> Result<FileKind, FileError> {
     }
 }
 
-/// A file of a tmpfs has a name there; a memfd has none.
+/// A file of a tmpfs has a name there, unless it was made or left without; a memfd never has one.
 fn is_memfd(fd: BorrowedFd<'_>) -> bool {
     rustix::fs::fstat(fd).is_ok_and(|status| status.st_nlink == 0)
 }
