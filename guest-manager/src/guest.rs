@@ -119,6 +119,11 @@ impl Guest {
         self.state.look(|state| state.started)
     }
 
+    /// Whether it was created.
+    pub fn is_created(&self) -> bool {
+        self.state.look(|state| matches!(state.created, Some(Ok(()))))
+    }
+
     /// Waits until its vCPUs run.
     ///
     /// # Errors

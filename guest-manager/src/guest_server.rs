@@ -141,22 +141,16 @@ struct PortServer {
     guest: Rc<Guest>,
 }
 
-fn read(
-    port: Rc<Port>,
-    params: output::ReadParams,
-    mut results: output::ReadResults,
-) -> impl Future<Output = Reply> + 'static {
-    async move {
-        let params = params.get()?;
-        let most = usize::try_from(params.get_max_bytes()).unwrap_or(usize::MAX);
-        let piece = port.read(params.get_position(), most, params.get_wait()).await;
-        let mut to = results.get();
-        to.set_position(piece.position);
-        to.set_bytes(&piece.bytes);
-        to.set_dropped(piece.dropped);
-        to.set_ended(piece.ended);
-        Ok(())
-    }
+async fn read(port: Rc<Port>, params: output::ReadParams, mut results: output::ReadResults) -> Reply {
+    let params = params.get()?;
+    let most = usize::try_from(params.get_max_bytes()).unwrap_or(usize::MAX);
+    let piece = port.read(params.get_position(), most, params.get_wait()).await;
+    let mut to = results.get();
+    to.set_position(piece.position);
+    to.set_bytes(&piece.bytes);
+    to.set_dropped(piece.dropped);
+    to.set_ended(piece.ended);
+    Ok(())
 }
 
 fn end(port: Rc<Port>, mut results: output::EndResults) -> impl Future<Output = Reply> + 'static {
@@ -243,100 +237,58 @@ fn write_stopped(outcome: Result<StopReport, Error>, to: power::stop_result::Bui
 }
 
 impl power::Server for PowerServer {
-    fn shutdown(
-        self: Rc<Self>,
-        _: power::ShutdownParams,
-        mut results: power::ShutdownResults,
-    ) -> impl Future<Output = Reply> + 'static {
-        async move {
-            let outcome = ladder::press(&self.0).await;
-            write_completion(&outcome, results.get());
-            Ok(())
-        }
+    async fn shutdown(self: Rc<Self>, _: power::ShutdownParams, mut results: power::ShutdownResults) -> Reply {
+        let outcome = ladder::press(&self.0).await;
+        write_completion(&outcome, results.get());
+        Ok(())
     }
 
-    fn stop(
-        self: Rc<Self>,
-        params: power::StopParams,
-        mut results: power::StopResults,
-    ) -> impl Future<Output = Reply> + 'static {
-        async move {
-            let (timeout, force) = {
-                let params = params.get()?;
-                (params.get_timeout_ms(), params.get_force())
-            };
-            let timeout = match timeout {
-                0 => self.0.manager.settings.default_deadline,
-                ms => Duration::from_millis(ms),
-            };
-            write_stopped(ladder::stop(&self.0, timeout, force).await, results.get());
-            Ok(())
-        }
+    async fn stop(self: Rc<Self>, params: power::StopParams, mut results: power::StopResults) -> Reply {
+        let (timeout, force) = {
+            let params = params.get()?;
+            (params.get_timeout_ms(), params.get_force())
+        };
+        let timeout = match timeout {
+            0 => self.0.manager.settings.default_deadline,
+            ms => Duration::from_millis(ms),
+        };
+        write_stopped(ladder::stop(&self.0, timeout, force).await, results.get());
+        Ok(())
     }
 
-    fn kill(
-        self: Rc<Self>,
-        _: power::KillParams,
-        mut results: power::KillResults,
-    ) -> impl Future<Output = Reply> + 'static {
-        async move {
-            write_stopped(ladder::kill(&self.0, "it was killed").await, results.get());
-            Ok(())
-        }
+    async fn kill(self: Rc<Self>, _: power::KillParams, mut results: power::KillResults) -> Reply {
+        write_stopped(ladder::kill(&self.0, "it was killed").await, results.get());
+        Ok(())
     }
 
-    fn pause(
-        self: Rc<Self>,
-        _: power::PauseParams,
-        mut results: power::PauseResults,
-    ) -> impl Future<Output = Reply> + 'static {
-        async move {
-            let outcome = Self::forward(&self.0, |power| power.pause_request().send().promise).await;
-            if outcome.is_ok() {
-                self.0.set_paused(true);
-            }
-            write_completion(&outcome, results.get());
-            Ok(())
+    async fn pause(self: Rc<Self>, _: power::PauseParams, mut results: power::PauseResults) -> Reply {
+        let outcome = Self::forward(&self.0, |power| power.pause_request().send().promise).await;
+        if outcome.is_ok() {
+            self.0.set_paused(true);
         }
+        write_completion(&outcome, results.get());
+        Ok(())
     }
 
-    fn resume(
-        self: Rc<Self>,
-        _: power::ResumeParams,
-        mut results: power::ResumeResults,
-    ) -> impl Future<Output = Reply> + 'static {
-        async move {
-            let outcome = Self::forward(&self.0, |power| power.resume_request().send().promise).await;
-            if outcome.is_ok() {
-                self.0.set_paused(false);
-            }
-            write_completion(&outcome, results.get());
-            Ok(())
+    async fn resume(self: Rc<Self>, _: power::ResumeParams, mut results: power::ResumeResults) -> Reply {
+        let outcome = Self::forward(&self.0, |power| power.resume_request().send().promise).await;
+        if outcome.is_ok() {
+            self.0.set_paused(false);
         }
+        write_completion(&outcome, results.get());
+        Ok(())
     }
 
-    fn reset(
-        self: Rc<Self>,
-        _: power::ResetParams,
-        mut results: power::ResetResults,
-    ) -> impl Future<Output = Reply> + 'static {
-        async move {
-            let outcome = Self::forward(&self.0, |power| power.reset_request().send().promise).await;
-            write_completion(&outcome, results.get());
-            Ok(())
-        }
+    async fn reset(self: Rc<Self>, _: power::ResetParams, mut results: power::ResetResults) -> Reply {
+        let outcome = Self::forward(&self.0, |power| power.reset_request().send().promise).await;
+        write_completion(&outcome, results.get());
+        Ok(())
     }
 
-    fn nmi(
-        self: Rc<Self>,
-        _: power::NmiParams,
-        mut results: power::NmiResults,
-    ) -> impl Future<Output = Reply> + 'static {
-        async move {
-            let outcome = Self::forward(&self.0, |power| power.nmi_request().send().promise).await;
-            write_completion(&outcome, results.get());
-            Ok(())
-        }
+    async fn nmi(self: Rc<Self>, _: power::NmiParams, mut results: power::NmiResults) -> Reply {
+        let outcome = Self::forward(&self.0, |power| power.nmi_request().send().promise).await;
+        write_completion(&outcome, results.get());
+        Ok(())
     }
 }
 
@@ -353,15 +305,9 @@ impl observer::Server for ObserverServer {
         reply(Ok(()))
     }
 
-    fn wait(
-        self: Rc<Self>,
-        _: observer::WaitParams,
-        mut results: observer::WaitResults,
-    ) -> impl Future<Output = Reply> + 'static {
-        async move {
-            self.0.ended().await.write(results.get());
-            Ok(())
-        }
+    async fn wait(self: Rc<Self>, _: observer::WaitParams, mut results: observer::WaitResults) -> Reply {
+        self.0.ended().await.write(results.get());
+        Ok(())
     }
 
     fn output(
@@ -392,21 +338,15 @@ impl observer::Server for ObserverServer {
         }))
     }
 
-    fn stats(
-        self: Rc<Self>,
-        _: observer::StatsParams,
-        mut results: observer::StatsResults,
-    ) -> impl Future<Output = Reply> + 'static {
-        async move {
-            let ask = async {
-                let observer = self.0.remote()?.observer_request().send().pipeline.get_observer();
-                self.0.answer(observer.stats_request().send().promise).await
-            };
-            match ask.await {
-                Ok(answer) => results.set(answer.get()?)?,
-                Err(error) => error.write(results.get().init_error()),
-            }
-            Ok(())
+    async fn stats(self: Rc<Self>, _: observer::StatsParams, mut results: observer::StatsResults) -> Reply {
+        let ask = async {
+            let observer = self.0.remote()?.observer_request().send().pipeline.get_observer();
+            self.0.answer(observer.stats_request().send().promise).await
+        };
+        match ask.await {
+            Ok(answer) => results.set(answer.get()?)?,
+            Err(error) => error.write(results.get().init_error()),
         }
+        Ok(())
     }
 }

@@ -1,4 +1,20 @@
-//! The guest manager.
+//! The guest manager: many guests by name, each in a jailed component of its own, and the policy around them.
+//!
+//! ```text
+//!   main       command line, signals, the order in which things begin and end
+//!   server     connections ---> manager_server, lifecycle_server, guest_server: the protocol's interfaces
+//!   listener   the socket         |      ladder (stopping), subscription, uploads, files, list
+//!                                 v
+//!   manager    what all share: registry (names and statuses, pure), events and history (rings, pure), host, problems
+//!     slot     who holds a name: one guest after the other, and a component
+//!       guest  one guest, from its creation to its end; serial is its port
+//!       life   the task that drives it
+//!     component  one process; starter starts it through the keeper
+//! ```
+//!
+//! One thread runs the event loop and only ever waits on it. What may block goes to worker threads (files), to the keeper (processes) or to
+//! the log's thread. Queries are answered from what the registry knows; they wait for nobody.
+
 pub mod changed;
 pub mod client;
 pub mod component;

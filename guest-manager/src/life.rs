@@ -197,6 +197,7 @@ async fn conversation(
         Said::Outcome(outcome) => Some(outcome),
         Said::Superseded => None,
         Said::Nothing(why) => {
+            let created = guest.is_created();
             // The connection is gone: so is the process, or it is useless.
             let mut broken = None;
             if handle.timeout(patience, component.exited()).await.is_err() {
@@ -204,6 +205,12 @@ async fn conversation(
                 component.kill();
             }
             let exit = component.exited().await;
+            if let (Exit::Code(_), false, None) = (&exit, created, &broken) {
+                // It ended by itself: it could not close its jail, as a rule, and says why.
+                let words = component.last_line().unwrap_or_else(|| exit.to_string());
+                let message = format!("the component could not be started: {words}");
+                return Some(Outcome::NotCreated(Error::new(Kind::StartFailure, message)));
+            }
             Some(Outcome::Exited {
                 exit,
                 last_line: component.last_line(),

@@ -5,7 +5,7 @@ use sepal_schema::info::GuestInfo;
 /// Room for the answer, in bytes: a message has at most 128 KiB, and needs some for itself.
 const ROOM: usize = 120 * 1024;
 /// Sentences are cut to this length, in bytes, where there are many guests.
-const SHORT: usize = 80;
+const SHORT: usize = 48;
 
 /// Leaves out as little as possible: first the layers of the jails, then command lines and devices, then the problems and what explains
 /// the ends.

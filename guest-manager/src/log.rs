@@ -105,12 +105,18 @@ mod tests {
 
     /// Takes nothing until it is opened.
     #[derive(Clone, Default)]
-    struct Gate(Arc<(Mutex<(bool, Vec<u8>)>, Condvar)>);
+    struct Gate(Arc<Held>);
+
+    #[derive(Default)]
+    struct Held {
+        state: Mutex<(bool, Vec<u8>)>,
+        opened: Condvar,
+    }
 
     impl Gate {
         fn open(&self) {
-            self.0.0.lock().unwrap().0 = true;
-            self.0.1.notify_all();
+            self.0.state.lock().unwrap().0 = true;
+            self.0.opened.notify_all();
         }
     }
 
@@ -118,8 +124,8 @@ mod tests {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
             let mut state = self
                 .0
-                .1
-                .wait_while(self.0.0.lock().unwrap(), |(open, _)| !*open)
+                .opened
+                .wait_while(self.0.state.lock().unwrap(), |(open, _)| !*open)
                 .unwrap();
             state.1.extend_from_slice(bytes);
             Ok(bytes.len())
@@ -139,7 +145,7 @@ mod tests {
             lines.write_all(format!("line {i}\n").as_bytes()).unwrap();
         }
         writer.finish();
-        assert_eq!(gate.0.0.lock().unwrap().1, b"line 0\nline 1\nline 2\n");
+        assert_eq!(gate.0.state.lock().unwrap().1, b"line 0\nline 1\nline 2\n");
     }
 
     #[test]
@@ -157,7 +163,7 @@ mod tests {
             thread::yield_now();
         }
         writer.finish();
-        let written = String::from_utf8(gate.0.0.lock().unwrap().1.clone()).unwrap();
+        let written = String::from_utf8(gate.0.state.lock().unwrap().1.clone()).unwrap();
         assert!(written.contains("lines of the log are lost"), "{}", written.len());
         assert!(written.ends_with("very last\n"));
     }

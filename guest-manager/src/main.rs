@@ -15,6 +15,7 @@ use std::{
     },
     path::{Path, PathBuf},
     process::ExitCode,
+    rc::Rc,
 };
 
 use anyhow::{Context, Result, bail};
@@ -25,7 +26,7 @@ use sepal_guest_manager::{
     listener::{DefaultSocket, Listening},
     log::{self, Writer},
     manager::{Manager, Settings},
-    server,
+    server::{self, Connections},
     starter::{KeeperStarter, Programs},
 };
 use sepal_schema::transport::{Reactor, reactor::Direction};
@@ -120,6 +121,7 @@ fn run(arguments: &Arguments, signals: OwnedFd) -> Result<()> {
     };
     let manager = Manager::new(handle.clone(), settings, Box::new(starter.clone()))?;
 
+    let connections = Rc::new(Connections::default());
     let mut ends: Vec<LocalBoxFuture<'_, &str>> = vec![Box::pin(async {
         manager.shutdown_asked().await;
         "a client asked for it"
@@ -138,16 +140,16 @@ fn run(arguments: &Arguments, signals: OwnedFd) -> Result<()> {
     if let Some(listening) = &listening {
         let socket = listening.socket().try_clone().context("listening")?;
         let listener = handle.register(socket).context("listening")?;
-        let manager = manager.clone();
-        handle.spawn(async move { server::accept(&manager, listener).await });
+        let (manager, connections) = (manager.clone(), connections.clone());
+        handle.spawn(async move { server::accept(&manager, &connections, listener).await });
         tracing::info!(pid = std::process::id(), "listening at {}", listening.path().display());
     }
     if let Some(socket) = connection {
         let Some(connection) = server::serve(&manager, socket).context("--fd")? else {
             bail!("--fd: the other end belongs to another user");
         };
-        ends.push(Box::pin(async move {
-            connection.await;
+        ends.push(Box::pin(async {
+            connections.keep(connection).await;
             "its client is gone"
         }));
     }
@@ -157,7 +159,10 @@ fn run(arguments: &Arguments, signals: OwnedFd) -> Result<()> {
 
     let why = reactor.run_until(select_all(ends))?.0;
     tracing::info!("ending: {why}");
-    reactor.run_until(manager.stop_all("the manager ended"))?;
+    reactor.run_until(async {
+        manager.stop_all("the manager ended").await;
+        connections.end().await;
+    })?;
     drop(listening);
     starter.close();
     Ok(())

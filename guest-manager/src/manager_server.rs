@@ -18,9 +18,13 @@ use crate::{
     list,
     manager::Manager,
     registry::Origin,
+    serial::yield_now,
     slot::Slot,
     subscription,
 };
+
+/// Rounds of the event loop in which an answer has certainly come to its connection: it takes three.
+const ROUNDS_TO_ANSWER: usize = 16;
 
 type Reply = Result<(), capnp::Error>;
 
@@ -230,23 +234,28 @@ impl guest_manager::Server for ManagerServer {
         reply(Ok(()))
     }
 
-    fn shutdown(
+    async fn shutdown(
         self: Rc<Self>,
         _: guest_manager::ShutdownParams,
         mut results: guest_manager::ShutdownResults,
-    ) -> impl Future<Output = Reply> + 'static {
-        async move {
-            let outcome = if self.client.trusted {
-                self.manager.stop_all("the manager was shut down").await;
-                self.manager.shut_down();
-                Ok(())
-            } else {
-                let message = "only a client with the manager's own uid, or root, may end the manager";
-                Err(Error::new(Kind::PermissionDenied, message))
-            };
-            write_completion(&outcome, results.get());
+    ) -> Reply {
+        let outcome = if self.client.trusted {
+            self.manager.stop_all("the manager was shut down").await;
+            // The answer goes first: connections are ended when what is to be sent on them is known.
+            let manager = self.manager.clone();
+            self.manager.handle.spawn(async move {
+                for _ in 0..ROUNDS_TO_ANSWER {
+                    yield_now().await;
+                }
+                manager.shut_down();
+            });
             Ok(())
-        }
+        } else {
+            let message = "only a client with the manager's own uid, or root, may end the manager";
+            Err(Error::new(Kind::PermissionDenied, message))
+        };
+        write_completion(&outcome, results.get());
+        Ok(())
     }
 }
 

@@ -266,7 +266,7 @@ async fn closed(handle: &Handle, socket: &AsyncFd<UnixStream>) {
 }
 
 /// Lets the other tasks of the loop go on: a guest that never stops printing must not have it for itself.
-async fn yield_now() {
+pub(crate) async fn yield_now() {
     let mut yielded = false;
     std::future::poll_fn(|cx| {
         if std::mem::replace(&mut yielded, true) {

@@ -1,6 +1,13 @@
 //! Serves connections: those that come to the manager's socket, and one that was inherited.
 
-use std::{cell::Cell, io, os::unix::net::UnixStream, rc::Rc, time::Duration};
+use std::{
+    cell::{Cell, RefCell},
+    collections::HashMap,
+    io,
+    os::unix::net::{UnixListener, UnixStream},
+    rc::Rc,
+    time::Duration,
+};
 
 use sepal_schema::transport::{AsyncFd, Connection, Limits, PeerCredentials, serve_with};
 
@@ -35,9 +42,39 @@ pub fn serve(manager: &Rc<Manager>, socket: UnixStream) -> io::Result<Option<Con
     serve_with(&manager.handle, socket, Limits::default(), bootstrap).map(Some)
 }
 
+/// The connections that are open.
+#[derive(Default)]
+pub struct Connections {
+    open: RefCell<HashMap<u64, Rc<Connection>>>,
+    last: Cell<u64>,
+}
+
+impl Connections {
+    /// Keeps a connection until it ends; resolves then.
+    pub async fn keep(&self, connection: Connection) {
+        let number = self.last.get() + 1;
+        self.last.set(number);
+        let ended = connection.ended();
+        self.open.borrow_mut().insert(number, Rc::new(connection));
+        let reason = ended.await;
+        let connection = self.open.borrow_mut().remove(&number);
+        drop(connection);
+        tracing::debug!("disconnected: {reason}");
+    }
+
+    /// Ends all of them; resolves when the last answers have left, which takes a second at most.
+    pub async fn end(&self) {
+        let open: Vec<_> = self.open.borrow().values().cloned().collect();
+        futures::future::join_all(open.iter().map(|connection| {
+            connection.disconnect();
+            connection.ended()
+        }))
+        .await;
+    }
+}
+
 /// Serves those who connect, for ever.
-pub async fn accept(manager: &Rc<Manager>, listener: AsyncFd<std::os::unix::net::UnixListener>) {
-    let open = Rc::new(Cell::new(0));
+pub async fn accept(manager: &Rc<Manager>, connections: &Rc<Connections>, listener: AsyncFd<UnixListener>) {
     loop {
         let socket = match listener.accept().await {
             Ok(socket) => socket,
@@ -50,19 +87,14 @@ pub async fn accept(manager: &Rc<Manager>, listener: AsyncFd<std::os::unix::net:
                 continue;
             }
         };
-        if open.get() == MAX_CONNECTIONS {
+        if connections.open.borrow().len() >= MAX_CONNECTIONS {
             tracing::warn!("connection refused: there are {MAX_CONNECTIONS}");
             continue;
         }
         match serve(manager, socket) {
             Ok(Some(connection)) => {
-                let open = open.clone();
-                open.set(open.get() + 1);
-                manager.handle.spawn(async move {
-                    let reason = connection.await;
-                    open.set(open.get() - 1);
-                    tracing::debug!("disconnected: {reason}");
-                });
+                let connections = connections.clone();
+                manager.handle.spawn(async move { connections.keep(connection).await });
             }
             Ok(None) => {}
             Err(error) => tracing::warn!("a connection cannot be served: {error}"),

@@ -8,7 +8,7 @@ use std::{
     rc::{Rc, Weak},
 };
 
-use futures::{channel::oneshot, future::LocalBoxFuture};
+use futures::{FutureExt, channel::oneshot, future::LocalBoxFuture};
 use sepal_guest_manager::{
     changed::Changed,
     component::{ComponentStarter, Exit, StartRequest, Started},
@@ -422,15 +422,12 @@ impl power::Server for Button {
         futures::future::ready(Ok(()))
     }
 
-    fn nmi(
-        self: Rc<Self>,
-        _: power::NmiParams,
-        mut results: power::NmiResults,
-    ) -> impl Future<Output = Reply> + 'static {
-        async move {
-            let _ = &mut results;
-            futures::future::pending().await
-        }
+    /// Never answers.
+    fn nmi(self: Rc<Self>, _: power::NmiParams, results: power::NmiResults) -> impl Future<Output = Reply> + 'static {
+        futures::future::pending().map(move |()| {
+            drop(results);
+            Ok(())
+        })
     }
 }
 

@@ -207,6 +207,29 @@ fn death_while_creating_is_the_answer_to_create() {
 }
 
 #[test]
+fn a_component_that_gives_up_before_it_has_created_anything_says_why() {
+    run(async |world| {
+        let words = "vmm-component: closing the jail: jail layer landlock is unavailable\n";
+        world.fake.behaviour.set(Behaviour {
+            create: Does::Hangs,
+            words,
+            ..Behaviour::default()
+        });
+        let caller = world.caller();
+        let lifecycle = caller.new_guest("mine").await.unwrap();
+        let die = async {
+            until_asked(&world, &caller, 1).await;
+            world.fake.last().die(Exit::Code(1));
+        };
+        let (create, ()) = join!(caller.create(&lifecycle, named("")), die);
+        let error = create.unwrap_err();
+        assert_eq!(error.kind, Kind::StartFailure);
+        assert!(error.message.contains("landlock"), "{}", error.message);
+        assert_eq!(caller.list().await[0].status, GuestStatus::Stopped);
+    });
+}
+
+#[test]
 fn death_of_a_created_guest_is_noticed_and_another_component_comes() {
     run(async |world| {
         let (caller, lifecycle) = created(&world).await;

@@ -1,5 +1,7 @@
 //! The manager's protocol, in one process: real connections and descriptors, a fake component behind them.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "helpers of tests")]
+
 mod events;
 mod fake;
 mod files;
