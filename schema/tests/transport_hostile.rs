@@ -315,26 +315,32 @@ fn what_no_sound_peer_says_ends_the_connection() {
 
 #[test]
 fn a_client_is_as_safe_from_a_server() {
-    for which in [Limit::Calls, Limit::MessageWords] {
+    for which in [Limit::Answers, Limit::MessageWords] {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         let server = thread::spawn(move || {
             assert_eq!(raw::read(&mut theirs), Said::Other);
-            if which == Limit::MessageWords {
-                raw::write(&mut theirs, &[0xff; 8][..4]);
-                raw::write(&mut theirs, &[0xff; 8][4..]);
-            } else {
-                // Asks for the client's own bootstrap, which it does not serve, and never finishes with it.
-                for question in 0..5000 {
-                    if !raw::write(&mut theirs, &raw::bootstrap(question)) {
-                        break;
+            let mut writer = theirs.try_clone().unwrap();
+            let writing = thread::spawn(move || {
+                if which == Limit::MessageWords {
+                    raw::write(&mut writer, &[0, 0, 0, 0]);
+                    raw::write(&mut writer, &[0xff; 4]);
+                } else {
+                    // Asks for the client's own bootstrap, which it does not serve, and never finishes with it.
+                    for question in 0..5000 {
+                        if !raw::write(&mut writer, &raw::bootstrap(question)) {
+                            break;
+                        }
                     }
                 }
-            }
-            raw::last_words(&mut theirs)
+            });
+            let words = raw::last_words(&mut theirs);
+            writing.join().unwrap();
+            words
         });
         let mut reactor = Reactor::single_threaded().unwrap();
         let handle = reactor.handle();
         let limits = Limits {
+            calls: 5000,
             answers: 2000,
             ..Limits::default()
         };
@@ -345,9 +351,12 @@ fn a_client_is_as_safe_from_a_server() {
             assert_eq!(error.extra, reason.to_string());
             reason
         });
-        let reason = reason.unwrap();
-        assert!(matches!(reason, EndReason::LimitExceeded { .. }), "{reason}");
-        assert_eq!(server.join().unwrap(), Some(reason.to_string()));
+        let expected = EndReason::LimitExceeded {
+            which,
+            allowed: which.allowed(&limits),
+        };
+        assert_eq!(reason.unwrap(), expected);
+        assert_eq!(server.join().unwrap(), Some(expected.to_string()));
     }
 }
 

@@ -275,8 +275,11 @@ struct Driver {
 impl Driver {
     async fn run(mut self, handle: Handle) {
         let Some(system) = self.system.as_mut() else { return };
+        let (wire, revocable) = (&self.wire, &self.revocable);
         let deadline = async {
-            self.wire.ending().await;
+            wire.ending().await;
+            // Does not wait for a peer that does not read.
+            revoke(revocable.as_ref(), wire);
             handle.sleep(LINGER).await;
         };
         // The library has assertions that a peer could find a way to; they must not end the process.
@@ -308,16 +311,20 @@ impl Drop for Driver {
                 "the end of a connection panicked"
             );
         }
-        if let Some(revocable) = self.revocable.take() {
-            let reason = self.wire.reason().unwrap_or(EndReason::ClosedHere);
-            revocable.revoke(capnp::Error::disconnected(reason.to_string()));
-        }
+        revoke(self.revocable.as_ref(), &self.wire);
         // What still fits into the socket leaves, if the loop did not come to it.
         let _ = self.wire.poll_drive(&mut Context::from_waker(Waker::noop()));
         self.wire.close();
         if let (Some(ended), Some(reason)) = (self.ended.take(), self.wire.reason()) {
             let _ = ended.send(reason);
         }
+    }
+}
+
+fn revoke(bootstrap: Option<&Revocable>, wire: &Wire) {
+    if let Some(bootstrap) = bootstrap {
+        let reason = wire.reason().unwrap_or(EndReason::ClosedHere);
+        bootstrap.revoke(capnp::Error::disconnected(reason.to_string()));
     }
 }
 

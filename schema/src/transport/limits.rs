@@ -23,7 +23,8 @@ pub struct Limits {
     pub exports: usize,
     /// Bytes of received messages that are still in use and of results that the peer can still refer to. Default 16 MiB.
     pub held_bytes: usize,
-    /// Bytes waiting to be written to a peer that does not read. Default 4 MiB.
+    /// Bytes waiting to be written to a peer that does not read, calls of ours included: use streaming calls, which
+    /// wait in time, for much data. Default 4 MiB.
     pub unsent_bytes: usize,
     /// Received file descriptors that nobody has taken yet. Default 64.
     pub unclaimed_fds: usize,
