@@ -89,7 +89,9 @@ fn a_level_triggered_interrupt_comes_again_until_its_line_is_released() {
     let event = events.recv_timeout(PATIENCE).unwrap();
     assert!(matches!(event.what, Happening::Shutdown), "{event:?}");
     let stopped = machine.join(PATIENCE);
-    assert_eq!(device.writes.load(Ordering::Relaxed), 3);
+    // Hosts without hardware virtualization sometimes end an interrupt before its handler does, if the vCPU's thread was preempted just
+    // then; with its line still asserted it comes once more, as a level may.
+    assert!((3..=4).contains(&device.writes.load(Ordering::Relaxed)));
     // The third may not have been seen when the guest shut down.
     assert!(
         stopped.stats.vcpus[0].exits_for(ExitReason::IoapicEoi) >= 2,

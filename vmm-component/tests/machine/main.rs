@@ -2,7 +2,10 @@
 
 #![allow(clippy::expect_used, reason = "what is not as expected fails the program")]
 
-#[allow(dead_code, reason = "shared with the other tests of the machine, which use all of it")]
+#[allow(
+    dead_code,
+    reason = "shared with the other tests of the machine, which use all of it"
+)]
 mod guests;
 mod rig;
 
