@@ -252,11 +252,13 @@ impl Registry {
     /// Begins a creation.
     ///
     /// # Errors
-    /// `ALREADY_RUNNING` while a guest is created, runs or stops; `NOT_FOUND` when the name was let go of.
+    /// `ALREADY_RUNNING` while a guest is created, runs or stops; `NOT_FOUND` when the name was let go of, or is only remembered.
     pub fn create(&mut self, id: GuestId, descriptor: GuestDescriptor, now: Moment) -> Result<Creation, Error> {
         let entry = self.entries.get(&id).ok_or_else(gone)?;
         let mut replaced = None;
         match entry.phase {
+            // What launch started is only remembered now, and does not count among the guests any more.
+            Phase::Stopped | Phase::Died if entry.remembered() => return Err(gone()),
             Phase::NotStarted | Phase::Stopped | Phase::Died => {}
             Phase::Created => {
                 let detail = "it was created and never run, and a new creation took its place";

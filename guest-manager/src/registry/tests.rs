@@ -208,10 +208,18 @@ fn what_comes_late_for_an_older_generation_changes_nothing() {
 #[test]
 fn a_component_that_dies_is_told_from_a_guest_that_ends() {
     let mut registry = registry(4, 4);
-    let (id, generation) = run(&mut registry, "a");
-    registry.ended(id, generation, died(), 0, at(0));
-    assert_eq!(status(&registry, id), GuestStatus::VmmUnexpectedTermination);
-    assert!(registry.create(id, GuestDescriptor::default(), at(0)).is_ok());
+    for origin in [Origin::Launch, Origin::Lifecycle] {
+        let id = registry.reserve("", origin, at(0)).unwrap();
+        let generation = create(&mut registry, id);
+        registry.ended(id, generation, died(), 0, at(0));
+        assert_eq!(status(&registry, id), GuestStatus::VmmUnexpectedTermination);
+        let again = registry.create(id, GuestDescriptor::default(), at(0));
+        assert_eq!(
+            again.is_ok(),
+            origin == Origin::Lifecycle,
+            "what was launched is only remembered"
+        );
+    }
 }
 
 #[test]
