@@ -45,6 +45,8 @@ pub enum ThreadRole {
     Vcpu(u8),
     /// Runs the loop of the device of this name.
     Device(&'static str),
+    /// Creates the machine, from where it first looks at the kernel.
+    Loader,
 }
 
 /// Narrows what the calling thread may do; see [`Hooks::thread_setup`].

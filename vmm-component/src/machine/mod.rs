@@ -134,6 +134,8 @@ impl Machine {
             protocol: None,
             cancel,
         };
+        // Nothing is asked of KVM any more, and what follows is hostile.
+        (hooks.thread_setup)(ThreadRole::Loader).map_err(MachineError::host("narrow the loader's system calls"))?;
         let entry = boot::load(ram.memory(), &MemoryMap::new(ram.ranges()), &request)?;
         go_on(cancel)?;
         Ok(Self {

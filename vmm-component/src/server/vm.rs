@@ -13,7 +13,7 @@ use std::{
 use kvm_ioctls::Kvm;
 use sepal_schema::{
     config::MemoryBacking,
-    error::{Error, Kind},
+    error::Error,
 };
 
 use sepal_runner::inner;
@@ -76,7 +76,6 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// Makes real machines with this handle on `/dev/kvm`, each of whose threads narrows its own system-call filter first.
 pub fn builder(kvm: Kvm) -> Builder {
     Arc::new(move |generation, spec, events, cancel| {
-        inner::narrow(inner::ThreadRole::Helper).map_err(|error| Error::new(Kind::StartFailure, error.to_string()))?;
         let memory = MemoryConfig {
             size_bytes: u64::from(spec.memory_mib) * MIB,
             custom: spec.custom_memory.into_iter().map(custom_range).collect(),
@@ -117,6 +116,7 @@ fn narrow(role: ThreadRole) -> io::Result<()> {
     let role = match role {
         ThreadRole::Vcpu(_) => inner::ThreadRole::Vcpu,
         ThreadRole::Device(_) => inner::ThreadRole::DeviceLoop,
+        ThreadRole::Loader => inner::ThreadRole::Helper,
     };
     inner::narrow(role).map_err(io::Error::other)
 }
