@@ -233,6 +233,9 @@ pub(super) const CALLS: &[Call] = &[
     // Ends of streams that are handed out, and guest memory.
     when(libc::SYS_socketpair, C, &[&[is(0, libc::AF_UNIX)]]),
     any(libc::SYS_memfd_create, C | H),
+    any(libc::SYS_fstatfs, C | H),
+    // How much memory the host has, when a guest is given its own.
+    any(libc::SYS_sysinfo, C | H),
     any(libc::SYS_getrusage, C),
     // Narrowing: a filter on the calling thread, without flags.
     when(
