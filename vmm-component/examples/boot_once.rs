@@ -1,4 +1,6 @@
-//! Times a machine alone: made, started, the first byte on its serial port, torn down. `boot_once [ROUNDS [VCPUS]]`, 200 rounds of 1 vCPU if not said.
+//! Times a machine alone: made, started, the first byte on its serial port, torn down.
+//!
+//! `boot_once [ROUNDS [VCPUS [spare]]]`, 200 rounds of 1 vCPU if not said; `spare` leaves out what can be done ahead of time.
 //!
 //! The guest writes one byte and resets. What is printed are minimum, median and maximum in microseconds.
 
@@ -16,12 +18,18 @@ use std::os::unix::net::UnixStream;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
-use sepal_vmm_component::machine::Machine;
+use sepal_vmm_component::machine::{Machine, Spare};
 
 fn main() {
-    let mut arguments = std::env::args().skip(1).map(|a| a.parse::<usize>().expect("a number"));
-    let rounds = arguments.next().unwrap_or(200).max(1);
-    let vcpus = u8::try_from(arguments.next().unwrap_or(1)).expect("at most 255 vCPUs");
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let number = |at: usize, default| {
+        arguments
+            .get(at)
+            .map_or(default, |a| a.parse::<usize>().expect("a number"))
+    };
+    let rounds = number(0, 200).max(1);
+    let vcpus = u8::try_from(number(1, 1)).expect("at most 255 vCPUs");
+    let ahead = arguments.get(2).is_some_and(|a| a == "spare");
     let Some(kvm) = rig::kvm() else { return };
     let code = guests::hello();
     let mut times: [Vec<u128>; 4] = std::array::from_fn(|_| Vec::with_capacity(rounds));
@@ -29,8 +37,11 @@ fn main() {
         let (mut serial, guest_end) = UnixStream::pair().expect("a socket pair");
         let config = rig::config(&code, vcpus, Some(guest_end.into()));
         let (hooks, _events) = rig::hooks();
+        let spare = ahead.then(|| Spare::new(&kvm).expect("a spare machine"));
         let start = Instant::now();
-        let mut machine = Machine::create(&kvm, config, hooks, &AtomicBool::new(false)).expect("the machine is made");
+        let spare = spare.unwrap_or_else(|| Spare::new(&kvm).expect("a spare machine"));
+        let mut machine =
+            Machine::create_from(spare, config, hooks, &AtomicBool::new(false)).expect("the machine is made");
         let made = start.elapsed();
         machine.start().expect("the machine starts");
         let started = start.elapsed();
