@@ -52,7 +52,7 @@ struct Loops {
 }
 
 impl Platform {
-    /// Makes the devices. `msi` is the way to the local APICs of the VM whose routes go to `routes`.
+    /// Makes the devices of `vm`, whose serial port leads to `serial`.
     pub(super) fn new(
         vm: &Arc<kvm_ioctls::VmFd>,
         ram: &GuestRam,

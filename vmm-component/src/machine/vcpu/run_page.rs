@@ -243,7 +243,7 @@ impl RunPage {
         }
     }
 
-    /// Takes back a kick; see [`super::kick`].
+    /// Takes back a kick; see [`mailbox`](super::mailbox).
     pub(in crate::machine) fn clear_immediate_exit(&self) {
         self.mapping.immediate_exit().store(0, Ordering::SeqCst);
     }
