@@ -45,7 +45,7 @@ pub(crate) async fn launch(handle: &Handle, socket: Option<&Path>, args: &Launch
         }
         Err(error) => Err(manager.explain(error)),
     };
-    manager.close();
+    manager.close(handle).await;
     outcome
 }
 

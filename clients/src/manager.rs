@@ -14,7 +14,6 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use rustix::io::FdFlags;
 use sepal_schema::{
     config::Handles,
     manager_capnp::guest_manager,
@@ -50,7 +49,11 @@ impl Manager {
         let (ours, theirs) = UnixStream::pair().context("making a socket pair")?;
         let mut command = command()?;
         command.arg("--fd").arg(theirs.as_raw_fd().to_string());
-        let child = spawn(command, &[theirs.into()])?;
+        if env::var_os("RUST_LOG").is_none() {
+            // Its log goes to the user's own standard error, where only what is wrong belongs.
+            command.env("RUST_LOG", "warn");
+        }
+        let child = spawn(command, theirs.into())?;
         Self::over(handle, ours, Some(child))
     }
 
@@ -99,7 +102,7 @@ impl Manager {
     }
 
     /// Lets go of the manager; a private one has ended when this returns, and cleaned up behind itself.
-    pub(crate) fn close(self) {
+    pub(crate) async fn close(self, handle: &Handle) {
         let Self {
             client,
             connection,
@@ -108,7 +111,8 @@ impl Manager {
         drop(client);
         drop(connection);
         if let Some(mut child) = child {
-            let _ = child.wait();
+            // Not on this thread: its loop is what closes the connection.
+            let _ = handle.spawn_blocking(move || child.wait()).await;
         }
     }
 }
@@ -131,17 +135,23 @@ fn command() -> Result<Command> {
     Ok(Command::new(path))
 }
 
-/// Starts a process that inherits these descriptors under their own numbers.
-fn spawn(mut command: Command, inherited: &[OwnedFd]) -> Result<Child> {
+/// Starts a process that inherits `fd` under its own number, and no other descriptor but the standard ones: a manager that stays must not keep
+/// open what this program happened to be started with.
+fn spawn(mut command: Command, fd: OwnedFd) -> Result<Child> {
     let program: OsString = command.get_program().to_owned();
-    for fd in inherited {
-        // Only this program's children see the descriptor in between, and it starts no other at this time.
-        rustix::io::fcntl_setfd(fd, FdFlags::empty())?;
+    let number = fd.as_raw_fd();
+    // SAFETY: between fork and exec only system calls are made; the descriptor is open until the command has been started.
+    unsafe {
+        command.pre_exec(move || {
+            let all = libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC);
+            if all != 0 || libc::fcntl(number, libc::F_SETFD, 0) != 0 {
+                return Err(io::Error::last_os_error());
+            }
+            Ok(())
+        });
     }
     let child = command.stdin(Stdio::null()).spawn();
-    for fd in inherited {
-        rustix::io::fcntl_setfd(fd, FdFlags::CLOEXEC)?;
-    }
+    drop(fd);
     child.with_context(|| format!("starting {}", Path::new(&program).display()))
 }
 
@@ -163,7 +173,7 @@ fn start_daemon(socket: &Path) -> Result<()> {
             Ok(())
         });
     }
-    let mut child = spawn(command, &[theirs.into()])?;
+    let mut child = spawn(command, theirs.into())?;
     // End of file without a byte: it ended before it listened.
     let mut byte = [0];
     if ready.read(&mut byte).context("waiting for the guest manager")? == 0 {
