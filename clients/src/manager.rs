@@ -49,6 +49,10 @@ impl Manager {
         let (ours, theirs) = UnixStream::pair().context("making a socket pair")?;
         let mut command = command()?;
         command.arg("--fd").arg(theirs.as_raw_fd().to_string());
+        // Its log goes to the user's terminal: what is as it should be is not worth a line there.
+        if env::var_os("RUST_LOG").is_none() {
+            command.env("RUST_LOG", "warn");
+        }
         if env::var_os("RUST_LOG").is_none() {
             // Its log goes to the user's own standard error, where only what is wrong belongs.
             command.env("RUST_LOG", "warn");
