@@ -357,9 +357,10 @@ impl Guest {
 
     fn let_go(&mut self) {
         self.lease = None;
-        self.connection = None;
-        // The connection closes when its loop runs once more.
-        let _ = self.reactor.run_until(async {});
+        if let Some(connection) = self.connection.take() {
+            connection.disconnect();
+            let _ = self.reactor.run_until(connection);
+        }
     }
 
     fn observer(&self) -> observer::Client {
