@@ -125,10 +125,12 @@ impl KeeperStarter {
 
     /// Ends the keeper and what still runs below it, and waits until it is done.
     pub fn close(&self) {
-        let keeper = self.0.keeper.borrow_mut().take();
-        if let Some(keeper) = keeper
-            && let Err(error) = keeper.close()
-        {
+        let Some(keeper) = self.0.keeper.borrow_mut().take() else {
+            return;
+        };
+        // The event loop has a descriptor of the connection, too, so that closing ours alone would not end it.
+        let ended = rustix::net::shutdown(&keeper, rustix::net::Shutdown::Both).map_err(|errno| errno.to_string());
+        if let Err(error) = ended.and_then(|()| keeper.close().map_err(|error| error.to_string())) {
             tracing::warn!("{error}");
         }
     }
