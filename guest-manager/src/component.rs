@@ -222,8 +222,17 @@ impl Component {
         self.exit.until(|exit| exit.clone()).await
     }
 
-    /// The last line that it wrote to its standard error, if any.
+    /// The end of what it wrote to its standard error, one line a string.
+    pub fn last_lines(&self) -> Vec<String> {
+        let lines = |stderr: &Rc<Stderr>| stderr.words.borrow().lines().map(str::to_owned).collect();
+        self.stderr.as_ref().map(lines).unwrap_or_default()
+    }
+
+    /// The last line that it wrote to its standard error, if any; none if it was killed from outside, which it cannot have commented on.
     pub fn last_line(&self) -> Option<String> {
+        if let Some(Exit::Signal(libc::SIGKILL) | Exit::Unknown(_)) = self.exit() {
+            return None;
+        }
         self.stderr
             .as_ref()?
             .words
@@ -231,12 +240,6 @@ impl Component {
             .lines()
             .next_back()
             .map(str::to_owned)
-    }
-
-    /// The end of what it wrote to its standard error, one line a string.
-    pub fn last_lines(&self) -> Vec<String> {
-        let lines = |stderr: &Rc<Stderr>| stderr.words.borrow().lines().map(str::to_owned).collect();
-        self.stderr.as_ref().map(lines).unwrap_or_default()
     }
 }
 

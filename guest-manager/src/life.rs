@@ -211,6 +211,12 @@ async fn conversation(
                 let message = format!("the component could not be started: {words}");
                 return Some(Outcome::NotCreated(Error::new(Kind::StartFailure, message)));
             }
+            if guest.stop_cause().is_none() {
+                tracing::error!(guest = &*guest.name, pid = component.pid, "the component died: {exit}");
+                for line in component.last_lines() {
+                    tracing::warn!(guest = &*guest.name, "before it died: {line}");
+                }
+            }
             Some(Outcome::Exited {
                 exit,
                 last_line: component.last_line(),

@@ -69,7 +69,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     // Before any thread is made, the log's included, so that none takes them.
     let signals = block_signals().context("taking signals");
-    let log = match start_log(arguments.log_format) {
+    let log = match start_log(&arguments) {
         Ok(log) => log,
         Err(error) => {
             eprintln!("guest-manager: {error:#}");
@@ -228,15 +228,18 @@ fn raise_descriptor_limit() {
     );
 }
 
-fn start_log(format: LogFormat) -> Result<Writer> {
+fn start_log(arguments: &Arguments) -> Result<Writer> {
     let (lines, writer) = log::start(std::io::stderr()).context("starting the log's thread")?;
+    // What a private manager does is the business of its only client, which is told; its log may well go to the client's terminal.
+    let private = arguments.fd.is_some() && arguments.socket.is_none();
+    let level = if private { LevelFilter::WARN } else { LevelFilter::INFO };
     let filter = EnvFilter::builder()
-        .with_default_directive(LevelFilter::INFO.into())
+        .with_default_directive(level.into())
         .from_env_lossy();
     let subscriber = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(move || lines.clone());
-    match format {
+    match arguments.log_format {
         LogFormat::Text => subscriber.with_ansi(false).with_target(false).init(),
         LogFormat::Json => subscriber.json().flatten_event(true).init(),
     }
