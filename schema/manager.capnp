@@ -26,7 +26,8 @@ interface GuestManager {
   # A guest by name, also one that has ended and is still remembered. NOT_FOUND.
 
   list @4 () -> (guests :List(Guests.GuestInfo));
-  # All guests, running or not, as of one moment, sorted by name. Never waits for a guest.
+  # All guests, running or not, as of one moment, sorted by name. Never waits for a guest. Where there are so many that the answer would not
+  # fit into a message, details are left out: first layers, then command lines and devices, then problems. Observer.info has all of them.
 
   subscribe @5 (sink :Guests.EventSink, replay :UInt32) -> (subscription :Guests.Subscription);
   # The events of all guests from now on, after the last `replay` ones (at most 1024 are kept). Flow-controlled: a subscriber that does not
