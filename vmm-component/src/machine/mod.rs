@@ -271,6 +271,7 @@ impl Machine {
     /// Counters, read without disturbing a vCPU.
     pub fn stats(&self) -> MachineStats {
         MachineStats {
+            serial_dropped: self.platform.serial_dropped(),
             vcpus: self.threads.stats(),
         }
     }

@@ -38,6 +38,7 @@ pub(super) struct Platform {
     mmio: Bus,
     ioapic: Arc<IoApic>,
     power_button: PowerButton,
+    port: Arc<Serial>,
     loops: Mutex<Loops>,
 }
 
@@ -86,7 +87,13 @@ impl Platform {
             .map(|host| port.host_loop(host))
             .transpose()
             .map_err(init(SERIAL))?;
-        insert(&pio, layout::SERIAL.into(), serial::PORTS, SERIAL, port)?;
+        insert(
+            &pio,
+            layout::SERIAL.into(),
+            serial::PORTS,
+            SERIAL,
+            Arc::clone(&port) as _,
+        )?;
 
         let (clock, clock_loop) =
             Rtc::with_interrupt(Arc::new(HostClock), memory_sizes(ram), line(layout::RTC_GSI)).map_err(init(RTC))?;
@@ -105,12 +112,18 @@ impl Platform {
             mmio,
             ioapic,
             power_button,
+            port,
             loops: Mutex::new(Loops {
                 serial: serial_loop,
                 rtc: Some(clock_loop),
                 running: Vec::new(),
             }),
         })
+    }
+
+    /// Bytes of serial output that the host side did not take.
+    pub(super) fn serial_dropped(&self) -> u64 {
+        self.port.dropped()
     }
 
     /// Starts the devices' loops.

@@ -1,6 +1,6 @@
 //! Counters of a running machine that anyone may read without stopping a vCPU.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 
 /// The reasons for which a vCPU leaves the guest, as counted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -56,6 +56,10 @@ impl ExitReason {
 #[derive(Debug, Default)]
 pub(super) struct VcpuCounters {
     exits: [AtomicU64; ExitReason::ALL.len()],
+    /// The clock of the thread's CPU time, while it lives; 0 (the real-time clock, which it never is) before and after.
+    clock: AtomicI32,
+    /// The thread's CPU time in nanoseconds, once it has ended.
+    cpu_time_ns: AtomicU64,
 }
 
 impl VcpuCounters {
@@ -65,10 +69,29 @@ impl VcpuCounters {
         counter.store(counter.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
     }
 
+    /// The calling thread is the vCPU's from here on: its CPU time is what counts.
+    pub(super) fn thread_begins(&self) {
+        let mut clock = 0;
+        // SAFETY: the calling thread exists, and `clock` is ours to write.
+        if unsafe { libc::pthread_getcpuclockid(libc::pthread_self(), &mut clock) } == 0 {
+            self.clock.store(clock, Ordering::Relaxed);
+        }
+    }
+
+    /// The calling thread, which is the vCPU's, is about to end: its clock ends with it.
+    pub(super) fn thread_ends(&self) {
+        if let Some(time) = cpu_time(self.clock.load(Ordering::Relaxed)) {
+            self.cpu_time_ns.store(time, Ordering::Relaxed);
+        }
+        self.clock.store(0, Ordering::Relaxed);
+    }
+
     /// The counters as they stand.
     pub(super) fn read(&self) -> VcpuStats {
+        let clock = self.clock.load(Ordering::Relaxed);
         VcpuStats {
             exits: std::array::from_fn(|i| self.exits[i].load(Ordering::Relaxed)),
+            cpu_time_ns: cpu_time(clock).unwrap_or_else(|| self.cpu_time_ns.load(Ordering::Relaxed)),
         }
     }
 }
@@ -78,6 +101,21 @@ impl VcpuCounters {
 pub struct VcpuStats {
     /// Exits since the start, in the order of [`ExitReason::ALL`].
     pub exits: [u64; ExitReason::ALL.len()],
+    /// CPU time of the vCPU's thread, in nanoseconds, guest and host together.
+    pub cpu_time_ns: u64,
+}
+
+/// What a thread's clock says, in nanoseconds; none if the thread is gone.
+fn cpu_time(clock: libc::clockid_t) -> Option<u64> {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `time` is ours to write; a clock that is no more is an error, not undefined.
+    if clock == 0 || unsafe { libc::clock_gettime(clock, &mut time) } != 0 {
+        return None;
+    }
+    let seconds = u64::try_from(time.tv_sec).ok()?;
+    seconds
+        .checked_mul(1_000_000_000)?
+        .checked_add(u64::try_from(time.tv_nsec).ok()?)
 }
 
 impl VcpuStats {
@@ -95,6 +133,8 @@ impl VcpuStats {
 /// A machine's counters, read at one moment.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct MachineStats {
+    /// Bytes of serial output that were dropped because the host side did not take them.
+    pub serial_dropped: u64,
     /// By vCPU index.
     pub vcpus: Vec<VcpuStats>,
 }

@@ -394,7 +394,8 @@ impl observer::Server for GuestServer {
     }
 }
 
-fn write_stats(stats: &MachineStats, to: stats::Builder<'_>) {
+fn write_stats(stats: &MachineStats, mut to: stats::Builder<'_>) {
+    to.set_serial_dropped(stats.serial_dropped);
     // A guest has 64 vCPUs at most.
     let mut list = to.init_vcpus(stats.vcpus.len() as u32);
     for (i, vcpu) in stats.vcpus.iter().enumerate() {
@@ -405,6 +406,7 @@ fn write_stats(stats: &MachineStats, to: stats::Builder<'_>) {
             vcpu.exits_for(ExitReason::Assist),
         );
         to.set_index(i as u8);
+        to.set_cpu_time_ns(vcpu.cpu_time_ns);
         to.set_exits(vcpu.total());
         to.set_io_exits(io);
         to.set_mmio_exits(mmio);

@@ -11,10 +11,7 @@ use std::{
 };
 
 use kvm_ioctls::Kvm;
-use sepal_schema::{
-    config::MemoryBacking,
-    error::Error,
-};
+use sepal_schema::{config::MemoryBacking, error::Error};
 
 use sepal_runner::inner;
 

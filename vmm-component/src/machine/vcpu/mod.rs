@@ -54,7 +54,6 @@ pub(super) trait GuestBus: Send + Sync {
 pub(super) struct Shared {
     pub(super) vm: Arc<VmFd>,
     pub(super) run_size: usize,
-    pub(super) ram: Arc<GuestRam>,
     /// What the vCPUs' CPUID have in common.
     pub(super) cpuid: Vec<kvm_cpuid_entry2>,
     pub(super) bus: Arc<dyn GuestBus>,
@@ -63,6 +62,8 @@ pub(super) struct Shared {
     pub(super) reporter: Arc<Reporter>,
     pub(super) ledger: PauseLedger,
     pub(super) hooks: Hooks,
+    /// Last, and so dropped after everything that has the guest's memory in its hands.
+    pub(super) ram: Arc<GuestRam>,
 }
 
 /// What one vCPU is made from.
@@ -97,10 +98,12 @@ pub(super) fn thread(seed: Seed, handshake: &Sender<(u8, Handshake)>) {
         }
         Ok(mut vcpu) => {
             let _ = handshake.send((index, Ok(Arc::clone(vcpu.page.mapping()))));
+            vcpu.counters.thread_begins();
             if catch_unwind(AssertUnwindSafe(|| vcpu.live())).is_err() {
                 vcpu.fail("its thread panicked".to_owned());
             }
             vcpu.leave_guest();
+            vcpu.counters.thread_ends();
         }
     }
 }
