@@ -43,7 +43,7 @@ pub(crate) async fn launch(handle: &Handle, socket: Option<&Path>, args: &Launch
             drop(lease);
             ended
         }
-        Err(error) => Err(manager.explain(error)),
+        Err(error) => Err(manager.explain(handle, error).await),
     };
     manager.close(handle).await;
     outcome

@@ -14,6 +14,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
+use futures::FutureExt;
 use sepal_schema::{
     config::Handles,
     manager_capnp::guest_manager,
@@ -98,9 +99,14 @@ impl Manager {
     }
 
     /// Why a call failed, as far as the end of a private manager explains it.
-    pub(crate) fn explain(&mut self, error: anyhow::Error) -> anyhow::Error {
-        match self.child.as_mut().map(Child::try_wait) {
-            Some(Ok(Some(status))) => error.context(format!("the guest manager ended ({status})")),
+    pub(crate) async fn explain(&mut self, handle: &Handle, error: anyhow::Error) -> anyhow::Error {
+        let broken = self.connection.ended().now_or_never().is_some();
+        let Some(mut child) = self.child.take_if(|_| broken) else {
+            return error;
+        };
+        // Its connection ends with it, or it ends with its connection.
+        match handle.spawn_blocking(move || child.wait()).await {
+            Ok(Ok(status)) => error.context(format!("the guest manager ended ({status})")),
             _ => error,
         }
     }

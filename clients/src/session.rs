@@ -79,11 +79,9 @@ pub(crate) async fn run(manager: &Manager, guest: &guest::Client, name: &str, mo
     let printed = copy_output(stream.try_clone()?)?;
     let escape = copy_input(stream, raw.is_some())?;
     let ended = async {
-        // All output has been printed before the end is told.
-        let copied = printed.await;
-        let report = calls::wait(&observer).await?;
-        copied.unwrap_or(Ok(())).context("writing the guest's output")?;
-        anyhow::Ok(report)
+        // All output has been printed before the end is told; output that cannot be printed ends the session.
+        printed.await.unwrap_or(Ok(())).context("writing the guest's output")?;
+        calls::wait(&observer).await
     }
     .fuse();
     let escaped = async {
