@@ -11,10 +11,10 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    time::Duration,
 };
 
 use anyhow::{Context, Result, bail};
-use futures::FutureExt;
 use sepal_schema::{
     config::Handles,
     manager_capnp::guest_manager,
@@ -100,10 +100,22 @@ impl Manager {
 
     /// Why a call failed, as far as the end of a private manager explains it.
     pub(crate) async fn explain(&mut self, handle: &Handle, error: anyhow::Error) -> anyhow::Error {
-        let broken = self.connection.ended().now_or_never().is_some();
-        let Some(mut child) = self.child.take_if(|_| broken) else {
+        let broken = |error: &capnp::Error| error.kind == capnp::ErrorKind::Disconnected;
+        if !error.downcast_ref().is_some_and(broken) {
+            return error;
+        }
+        let Some(mut child) = self.child.take() else {
             return error;
         };
+        // Calls fail a moment before the connection has ended. If it does not, the capability broke for another reason.
+        if handle
+            .timeout(Duration::from_secs(1), self.connection.ended())
+            .await
+            .is_err()
+        {
+            self.child = Some(child);
+            return error;
+        }
         // Its connection ends with it, or it ends with its connection.
         match handle.spawn_blocking(move || child.wait()).await {
             Ok(Ok(status)) => error.context(format!("the guest manager ended ({status})")),
