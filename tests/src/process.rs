@@ -59,6 +59,12 @@ pub fn all() -> BTreeMap<u32, Process> {
     pids.filter_map(|pid| Some((pid, Process::of(pid)?))).collect()
 }
 
+/// The environment that a process was started with, spaces between the variables; empty if it is not ours to see.
+pub fn environment(pid: u32) -> String {
+    let bytes = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+    String::from_utf8_lossy(&bytes).replace('\0', " ")
+}
+
 /// The value of a line of `/proc/PID/status`, without surrounding blanks.
 ///
 /// # Panics

@@ -6,7 +6,7 @@
 //!     |-- guest-manager
 //!     |     `-- sepal-keeper
 //!     |           `-- vmm-component
-//!     `-- (an orphan: whatever lost its parent; a daemon is known by the world's folder in its command line)
+//!     `-- (an orphan: whatever lost its parent; a manager is known by the world's folder in its environment)
 //! ```
 
 use std::{
@@ -34,6 +34,9 @@ use crate::{
     spawn::{Finished, Running, children},
 };
 
+/// How the names of the folders begin.
+const PREFIX: &str = "sepal-test-";
+
 /// A folder with a guest manager's socket in it, and the programs that were started for it.
 pub struct World {
     id: u64,
@@ -52,7 +55,7 @@ impl World {
     pub fn new() -> Self {
         static IDS: AtomicU64 = AtomicU64::new(1);
         rustix::process::set_child_subreaper(Some(rustix::process::getpid())).unwrap();
-        let folder = tempfile::Builder::new().prefix("sepal-test-").tempdir().unwrap();
+        let folder = tempfile::Builder::new().prefix(PREFIX).tempdir().unwrap();
         Self {
             id: IDS.fetch_add(1, Ordering::Relaxed),
             folder,
@@ -308,11 +311,12 @@ impl Drop for World {
         {
             eprintln!("-- the manager's log\n{}", manager.stderr.text());
         }
+        // What a failed test leaves: managers that lost their parents. Children end with their owners, and whatever descends from a manager
+        // ends with it.
         let own = self.folder().to_string_lossy().into_owned();
         let spare: BTreeMap<u32, u64> = children().clone();
-        // What a failed test leaves: daemons by their command lines. Children end with their owners.
         for process in self.family() {
-            if !spare.contains_key(&process.pid) && process.cmdline.contains(&own) {
+            if !spare.contains_key(&process.pid) && process::environment(process.pid).contains(&own) {
                 process.signal(Signal::KILL);
             }
         }
