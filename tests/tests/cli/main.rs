@@ -1,5 +1,10 @@
 //! The command `guest` as its user sees it: what it prints, its exit status, and what is there afterwards.
 
+#![expect(
+    clippy::unwrap_used,
+    reason = "helpers of tests: a failure is a panic with a message"
+)]
+
 mod endings;
 mod help;
 mod looking;

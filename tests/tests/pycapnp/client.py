@@ -1,0 +1,145 @@
+"""A client of Sepal in Python: the schema files and the manager's socket are all that it has.
+
+usage: client.py SCHEMAS SOCKET SCENARIO
+
+Prints a line for each thing that it saw, as "what: value"; the test that runs it reads them. See ../other_language.rs.
+"""
+
+import asyncio
+import pathlib
+import sys
+
+import capnp
+
+PROMPT = b"sepal> "
+
+schemas = pathlib.Path(sys.argv[1])
+manager_capnp = capnp.load(str(schemas / "manager.capnp"), imports=[str(schemas)])
+guest_capnp = capnp.load(str(schemas / "guest.capnp"), imports=[str(schemas)])
+
+
+def told(what, value):
+    """Prints one thing that was seen, without line ends in it."""
+    print(f"{what}: {str(value)!r}" if "\n" in str(value) else f"{what}: {value}", flush=True)
+
+
+def expect_ok(what, completion):
+    """Prints the outcome of an operation that returns nothing."""
+    which = completion.which()
+    told(what, "ok" if which == "ok" else f"{completion.error.kind} about {completion.error.about!r}: {completion.error.message}")
+
+
+async def read_until(output, text, position):
+    """Reads a console from a position until it shows a text. Returns what it read, and the position after it."""
+    seen = b""
+    while text not in seen:
+        piece = await output.read(position=position)
+        seen += bytes(piece.bytes)
+        position = piece.position + len(piece.bytes)
+        if piece.ended:
+            break
+    return seen, position
+
+
+async def lifecycle(manager):
+    """newGuest, create, bind, run, the console, stop."""
+    version = await manager.version()
+    told("version", version.version)
+    told("protocol", version.protocol)
+    told("protocol constant", manager_capnp.protocolVersion)
+
+    taken = await manager.newGuest("snake")
+    told("newGuest", taken.which())
+    life = taken.lifecycle
+    # In one round trip: nothing of this waits for the answer to what comes before it.
+    created = life.create(config={"memoryMib": 32, "cmdline": "quiet hello=python"})
+    guest = life.bind().guest
+    run = life.run()
+    expect_ok("create", await created)
+    serial = (await guest.serial()).serial
+    seen, position = await read_until(serial, PROMPT, 0)
+    told("banner", seen.decode().splitlines()[0])
+    await serial.write(bytes=b"info\r")
+    seen, position = await read_until(serial, PROMPT, position)
+    told("info", seen.decode())
+
+    info = (await (await guest.observer()).observer.info()).info
+    told("status", info.status)
+    told("memory", info.descriptor.memoryMib)
+    told("cmdline", info.descriptor.cmdline)
+    told("layers", ",".join(f"{layer.name}={layer.state}" for layer in info.layers))
+
+    expect_ok("stop", await life.stop())
+    ended = await run
+    told("run", f"{ended.which()} {ended.error.kind}")
+
+
+async def errors(manager):
+    """Expected failures are data: kind, sentence, field."""
+    refused = await manager.newGuest("no such name!")
+    told("bad name", f"{refused.error.kind} about {refused.error.about!r}")
+    missing = await manager.lookup("nobody")
+    told("lookup", missing.error.kind)
+
+    life = (await manager.newGuest("eel")).lifecycle
+    early = await life.run()
+    told("run first", early.error.kind)
+    for what, config in [
+        ("unbuilt", {"sound": "on"}),
+        ("instance id", {"instanceId": b"short"}),
+        ("kernel", {"kernel": {"bytes": b"no kernel at all"}}),
+        ("memory", {"memoryMib": 2**31 - 1}),
+        ("disk", {"disks": [{"id": "d"}]}),
+    ]:
+        expect_ok(what, await life.create(config=config))
+    try:
+        await (await life.bind()).guest.serial()
+        told("bind", "worked")
+    except capnp.KjException as error:
+        told("bind", error.description)
+    again = await manager.newGuest("eel")
+    told("taken", again.error.kind)
+    expect_ok("remove", await manager.remove("nobody"))
+    expect_ok("force", await manager.forceShutdown("nobody"))
+
+
+class Sink(guest_capnp.EventSink.Server):
+    """Collects events until the guest is gone."""
+
+    def __init__(self):
+        self.gone = asyncio.Event()
+
+    async def event(self, event, dropped, **kwargs):
+        told("event", f"{event.guest} {event.which()} {dropped}")
+        if event.which() == "removed":
+            self.gone.set()
+
+
+async def events(manager):
+    """A capability of ours that the manager calls; and what dropping a lease does."""
+    sink = Sink()
+    subscription = (await manager.subscribe(sink=sink, replay=0)).subscription
+    launched = await manager.launch(config={"name": "adder", "memoryMib": 16})
+    told("launch", launched.which())
+    told("name", launched.launched.name)
+    guests = (await manager.list()).guests
+    told("list", ",".join(f"{guest.name}={guest.status}" for guest in guests))
+    observer = (await launched.launched.guest.observer()).observer
+    guest, lease = launched.launched.guest, launched.launched.lease
+    del guest, lease, launched
+    report = await observer.wait()
+    told("ended", report.reason)
+    expect_ok("remove", await manager.remove("adder"))
+    await sink.gone.wait()
+    del subscription
+
+
+async def main():
+    stream = await capnp.AsyncIoStream.create_unix_connection(sys.argv[2])
+    client = capnp.TwoPartyClient(stream)
+    manager = client.bootstrap().cast_as(manager_capnp.GuestManager)
+    await {"lifecycle": lifecycle, "errors": errors, "events": events}[sys.argv[3]](manager)
+    told("done", sys.argv[3])
+
+
+asyncio.run(capnp.run(main()))
