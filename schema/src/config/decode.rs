@@ -19,8 +19,9 @@ impl GuestConfig {
     /// Reads a configuration.
     ///
     /// # Errors
-    /// `BAD_CONFIG` or `NOT_SUPPORTED` with the field's name; internal errors for a message that is not well-formed. All descriptors that the
-    /// message names have been taken from `handles` in any case, so that a refused message leaves none behind.
+    /// `BAD_CONFIG` or `NOT_SUPPORTED` with the field's name; internal errors for a message that is not well-formed. The descriptors that the
+    /// message names have been taken from `handles` and closed then; where it could not be read to its end, those that are left are closed
+    /// with the message, as all that nobody takes.
     pub fn decode(config: guest_config::Reader<'_>, handles: &dyn Handles) -> Result<Self, Error> {
         // Descriptors first: everything that is refused below must not keep them.
         let kernel = file("kernel", config.get_kernel()?, handles);

@@ -5,7 +5,7 @@
 //! ```
 //!
 //! Decoding checks every limit and answers with an error that names the field; a field that is not built yet is refused, never ignored.
-//! Every descriptor that a message names is claimed, also when the message is refused.
+//! The descriptors of a message that is refused are closed with it at the latest.
 
 mod decode;
 mod encode;
@@ -43,7 +43,7 @@ pub const MAX_DEVICES: u32 = 32;
 pub trait Handles {
     /// Queues a descriptor to travel with the next message and returns its number.
     fn send(&self, fd: OwnedFd) -> Result<u32, Error>;
-    /// Takes the descriptor of that number, which arrived with or before the message that names it.
+    /// Takes the descriptor of that number, which arrived with the message that names it.
     fn take(&self, number: u32) -> Result<OwnedFd, Error>;
 }
 
