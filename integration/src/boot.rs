@@ -1,98 +1,27 @@
-//! One guest of a private guest manager, driven step by step.
+//! What to boot, and one guest driven step by step.
 
 use std::{
     fs::File,
-    future::Future,
-    io,
-    os::{
-        fd::{AsRawFd, OwnedFd},
-        unix::net::UnixStream,
-    },
     path::PathBuf,
-    process::{Child, Command, ExitStatus, Stdio},
     time::{Duration, Instant},
 };
 
-use rustix::io::FdFlags;
 use sepal_schema::{
     config::{self, GuestConfig},
-    error::{Error, read_completion},
+    error::read_completion,
     guest_capnp::{guest, observer, output, power, serial},
     info::GuestInfo,
     manager_capnp::guest_manager,
     report::{Reason, StopReport},
-    transport::{Connection, Limits, Reactor, connect},
 };
 
-use crate::programs::program;
+use crate::{
+    error::HarnessError,
+    manager::{Manager, PATIENCE},
+};
 
-/// How long the manager may take for anything that does not depend on the guest.
-const PATIENCE: Duration = Duration::from_secs(60);
 /// Bytes of output that an error shows.
 const TAIL: usize = 4096;
-
-/// Why a step of a run failed.
-#[derive(Debug, thiserror::Error)]
-pub enum HarnessError {
-    /// A program is not there.
-    #[error("the program {0} is not built; run: cargo build --workspace")]
-    MissingProgram(String),
-    /// A kernel or initramfs could not be built.
-    #[error("{} failed:\n{said}", script.display())]
-    Artifact {
-        /// The build script.
-        script: PathBuf,
-        /// What it printed on standard error.
-        said: String,
-    },
-    /// The host refused something.
-    #[error("{step}: {source}")]
-    Io {
-        /// What was asked of it.
-        step: &'static str,
-        /// Its answer.
-        source: io::Error,
-    },
-    /// A file of the guest cannot be opened.
-    #[error("opening {}: {source}", path.display())]
-    Open {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// The manager or the component answered with a typed error.
-    #[error(transparent)]
-    Refused(#[from] Error),
-    /// The connection broke.
-    #[error("talking to the guest manager: {0}")]
-    Rpc(#[from] capnp::Error),
-    /// What was waited for did not come.
-    #[error("{what} did not happen within {patience:?}; the guest's last output:\n{output}")]
-    TimedOut {
-        /// What was waited for.
-        what: String,
-        /// How long.
-        patience: Duration,
-        /// The end of the guest's output.
-        output: String,
-    },
-    /// The guest ended before.
-    #[error("the guest ended before {what}; its last output:\n{output}")]
-    Ended {
-        /// What was waited for.
-        what: String,
-        /// The end of the guest's output.
-        output: String,
-    },
-}
-
-impl HarnessError {
-    /// Wraps an I/O error; for `map_err`.
-    pub(crate) fn io(step: &'static str) -> impl FnOnce(io::Error) -> Self {
-        move |source| Self::Io { step, source }
-    }
-}
 
 /// What to boot. Everything has a default: without a kernel it is the embedded guest.
 #[derive(Debug, Default, Clone)]
@@ -150,15 +79,19 @@ impl Boot {
     /// # Errors
     /// [`HarnessError`]: a program is missing, the manager could not be started, or it refused.
     pub fn start(self) -> Result<Guest, HarnessError> {
-        let config = GuestConfig {
+        Manager::start()?.launch(self)
+    }
+
+    /// The configuration, with its files opened.
+    pub(crate) fn config(self) -> Result<GuestConfig, HarnessError> {
+        Ok(GuestConfig {
             kernel: open(self.kernel)?,
             initrd: open(self.initrd)?,
             cmdline: self.cmdline,
             cpus: self.cpus,
             memory_mib: self.memory_mib,
             ..GuestConfig::default()
-        };
-        Guest::launch(config)
+        })
     }
 }
 
@@ -174,12 +107,10 @@ fn open(path: Option<PathBuf>) -> Result<config::File, HarnessError> {
 
 /// A guest that was launched. Dropping it ends the guest and its manager.
 pub struct Guest {
-    reactor: Reactor,
+    manager: Manager,
     guest: guest::Client,
     /// Held: the guest ends when it is dropped.
-    lease: Option<guest_manager::lease::Client>,
-    connection: Option<Connection>,
-    manager: Child,
+    _lease: guest_manager::lease::Client,
     output: Vec<u8>,
     /// Position of the serial port's output after what has been read.
     position: u64,
@@ -189,32 +120,16 @@ pub struct Guest {
 }
 
 impl Guest {
-    fn launch(config: GuestConfig) -> Result<Self, HarnessError> {
-        use guest_manager::launch_result::Which;
-        let mut reactor = Reactor::new().map_err(HarnessError::io("making the event loop"))?;
-        let (ours, theirs) = UnixStream::pair().map_err(HarnessError::io("making a socket pair"))?;
-        let manager = start_manager(theirs.into())?;
-        let (client, connection) = connect::<guest_manager::Client>(&reactor.handle(), ours, Limits::default())
-            .map_err(HarnessError::io("connecting to the guest manager"))?;
-        let mut request = client.launch_request();
-        config.encode(request.get().init_config(), &connection.fds())?;
-        let response = within(&mut reactor, PATIENCE, request.send().promise)?;
-        let response = response.unwrap_or_else(|| Err(capnp::Error::overloaded("launch was not answered".into())))?;
-        let (guest, lease) = match response.get()?.which().map_err(capnp::Error::from)? {
-            Which::Launched(launched) => (launched.get_guest()?, launched.get_lease()?),
-            Which::Error(error) => return Err(Error::read(error?)?.into()),
-        };
-        Ok(Self {
-            reactor,
-            guest,
-            lease: Some(lease),
-            connection: Some(connection),
+    pub(crate) fn new(manager: Manager, guest: guest::Client, lease: guest_manager::lease::Client) -> Self {
+        Self {
             manager,
+            guest,
+            _lease: lease,
             output: Vec::new(),
             position: 0,
             seen: 0,
             ended: false,
-        })
+        }
     }
 
     /// Waits until the guest prints `text`, after what earlier waits have found. Returns the output from there to the end of the text.
@@ -276,7 +191,7 @@ impl Guest {
         for piece in text.as_bytes().chunks(64 * 1024) {
             let mut request = serial.write_request();
             request.get().set_bytes(piece);
-            let sent = within(&mut self.reactor, PATIENCE, request.send())?;
+            let sent = self.manager.within(PATIENCE, request.send())?;
             sent.ok_or_else(|| self.timed_out("taking the typed text", PATIENCE))??;
         }
         Ok(())
@@ -288,7 +203,7 @@ impl Guest {
     /// What the guest manager answered.
     pub fn press_power_button(&mut self) -> Result<(), HarnessError> {
         let power: power::Client = self.guest.power_request().send().pipeline.get_power();
-        let answer = within(&mut self.reactor, PATIENCE, power.shutdown_request().send().promise)?;
+        let answer = self.manager.within(PATIENCE, power.shutdown_request().send().promise)?;
         let answer = answer.ok_or_else(|| self.timed_out("pressing the power button", PATIENCE))??;
         Ok(read_completion(answer.get()?)?)
     }
@@ -306,7 +221,7 @@ impl Guest {
             }
         }
         let asked = self.observer().wait_request().send().promise;
-        let answer = within(&mut self.reactor, PATIENCE, asked)?;
+        let answer = self.manager.within(PATIENCE, asked)?;
         let answer = answer.ok_or_else(|| self.timed_out("the report of the guest's end", patience))??;
         Ok(StopReport::read(answer.get()?)?)
     }
@@ -334,7 +249,7 @@ impl Guest {
     /// When the connection breaks.
     pub fn info(&mut self) -> Result<GuestInfo, HarnessError> {
         let asked = self.observer().info_request().send().promise;
-        let answer = within(&mut self.reactor, PATIENCE, asked)?;
+        let answer = self.manager.within(PATIENCE, asked)?;
         let answer = answer.ok_or_else(|| self.timed_out("the guest's information", PATIENCE))??;
         Ok(GuestInfo::read(answer.get()?.get_info()?)?)
     }
@@ -344,23 +259,16 @@ impl Guest {
         String::from_utf8_lossy(&self.output).into_owned()
     }
 
-    /// Ends the guest and its manager, and returns how the manager ended.
+    /// Ends the guest, and hands its manager back.
     ///
     /// # Errors
-    /// When the manager cannot be waited for.
-    pub fn close(mut self) -> Result<ExitStatus, HarnessError> {
-        self.let_go();
-        self.manager
-            .wait()
-            .map_err(HarnessError::io("waiting for the guest manager"))
-    }
-
-    fn let_go(&mut self) {
-        self.lease = None;
-        if let Some(connection) = self.connection.take() {
-            connection.disconnect();
-            let _ = self.reactor.run_until(connection);
-        }
+    /// What the guest manager answered.
+    pub fn finish(mut self) -> Result<Manager, HarnessError> {
+        let power: power::Client = self.guest.power_request().send().pipeline.get_power();
+        let asked = power.kill_request().send().promise;
+        let answer = self.manager.within(PATIENCE, asked)?;
+        answer.ok_or_else(|| self.timed_out("stopping the guest", PATIENCE))??;
+        Ok(self.manager)
     }
 
     fn observer(&self) -> observer::Client {
@@ -372,7 +280,7 @@ impl Guest {
         let output: output::Client = self.observer().output_request().send().pipeline.get_output();
         let mut request = output.read_request();
         request.get().set_position(self.position);
-        let Some(answer) = within(&mut self.reactor, patience, request.send().promise)? else {
+        let Some(answer) = self.manager.within(patience, request.send().promise)? else {
             return Ok(false);
         };
         let answer = answer?;
@@ -402,36 +310,8 @@ impl Guest {
     }
 }
 
-impl Drop for Guest {
-    fn drop(&mut self) {
-        self.let_go();
-        let _ = self.manager.wait();
-    }
-}
-
 fn find(haystack: &[u8], needle: &[u8]) -> Option<usize> {
     haystack
         .windows(needle.len().max(1))
         .position(|window| window == needle)
-}
-
-/// Runs a future on the loop; `None` if it takes longer than `patience`.
-fn within<F: Future>(reactor: &mut Reactor, patience: Duration, future: F) -> Result<Option<F::Output>, HarnessError> {
-    let handle = reactor.handle();
-    let outcome = reactor.run_until(async move { handle.timeout(patience, future).await });
-    Ok(outcome.map_err(HarnessError::io("running the event loop"))?.ok())
-}
-
-/// A manager that serves one connection and ends with it.
-fn start_manager(connection: OwnedFd) -> Result<Child, HarnessError> {
-    let mut command = Command::new(program("guest-manager")?);
-    command
-        .arg("--fd")
-        .arg(connection.as_raw_fd().to_string())
-        .stdin(Stdio::null());
-    rustix::io::fcntl_setfd(&connection, FdFlags::empty()).map_err(|errno| HarnessError::Io {
-        step: "passing the connection on",
-        source: errno.into(),
-    })?;
-    command.spawn().map_err(HarnessError::io("starting the guest manager"))
 }

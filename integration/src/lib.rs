@@ -14,11 +14,16 @@
 //!
 //! - `artifacts`: the test kernel and its initramfs, built once and cached.
 //! - `boot`: [`Boot`] says what to boot; [`Guest`] waits for lines, types, and asserts how it ended.
+//! - `manager`: [`Manager`], a guest manager of one's own.
 //! - `programs`: where the programs of this build are.
 
 pub mod artifacts;
 mod boot;
+mod error;
+mod manager;
 mod programs;
 
-pub use boot::{Boot, Guest, HarnessError};
+pub use boot::{Boot, Guest};
+pub use error::HarnessError;
+pub use manager::Manager;
 pub use programs::program;

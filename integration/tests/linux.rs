@@ -59,7 +59,7 @@ fn two_cpus_run_a_script_and_power_off() {
     let report = guest.assert_ends_with(Reason::Shutdown, END).unwrap();
     assert_eq!(report.error, None);
     assert!(guest.output().contains("\nLinux\r\n"), "{}", guest.output());
-    assert!(guest.close().unwrap().success());
+    assert!(guest.finish().unwrap().close().unwrap().success());
 }
 
 #[test]

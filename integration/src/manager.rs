@@ -1,0 +1,127 @@
+//! A guest manager of one's own, that ends with its connection.
+
+use std::{
+    future::Future,
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::net::UnixStream,
+    },
+    process::{Child, Command, ExitStatus, Stdio},
+    time::Duration,
+};
+
+use rustix::io::FdFlags;
+use sepal_schema::{
+    error::Error,
+    manager_capnp::guest_manager,
+    transport::{Connection, Limits, Reactor, connect},
+};
+
+use crate::{
+    boot::{Boot, Guest},
+    error::HarnessError,
+    programs::program,
+};
+
+/// How long the manager may take for anything that does not depend on the guest.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A private guest manager and the connection to it. Dropping it ends both, and every guest that is left.
+pub struct Manager {
+    reactor: Reactor,
+    client: guest_manager::Client,
+    connection: Option<Connection>,
+    child: Child,
+}
+
+impl Manager {
+    /// Starts one.
+    ///
+    /// # Errors
+    /// [`HarnessError`]: its program is missing, or the host refused something.
+    pub fn start() -> Result<Self, HarnessError> {
+        let reactor = Reactor::new().map_err(HarnessError::io("making the event loop"))?;
+        let (ours, theirs) = UnixStream::pair().map_err(HarnessError::io("making a socket pair"))?;
+        let child = spawn(theirs.into())?;
+        let (client, connection) = connect::<guest_manager::Client>(&reactor.handle(), ours, Limits::default())
+            .map_err(HarnessError::io("connecting to the guest manager"))?;
+        Ok(Self {
+            reactor,
+            client,
+            connection: Some(connection),
+            child,
+        })
+    }
+
+    /// Launches a guest; its vCPUs run when this returns.
+    ///
+    /// # Errors
+    /// A file of the guest cannot be opened, or the manager refused.
+    pub fn launch(mut self, boot: Boot) -> Result<Guest, HarnessError> {
+        use guest_manager::launch_result::Which;
+        let mut request = self.client.launch_request();
+        if let Some(connection) = &self.connection {
+            boot.config()?.encode(request.get().init_config(), &connection.fds())?;
+        }
+        let response = self.within(PATIENCE, request.send().promise)?;
+        let response = response.unwrap_or_else(|| Err(capnp::Error::overloaded("launch was not answered".into())))?;
+        let (guest, lease) = match response.get()?.which().map_err(capnp::Error::from)? {
+            Which::Launched(launched) => (launched.get_guest()?, launched.get_lease()?),
+            Which::Error(error) => return Err(Error::read(error?)?.into()),
+        };
+        Ok(Guest::new(self, guest, lease))
+    }
+
+    /// Ends the manager, and returns how it ended.
+    ///
+    /// # Errors
+    /// When it cannot be waited for.
+    pub fn close(mut self) -> Result<ExitStatus, HarnessError> {
+        self.let_go();
+        self.child
+            .wait()
+            .map_err(HarnessError::io("waiting for the guest manager"))
+    }
+
+    /// Runs a future on the loop; `None` if it takes longer than `patience`.
+    pub(crate) fn within<F: Future>(
+        &mut self,
+        patience: Duration,
+        future: F,
+    ) -> Result<Option<F::Output>, HarnessError> {
+        let handle = self.reactor.handle();
+        let outcome = self
+            .reactor
+            .run_until(async move { handle.timeout(patience, future).await });
+        Ok(outcome.map_err(HarnessError::io("running the event loop"))?.ok())
+    }
+
+    fn let_go(&mut self) {
+        if let Some(connection) = self.connection.take() {
+            connection.disconnect();
+            // The loop is what closes it.
+            let _ = self.reactor.run_until(connection);
+        }
+    }
+}
+
+impl Drop for Manager {
+    fn drop(&mut self) {
+        self.let_go();
+        let _ = self.child.wait();
+    }
+}
+
+/// A manager that serves one connection and ends with it.
+fn spawn(connection: OwnedFd) -> Result<Child, HarnessError> {
+    let mut command = Command::new(program("guest-manager")?);
+    command
+        .arg("--fd")
+        .arg(connection.as_raw_fd().to_string())
+        .stdin(Stdio::null());
+    rustix::io::fcntl_setfd(&connection, FdFlags::empty()).map_err(|errno| HarnessError::Io {
+        step: "passing the connection on",
+        source: errno.into(),
+    })?;
+    command.spawn().map_err(HarnessError::io("starting the guest manager"))
+}
