@@ -5,8 +5,6 @@
 //! SEPAL_STOCK_KERNEL=/boot/vmlinuz-6.1.0-56-cloud-amd64 cargo test -p sepal-integration --test stock -- --nocapture
 //! ```
 
-#![expect(clippy::unwrap_used, reason = "a test fails by a panic")]
-
 use std::{env, time::Duration};
 
 use sepal_integration::{Boot, artifacts};

@@ -1,0 +1,257 @@
+//! A component's server at the other end of a socket pair, and machines that only pretend.
+
+use std::{
+    collections::VecDeque,
+    fs::File,
+    future::Future,
+    os::unix::net::UnixStream,
+    pin::pin,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+        mpsc,
+    },
+};
+
+use capnp::capability::FromClientHook;
+use futures::{
+    FutureExt,
+    channel::oneshot,
+    future::{self, LocalBoxFuture},
+};
+use sepal_schema::{
+    error::{Error, Kind, read_completion},
+    guest_capnp::{guest, observer},
+    info::{LayerInfo, LayerState},
+    lifecycle_capnp::{component, guest_lifecycle},
+    report::StopReport,
+    transport::{Connection, Limits, Reactor, connect, serve_with},
+};
+
+use crate::{
+    lifecycle::Generation,
+    machine::{Happening, MachineEvent, MachineStats},
+    server::{
+        ComponentServer, Controller,
+        vm::{Builder, Events, Vm},
+    },
+};
+
+/// What the next build does.
+pub(super) enum Build {
+    Succeed,
+    Fail(Kind),
+    Panic,
+    /// Goes on until it is cancelled; then fails, or succeeds because it was ready just before.
+    UntilCancelled {
+        ready: bool,
+    },
+}
+
+/// Everything that the pretended machines share with the test.
+#[derive(Default)]
+pub(super) struct World {
+    pub(super) builds: Mutex<VecDeque<Build>>,
+    pub(super) start_fails: AtomicBool,
+    /// A tear-down waits for a message, if there is a receiver.
+    pub(super) hold_tear_down: Mutex<Option<mpsc::Receiver<()>>>,
+    /// Where each machine so far reports.
+    events: Mutex<Vec<(Generation, Events)>>,
+    pub(super) building: AtomicUsize,
+    pub(super) alive: AtomicUsize,
+    pub(super) started: AtomicUsize,
+    pub(super) buttons: AtomicUsize,
+}
+
+struct PretendedVm {
+    world: Arc<World>,
+    generation: Generation,
+}
+
+impl Drop for PretendedVm {
+    fn drop(&mut self) {
+        self.world.alive.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+impl Vm for PretendedVm {
+    fn start(&mut self) -> Result<(), Error> {
+        if self.world.start_fails.load(Ordering::SeqCst) {
+            return Err(Error::new(Kind::VcpuStartFailure, "vCPU 0 did not start"));
+        }
+        self.world.started.fetch_add(1, Ordering::SeqCst);
+        Ok(())
+    }
+    fn pause(&mut self) {
+        self.world.report(self.generation, Happening::Paused);
+    }
+    fn resume(&mut self) {}
+    fn press_power_button(&mut self) -> Result<(), Error> {
+        self.world.buttons.fetch_add(1, Ordering::SeqCst);
+        Ok(())
+    }
+    fn nmi(&mut self) -> Result<(), Error> {
+        Ok(())
+    }
+    fn stats(&self) -> MachineStats {
+        MachineStats::default()
+    }
+    fn tear_down(self: Box<Self>) -> Result<(), String> {
+        let held = self.world.hold_tear_down.lock().unwrap().take();
+        if let Some(held) = held {
+            held.recv().unwrap();
+        }
+        Ok(())
+    }
+}
+
+impl World {
+    fn builder(self: &Arc<Self>) -> Builder {
+        let world = self.clone();
+        Arc::new(move |generation, _, events, cancel| {
+            world.building.fetch_add(1, Ordering::SeqCst);
+            let build = world.builds.lock().unwrap().pop_front().unwrap_or(Build::Succeed);
+            world.events.lock().unwrap().push((generation, events));
+            match build {
+                Build::Fail(kind) => return Err(Error::new(kind, "as the test wants it")),
+                Build::Panic => panic!("as the test wants it"),
+                Build::UntilCancelled { ready } => {
+                    while !cancel.load(Ordering::SeqCst) {
+                        std::thread::yield_now();
+                    }
+                    if !ready {
+                        return Err(Error::new(Kind::Cancelled, "cancelled"));
+                    }
+                }
+                Build::Succeed => {}
+            }
+            assert_eq!(world.alive.fetch_add(1, Ordering::SeqCst), 0, "two machines at once");
+            Ok(Box::new(PretendedVm {
+                world: world.clone(),
+                generation,
+            }) as Box<dyn Vm>)
+        })
+    }
+
+    pub(super) fn report(&self, generation: Generation, what: Happening) {
+        let events = self.events.lock().unwrap();
+        let (_, report) = events
+            .iter()
+            .find(|(known, _)| *known == generation)
+            .expect("no such machine");
+        report(MachineEvent { generation, what });
+    }
+}
+
+pub(super) struct Bench {
+    pub(super) component: component::Client,
+    pub(super) lifecycle: guest_lifecycle::Client,
+    pub(super) connection: Connection,
+    fds: sepal_schema::transport::FdTable,
+    pub(super) world: Arc<World>,
+    pub(super) exited: oneshot::Receiver<()>,
+}
+
+/// Runs a test against a component's server at the other end of a socket pair.
+pub(super) fn bench<F: Future<Output = ()>>(test: impl FnOnce(Bench) -> F) {
+    let mut reactor = Reactor::new().unwrap();
+    let handle = reactor.handle();
+    let world = Arc::<World>::default();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let (controller, exited) = Controller::new(&handle, world.builder());
+    let layers = vec![LayerInfo {
+        name: "seccomp".into(),
+        state: LayerState::Holds,
+        detail: "pretended".into(),
+    }];
+    let server = serve_with(&handle, theirs, Limits::default(), |fds| {
+        ComponentServer::client(controller.clone(), fds, layers).client
+    });
+    server.unwrap().detach();
+    drop(controller);
+    let (component, connection) = connect::<component::Client>(&handle, ours, Limits::default()).unwrap();
+    let lifecycle = component.clone().cast_to::<guest_lifecycle::Client>();
+    let bench = Bench {
+        component,
+        lifecycle,
+        fds: connection.fds(),
+        connection,
+        world: world.clone(),
+        exited,
+    };
+    let patience = reactor.handle();
+    let finished = reactor
+        .run_until(patience.timeout(std::time::Duration::from_secs(30), test(bench)))
+        .unwrap();
+    finished.expect("the test did not end");
+}
+
+pub(super) type RunAnswer = Result<StopReport, Error>;
+
+impl Bench {
+    pub(super) fn create(&self) -> impl Future<Output = Result<(), Error>> + use<> {
+        self.create_with(|_| {})
+    }
+
+    pub(super) fn create_with(
+        &self,
+        fill: impl FnOnce(guest_lifecycle::create_params::Builder<'_>),
+    ) -> LocalBoxFuture<'static, Result<(), Error>> {
+        let mut request = self.lifecycle.create_request();
+        let kernel = self.fds.send(File::open("/dev/null").unwrap().into()).unwrap();
+        request.get().init_config().init_kernel().init_fd().set_number(kernel);
+        fill(request.get());
+        let answer = request.send().promise;
+        async move { read_completion(answer.await.unwrap().get().unwrap()) }.boxed_local()
+    }
+
+    pub(super) fn run(&self) -> impl Future<Output = RunAnswer> + use<> {
+        use guest_lifecycle::run_result::Which;
+        let answer = self.lifecycle.run_request().send().promise;
+        async move {
+            match answer.await.unwrap().get().unwrap().which().unwrap() {
+                Which::Ended(report) => Ok(StopReport::read(report.unwrap()).unwrap()),
+                Which::Error(error) => Err(Error::read(error.unwrap()).unwrap()),
+            }
+        }
+    }
+
+    pub(super) fn stop(&self) -> impl Future<Output = Result<(), Error>> + use<> {
+        let answer = self.lifecycle.stop_request().send().promise;
+        async move { read_completion(answer.await.unwrap().get().unwrap()) }
+    }
+
+    pub(super) fn guest(&self) -> guest::Client {
+        self.lifecycle.bind_request().send().pipeline.get_guest()
+    }
+
+    pub(super) fn observer(&self) -> observer::Client {
+        self.guest().observer_request().send().pipeline.get_observer()
+    }
+
+    pub(super) async fn wait_for(&self, what: &str, holds: impl Fn(&World) -> bool) {
+        // The pretended machines live on other threads; each round trip gives them time.
+        while !holds(&self.world) {
+            let alive = self.component.layers_request().send().promise.await;
+            assert!(alive.is_ok(), "the server ended while the test waited for: {what}");
+        }
+    }
+
+    pub(super) async fn until_running(&self) {
+        self.wait_for("start", |world| world.started.load(Ordering::SeqCst) > 0)
+            .await;
+    }
+}
+
+pub(super) fn kind<T: std::fmt::Debug>(outcome: Result<T, Error>) -> Kind {
+    outcome.unwrap_err().kind
+}
+
+pub(super) async fn is_pending<T>(future: impl Future<Output = T>, bench: &Bench) -> bool {
+    // Another call on the same connection is answered meanwhile.
+    let other = bench.component.layers_request().send().promise;
+    match future::select(pin!(future), pin!(other)).await {
+        future::Either::Left(_) => false,
+        future::Either::Right(_) => true,
+    }
+}
