@@ -4,7 +4,6 @@
 
 use std::{
     cell::{Cell, RefCell},
-    collections::VecDeque,
     fmt, io,
     os::{fd::OwnedFd, unix::net::UnixStream},
     rc::Rc,
@@ -21,14 +20,13 @@ use sepal_schema::{
         reactor::{Direction, Task},
     },
 };
+use tracing::Level;
 
 use crate::changed::Changed;
 
-/// Lines of a component's standard error that are kept for reports.
-const KEPT_LINES: usize = 50;
 /// Longest line, in bytes; the rest goes on in the next one.
 const MAX_LINE: usize = 512;
-/// Bytes of standard error that are logged of one component; the rest is only kept for reports, so that nobody fills the host's logs.
+/// Bytes of standard error that are logged of one component; of the rest only the last line is kept, so that nobody fills the host's logs.
 const MAX_LOGGED: usize = 256 * 1024;
 /// Most bytes that are read from the pipe of a dead component: the most that an unprivileged pipe holds (fs.pipe-max-size).
 const MAX_REST: usize = 1024 * 1024;
@@ -222,24 +220,12 @@ impl Component {
         self.exit.until(|exit| exit.clone()).await
     }
 
-    /// The end of what it wrote to its standard error, one line a string.
-    pub fn last_lines(&self) -> Vec<String> {
-        let lines = |stderr: &Rc<Stderr>| stderr.words.borrow().lines().map(str::to_owned).collect();
-        self.stderr.as_ref().map(lines).unwrap_or_default()
-    }
-
     /// The last line that it wrote to its standard error, if any; none if it was killed from outside, which it cannot have commented on.
     pub fn last_line(&self) -> Option<String> {
         if let Some(Exit::Signal(libc::SIGKILL) | Exit::Unknown(_)) = self.exit() {
             return None;
         }
-        self.stderr
-            .as_ref()?
-            .words
-            .borrow()
-            .lines()
-            .next_back()
-            .map(str::to_owned)
+        self.stderr.as_ref()?.words.borrow().last.clone()
     }
 }
 
@@ -285,28 +271,49 @@ impl Stderr {
                 Ok(count) => self.heard(&buffer[..count]),
             }
         }
-        self.words.borrow_mut().finish(|line| log(&self.name, line));
+        self.words
+            .borrow_mut()
+            .finish(|level, line| log(&self.name, level, line));
     }
 
     fn heard(&self, bytes: &[u8]) {
-        self.words.borrow_mut().push(bytes, |line| log(&self.name, line));
+        self.words
+            .borrow_mut()
+            .push(bytes, |level, line| log(&self.name, level, line));
     }
 }
 
-fn log(name: &str, line: &str) {
-    tracing::info!(guest = name, "component: {line}");
+fn log(name: &str, level: Level, line: &str) {
+    match level {
+        Level::ERROR => tracing::error!(guest = name, "component: {line}"),
+        Level::WARN => tracing::warn!(guest = name, "component: {line}"),
+        Level::INFO => tracing::info!(guest = name, "component: {line}"),
+        _ => tracing::debug!(guest = name, "component: {line}"),
+    }
 }
 
-/// Splits what a component writes into lines, keeps the last ones, and says which are to be logged.
+/// A line without the level that the component's logger put before it. One without any was written past the logger, by a panic as a rule.
+fn level(line: &str) -> (Level, &str) {
+    let (word, rest) = line.trim_start().split_once(' ').unwrap_or((line, ""));
+    match word {
+        "ERROR" => (Level::ERROR, rest),
+        "WARN" => (Level::WARN, rest),
+        "INFO" => (Level::INFO, rest),
+        "DEBUG" | "TRACE" => (Level::DEBUG, rest),
+        _ => (Level::WARN, line),
+    }
+}
+
+/// Splits what a component writes into lines, keeps the last one, and says which are to be logged.
 #[derive(Debug, Default)]
 struct LastWords {
-    kept: VecDeque<String>,
+    last: Option<String>,
     partial: Vec<u8>,
     logged: usize,
 }
 
 impl LastWords {
-    fn push(&mut self, bytes: &[u8], mut log: impl FnMut(&str)) {
+    fn push(&mut self, bytes: &[u8], mut log: impl FnMut(Level, &str)) {
         for &byte in bytes {
             if byte != b'\n' {
                 self.partial.push(byte);
@@ -317,13 +324,13 @@ impl LastWords {
         }
     }
 
-    fn finish(&mut self, mut log: impl FnMut(&str)) {
+    fn finish(&mut self, mut log: impl FnMut(Level, &str)) {
         if !self.partial.is_empty() {
             self.line(&mut log);
         }
     }
 
-    fn line(&mut self, log: &mut impl FnMut(&str)) {
+    fn line(&mut self, log: &mut impl FnMut(Level, &str)) {
         let text = String::from_utf8_lossy(&self.partial);
         // Control characters could rewrite the terminal of whoever reads the log.
         let line: String = text
@@ -332,24 +339,18 @@ impl LastWords {
             .map(|c| if c.is_control() { ' ' } else { c })
             .collect();
         self.partial.clear();
+        let (level, line) = level(&line);
         if line.is_empty() {
             return;
         }
         if self.logged < MAX_LOGGED {
             self.logged += line.len();
-            log(&line);
+            log(level, line);
             if self.logged >= MAX_LOGGED {
-                log("(what follows is not logged any more)");
+                log(Level::WARN, "(what follows is not logged any more)");
             }
         }
-        if self.kept.len() == KEPT_LINES {
-            self.kept.pop_front();
-        }
-        self.kept.push_back(line);
-    }
-
-    fn lines(&self) -> impl DoubleEndedIterator<Item = &str> {
-        self.kept.iter().map(String::as_str)
+        self.last = Some(line.to_owned());
     }
 }
 
@@ -357,28 +358,48 @@ impl LastWords {
 mod tests {
     use super::*;
 
-    fn words(chunks: &[&[u8]]) -> (Vec<String>, Vec<String>) {
+    fn words(chunks: &[&[u8]]) -> (Option<String>, Vec<(Level, String)>) {
         let (mut words, mut logged) = (LastWords::default(), Vec::new());
         for chunk in chunks {
-            words.push(chunk, |line| logged.push(line.to_owned()));
+            words.push(chunk, |level, line| logged.push((level, line.to_owned())));
         }
-        words.finish(|line| logged.push(line.to_owned()));
-        (words.lines().map(str::to_owned).collect(), logged)
+        words.finish(|level, line| logged.push((level, line.to_owned())));
+        (words.last, logged)
     }
 
     #[test]
     fn lines_are_put_together_from_pieces() {
-        let (kept, logged) = words(&[b"one\ntw", b"o\r\n\n", b"\x1b[2Jthree"]);
-        assert_eq!(kept, ["one", "two", " [2Jthree"]);
-        assert_eq!(logged, kept);
+        let (last, logged) = words(&[b"one\ntw", b"o\r\n\n", b"\x1b[2Jthree"]);
+        assert_eq!(last.unwrap(), " [2Jthree");
+        let lines: Vec<_> = logged.iter().map(|(_, line)| line.as_str()).collect();
+        assert_eq!(lines, ["one", "two", " [2Jthree"]);
     }
 
     #[test]
-    fn only_the_last_lines_are_kept_and_only_so_much_is_logged() {
+    fn lines_have_the_level_that_the_component_gave_them() {
+        let text =
+            b"ERROR rip=0\n WARN  odd\n INFO all is well\nDEBUG x\nTRACE y\nINFORMAL\nthread 'vcpu' panicked\nERROR \n";
+        let (last, logged) = words(&[text]);
+        let expected = [
+            (Level::ERROR, "rip=0"),
+            (Level::WARN, " odd"),
+            (Level::INFO, "all is well"),
+            (Level::DEBUG, "x"),
+            (Level::DEBUG, "y"),
+            (Level::WARN, "INFORMAL"),
+            (Level::WARN, "thread 'vcpu' panicked"),
+        ];
+        let logged: Vec<_> = logged.iter().map(|(level, line)| (*level, line.as_str())).collect();
+        assert_eq!(logged, expected);
+        assert_eq!(last.unwrap(), "thread 'vcpu' panicked");
+    }
+
+    #[test]
+    fn only_the_last_line_is_kept_and_only_so_much_is_logged() {
         let line = [b'x'; MAX_LINE];
         let chunks = vec![&line[..]; 1000];
-        let (kept, logged) = words(&chunks);
-        assert_eq!(kept.len(), KEPT_LINES);
+        let (last, logged) = words(&chunks);
+        assert_eq!(last.unwrap().len(), MAX_LINE);
         assert_eq!(logged.len(), MAX_LOGGED / MAX_LINE + 1);
     }
 

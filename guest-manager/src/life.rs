@@ -213,9 +213,6 @@ async fn conversation(
             }
             if guest.stop_cause().is_none() {
                 tracing::error!(guest = &*guest.name, pid = component.pid, "the component died: {exit}");
-                for line in component.last_lines() {
-                    tracing::warn!(guest = &*guest.name, "before it died: {line}");
-                }
             }
             Some(Outcome::Exited {
                 exit,
