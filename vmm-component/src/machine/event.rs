@@ -39,7 +39,8 @@ pub enum Happening {
         /// Why.
         reason: String,
     },
-    /// Every vCPU has left the guest, after [`Machine::pause`](super::Machine::pause).
+    /// Every vCPU has left the guest, after [`Machine::pause`](super::Machine::pause). A resume may have come since:
+    /// [`Machine::is_paused`](super::Machine::is_paused) tells.
     Paused,
 }
 

@@ -201,6 +201,12 @@ impl Machine {
         }
     }
 
+    /// Whether every vCPU is out of the guest and stays there until [`resume`](Self::resume): what [`Happening::Paused`] said, unless that was
+    /// overtaken by a resume.
+    pub fn is_paused(&self) -> bool {
+        self.shared.ledger.paused()
+    }
+
     /// Waits until no vCPU is in the guest; meant to follow [`pause`](Self::pause).
     ///
     /// # Errors

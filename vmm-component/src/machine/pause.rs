@@ -48,9 +48,21 @@ impl PauseLedger {
         self.lock().wanted
     }
 
-    /// A vCPU enters the guest.
-    pub(super) fn enter(&self, vcpu: u8) {
-        self.lock().inside |= 1 << (vcpu & 63);
+    /// A vCPU wants to enter the guest. False if a pause is wanted: its orders, taken before, are about to be replaced, and it stays out. So
+    /// once a pause is wanted, nobody enters, and the last one out stays the last.
+    #[must_use]
+    pub(super) fn enter(&self, vcpu: u8) -> bool {
+        let mut state = self.lock();
+        if !state.wanted {
+            state.inside |= 1 << (vcpu & 63);
+        }
+        !state.wanted
+    }
+
+    /// Whether a pause is wanted and every vCPU is out; it stays so until the pause is no longer wanted.
+    pub(super) fn paused(&self) -> bool {
+        let state = self.lock();
+        state.wanted && state.inside == 0
     }
 
     /// A vCPU has left the guest, to park or for good. Returns true if it was the last and a pause is wanted.
@@ -91,22 +103,35 @@ mod tests {
     #[test]
     fn only_the_last_one_out_is_told() {
         let ledger = PauseLedger::new();
-        ledger.enter(0);
-        ledger.enter(63);
+        assert!(ledger.enter(0) && ledger.enter(63));
         assert!(!ledger.want(true));
         assert!(!ledger.leave(0));
+        assert!(!ledger.paused());
         assert_eq!(ledger.wait_all_out(Duration::ZERO), Err(vec![63]));
         assert!(ledger.leave(63));
         assert!(!ledger.leave(63), "leaving twice is told once");
+        assert!(ledger.paused());
         assert_eq!(ledger.wait_all_out(Duration::ZERO), Ok(()));
     }
 
     #[test]
     fn without_a_pause_nobody_is_told() {
         let ledger = PauseLedger::new();
-        ledger.enter(5);
+        assert!(ledger.enter(5));
         assert!(!ledger.leave(5));
+        assert!(!ledger.paused());
         assert!(ledger.want(true), "all are out already");
         assert!(!ledger.want(true), "which is told once");
+    }
+
+    #[test]
+    fn nobody_enters_while_a_pause_is_wanted() {
+        let ledger = PauseLedger::new();
+        assert!(ledger.want(true), "all are out, and their owner is told so");
+        assert!(!ledger.enter(0), "a vCPU with older orders does not make that untrue");
+        assert!(ledger.paused());
+        ledger.want(false);
+        assert!(ledger.enter(0));
+        assert!(!ledger.paused());
     }
 }

@@ -213,7 +213,11 @@ impl Controller {
                 return;
             }
             Happening::Paused => {
-                if let Some(guest) = self.guest(generation) {
+                // A resume may have overtaken the news.
+                let is_paused = self.with_running(generation, |vm| Ok(vm.is_paused()));
+                if is_paused.unwrap_or(false)
+                    && let Some(guest) = self.guest(generation)
+                {
                     guest.paused();
                 }
                 return;

@@ -382,6 +382,32 @@ fn power_is_for_a_guest_that_runs() {
 }
 
 #[test]
+fn news_of_a_pause_that_a_resume_overtook_are_old() {
+    bench(|bench| async move {
+        let (sender, receiver) = oneshot::channel();
+        let sink: event_sink::Client = guard::new_client(Sink(std::cell::RefCell::new(Some(sender))));
+        bench
+            .create_with(|params| params.get_host().unwrap().set_events(sink))
+            .await
+            .unwrap();
+        let _run = bench.lifecycle.run_request().send();
+        bench.until_running().await;
+        bench.world.report(1, Happening::Paused);
+        // News are taken in order: once this one is through, so is the other.
+        bench.world.report(
+            1,
+            Happening::DeviceFailed {
+                device: "serial".into(),
+                reason: "a panic".into(),
+            },
+        );
+        receiver.await.unwrap();
+        let info = bench.observer().info_request().send().promise.await.unwrap();
+        assert!(!info.get().unwrap().get_info().unwrap().get_paused(), "it runs");
+    });
+}
+
+#[test]
 fn what_only_a_manager_may_leave_out_is_refused() {
     bench(|bench| async move {
         let outcome = bench.create_with(|params| {

@@ -55,6 +55,8 @@ pub trait Vm: Send {
     fn start(&mut self) -> Result<(), Error>;
     /// Asks all vCPUs to leave the guest. `Happening::Paused` follows when the last one has.
     fn pause(&mut self);
+    /// Whether all vCPUs are out of the guest until they are told to go on.
+    fn is_paused(&self) -> bool;
     /// Lets all vCPUs go on.
     fn resume(&mut self);
     /// Presses the power button.
@@ -125,6 +127,10 @@ impl Vm for Machine {
 
     fn pause(&mut self) {
         Machine::pause(self);
+    }
+
+    fn is_paused(&self) -> bool {
+        Machine::is_paused(self)
     }
 
     fn resume(&mut self) {

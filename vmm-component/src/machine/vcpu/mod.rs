@@ -244,7 +244,10 @@ impl Vcpu {
         match (self.phase, next) {
             (Phase::Running, Phase::Parked | Phase::Stopped) => self.leave_guest(),
             (Phase::Parked, Phase::Running) => {
-                self.shared.ledger.enter(self.index);
+                if !self.shared.ledger.enter(self.index) {
+                    // The order to pause is on its way; the one to go on rings again.
+                    return;
+                }
                 if self.ran {
                     // Keeps the guest's watchdogs quiet about the time that passed. A guest without kvmclock makes it fail, and needs none.
                     let _ = self.fd.kvmclock_ctrl();

@@ -66,6 +66,7 @@ pub(super) struct World {
 struct PretendedVm {
     world: Arc<World>,
     generation: Generation,
+    paused: bool,
 }
 
 impl Drop for PretendedVm {
@@ -83,9 +84,15 @@ impl Vm for PretendedVm {
         Ok(())
     }
     fn pause(&mut self) {
+        self.paused = true;
         self.world.report(self.generation, Happening::Paused);
     }
-    fn resume(&mut self) {}
+    fn is_paused(&self) -> bool {
+        self.paused
+    }
+    fn resume(&mut self) {
+        self.paused = false;
+    }
     fn press_power_button(&mut self) -> Result<(), Error> {
         self.world.buttons.fetch_add(1, Ordering::SeqCst);
         Ok(())
@@ -129,6 +136,7 @@ impl World {
             Ok(Box::new(PretendedVm {
                 world: world.clone(),
                 generation,
+                paused: false,
             }) as Box<dyn Vm>)
         })
     }
