@@ -158,7 +158,7 @@ impl GuestState {
         let paused = inner.paused;
         let (sender, receiver) = oneshot::channel();
         if !paused {
-            inner.pausing.push(sender);
+            enlist(&mut inner.pausing, sender);
         }
         async move {
             match paused {
@@ -175,7 +175,7 @@ impl GuestState {
         let done = inner.report.clone();
         let (sender, receiver) = oneshot::channel();
         if done.is_none() {
-            inner.waiting.push(sender);
+            enlist(&mut inner.waiting, sender);
         }
         async move {
             match done {
@@ -184,6 +184,12 @@ impl GuestState {
             }
         }
     }
+}
+
+/// Adds one who waits, in the place of those whose calls were dropped: no more are kept than calls may be in flight.
+fn enlist<T>(list: &mut Vec<oneshot::Sender<T>>, sender: oneshot::Sender<T>) {
+    list.retain(|waiter| !waiter.is_canceled());
+    list.push(sender);
 }
 
 /// How the guest ended, from what ended it.
@@ -417,5 +423,24 @@ fn write_stats(stats: &MachineStats, mut to: stats::Builder<'_>) {
                 .saturating_sub(mmio)
                 .saturating_sub(assists),
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn calls_that_were_dropped_are_not_kept() {
+        let (kept, mut answer) = oneshot::channel();
+        let mut list = Vec::new();
+        enlist(&mut list, kept);
+        for _ in 0..100 {
+            let (dropped, _) = oneshot::channel();
+            enlist(&mut list, dropped);
+        }
+        assert_eq!(list.len(), 2, "the one who waits, and the last who went");
+        list.into_iter().for_each(|waiter| drop(waiter.send(7)));
+        assert_eq!(answer.try_recv(), Ok(Some(7)));
     }
 }
