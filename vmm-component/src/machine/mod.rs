@@ -64,6 +64,8 @@ pub struct Machine {
     threads: VcpuThreads,
     platform: Arc<Platform>,
     shared: Arc<Shared>,
+    /// Its threads have had all the time to end that its owner would give them.
+    joined: bool,
 }
 
 impl std::fmt::Debug for Machine {
@@ -142,6 +144,7 @@ impl Machine {
             vcpus: config.vcpus,
             entry,
             threads: VcpuThreads::new(),
+            joined: false,
             platform: Arc::clone(&platform),
             shared: Arc::new(Shared {
                 vm,
@@ -291,6 +294,7 @@ impl Machine {
     /// Ends the machine within about `patience`: kicks its threads, joins them, brings out the serial port's last bytes and frees everything.
     pub fn join(mut self, patience: Duration) -> Stopped {
         let stuck = self.shut(Instant::now() + patience);
+        self.joined = true;
         Stopped {
             stuck,
             stats: self.stats(),
@@ -317,6 +321,9 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
+        if self.joined {
+            return;
+        }
         let stuck = self.shut(Instant::now() + DROP_PATIENCE);
         if !stuck.is_empty() {
             tracing::error!(?stuck, "threads of a machine did not end");

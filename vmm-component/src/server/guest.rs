@@ -440,7 +440,9 @@ mod tests {
             enlist(&mut list, dropped);
         }
         assert_eq!(list.len(), 2, "the one who waits, and the last who went");
-        list.into_iter().for_each(|waiter| drop(waiter.send(7)));
+        for waiter in list {
+            let _ = waiter.send(7);
+        }
         assert_eq!(answer.try_recv(), Ok(Some(7)));
     }
 }
