@@ -30,6 +30,9 @@ pub enum BzImageError {
     /// The file ends within the header.
     #[error("the file has {0} bytes and ends within the setup header")]
     Short(u64),
+    /// "HdrS" is there, the signature of a boot sector is not.
+    #[error("boot_flag is {0:#06x}, it should be {BOOT_FLAG:#06x}: the header is damaged")]
+    BootFlag(u16),
     /// Older than the 64-bit entry.
     #[error("boot protocol {}.{:02} is too old, 2.12 is the least", .0 >> 8, .0 & 0xff)]
     Version(u16),
@@ -96,7 +99,11 @@ impl SetupHeader {
         header.as_mut_slice()[..known].copy_from_slice(bytes);
 
         let version = header.version;
-        if version < LEAST_VERSION || header.boot_flag != BOOT_FLAG {
+        let boot_flag = header.boot_flag;
+        if boot_flag != BOOT_FLAG {
+            return Err(BzImageError::BootFlag(boot_flag));
+        }
+        if version < LEAST_VERSION {
             return Err(BzImageError::Version(version));
         }
         if header.xloadflags & XLF_KERNEL_64 == 0 {

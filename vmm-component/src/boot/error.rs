@@ -139,7 +139,25 @@ pub enum BootErrorClass {
     BadConfig,
 }
 
+/// What the initramfs is called in errors.
+pub(super) const INITRAMFS: &str = "initramfs";
+
 impl BootError {
+    /// The field of a guest's configuration that is at fault.
+    pub fn field(&self) -> &'static str {
+        match self {
+            Self::CommandLine(_) => "cmdline",
+            Self::Initrd(_) => "initrd",
+            Self::NotRegular { what } | Self::Read { what, .. } | Self::Truncated { what, .. }
+                if *what == INITRAMFS =>
+            {
+                "initrd"
+            }
+            Self::NoLowMemory | Self::MapTooLong { .. } | Self::Memory(_) => "memory",
+            _ => "kernel",
+        }
+    }
+
     /// The class of the fault.
     pub fn class(&self) -> BootErrorClass {
         match self {

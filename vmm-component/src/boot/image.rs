@@ -378,6 +378,13 @@ pub(super) fn describe(head: &[u8]) -> String {
     if head.get(510..512) == Some(b"\x55\xaa") {
         return "a boot sector without Linux's setup header (a disk image?)".into();
     }
+    let text = &head[..head.len().min(32)];
+    if text
+        .iter()
+        .all(|byte| byte.is_ascii_graphic() || byte.is_ascii_whitespace())
+    {
+        return format!("text that starts with {:?}", String::from_utf8_lossy(text).trim_end());
+    }
     let first: Vec<String> = head.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
     format!("a flat image or unknown format that starts with {}", first.join(" "))
 }

@@ -117,7 +117,7 @@ pub fn load(ram: &GuestMemoryMmap, map: &MemoryMap, request: &BootRequest<'_>) -
             ram,
             map,
             &kernel,
-            &InputFile::open(file, "initramfs", request.cancel)?,
+            &InputFile::open(file, error::INITRAMFS, request.cancel)?,
         )?),
         None => None,
     };

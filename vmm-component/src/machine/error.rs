@@ -16,7 +16,7 @@ pub enum MachineError {
     /// A field of the configuration is out of its range.
     #[error("{field}: {reason}")]
     BadConfig {
-        /// The field of [`MachineConfig`](super::MachineConfig).
+        /// The field of the guest's configuration, or the argument.
         field: &'static str,
         /// What is wrong with it, and what would be right.
         reason: String,
@@ -124,10 +124,8 @@ impl MachineError {
     pub fn kind(&self) -> Kind {
         match self {
             Self::BadConfig { .. } => Kind::BadConfig,
-            Self::Memory(MemoryError::Host { .. } | MemoryError::Regions { .. } | MemoryError::Cancelled) => {
-                Kind::GuestInitializationFailure
-            }
-            Self::Memory(_) => Kind::BadConfig,
+            Self::Memory(error) if error.is_bad_config() => Kind::BadConfig,
+            Self::Memory(_) => Kind::GuestInitializationFailure,
             Self::Cancelled => Kind::Cancelled,
             Self::Kvm { .. } | Self::MissingCapability(_) | Self::Acpi(_) | Self::Unassisted(_) => {
                 Kind::GuestInitializationFailure
@@ -157,9 +155,7 @@ impl MachineError {
             Self::DeviceInit { device, .. } | Self::DeviceStart { device, .. } | Self::DeviceOverlap { device, .. } => {
                 error.about(device.clone())
             }
-            Self::Boot(BootError::CommandLine(_)) => error.about("cmdline"),
-            Self::Boot(BootError::Initrd(_)) => error.about("initrd"),
-            Self::Boot(_) => error.about("kernel"),
+            Self::Boot(boot) => error.about(boot.field()),
             Self::VcpuStart { vcpu, .. } | Self::Busy { vcpu } => error.about(format!("vCPU {vcpu}")),
             _ => error,
         }

@@ -393,7 +393,7 @@ fn check_vcpus(wanted: u8, host: usize) -> Result<(), MachineError> {
         return Ok(());
     }
     Err(MachineError::BadConfig {
-        field: "vcpus",
-        reason: format!("{wanted} is not in 1..={most}"),
+        field: "cpus",
+        reason: format!("{wanted} vCPUs are not possible on this host, 1 to {most} are"),
     })
 }

@@ -248,7 +248,7 @@ fn impossible_numbers_of_vcpus_are_refused() {
         )
         .expect_err("no such machine");
         assert_eq!(error.kind(), Kind::BadConfig);
-        assert_eq!(error.to_error().about, "vcpus");
+        assert_eq!(error.to_error().about, "cpus");
     }
 }
 
@@ -261,6 +261,33 @@ fn a_kernel_that_is_none_is_refused() {
     .map(|_| ())
     .expect_err("no kernel");
     assert_eq!(error.kind(), Kind::KernelLoadFailure, "{error}");
+    assert_eq!(error.to_error().about, "kernel");
+    assert!(
+        error.to_string().contains("text that starts with \"not a kernel\""),
+        "{error}"
+    );
+}
+
+#[test]
+fn an_initramfs_that_is_no_file_is_refused_by_its_field() {
+    let Some(kvm) = kvm() else { return };
+    let error = Rig::make(&kvm, &guests::hello(), 1, |config| {
+        config.initrd = Some(std::fs::File::open("/").expect("a directory"))
+    })
+    .map(|_| ())
+    .expect_err("no initramfs");
+    assert_eq!(error.kind(), Kind::BadConfig, "{error}");
+    assert_eq!(error.to_error().about, "initrd");
+}
+
+#[test]
+fn more_memory_than_the_host_has_is_not_the_configurations_fault() {
+    let Some(kvm) = kvm() else { return };
+    let error = Rig::make(&kvm, &guests::hello(), 1, |config| config.memory.size_bytes = 3 << 40)
+        .map(|_| ())
+        .expect_err("no host that runs tests has so much");
+    assert_eq!(error.kind(), Kind::GuestInitializationFailure, "{error}");
+    assert_eq!(error.to_error().about, "memory");
 }
 
 #[test]

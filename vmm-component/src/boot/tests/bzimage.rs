@@ -99,7 +99,8 @@ fn pvh_on_request() {
 
 #[test]
 fn headers_that_rule_an_image_out() {
-    let cases: [(usize, &[u8], &str); 8] = [
+    let cases: [(usize, &[u8], &str); 9] = [
+        (0x1fe, &[0], "boot_flag is 0xaa00, it should be 0xaa55"),
         (0x206, &[0x0b, 0x02], "boot protocol 2.11 is too old, 2.12 is the least"),
         (0x236, &[0], "xloadflags 0x0 lacks XLF_KERNEL_64"),
         (0x211, &[0], "loadflags 0x0 lacks LOADED_HIGH: it is a zImage"),

@@ -219,8 +219,12 @@ fn what_is_no_kernel_is_named() {
     let guest = Guest::new(64);
     let mut sector = vec![0; 4096];
     sector[510..512].copy_from_slice(b"\x55\xaa");
-    let cases: [(&[u8], &str); 8] = [
+    let cases: [(&[u8], &str); 9] = [
         (b"", "but an empty file"),
+        (
+            b"vmlinux, to be built\n",
+            "but text that starts with \"vmlinux, to be built\"",
+        ),
         (b"\x1f\x8b\x08\0", "but gzip-compressed data"),
         (b"\xfd7zXZ\0\0", "but xz-compressed data"),
         (b"MZ\x90\0", "but a PE/EFI program"),
