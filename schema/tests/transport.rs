@@ -271,6 +271,25 @@ fn calls_go_to_a_capability_that_is_not_there_yet() {
 }
 
 #[test]
+fn a_call_on_a_result_is_answered_though_nothing_else_of_the_result_is_held() {
+    with_server(Limits::default(), |_, probe, _| {
+        async move {
+            for x in 0..200 {
+                let pong = {
+                    let child = probe.slow_child_request().send().pipeline.get_probe();
+                    let grandchild = child.slow_child_request().send().pipeline.get_probe();
+                    let mut request = grandchild.ping_request();
+                    request.get().set_x(x);
+                    request.send().promise
+                };
+                assert_eq!(pong.await.unwrap().get().unwrap().get_y(), x + 1);
+            }
+        }
+        .boxed_local()
+    });
+}
+
+#[test]
 fn a_call_that_is_dropped_ends_the_method_and_leaves_nothing_behind() {
     on_loop(|handle| async move {
         let Pair {

@@ -9,14 +9,17 @@
 //!     -> method runs under a guard:   token cancelled, Finish held -> method dropped -> Return -> Finish delivered
 //!     -> method has not begun yet:    the same, as soon as a guard finds the token cancelled
 //!     -> no guard looks after it:     Finish delivered at once; the call counts until the connection ends
+//!     -> later calls are made on the result that it will have: none of this before the last of them is answered or given up
 //! ```
+//!
+//! The last line is how a client that pipelines works: it drops its hold on `a` as soon as it has sent `a.b()`, and still wants the answer.
 //!
 //! A guard finds the token of its call by reading the parameters: that goes through `IncomingMessage::get_body`, which
 //! leaves the token where the guard takes it (see `guard`).
 
 use std::{
     cell::{Cell, RefCell},
-    collections::{HashMap, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
     future::Future,
     pin::Pin,
     rc::Rc,
@@ -108,10 +111,22 @@ impl Future for Cancelled {
     }
 }
 
+/// A call that has not been answered.
+struct Unanswered {
+    token: Rc<Token>,
+    /// The unanswered call on whose result this one was made.
+    target: Option<u32>,
+    /// The unanswered calls that were made on its result, and not given up.
+    dependents: HashSet<u32>,
+}
+
 /// The unanswered calls of a connection, and the `Finish` messages (`M`) that are held back.
 pub(super) struct Cancellations<M> {
-    calls: HashMap<u32, Rc<Token>>,
+    calls: HashMap<u32, Unanswered>,
+    /// Of calls whose methods have been told to end.
     held: HashMap<u32, (Rc<Token>, M)>,
+    /// Of calls on whose results others wait.
+    waiting: HashMap<u32, M>,
     due: VecDeque<M>,
     nudge: Rc<Nudge>,
 }
@@ -121,6 +136,7 @@ impl<M> Default for Cancellations<M> {
         Self {
             calls: HashMap::new(),
             held: HashMap::new(),
+            waiting: HashMap::new(),
             due: VecDeque::new(),
             nudge: Rc::default(),
         }
@@ -128,7 +144,8 @@ impl<M> Default for Cancellations<M> {
 }
 
 impl<M> Cancellations<M> {
-    pub(super) fn call(&mut self, question: u32) -> Rc<Token> {
+    /// The peer calls; `on` is the question on whose result it does, if it does not have the result yet.
+    pub(super) fn call(&mut self, question: u32, on: Option<u32>) -> Rc<Token> {
         let token = Rc::new(Token {
             reads: Cell::new(0),
             guarded: Cell::new(false),
@@ -136,23 +153,61 @@ impl<M> Cancellations<M> {
             waker: RefCell::default(),
             nudge: self.nudge.clone(),
         });
-        self.calls.insert(question, token.clone());
+        let target = on.filter(|on| match self.calls.get_mut(on) {
+            Some(call) => call.dependents.insert(question),
+            None => false,
+        });
+        let call = Unanswered {
+            token: token.clone(),
+            target,
+            dependents: HashSet::new(),
+        };
+        self.calls.insert(question, call);
         token
     }
 
     /// The peer gives `question` up with `finish`, which comes back if it is to be delivered at once.
     pub(super) fn give_up(&mut self, question: u32, finish: M) -> Option<M> {
-        let Some(token) = self.calls.get(&question) else {
+        let Some(call) = self.calls.get(&question) else {
             return Some(finish);
         };
-        if token.is_unguarded() {
-            self.calls.remove(&question);
-            return Some(finish);
+        if call.dependents.is_empty() {
+            self.cancel(question, finish);
+        } else {
+            self.waiting.insert(question, finish);
         }
-        let token = token.clone();
-        self.held.insert(question, (token.clone(), finish));
-        token.cancel();
-        None
+        self.due.pop_front()
+    }
+
+    /// Tells the method of a call to end, and those that only waited for this.
+    fn cancel(&mut self, question: u32, finish: M) {
+        let mut next = Some((question, finish));
+        while let Some((question, finish)) = next.take() {
+            let Some(call) = self.calls.get_mut(&question) else {
+                self.due.push_back(finish);
+                return;
+            };
+            let target = call.target.take();
+            if call.token.is_unguarded() {
+                self.calls.remove(&question);
+                self.due.push_back(finish);
+            } else {
+                let token = call.token.clone();
+                self.held.insert(question, (token.clone(), finish));
+                token.cancel();
+            }
+            next = target.and_then(|target| self.let_go(target, question));
+        }
+    }
+
+    /// `dependent` needs the result of `target` no more. Gives the target's `Finish` if that is what it waited for.
+    fn let_go(&mut self, target: u32, dependent: u32) -> Option<(u32, M)> {
+        let call = self.calls.get_mut(&target)?;
+        call.dependents.remove(&dependent);
+        if !call.dependents.is_empty() {
+            return None;
+        }
+        self.waiting.remove(&target).map(|finish| (target, finish))
     }
 
     /// A `Finish` that the library shall see now. Wakes `cx` when there may be another.
@@ -173,10 +228,20 @@ impl<M> Cancellations<M> {
 
     /// `question` was answered. Whether a `Finish` has become due by that.
     pub(super) fn returned(&mut self, question: u32) -> bool {
-        self.calls.remove(&question);
-        let held = self.held.remove(&question);
-        let is_due = held.is_some();
-        self.due.extend(held.map(|(_, finish)| finish));
-        is_due
+        let before = self.due.len();
+        if let Some(call) = self.calls.remove(&question) {
+            // Its number may be used again, which is none of theirs.
+            for dependent in call.dependents {
+                if let Some(dependent) = self.calls.get_mut(&dependent) {
+                    dependent.target = None;
+                }
+            }
+            if let Some((target, finish)) = call.target.and_then(|target| self.let_go(target, question)) {
+                self.cancel(target, finish);
+            }
+        }
+        let held = self.held.remove(&question).map(|(_, finish)| finish);
+        self.due.extend(held.or_else(|| self.waiting.remove(&question)));
+        self.due.len() > before
     }
 }

@@ -1,17 +1,32 @@
 //! What the limits need to know of a message, read from its content.
 
 use capnp::{message::Reader, serialize::OwnedSegments, struct_list};
-use capnp_rpc::rpc_capnp::{cap_descriptor, message, resolve, return_};
+use capnp_rpc::rpc_capnp::{cap_descriptor, message, message_target, resolve, return_};
 
 use super::Message;
 
 /// What counts in a received message.
 pub(super) enum Content {
-    Call { question: u32, capabilities: u32 },
-    Bootstrap { question: u32 },
-    Return { capabilities: u32 },
-    Finish { question: u32, release: bool },
-    Release { id: u32, count: u32 },
+    Call {
+        question: u32,
+        /// The question on whose result it is called, where the caller does not have that yet.
+        on: Option<u32>,
+        capabilities: u32,
+    },
+    Bootstrap {
+        question: u32,
+    },
+    Return {
+        capabilities: u32,
+    },
+    Finish {
+        question: u32,
+        release: bool,
+    },
+    Release {
+        id: u32,
+        count: u32,
+    },
     Abort(String),
     Other,
 }
@@ -25,8 +40,13 @@ pub(super) fn inspect(reader: &Reader<OwnedSegments>) -> capnp::Result<Content> 
         message::Call(call) => {
             let call = call?;
             let capabilities = call.get_params()?.get_cap_table()?.len();
+            let on = match call.get_target()?.which() {
+                Ok(message_target::PromisedAnswer(answer)) => Some(answer?.get_question_id()),
+                _ => None,
+            };
             Content::Call {
                 question: call.get_question_id(),
+                on,
                 capabilities,
             }
         }

@@ -252,10 +252,14 @@ impl Wire {
         }
         let which = inspect::inspect(&message.reader).map_err(|error| EndReason::Protocol(error.to_string()))?;
         match which {
-            Content::Call { question, capabilities } => {
+            Content::Call {
+                question,
+                on,
+                capabilities,
+            } => {
                 self.count_capabilities(capabilities)?;
                 ledger.call(question).map_err(|limit| self.exceeded(limit))?;
-                message.token = Some(inbound.cancellations.call(question));
+                message.token = Some(inbound.cancellations.call(question, on));
             }
             Content::Bootstrap { question } => ledger.call(question).map_err(|limit| self.exceeded(limit))?,
             Content::Return { capabilities } => self.count_capabilities(capabilities)?,
