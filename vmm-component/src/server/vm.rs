@@ -6,7 +6,8 @@ use std::{
     fs::File,
     io,
     os::fd::OwnedFd,
-    sync::{Arc, atomic::AtomicBool},
+    sync::{Arc, Mutex, PoisonError, atomic::AtomicBool},
+    thread,
     time::Duration,
 };
 
@@ -17,7 +18,7 @@ use sepal_runner::inner;
 
 use crate::{
     lifecycle::Generation,
-    machine::{Hooks, HostKind, Machine, MachineConfig, MachineEvent, MachineStats, ThreadRole},
+    machine::{Hooks, HostKind, Machine, MachineConfig, MachineEvent, MachineStats, Spare, ThreadRole},
     memory::{CustomRange, MIB, MemoryConfig},
 };
 
@@ -73,7 +74,15 @@ pub trait Vm: Send {
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Makes real machines with this handle on `/dev/kvm`, each of whose threads narrows its own system-call filter first.
+///
+/// What all machines have in common is made ahead for the first one, on a thread of its own, while the component gets ready to be asked.
 pub fn builder(kvm: Kvm) -> Builder {
+    let kvm = Arc::new(kvm);
+    let for_spare = Arc::clone(&kvm);
+    let spare = thread::Builder::new()
+        .name("spare".into())
+        .spawn(move || Spare::new(&for_spare));
+    let spare = Mutex::new(spare.ok());
     Arc::new(move |generation, spec, events, cancel| {
         let memory = MemoryConfig {
             size_bytes: u64::from(spec.memory_mib) * MIB,
@@ -98,7 +107,13 @@ pub fn builder(kvm: Kvm) -> Builder {
             thread_setup: Arc::new(narrow),
             events,
         };
-        let machine = Machine::create(&kvm, config, hooks, cancel).map_err(|error| error.to_error())?;
+        let ahead = spare.lock().unwrap_or_else(PoisonError::into_inner).take();
+        // One that failed is made again, now that there is somebody to tell why.
+        let machine = match ahead.and_then(|ahead| ahead.join().ok()?.ok()) {
+            Some(spare) => Machine::create_from(spare, config, hooks, cancel),
+            None => Machine::create(&kvm, config, hooks, cancel),
+        };
+        let machine = machine.map_err(|error| error.to_error())?;
         Ok(Box::new(machine) as Box<dyn Vm>)
     })
 }
