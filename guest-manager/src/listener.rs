@@ -27,7 +27,6 @@ use rustix::{
     fs::{FlockOperation, Mode, OFlags},
     net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType},
 };
-use sepal_schema::socket::{SOCKET, default_folder};
 
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 128;
@@ -66,55 +65,45 @@ pub enum ListenError {
     },
 }
 
-/// Where the manager's socket is unless it is told otherwise.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct DefaultSocket {
-    /// Its folder, made on demand and reserved for its owner.
-    pub folder: PathBuf,
+/// Makes the folder of the user's own socket (see [`sepal_schema::socket`]), or checks that it is reserved for the user `uid`.
+///
+/// # Errors
+/// [`ListenError::UnsafeFolder`], or what the file system says.
+pub fn make_folder(path: &Path, uid: u32) -> Result<(), ListenError> {
+    match fs::DirBuilder::new().mode(0o700).create(path) {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+        Err(error) => return Err(io_error("cannot make", path)(error)),
+    }
+    let metadata = fs::symlink_metadata(path).map_err(io_error("cannot look at", path))?;
+    let reason = if !metadata.is_dir() {
+        "it is not a folder".to_owned()
+    } else if metadata.uid() != uid {
+        format!("it belongs to the user {} and not to {uid}", metadata.uid())
+    } else if metadata.mode() & 0o077 != 0 {
+        format!(
+            "others may reach it (mode {:o}, 700 is needed)",
+            metadata.mode() & 0o7777
+        )
+    } else {
+        return Ok(());
+    };
+    Err(ListenError::UnsafeFolder {
+        path: path.to_owned(),
+        reason,
+    })
 }
 
-impl DefaultSocket {
-    /// That of the user `uid` with this runtime folder; see [`default_folder`].
-    pub fn new(runtime_dir: Option<&Path>, uid: u32) -> Self {
-        Self {
-            folder: default_folder(runtime_dir, uid),
-        }
-    }
-
-    /// The socket.
-    pub fn path(&self) -> PathBuf {
-        self.folder.join(SOCKET)
-    }
-
-    /// Makes the folder, or checks that it is ours alone.
-    ///
-    /// # Errors
-    /// [`ListenError::UnsafeFolder`], or what the file system says.
-    pub fn make_folder(&self, uid: u32) -> Result<(), ListenError> {
-        let path = &self.folder;
-        match fs::DirBuilder::new().mode(0o700).create(path) {
-            Ok(()) => {}
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-            Err(error) => return Err(io_error("cannot make", path)(error)),
-        }
-        let metadata = fs::symlink_metadata(path).map_err(io_error("cannot look at", path))?;
-        let reason = if !metadata.is_dir() {
-            "it is not a folder".to_owned()
-        } else if metadata.uid() != uid {
-            format!("it belongs to the user {} and not to {uid}", metadata.uid())
-        } else if metadata.mode() & 0o077 != 0 {
-            format!(
-                "others may reach it (mode {:o}, 700 is needed)",
-                metadata.mode() & 0o7777
-            )
-        } else {
-            return Ok(());
-        };
-        Err(ListenError::UnsafeFolder {
-            path: path.clone(),
-            reason,
-        })
-    }
+/// Opens the log beside a socket (`manager.log` for `manager.sock`), to append to it.
+///
+/// # Errors
+/// What the file system says; a symbolic link is none of ours.
+pub fn open_log(socket: &Path) -> Result<fs::File, ListenError> {
+    let path = socket.with_extension("log");
+    let nofollow = OFlags::NOFOLLOW.bits().cast_signed();
+    let mut options = fs::OpenOptions::new();
+    options.append(true).create(true).mode(0o600).custom_flags(nofollow);
+    options.open(&path).map_err(io_error("cannot open the log", &path))
 }
 
 /// A socket that this manager alone listens on. Removed when dropped.
@@ -276,20 +265,34 @@ mod tests {
     fn a_folder_that_others_may_reach_is_refused() {
         let outer = folder();
         let uid = rustix::process::getuid().as_raw();
-        let socket = DefaultSocket::new(Some(outer.path()), uid);
-        socket.make_folder(uid).unwrap();
-        assert_eq!(fs::metadata(&socket.folder).unwrap().mode() & 0o777, 0o700);
-        socket.make_folder(uid).unwrap();
-        assert!(matches!(
-            socket.make_folder(uid + 1),
-            Err(ListenError::UnsafeFolder { .. })
-        ));
-        fs::set_permissions(&socket.folder, fs::Permissions::from_mode(0o770)).unwrap();
-        let error = socket.make_folder(uid).unwrap_err().to_string();
+        let path = outer.path().join("sepal");
+        make_folder(&path, uid).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o700);
+        make_folder(&path, uid).unwrap();
+        let not_ours = make_folder(&path, uid + 1);
+        assert!(matches!(not_ours, Err(ListenError::UnsafeFolder { .. })));
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o770)).unwrap();
+        let error = make_folder(&path, uid).unwrap_err().to_string();
         assert!(error.contains("mode 770"), "{error}");
-        fs::remove_dir(&socket.folder).unwrap();
-        std::os::unix::fs::symlink("/tmp", &socket.folder).unwrap();
-        assert!(matches!(socket.make_folder(uid), Err(ListenError::UnsafeFolder { .. })));
+        fs::remove_dir(&path).unwrap();
+        std::os::unix::fs::symlink("/tmp", &path).unwrap();
+        assert!(matches!(make_folder(&path, uid), Err(ListenError::UnsafeFolder { .. })));
+    }
+
+    #[test]
+    fn the_log_is_the_users_own_and_grows() {
+        let folder = folder();
+        let socket = folder.path().join("m.sock");
+        for line in [b"one\n", b"two\n"] {
+            open_log(&socket).unwrap().write_all(line).unwrap();
+        }
+        let log = folder.path().join("m.log");
+        assert_eq!(fs::read(&log).unwrap(), b"one\ntwo\n");
+        assert_eq!(fs::metadata(&log).unwrap().mode() & 0o777, 0o600);
+        // Whoever could put a link there could have us write into any file of ours.
+        fs::rename(&log, folder.path().join("precious")).unwrap();
+        std::os::unix::fs::symlink("precious", &log).unwrap();
+        assert!(open_log(&socket).is_err());
     }
 
     #[test]

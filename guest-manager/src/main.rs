@@ -1,7 +1,7 @@
 //! The guest manager's process: command line, log, signals, and the order in which things begin and end.
 //!
 //! ```text
-//!   signals blocked -> socket taken -> keeper started -> listening ("ready") -> serve
+//!   signals blocked -> log started -> socket taken -> keeper started -> listening ("ready") -> serve
 //!     -> SIGTERM, SIGINT, shutdown(), or the end of the connection given with --fd
 //!     -> guests stopped by force -> socket removed -> keeper ended
 //! ```
@@ -10,7 +10,7 @@ use std::{
     fs::File,
     io::Write,
     os::{
-        fd::{FromRawFd, OwnedFd, RawFd},
+        fd::{AsFd, FromRawFd, OwnedFd, RawFd},
         unix::net::UnixStream,
     },
     path::{Path, PathBuf},
@@ -23,7 +23,7 @@ use clap::{Parser, ValueEnum};
 use futures::future::{LocalBoxFuture, select_all};
 use sepal_guest_manager::{
     host::Host,
-    listener::{DefaultSocket, Listening},
+    listener::{self, Listening},
     log::{self, Writer},
     manager::{Manager, Settings},
     server::{self, Connections},
@@ -52,9 +52,14 @@ struct Arguments {
     #[arg(long, value_name = "DIR")]
     libexec: Option<PathBuf>,
 
-    /// How to write the log to standard error; RUST_LOG says how much
+    /// How to write the log, to standard error; RUST_LOG says how much
     #[arg(long, value_name = "FORMAT", default_value = "text")]
     log_format: LogFormat,
+
+    /// Append the log to a file beside the socket (manager.log for manager.sock); standard error is told why the manager does not start, and
+    /// is closed when it listens
+    #[arg(long)]
+    log_to_file: bool,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -69,16 +74,24 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     // Before any thread is made, the log's included, so that none takes them.
     let signals = block_signals().context("taking signals");
-    let log = match start_log(&arguments) {
-        Ok(log) => log,
+    let started = socket_path(&arguments).and_then(|socket| {
+        let (log, caller) = start_log(&arguments, socket.as_deref())?;
+        Ok((socket, log, caller))
+    });
+    let (socket, log, mut caller) = match started {
+        Ok(started) => started,
         Err(error) => {
             eprintln!("guest-manager: {error:#}");
             return ExitCode::FAILURE;
         }
     };
-    let outcome = signals.and_then(|signals| run(&arguments, signals));
+    let outcome = signals.and_then(|signals| run(&arguments, signals, socket.as_deref(), &mut caller));
     if let Err(error) = &outcome {
         tracing::error!("{error:#}");
+        if let Some(mut caller) = caller {
+            // It may not want to know any more.
+            let _ = writeln!(caller, "guest-manager: {error:#}");
+        }
     }
     log.finish();
     if outcome.is_ok() {
@@ -88,24 +101,15 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(arguments: &Arguments, signals: OwnedFd) -> Result<()> {
+/// Serves until the end. `caller` is where whoever started the manager hears why it does not start; taken when it has.
+fn run(arguments: &Arguments, signals: OwnedFd, socket: Option<&Path>, caller: &mut Option<File>) -> Result<()> {
     let inherited = |number: Option<RawFd>, what| number.map(|number| inherit(number).context(what)).transpose();
     let connection = inherited(arguments.fd, "--fd")?.map(UnixStream::from);
     let ready = inherited(arguments.ready_fd, "--ready-fd")?;
     raise_descriptor_limit();
 
     let programs = Programs::find(&libexec(arguments.libexec.as_deref())?)?;
-    let listening = match &arguments.socket {
-        Some(path) => Some(Listening::new(path)?),
-        None if connection.is_some() => None,
-        None => {
-            let uid = rustix::process::geteuid().as_raw();
-            let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
-            let default = DefaultSocket::new(runtime.as_deref(), uid);
-            default.make_folder(uid)?;
-            Some(Listening::new(&default.path())?)
-        }
-    };
+    let listening = socket.map(Listening::new).transpose()?;
 
     let mut reactor = Reactor::new().context("making the event loop")?;
     let handle = reactor.handle();
@@ -153,6 +157,7 @@ fn run(arguments: &Arguments, signals: OwnedFd) -> Result<()> {
             "its client is gone"
         }));
     }
+    *caller = None;
     if let Some(ready) = ready {
         File::from(ready).write_all(b"\n").context("--ready-fd")?;
     }
@@ -166,6 +171,18 @@ fn run(arguments: &Arguments, signals: OwnedFd) -> Result<()> {
     drop(listening);
     starter.close();
     Ok(())
+}
+
+/// Where to listen, if at all; the folder is there, and ours alone unless it was chosen by whoever started the manager.
+fn socket_path(arguments: &Arguments) -> Result<Option<PathBuf>> {
+    if arguments.socket.is_some() || arguments.fd.is_some() {
+        return Ok(arguments.socket.clone());
+    }
+    let path = sepal_schema::socket::default_path();
+    if let Some(folder) = path.parent() {
+        listener::make_folder(folder, rustix::process::getuid().as_raw())?;
+    }
+    Ok(Some(path))
 }
 
 /// Where the programs are that this one starts.
@@ -228,11 +245,26 @@ fn raise_descriptor_limit() {
     );
 }
 
-fn start_log(arguments: &Arguments) -> Result<Writer> {
+/// Starts the log. Where it goes to a file, standard error does from now on; returned is what it was before.
+fn start_log(arguments: &Arguments, socket: Option<&Path>) -> Result<(Writer, Option<File>)> {
+    let caller = match (arguments.log_to_file, socket) {
+        (false, _) => None,
+        (true, Some(socket)) => {
+            let file = listener::open_log(socket)?;
+            let before = std::io::stderr().as_fd().try_clone_to_owned();
+            let before = before.context("keeping standard error")?;
+            rustix::stdio::dup2_stderr(&file).context("redirecting standard error")?;
+            Some(File::from(before))
+        }
+        (true, None) => bail!("--log-to-file: there is no socket beside which the file could be"),
+    };
     let (lines, writer) = log::start(std::io::stderr()).context("starting the log's thread")?;
     // What a private manager does is the business of its only client, which is told; its log may well go to the client's terminal.
-    let private = arguments.fd.is_some() && arguments.socket.is_none();
-    let level = if private { LevelFilter::WARN } else { LevelFilter::INFO };
+    let level = if socket.is_none() {
+        LevelFilter::WARN
+    } else {
+        LevelFilter::INFO
+    };
     let filter = EnvFilter::builder()
         .with_default_directive(level.into())
         .from_env_lossy();
@@ -243,5 +275,5 @@ fn start_log(arguments: &Arguments) -> Result<Writer> {
         LogFormat::Text => subscriber.with_ansi(false).with_target(false).init(),
         LogFormat::Json => subscriber.json().flatten_event(true).init(),
     }
-    Ok(writer)
+    Ok((writer, caller))
 }
