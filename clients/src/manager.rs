@@ -3,7 +3,6 @@
 use std::{
     env,
     ffi::OsString,
-    fs::File,
     io::{self, ErrorKind, Read},
     os::{
         fd::{AsRawFd, OwnedFd},
@@ -18,8 +17,11 @@ use anyhow::{Context, Result, bail};
 use sepal_schema::{
     config::Handles,
     manager_capnp::guest_manager,
-    transport::{Connection, Handle, Limits, connect},
+    transport::{Connection, Handle, Limits, PeerCredentials, connect},
 };
+
+/// Most bytes that are told of what a manager says that does not start.
+const MAX_WORDS: u64 = 4096;
 
 /// A connection to a guest manager.
 pub(crate) struct Manager {
@@ -32,55 +34,62 @@ pub(crate) struct Manager {
 impl Manager {
     /// Connects to the manager that runs.
     pub(crate) fn running(handle: &Handle, socket: Option<&Path>) -> Result<Self> {
-        let path = socket_path(socket)?;
-        match Self::at(handle, &path)? {
+        match Self::find(handle, socket)? {
             Some(manager) => Ok(manager),
             None => bail!(
                 "no guest manager runs (nobody listens at {}); `guest launch --detach` starts one that stays",
-                path.display()
+                path_of(socket).display()
             ),
         }
     }
 
     /// Connects to the manager that runs, or starts a private one that ends with this connection.
     pub(crate) fn running_or_private(handle: &Handle, socket: Option<&Path>) -> Result<Self> {
-        if let Some(manager) = Self::at(handle, &socket_path(socket)?)? {
+        if let Some(manager) = Self::find(handle, socket)? {
             return Ok(manager);
         }
         let (ours, theirs) = UnixStream::pair().context("making a socket pair")?;
         let mut command = command()?;
         command.arg("--fd").arg(theirs.as_raw_fd().to_string());
-        // Its log goes to the user's terminal: what is as it should be is not worth a line there.
-        if env::var_os("RUST_LOG").is_none() {
-            command.env("RUST_LOG", "warn");
-        }
-        if env::var_os("RUST_LOG").is_none() {
-            // Its log goes to the user's own standard error, where only what is wrong belongs.
-            command.env("RUST_LOG", "warn");
-        }
         let child = spawn(command, theirs.into())?;
         Self::over(handle, ours, Some(child))
     }
 
     /// Connects to the manager that runs, or starts one that stays.
     pub(crate) fn running_or_daemon(handle: &Handle, socket: Option<&Path>) -> Result<Self> {
-        let path = socket_path(socket)?;
-        if let Some(manager) = Self::at(handle, &path)? {
+        if let Some(manager) = Self::find(handle, socket)? {
             return Ok(manager);
         }
-        start_daemon(&path)?;
-        match Self::at(handle, &path)? {
-            Some(manager) => Ok(manager),
-            None => bail!("the guest manager started, but nobody listens at {}", path.display()),
+        let started = start_daemon(socket);
+        // Also where it did not start: another may have been quicker.
+        match (Self::find(handle, socket)?, started) {
+            (Some(manager), _) => Ok(manager),
+            (None, Err(error)) => Err(error),
+            (None, Ok(())) => bail!(
+                "the guest manager started, but nobody listens at {}",
+                path_of(socket).display()
+            ),
         }
     }
 
-    fn at(handle: &Handle, path: &Path) -> Result<Option<Self>> {
-        match UnixStream::connect(path) {
-            Ok(socket) => Self::over(handle, socket, None).map(Some),
-            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => Ok(None),
-            Err(error) => Err(error).with_context(|| format!("connecting to the guest manager at {}", path.display())),
+    /// Connects to the manager that listens at `socket`, or at the user's own; none if nobody listens there.
+    fn find(handle: &Handle, socket: Option<&Path>) -> Result<Option<Self>> {
+        let path = path_of(socket);
+        let context = || format!("connecting to the guest manager at {}", path.display());
+        let stream = match UnixStream::connect(&path) {
+            Ok(stream) => stream,
+            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {
+                return Ok(None);
+            }
+            Err(error) => return Err(error).with_context(context),
+        };
+        if socket.is_none() {
+            // Where there is no folder of the user's own, anybody could have put a socket there.
+            let own = rustix::process::getuid().as_raw();
+            let peer = PeerCredentials::of(&stream).with_context(context)?;
+            check_listener(peer.uid, own).with_context(context)?;
         }
+        Self::over(handle, stream, None).map(Some)
     }
 
     fn over(handle: &Handle, socket: UnixStream, child: Option<Child>) -> Result<Self> {
@@ -139,9 +148,17 @@ impl Manager {
     }
 }
 
-/// The socket of the user's manager; the same rule as the manager's own.
-fn socket_path(given: Option<&Path>) -> Result<PathBuf> {
-    Ok(given.map_or_else(sepal_schema::socket::default_path, Path::to_owned))
+/// Where the manager listens that is meant.
+fn path_of(socket: Option<&Path>) -> PathBuf {
+    socket.map_or_else(sepal_schema::socket::default_path, Path::to_owned)
+}
+
+/// Whether a process of the user `uid` may be the manager of the user `own`.
+fn check_listener(uid: u32, own: u32) -> Result<()> {
+    if uid != own && uid != 0 {
+        bail!("it belongs to the user {uid}; if that is meant, name it with --manager");
+    }
+    Ok(())
 }
 
 /// The manager's program: beside this one.
@@ -178,16 +195,18 @@ fn spawn(mut command: Command, fd: OwnedFd) -> Result<Child> {
 }
 
 /// Starts a manager in a session of its own, and returns when it listens.
-fn start_daemon(socket: &Path) -> Result<()> {
+fn start_daemon(socket: Option<&Path>) -> Result<()> {
     let (mut ready, theirs) = io::pipe().context("making a pipe")?;
-    let log = log_file(socket)?;
     let mut command = command()?;
     command
-        .arg("--socket")
-        .arg(socket)
+        .arg("--log-to-file")
         .arg("--ready-fd")
         .arg(theirs.as_raw_fd().to_string());
-    command.stdout(Stdio::null()).stderr(log.1);
+    // Otherwise it finds the user's own, and sees to it that the folder is nobody else's.
+    if let Some(socket) = socket {
+        command.arg("--socket").arg(socket);
+    }
+    command.stdout(Stdio::null()).stderr(Stdio::piped());
     // SAFETY: setsid is async-signal-safe, and nothing else happens between fork and exec.
     unsafe {
         command.pre_exec(|| {
@@ -196,32 +215,31 @@ fn start_daemon(socket: &Path) -> Result<()> {
         });
     }
     let mut child = spawn(command, theirs.into())?;
+    // It closes its standard error when it listens, or ends.
+    let mut words = String::new();
+    if let Some(stderr) = child.stderr.take() {
+        // What cannot be read cannot be told; the byte counts.
+        let _ = stderr.take(MAX_WORDS).read_to_string(&mut words);
+    }
     // End of file without a byte: it ended before it listened.
-    let mut byte = [0];
-    if ready.read(&mut byte).context("waiting for the guest manager")? == 0 {
-        let status = child.wait()?;
-        bail!(
-            "the guest manager did not start ({status}); its log is {}",
-            log.0.display()
-        );
+    if ready.read(&mut [0]).context("waiting for the guest manager")? == 0 {
+        let status = child.wait().context("waiting for the guest manager")?;
+        let words = words.trim().trim_start_matches("guest-manager: ");
+        bail!("the guest manager did not start ({status}): {words}");
     }
     Ok(())
 }
 
-fn log_file(socket: &Path) -> Result<(PathBuf, File)> {
-    let path = socket.with_extension("log");
-    if let Some(folder) = path.parent() {
-        use std::os::unix::fs::DirBuilderExt;
-        std::fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(folder)
-            .with_context(|| format!("making the folder {}", folder.display()))?;
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_user_and_root_may_be_found_at_the_users_own_socket() {
+        check_listener(7, 7).unwrap();
+        check_listener(0, 7).unwrap();
+        let error = check_listener(8, 7).unwrap_err().to_string();
+        assert!(error.contains("user 8") && error.contains("--manager"), "{error}");
+        assert!(check_listener(7, 0).is_err());
     }
-    let file = File::options()
-        .append(true)
-        .create(true)
-        .open(&path)
-        .with_context(|| format!("opening the log {}", path.display()))?;
-    Ok((path, file))
 }
