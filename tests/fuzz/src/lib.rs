@@ -1,6 +1,6 @@
 //! What the fuzz targets share: a guest whose memory is made once, and files that are rewritten for each input.
 //!
-//! `tests/fuzz/run.sh 5 elf` runs a target for five seconds, from its seeds and what earlier runs found; by hand, in
+//! `tests/fuzz/run 5 elf` runs a target for five seconds, from its seeds and what earlier runs found; by hand, in
 //! `tests/`: `cargo +nightly fuzz run elf -- -max_total_time=5`.
 
 use std::fs::File;
