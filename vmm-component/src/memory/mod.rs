@@ -141,7 +141,7 @@ impl GuestRam {
     }
 
     /// The memslots to set, each as large as can be, in ascending order: the first is the one that a guest starts
-    /// in. Set them before the irqchip is made.
+    /// in.
     pub fn slots(&self) -> impl Iterator<Item = MemorySlot> + '_ {
         self.ranges.iter().map(|range| MemorySlot {
             guest_phys: range.start,

@@ -1,4 +1,5 @@
-//! Carries out what the lifecycle decides, on the control loop; nothing here waits.
+//! Carries out what the lifecycle decides, on the control loop. Nothing here waits but the start of a machine, for as long as its threads take to
+//! set themselves up: well below a millisecond each.
 
 use std::{
     cell::RefCell,
