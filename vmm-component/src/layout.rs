@@ -10,6 +10,8 @@
 //!  0x1_0000_0000  the memory that did not fit below the hole
 //! ```
 
+use sepal_devices::legacy::{acpi_pm, ioapic};
+
 /// Boot GDT, five 8-byte entries.
 pub const GDT: u64 = 0x500;
 /// `hvm_start_info` and its memory map and module list (Xen PVH boot ABI), at most one page.
@@ -61,24 +63,22 @@ pub const KVM_TSS: u64 = 0xfffb_d000;
 /// One page that Intel hosts need (KVM_SET_IDENTITY_MAP_ADDR), inside the hole.
 pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
 
-/// i8042 data and command ports; writing 0xfe to the command port resets.
+/// First port of the keyboard controller.
 pub const I8042_DATA: u16 = 0x60;
-/// See [`I8042_DATA`].
-pub const I8042_COMMAND: u16 = 0x64;
 /// CMOS real-time clock: index and data ports.
 pub const RTC: u16 = 0x70;
 /// First serial port (16550), eight ports.
 pub const SERIAL: u16 = 0x3f8;
-/// ACPI sleep control register (hardware-reduced), one byte: SLP_EN is bit 5, SLP_TYP bits 2-4.
-pub const ACPI_SLEEP_CONTROL: u16 = 0x600;
+/// Power management ports of hardware-reduced ACPI; [`acpi_pm`] says what is where.
+pub const ACPI_PM: u16 = 0x600;
+/// ACPI sleep control register, one byte.
+pub const ACPI_SLEEP_CONTROL: u16 = ACPI_PM + acpi_pm::SLEEP_CONTROL as u16;
 /// ACPI sleep status register, one byte.
-pub const ACPI_SLEEP_STATUS: u16 = 0x601;
-/// ACPI reset register, one byte: writing [`ACPI_RESET_VALUE`] resets.
-pub const ACPI_RESET: u16 = 0x602;
-/// See [`ACPI_RESET`].
-pub const ACPI_RESET_VALUE: u8 = 1;
-/// Event status of the generic event device, four bytes, reading clears: bit 0 is the power button.
-pub const ACPI_GED: u16 = 0x604;
+pub const ACPI_SLEEP_STATUS: u16 = ACPI_PM + acpi_pm::SLEEP_STATUS as u16;
+/// ACPI reset register, one byte.
+pub const ACPI_RESET: u16 = ACPI_PM + acpi_pm::RESET as u16;
+/// Event status of the generic event device, four bytes.
+pub const ACPI_GED: u16 = ACPI_PM + acpi_pm::EVENT_STATUS as u16;
 
 /// Interrupt (GSI) of the serial port, edge-triggered, active high (ISA).
 pub const SERIAL_GSI: u32 = 4;
@@ -87,8 +87,6 @@ pub const RTC_GSI: u32 = 8;
 /// Interrupt of the generic event device, edge-triggered, active high.
 pub const GED_GSI: u32 = 9;
 /// Pins of the IOAPIC.
-pub const IOAPIC_PINS: usize = 24;
+pub const IOAPIC_PINS: usize = ioapic::PINS;
 /// Most vCPUs of a guest.
 pub const MAX_VCPUS: u8 = 64;
-/// SLP_TYP of S5 (soft off) as the DSDT's `\_S5` names it.
-pub const S5_SLEEP_TYPE: u8 = 5;

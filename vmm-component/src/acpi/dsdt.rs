@@ -6,6 +6,7 @@ use acpi_tables::aml::{
     Local, Method, Name, Notify, OpRegion, OpRegionSpace, Package, Path, ResourceTemplate, Scope, Store, ZERO,
 };
 use acpi_tables::sdt::Sdt;
+use sepal_devices::legacy::acpi_pm;
 
 use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, bytes};
 use crate::layout;
@@ -15,8 +16,7 @@ const HEADER: u32 = 36;
 /// From revision 2 on integers have 64 bits.
 const REVISION: u8 = 2;
 
-/// Bit of the event status port that stands for the power button, and the notification for a press (ACPI 4.8.2.2.1.2).
-const EVENT_POWER_BUTTON: u8 = 1;
+/// The notification for a press of the power button (ACPI 4.8.2.2.1.2).
 const NOTIFY_PRESSED: u8 = 0x80;
 
 /// Bytes of the event status port.
@@ -34,7 +34,7 @@ pub(super) fn build(vcpus: u8) -> Sdt {
 
 /// `\_S5`: what to write to the sleep control register to power off.
 fn soft_off() -> Name {
-    let sleep_type = layout::S5_SLEEP_TYPE;
+    let sleep_type = acpi_pm::S5;
     Name::new(
         "\\_S5_".into(),
         &Package::new(vec![&sleep_type, &sleep_type, &ZERO, &ZERO]),
@@ -100,7 +100,7 @@ fn event_device() -> Vec<u8> {
     );
     let (status, seen, pressed) = (Path::new("ESTS"), Local(0), Local(1));
     let read = Store::new(&seen, &status);
-    let mask = And::new(&pressed, &seen, &EVENT_POWER_BUTTON);
+    let mask = And::new(&pressed, &seen, &acpi_pm::EVENT_POWER_BUTTON);
     let button = Path::new("\\_SB_.PWRB");
     let notify = Notify::new(&button, &NOTIFY_PRESSED);
     let if_pressed = If::new(&pressed, vec![&notify]);

@@ -19,6 +19,7 @@ use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, AmlSink};
+use sepal_devices::legacy::acpi_pm;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
 use crate::layout;
@@ -141,7 +142,7 @@ fn fadt(dsdt: u64) -> FADTBuilder {
     .dsdt_64(dsdt);
     fadt.iapc_boot_arch = (BOOT_ARCH_LEGACY_DEVICES | BOOT_ARCH_VGA_NOT_PRESENT | BOOT_ARCH_NO_PCIE_ASPM).into();
     fadt.reset_reg = port(layout::ACPI_RESET);
-    fadt.reset_value = layout::ACPI_RESET_VALUE;
+    fadt.reset_value = acpi_pm::RESET_VALUE;
     fadt.sleep_control_reg = port(layout::ACPI_SLEEP_CONTROL);
     fadt.sleep_status_reg = port(layout::ACPI_SLEEP_STATUS);
     fadt.hypervisor_vendor_identity = u64::from_le_bytes(OEM_TABLE_ID).into();

@@ -104,7 +104,7 @@ impl Platform {
 
         let acpi = AcpiPm::new(power(ResetCause::Acpi), line(layout::GED_GSI));
         let power_button = acpi.power_button();
-        insert(&pio, layout::ACPI_SLEEP_CONTROL.into(), acpi_pm::PORTS, "acpi-pm", acpi)?;
+        insert(&pio, layout::ACPI_PM.into(), acpi_pm::PORTS, "acpi-pm", acpi)?;
 
         check_memory(&mmio, ram)?;
         Ok(Self {
