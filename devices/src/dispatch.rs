@@ -288,11 +288,6 @@ impl DispatchLoop {
         Err(refused)
     }
 
-    /// The device's name.
-    pub fn name(&self) -> &str {
-        &self.name
-    }
-
     /// Asks the loop to end and gives the device `within` to bring out what must not be lost; returns at once. Lets a machine stop many
     /// loops at the same time before it waits for each with [`stop`](Self::stop). A later request replaces the time left.
     pub fn request_stop(&self, within: Duration) {

@@ -44,8 +44,8 @@ pub const INDEX: u64 = 0;
 /// Offset of the data port.
 pub const DATA: u64 = 1;
 
-/// CMOS index of the century, for the FADT's CENTURY field.
-pub const CENTURY: u8 = 0x32;
+/// CMOS index of the century, as on most PCs.
+const CENTURY: u8 = 0x32;
 
 /// Where the time comes from.
 pub trait WallClock: Send + Sync {

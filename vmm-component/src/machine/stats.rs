@@ -36,20 +36,6 @@ impl ExitReason {
         Self::Halt,
         Self::Other,
     ];
-
-    /// The reason's name in statistics.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Pio => "pio",
-            Self::Mmio => "mmio",
-            Self::IoapicEoi => "ioapic-eoi",
-            Self::Msr => "msr",
-            Self::Assist => "assist",
-            Self::Kick => "kick",
-            Self::Halt => "halt",
-            Self::Other => "other",
-        }
-    }
 }
 
 /// One vCPU's counters; written by its thread only.

@@ -150,11 +150,6 @@ impl GuestRam {
         })
     }
 
-    /// Bytes of guest memory in all, custom ranges included.
-    pub fn total(&self) -> u64 {
-        self.ranges.iter().map(|range| range.end - range.start).sum()
-    }
-
     /// What is RAM: ascending, disjoint, not adjacent. [`MemoryMap::new`] makes of it what the guest is told.
     pub fn ranges(&self) -> &[Range<u64>] {
         &self.ranges
