@@ -27,7 +27,7 @@ Exit status of launch, attach, stop and wait:
  10  the guest reset itself
  11  the guest crashed
  12  the guest was stopped by force
- 13  the guest could not be started
+ 13  the guest could not be started (launch itself: 1)
  14  the guest did not react to being asked to shut down, and was stopped by force
  15  the guest's component died
  16  the guest ended in a way that this version does not know

@@ -19,9 +19,10 @@ use anyhow::{Context, Result, bail};
 use futures::{FutureExt, channel::oneshot, future, select};
 use sepal_schema::{
     config::Handles,
-    error::Error,
+    error::{Error, Kind},
     guest_capnp::{guest, serial},
-    report::{Reason, StopReport},
+    info::{GuestInfo, GuestStatus},
+    report::Reason,
     transport::Handle,
 };
 
@@ -49,7 +50,19 @@ pub(crate) enum Mode {
 pub(crate) async fn attach(handle: &Handle, socket: Option<&Path>, args: &Attach) -> Result<u8> {
     let manager = Manager::running(handle, socket)?;
     let guest = calls::lookup(&manager.client, &args.name).await?;
+    check_live(&calls::info(&calls::observer(&guest)).await?)?;
     run(&manager, &guest, &args.name, Mode::Attached).await
+}
+
+/// Whether there is something to connect to: a guest that has ended would give an empty session.
+fn check_live(info: &GuestInfo) -> Result<(), Error> {
+    match (&info.stop, info.status) {
+        (Some(stop), GuestStatus::Stopped | GuestStatus::VmmUnexpectedTermination) => {
+            let message = format!("guest \"{}\" has ended: {}", info.name, stop.detail);
+            Err(Error::new(Kind::NotRunning, message))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Copies until the guest ends or the user detaches. Returns the exit status.
@@ -67,7 +80,8 @@ pub(crate) async fn run(manager: &Manager, guest: &guest::Client, name: &str, mo
     };
     let stream = open(manager, &calls::serial(guest), position).await?;
     let raw = Raw::enter().context("making the terminal raw")?;
-    if raw.is_some() {
+    let terminal = raw.is_some();
+    if terminal {
         let leaving = if mode == Mode::Launched {
             "stops the guest"
         } else {
@@ -77,7 +91,7 @@ pub(crate) async fn run(manager: &Manager, guest: &guest::Client, name: &str, mo
     }
 
     let printed = copy_output(stream.try_clone()?)?;
-    let escape = copy_input(stream, raw.is_some())?;
+    let escape = copy_input(stream, terminal)?;
     let ended = async {
         // All output has been printed before the end is told; output that cannot be printed ends the session.
         printed.await.unwrap_or(Ok(())).context("writing the guest's output")?;
@@ -108,16 +122,12 @@ pub(crate) async fn run(manager: &Manager, guest: &guest::Client, name: &str, mo
         }
     };
     let report = report?;
-    tell(name, &report);
-    Ok(status::of(&report))
-}
-
-/// Tells how the guest ended, unless it simply shut down.
-fn tell(name: &str, report: &StopReport) {
     terminal::restore();
-    if report.reason != Reason::Shutdown {
+    // Redirected, a guest that simply shut down is not worth a word; at a terminal, a session that is suddenly over is.
+    if terminal || report.reason != Reason::Shutdown {
         eprintln!("{name}: {}", report.detail);
     }
+    Ok(status::of(&report))
 }
 
 async fn open(manager: &Manager, serial: &serial::Client, position: u64) -> Result<UnixStream> {
@@ -191,4 +201,45 @@ fn copy_input(mut to: UnixStream, terminal: bool) -> Result<oneshot::Receiver<()
         .spawn(work)
         .context("starting a thread for the input")?;
     Ok(escaped)
+}
+
+#[cfg(test)]
+mod tests {
+    use sepal_schema::report::StopReport;
+
+    use super::*;
+
+    #[test]
+    fn only_what_has_not_ended_can_be_attached_to() {
+        let stop = StopReport {
+            reason: Reason::Shutdown,
+            detail: "the guest shut down".into(),
+            error: None,
+            uptime_ns: 0,
+            time_ns: 0,
+        };
+        let mut info = GuestInfo {
+            name: "bee".into(),
+            status: GuestStatus::Running,
+            generation: 2,
+            uptime_ns: 0,
+            descriptor: None,
+            stop: None,
+            problems: Vec::new(),
+            layers: Vec::new(),
+            component_pid: 0,
+            paused: false,
+            detached: false,
+        };
+        check_live(&info).unwrap();
+        info.stop = Some(stop);
+        info.status = GuestStatus::Stopped;
+        let error = check_live(&info).unwrap_err();
+        assert_eq!(error.kind, Kind::NotRunning);
+        assert!(
+            error.message.contains("bee") && error.message.contains("shut down"),
+            "{}",
+            error.message
+        );
+    }
 }
