@@ -257,7 +257,7 @@ impl power::Server for PowerServer {
     }
 
     async fn kill(self: Rc<Self>, _: power::KillParams, mut results: power::KillResults) -> Reply {
-        write_stopped(ladder::kill(&self.0, "it was killed").await, results.get());
+        write_stopped(ladder::kill(&self.0, "it was stopped by force").await, results.get());
         Ok(())
     }
 

@@ -196,7 +196,7 @@ impl guest_manager::Server for ManagerServer {
         let guest = find();
         async move {
             let outcome = match guest {
-                Ok(guest) => ladder::kill(&guest, "it was shut down by force").await.map(drop),
+                Ok(guest) => ladder::kill(&guest, "it was stopped by force").await.map(drop),
                 Err(error) => Err(error),
             };
             write_completion(&outcome, results.get());
