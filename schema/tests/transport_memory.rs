@@ -135,6 +135,29 @@ fn memory_stays_bounded_whatever_peers_do() {
     });
     assert!(peak < 24 * mib, "{peak} bytes for replies that nobody reads");
 
+    let (peak, _) = growth(1, |sockets| {
+        // Calls that never end, each with as many capabilities as it may have.
+        let socket = &mut sockets[0];
+        let call = |question: u32| {
+            raw::encode(|message| {
+                let mut call = message.init_call();
+                call.set_question_id(question);
+                call.set_interface_id(interface);
+                call.set_method_id(HANG);
+                let mut table = call.reborrow().init_params().init_cap_table(256);
+                for index in 0..256 {
+                    table.reborrow().get(index).set_sender_hosted(question * 256 + index);
+                }
+                call.init_target().init_promised_answer().set_question_id(0);
+            })
+        };
+        let mut question = 1;
+        while raw::write(socket, &call(question)) {
+            question += 1;
+        }
+    });
+    assert!(peak < 40 * mib, "{peak} bytes for capabilities of calls in flight");
+
     let (peak, after) = growth(1, |sockets| {
         let socket = &mut sockets[0];
         for _ in 0..4_000 {

@@ -21,7 +21,8 @@ pub struct Limits {
     pub answers: usize,
     /// Distinct capabilities that the peer holds here. Default 8192.
     pub exports: usize,
-    /// Bytes of received messages that are still in use and of results that the peer can still refer to. Default 16 MiB.
+    /// Bytes of received messages that are still in use, with 1 KiB for each capability in them, and of results that the peer
+    /// can still refer to. Default 16 MiB.
     pub held_bytes: usize,
     /// Bytes waiting to be written to a peer that does not read, calls of ours included: use streaming calls, which
     /// wait in time, for much data. Default 4 MiB.

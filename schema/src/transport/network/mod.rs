@@ -48,6 +48,9 @@ use super::{
 
 type Message = Builder<HeapAllocator>;
 
+/// What a capability of a received message counts for in [`Limits::held_bytes`], in bytes: about what the RPC system keeps for it.
+const CAPABILITY_BYTES: usize = 1024;
+
 /// Bytes that are written at once even while more messages wait to be handled.
 const WRITE_AT: usize = 64 * 1024;
 
@@ -244,25 +247,22 @@ impl Wire {
         let mut message = IncomingMessage {
             reader: Reader::new(segments, reader_options(&self.limits)),
             _fds: take_groups(&mut inbound.groups, &range),
-            _held: Held::new(&self.held_bytes, bytes),
+            held: Held::new(&self.held_bytes, bytes),
             token: None,
         };
+        let which = inspect::inspect(&message.reader).map_err(|error| EndReason::Protocol(error.to_string()))?;
+        if let Content::Call { capabilities, .. } | Content::Return { capabilities } = which {
+            message.held.add(self.count_capabilities(capabilities)?);
+        }
         if self.held_bytes.get() + ledger.retained_bytes() > self.limits.held_bytes {
             return Err(self.exceeded(Limit::HeldBytes));
         }
-        let which = inspect::inspect(&message.reader).map_err(|error| EndReason::Protocol(error.to_string()))?;
         match which {
-            Content::Call {
-                question,
-                on,
-                capabilities,
-            } => {
-                self.count_capabilities(capabilities)?;
+            Content::Call { question, on, .. } => {
                 ledger.call(question).map_err(|limit| self.exceeded(limit))?;
                 message.token = Some(inbound.cancellations.call(question, on));
             }
             Content::Bootstrap { question } => ledger.call(question).map_err(|limit| self.exceeded(limit))?,
-            Content::Return { capabilities } => self.count_capabilities(capabilities)?,
             Content::Finish { question, release } => {
                 if ledger.finish(question, release) == Finish::GivesUp {
                     return Ok(inbound.cancellations.give_up(question, message));
@@ -270,16 +270,17 @@ impl Wire {
             }
             Content::Release { id, count } => ledger.release(id, count),
             Content::Abort(reason) => return Err(EndReason::Aborted(reason)),
-            Content::Other => (),
+            Content::Return { .. } | Content::Other => (),
         }
         Ok(Some(message))
     }
 
-    fn count_capabilities(&self, count: u32) -> Result<(), EndReason> {
+    /// What the capabilities of one message cost, in bytes.
+    fn count_capabilities(&self, count: u32) -> Result<usize, EndReason> {
         if count as usize > self.limits.message_capabilities {
             return Err(self.exceeded(Limit::MessageCapabilities));
         }
-        Ok(())
+        Ok(count as usize * CAPABILITY_BYTES)
     }
 
     /// Puts a message into the queue.
@@ -415,6 +416,13 @@ impl Held {
     }
 }
 
+impl Held {
+    fn add(&mut self, bytes: usize) {
+        self.total.set(self.total.get() + bytes);
+        self.bytes += bytes;
+    }
+}
+
 impl Drop for Held {
     fn drop(&mut self) {
         self.total.set(self.total.get() - self.bytes);
@@ -425,7 +433,7 @@ impl Drop for Held {
 struct IncomingMessage {
     reader: Reader<OwnedSegments>,
     _fds: Vec<Rc<FdGroup>>,
-    _held: Held,
+    held: Held,
     token: Option<Rc<Token>>,
 }
 
