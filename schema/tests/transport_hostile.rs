@@ -314,6 +314,18 @@ fn what_no_sound_peer_says_ends_the_connection() {
 }
 
 #[test]
+fn a_peers_last_words_are_short_and_plain() {
+    let (reason, _) = attack(Limits::default(), |socket| {
+        let words = "\x1b[2J".to_owned() + &"é".repeat(10_000);
+        raw::write(socket, &raw::encode(|message| message.init_abort().set_reason(&words)));
+    });
+    let EndReason::Aborted(words) = reason else {
+        panic!("{reason}")
+    };
+    assert!(words.starts_with(" [2Jéé") && words.len() <= 512, "{words}");
+}
+
+#[test]
 fn a_client_is_as_safe_from_a_server() {
     for which in [Limit::Answers, Limit::MessageWords] {
         let (ours, mut theirs) = UnixStream::pair().unwrap();

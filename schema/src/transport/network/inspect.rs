@@ -5,6 +5,9 @@ use capnp_rpc::rpc_capnp::{cap_descriptor, message, message_target, resolve, ret
 
 use super::Message;
 
+/// Bytes of a peer's last words that are kept: every capability that breaks with the connection carries a copy, and logs do.
+const MAX_REASON: usize = 512;
+
 /// What counts in a received message.
 pub(super) enum Content {
     Call {
@@ -74,7 +77,10 @@ pub(super) fn inspect(reader: &Reader<OwnedSegments>) -> capnp::Result<Content> 
                 count: release.get_reference_count(),
             }
         }
-        message::Abort(exception) => Content::Abort(exception?.get_reason()?.to_string().unwrap_or_default()),
+        message::Abort(exception) => {
+            let reason = exception?.get_reason()?.to_str().unwrap_or_default();
+            Content::Abort(reason[..reason.floor_char_boundary(MAX_REASON)].replace(char::is_control, " "))
+        }
         _ => Content::Other,
     })
 }
