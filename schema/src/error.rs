@@ -5,7 +5,7 @@ use crate::error_capnp;
 /// What to match on; the values and their meanings are documented in `error.capnp`.
 pub use error_capnp::error::Kind;
 
-/// The longest message that is sent, in bytes; what is longer is cut at a character boundary.
+/// The longest message that is sent or taken in, in bytes; what is longer is cut at a character boundary.
 pub const MAX_MESSAGE: usize = 4096;
 
 /// An expected failure, as it travels: a kind, a sentence for a person, and what it is about.
@@ -58,8 +58,8 @@ impl Error {
     pub fn read(from: error_capnp::error::Reader<'_>) -> Result<Self, capnp::Error> {
         Ok(Self {
             kind: from.get_kind().unwrap_or(Kind::InternalError),
-            message: from.get_message()?.to_string()?,
-            about: from.get_about()?.to_string()?,
+            message: cut(from.get_message()?.to_str()?).to_owned(),
+            about: cut(from.get_about()?.to_str()?).to_owned(),
         })
     }
 
@@ -125,7 +125,8 @@ pub fn kind_name(kind: Kind) -> &'static str {
     }
 }
 
-fn cut(text: &str) -> &str {
+/// As much of a text as is sent or taken in.
+pub(crate) fn cut(text: &str) -> &str {
     &text[..text.floor_char_boundary(MAX_MESSAGE)]
 }
 
@@ -149,6 +150,16 @@ mod tests {
         let read = Error::read(message.get_root_as_reader().unwrap()).unwrap();
         assert_eq!(read.message.len(), MAX_MESSAGE);
         assert!(error.message.starts_with(&read.message));
+    }
+
+    #[test]
+    fn a_long_message_of_a_peer_is_cut_too() {
+        let mut message = capnp::message::Builder::new_default();
+        let mut error = message.init_root::<error_capnp::error::Builder<'_>>();
+        error.set_message("é".repeat(MAX_MESSAGE));
+        error.set_about("x".repeat(MAX_MESSAGE + 1));
+        let read = Error::read(message.get_root_as_reader().unwrap()).unwrap();
+        assert_eq!((read.message.len(), read.about.len()), (MAX_MESSAGE, MAX_MESSAGE));
     }
 
     #[test]

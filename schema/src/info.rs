@@ -1,6 +1,6 @@
 //! What there is to know about a guest, as a Rust value.
 
-use crate::{guest_capnp, report::StopReport};
+use crate::{error::cut, guest_capnp, report::StopReport};
 
 pub use guest_capnp::{GuestStatus, layer_info::State as LayerState};
 
@@ -144,16 +144,21 @@ pub fn write_layers(layers: &[LayerInfo], mut to: capnp::struct_list::Builder<'_
     }
 }
 
-/// Reads the layers of a jail out of a message. A state that this version does not know reads as waived: it is not known to hold.
+/// Most layers of a jail that are taken in; there are 15.
+pub const MAX_LAYERS: usize = 32;
+
+/// Reads the layers of a jail out of a message, at most [`MAX_LAYERS`]: a component tells its own, and may be hostile. A state that this
+/// version does not know reads as waived: it is not known to hold.
 pub fn read_layers(
     from: capnp::struct_list::Reader<'_, guest_capnp::layer_info::Owned>,
 ) -> Result<Vec<LayerInfo>, capnp::Error> {
     from.iter()
+        .take(MAX_LAYERS)
         .map(|layer| {
             Ok(LayerInfo {
-                name: layer.get_name()?.to_string()?,
+                name: cut(layer.get_name()?.to_str()?).to_owned(),
                 state: layer.get_state().unwrap_or(LayerState::Waived),
-                detail: layer.get_detail()?.to_string()?,
+                detail: cut(layer.get_detail()?.to_str()?).to_owned(),
             })
         })
         .collect()
@@ -184,6 +189,20 @@ fn length(of: usize) -> u32 {
 mod tests {
     use super::*;
     use crate::report::Reason;
+
+    #[test]
+    fn a_jail_of_countless_layers_is_cut() {
+        let mut message = capnp::message::Builder::new_default();
+        let info = message.init_root::<guest_capnp::guest_info::Builder<'_>>();
+        let mut layers = info.init_layers(100);
+        layers
+            .reborrow()
+            .get(0)
+            .set_detail("x".repeat(crate::error::MAX_MESSAGE + 1));
+        let layers = read_layers(layers.into_reader()).unwrap();
+        assert_eq!(layers.len(), MAX_LAYERS);
+        assert_eq!(layers[0].detail.len(), crate::error::MAX_MESSAGE);
+    }
 
     #[test]
     fn information_survives_the_wire() {

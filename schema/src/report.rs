@@ -1,6 +1,9 @@
 //! How a guest ended, as a Rust value.
 
-use crate::{error::Error, guest_capnp};
+use crate::{
+    error::{Error, cut},
+    guest_capnp,
+};
 
 pub use guest_capnp::stop_report::Reason;
 
@@ -9,7 +12,7 @@ pub use guest_capnp::stop_report::Reason;
 pub struct StopReport {
     /// What to match on.
     pub reason: Reason,
-    /// A sentence for a person.
+    /// A sentence for a person, of at most [`MAX_MESSAGE`](crate::error::MAX_MESSAGE) bytes where it travels.
     pub detail: String,
     /// The typed error behind it; none for a shutdown or reset.
     pub error: Option<Error>,
@@ -23,7 +26,7 @@ impl StopReport {
     /// Writes the report into a message.
     pub fn write(&self, mut to: guest_capnp::stop_report::Builder<'_>) {
         to.set_reason(self.reason);
-        to.set_detail(&self.detail);
+        to.set_detail(cut(&self.detail));
         if let Some(error) = &self.error {
             error.write(to.reborrow().init_error());
         }
@@ -35,7 +38,7 @@ impl StopReport {
     pub fn read(from: guest_capnp::stop_report::Reader<'_>) -> Result<Self, capnp::Error> {
         Ok(Self {
             reason: from.get_reason().unwrap_or(Reason::Unknown),
-            detail: from.get_detail()?.to_string()?,
+            detail: cut(from.get_detail()?.to_str()?).to_owned(),
             error: if from.has_error() {
                 Some(Error::read(from.get_error()?)?)
             } else {
@@ -71,6 +74,24 @@ pub fn now_ns() -> u64 {
 mod tests {
     use super::*;
     use crate::error::Kind;
+
+    #[test]
+    fn a_long_detail_is_cut_on_either_side() {
+        let long = "x".repeat(crate::error::MAX_MESSAGE + 1);
+        let mut message = capnp::message::Builder::new_default();
+        message
+            .init_root::<guest_capnp::stop_report::Builder<'_>>()
+            .set_detail(&long);
+        let mut report = StopReport::read(message.get_root_as_reader().unwrap()).unwrap();
+        assert_eq!(report.detail, long[1..]);
+        report.detail = long;
+        let mut message = capnp::message::Builder::new_default();
+        report.write(message.init_root());
+        let sent = message
+            .get_root_as_reader::<guest_capnp::stop_report::Reader<'_>>()
+            .unwrap();
+        assert_eq!(sent.get_detail().unwrap().len(), report.detail.len() - 1);
+    }
 
     #[test]
     fn a_report_survives_the_wire() {
