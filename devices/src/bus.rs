@@ -226,16 +226,16 @@ impl Bus {
         };
         if !slot.quarantined.swap(true, Ordering::Relaxed) {
             let reason = panic_message(&*panic);
-            tracing::error!(
-                device = slot.range.name,
-                reason,
-                "device panicked on a bus access; its addresses are dead from now on"
-            );
-            if let Some(reporter) = &self.reporter {
-                reporter.report(DeviceEvent::Failed {
+            match &self.reporter {
+                Some(reporter) => reporter.report(DeviceEvent::Failed {
                     device: slot.range.name.into(),
                     reason,
-                });
+                }),
+                None => tracing::error!(
+                    device = slot.range.name,
+                    reason,
+                    "device panicked on a bus access; its addresses are dead from now on"
+                ),
             }
         }
         false

@@ -388,7 +388,6 @@ impl<D: DispatchDevice> Body<D> {
         }
         if let Err(reason) = &result {
             let Identity { name, reporter } = &*self.identity;
-            tracing::error!(device = name, reason, "device failed and is quarantined");
             reporter.report(DeviceEvent::Failed {
                 device: name.clone(),
                 reason: reason.clone(),

@@ -228,7 +228,9 @@ impl DeviceReporter for Reporter {
     fn report(&self, event: DeviceEvent) {
         match event {
             DeviceEvent::Failed { device, reason } => Self::report(self, Happening::DeviceFailed { device, reason }),
-            DeviceEvent::HostClosed { device } => tracing::info!(device, "the host's end was closed"),
+            DeviceEvent::HostClosed { device } => {
+                tracing::info!("device {device}: the host's end was closed; output is discarded from now on")
+            }
             other => tracing::info!(?other, "device event"),
         }
     }

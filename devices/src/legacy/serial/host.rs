@@ -50,7 +50,7 @@ enum Written {
     /// The host takes no more for now.
     Blocked,
     /// The host takes no more ever.
-    Closed(Errno),
+    Closed,
 }
 
 /// Moves bytes between a [`Serial`] and its host end; made by [`Serial::host_loop`].
@@ -126,7 +126,7 @@ impl SerialLoop {
                 }
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => return Written::Blocked,
-                Err(error) => return Written::Closed(error),
+                Err(_) => return Written::Closed,
             }
         }
         Written::Some
@@ -143,7 +143,7 @@ impl SerialLoop {
             Written::All(wrote) => self.tick(wrote),
             Written::Some => Ok(self.port.doorbell.write(1)?),
             Written::Blocked => self.tick(false),
-            Written::Closed(error) => self.close_output(watches, &error.to_string()),
+            Written::Closed => self.close_output(watches),
         }
     }
 
@@ -165,15 +165,10 @@ impl SerialLoop {
     }
 
     /// Output goes nowhere from now on.
-    fn close_output(&mut self, watches: &Watches<'_, '_>, why: &str) -> Result<(), DeviceError> {
+    fn close_output(&mut self, watches: &Watches<'_, '_>) -> Result<(), DeviceError> {
         if std::mem::take(&mut self.can_write) {
             self.port.state().discard();
             (self.written, self.filled, self.blocked) = (0, 0, false);
-            tracing::info!(
-                device = watches.device(),
-                why,
-                "the host end takes no more output; it is discarded"
-            );
             watches.report(DeviceEvent::HostClosed {
                 device: watches.device().into(),
             });
@@ -215,7 +210,7 @@ impl SerialLoop {
 
     /// The host's end is closed.
     fn hang_up(&mut self, watches: &mut Watches<'_, '_>) -> Result<(), DeviceError> {
-        self.close_output(watches, "closed by the host")?;
+        self.close_output(watches)?;
         watches.remove(&self.fd)?;
         self.host = Host::Draining;
         self.pump_input();
@@ -314,7 +309,7 @@ impl DispatchDevice for SerialLoop {
                 Written::All(_) => return,
                 Written::Some => Instant::now() < deadline,
                 Written::Blocked => self.wait_writable(deadline),
-                Written::Closed(_) => false,
+                Written::Closed => false,
             };
             if !go_on {
                 let mut state = self.port.state();
