@@ -69,12 +69,23 @@ impl EventLog {
         };
         if removed {
             // An id is never used again, so nothing is counted for it any more.
-            self.ordinals.remove(&id);
+            self.forget(id);
         }
         if self.kept.len() == self.capacity {
             self.kept.pop_front();
         }
         self.kept.push_back(Rc::new(event));
+    }
+
+    /// Nothing will happen to this guest any more, without an event that says so.
+    pub fn forget(&mut self, id: GuestId) {
+        self.ordinals.remove(&id);
+    }
+
+    /// Of how many guests the events are counted.
+    #[cfg(test)]
+    pub(crate) fn counted(&self) -> usize {
+        self.ordinals.len()
     }
 
     /// A cursor over all events from now on, after the last `replay` that are kept.

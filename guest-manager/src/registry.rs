@@ -225,6 +225,7 @@ impl Registry {
         let id = GuestId(self.last_id);
         if let Some(old) = self.names.insert(name.clone(), id) {
             self.entries.remove(&old);
+            self.log.forget(old);
             self.forgotten.push(old);
         }
         let entry = Entry {

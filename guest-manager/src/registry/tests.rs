@@ -383,6 +383,7 @@ proptest! {
             prop_assert!(infos.windows(2).all(|pair| pair[0].name < pair[1].name));
             prop_assert_eq!(infos.len(), registry.entries.len());
             let remembered = registry.entries.values().filter(|entry| entry.remembered()).count();
+            prop_assert_eq!(registry.log.counted(), registry.entries.len(), "nothing is kept for guests that are gone");
             prop_assert!(remembered <= 2 && infos.len() - remembered <= 3);
             for info in infos {
                 let ended = matches!(info.status, GuestStatus::Stopped | GuestStatus::VmmUnexpectedTermination);
