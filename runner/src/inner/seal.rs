@@ -187,7 +187,6 @@ pub fn seal(spec: &SealSpec) -> Result<Vec<LayerStatus>, SealError> {
             );
         }
         keep_allocator_from_files();
-        plain_personality()?;
         let instructions = seccomp::program_len(ThreadRole::Control);
         step(
             Layer::Seccomp,
@@ -208,20 +207,6 @@ fn keep_allocator_from_files() {
     unsafe {
         libc::mallopt(libc::M_TRIM_THRESHOLD, libc::c_int::MAX);
     }
-}
-
-/// Undoes what a starter may have been given by `setarch`: with READ_IMPLIES_EXEC readable memory could be executed, whatever
-/// the filter says about PROT_EXEC.
-fn plain_personality() -> Result<(), SealError> {
-    // SAFETY: sets the process's execution domain; takes no pointer.
-    if unsafe { libc::personality(0) } < 0 {
-        return step(
-            Layer::Seccomp,
-            "resetting the personality",
-            Err(io::Error::last_os_error()),
-        );
-    }
-    Ok(())
 }
 
 fn system<E: Into<io::Error>>(action: &'static str) -> impl FnOnce(E) -> SealError {

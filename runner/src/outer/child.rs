@@ -28,6 +28,7 @@ pub(super) enum Step {
     Uid = 3,
     Signals = 4,
     Exec = 5,
+    Personality = 6,
 }
 
 impl Plan<'_> {
@@ -58,6 +59,7 @@ pub(super) fn parse_failure(message: &[u8]) -> Option<(Step, i32)> {
         3 => Step::Uid,
         4 => Step::Signals,
         5 => Step::Exec,
+        6 => Step::Personality,
         _ => return None,
     };
     Some((step, errno))
@@ -148,6 +150,12 @@ unsafe fn steps(plan: &Plan<'_>) -> (Step, i32) {
     };
     if unblocked < 0 {
         return (Step::Signals, errno());
+    }
+    // What the starter may have been given by `setarch` must not last: with ADDR_NO_RANDOMIZE the binary would lie where others
+    // know it, with READ_IMPLIES_EXEC readable memory could be executed, whatever the filter says about PROT_EXEC.
+    // SAFETY: sets the process's execution domain; takes no pointer.
+    if unsafe { libc::syscall(libc::SYS_personality, 0) } < 0 {
+        return (Step::Personality, errno());
     }
     // SAFETY: the caller promises well-formed argument and environment arrays.
     unsafe {

@@ -128,6 +128,10 @@ impl Component {
                 action: "unblocking signals",
                 source,
             },
+            child::Step::Personality => SpawnError::System {
+                action: "resetting the personality",
+                source,
+            },
             child::Step::Uid => SpawnError::Layer {
                 layer: Layer::HostUid,
                 cause: format!("changing to the uid: {source}"),

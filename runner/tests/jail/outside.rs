@@ -266,12 +266,16 @@ fn a_dropped_component_is_gone() {
 
 fn a_starters_personality_is_left() {
     const READ_IMPLIES_EXEC: libc::c_ulong = 0x0040_0000;
+    const ADDR_NO_RANDOMIZE: libc::c_ulong = 0x0004_0000;
     let thread = std::thread::spawn(|| {
         // SAFETY: concerns this thread and what it starts.
-        unsafe { libc::personality(READ_IMPLIES_EXEC) };
+        unsafe { libc::personality(READ_IMPLIES_EXEC | ADDR_NO_RANDOMIZE) };
         let jailed = waiting();
         let personality = fs::read_to_string(format!("/proc/{}/personality", jailed.component.pid())).unwrap();
         assert_eq!(personality.trim(), "00000000");
+        let maps = fs::read_to_string(format!("/proc/{}/maps", jailed.component.pid())).unwrap();
+        // Where the kernel puts every program without randomization.
+        assert!(!maps.starts_with("555555554000-"), "{maps}");
         assert!(jailed.release().success());
     });
     thread.join().unwrap();
