@@ -323,9 +323,12 @@ fn limit_resources(spec: &SealSpec) -> Result<String, SealError> {
     if let Some(bytes) = rlimits.file_size {
         wanted.push(("RLIMIT_FSIZE", Resource::Fsize, bytes));
     }
+    let mut in_force = Vec::with_capacity(wanted.len());
     for (name, resource, value) in wanted {
         let most = rustix::process::getrlimit(resource).maximum.unwrap_or(u64::MAX);
-        let limit = Some(value.min(most));
+        let value = value.min(most);
+        let limit = Some(value);
+        in_force.push(format!("{name} {value}"));
         step(
             Layer::Rlimits,
             name,
@@ -338,10 +341,7 @@ fn limit_resources(spec: &SealSpec) -> Result<String, SealError> {
             ),
         )?;
     }
-    Ok(format!(
-        "{} descriptors, {} threads, no core",
-        rlimits.open_files, rlimits.threads
-    ))
+    Ok(in_force.join(", "))
 }
 
 /// Empties the bounding set, then all others (the ambient set goes with the permitted one).
