@@ -7,6 +7,19 @@ use crate::layer::Layer;
 
 /// The error for a failed `clone3`. Tries the required namespaces one by one to name the one that the host refuses.
 pub(super) fn clone_failure(jail: &JailSpec, error: &io::Error) -> SpawnError {
+    // Not for lack of a layer: there may be no further process at all, which a probe would run into as well.
+    if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::ENOMEM)) {
+        let source = match error.raw_os_error() {
+            Some(libc::EAGAIN) => io::Error::other(
+                "no further process may be made (raise ulimit -u, or pids.max of the manager's control group)",
+            ),
+            _ => io::Error::from_raw_os_error(libc::ENOMEM),
+        };
+        return SpawnError::System {
+            action: "making its process",
+            source,
+        };
+    }
     let user = if jail.waives(Layer::UserNamespace) {
         0
     } else {
@@ -29,8 +42,10 @@ pub(super) fn clone_failure(jail: &JailSpec, error: &io::Error) -> SpawnError {
         }
     }
     SpawnError::System {
-        action: "clone3",
-        source: io::Error::from(error.kind()),
+        action: "making its process (clone3)",
+        source: error
+            .raw_os_error()
+            .map_or_else(|| io::Error::from(error.kind()), io::Error::from_raw_os_error),
     }
 }
 

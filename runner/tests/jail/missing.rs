@@ -19,6 +19,7 @@ pub(crate) fn tests() -> Vec<Test> {
             what_sealing_lacks_is_named,
         ),
         ("missing::no_clone3".into(), no_clone3),
+        ("missing::no_process".into(), no_process),
         ("missing::no_user_namespaces".into(), || {
             in_user_namespace("inside::no_user_namespaces", "user")
         }),
@@ -157,6 +158,14 @@ fn no_clone3() {
             error.contains("user-namespace") && error.contains("not implemented"),
             "{error}"
         );
+    });
+}
+
+fn no_process() {
+    injected(libc::SYS_clone3, None, libc::EAGAIN, || {
+        let error = Jailed::start(spec(&["wait"])).err().expect("no process");
+        assert_eq!(error.layer(), None, "{error}");
+        assert!(error.to_string().contains("pids.max"), "{error}");
     });
 }
 
