@@ -118,6 +118,16 @@ const FCNTL: &[&[Argument]] = &[
 const BY_DESCRIPTOR_FLAG_3: &[&[Argument]] = &[&[masked(3, libc::AT_EMPTY_PATH as u64, libc::AT_EMPTY_PATH as u64)]];
 const BY_DESCRIPTOR_FLAG_2: &[&[Argument]] = &[&[masked(2, libc::AT_EMPTY_PATH as u64, libc::AT_EMPTY_PATH as u64)]];
 
+/// The two ends of a stream. Datagram sockets, unlike streams, can send to any address at any time.
+const STREAM_PAIR: &[&[Argument]] = &[&[
+    is(0, libc::AF_UNIX),
+    masked(
+        1,
+        !((libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK) as u64),
+        libc::SOCK_STREAM as u64,
+    ),
+]];
+
 /// Socket options of the general level that change only this socket.
 const SOCKET_OPTIONS: &[&[Argument]] = &[
     &[is(1, libc::SOL_SOCKET), is(2, libc::SO_SNDBUF)],
@@ -231,7 +241,7 @@ pub(super) const CALLS: &[Call] = &[
     when(libc::SYS_setsockopt, IO, SOCKET_OPTIONS),
     any(libc::SYS_pipe2, IO),
     // Ends of streams that are handed out, and guest memory.
-    when(libc::SYS_socketpair, C, &[&[is(0, libc::AF_UNIX)]]),
+    when(libc::SYS_socketpair, C, STREAM_PAIR),
     any(libc::SYS_memfd_create, C | H),
     any(libc::SYS_fstatfs, C | H),
     // How much memory the host has, when a guest is given its own.

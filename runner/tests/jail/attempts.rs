@@ -148,6 +148,12 @@ pub(crate) const ATTEMPTS: &[Attempt] = &[
     forbidden("socketpair-vsock", |_| {
         sys(libc::SYS_socketpair, [libc::AF_VSOCK as usize, 1, 0, 0])
     }),
+    forbidden("socketpair-datagram", |_| {
+        sys(
+            libc::SYS_socketpair,
+            [libc::AF_UNIX as usize, libc::SOCK_DGRAM as usize, 0, 0],
+        )
+    }),
     forbidden("connect", |_| sys(libc::SYS_connect, [3, 0, 0])),
     forbidden("bind", |_| sys(libc::SYS_bind, [3, 0, 0])),
     forbidden("listen", |_| sys(libc::SYS_listen, [3, 1])),
