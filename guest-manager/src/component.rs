@@ -22,7 +22,7 @@ use sepal_schema::{
 };
 use tracing::Level;
 
-use crate::changed::Changed;
+use crate::{changed::Changed, model::cut};
 
 /// Longest line, in bytes; the rest goes on in the next one.
 const MAX_LINE: usize = 512;
@@ -332,12 +332,7 @@ impl LastWords {
 
     fn line(&mut self, log: &mut impl FnMut(Level, &str)) {
         let text = String::from_utf8_lossy(&self.partial);
-        // Control characters could rewrite the terminal of whoever reads the log.
-        let line: String = text
-            .trim_end()
-            .chars()
-            .map(|c| if c.is_control() { ' ' } else { c })
-            .collect();
+        let line = cut(text.trim_end(), usize::MAX);
         self.partial.clear();
         let (level, line) = level(&line);
         if line.is_empty() {

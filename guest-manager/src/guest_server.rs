@@ -11,7 +11,7 @@ use sepal_schema::{
     transport::guard,
 };
 
-use crate::{client::Client, guest::Guest, ladder, serial::Port, subscription};
+use crate::{client::Client, guest::Guest, ladder, model::bounded_error, serial::Port, subscription};
 
 type Reply = Result<(), capnp::Error>;
 
@@ -225,7 +225,7 @@ impl PowerServer {
         // Held until the answer is there: dropping what a question is sent to takes it back.
         let power = guest.power()?;
         let answer = guest.answer(ask(&power)).await?;
-        read_completion(answer.get()?)
+        read_completion(answer.get()?).map_err(bounded_error)
     }
 }
 

@@ -15,7 +15,10 @@ use sepal_schema::{
     report::StopReport,
 };
 
-use crate::guest::{Guest, StopCause};
+use crate::{
+    guest::{Guest, StopCause},
+    model::bounded_error,
+};
 
 /// Presses the power button.
 ///
@@ -24,7 +27,7 @@ use crate::guest::{Guest, StopCause};
 pub(crate) async fn press(guest: &Guest) -> Result<(), Error> {
     let power = guest.power()?;
     let answer = guest.answer(power.shutdown_request().send().promise).await?;
-    read_completion(answer.get()?)?;
+    read_completion(answer.get()?).map_err(bounded_error)?;
     guest.set_shutting_down();
     Ok(())
 }

@@ -183,9 +183,11 @@ pub fn read_event(from: event::Reader<'_>) -> Result<Option<EventKind>, capnp::E
     }))
 }
 
-/// A text from outside, cut to `most` bytes or a little less, at a character.
+/// A text from outside, cut to `most` bytes or a little less, at a character, and fit to be shown: control characters, which could rewrite
+/// the terminal of whoever reads it, are blanks.
 pub fn cut(text: &str, most: usize) -> String {
-    text[..text.floor_char_boundary(most)].to_owned()
+    let shown = |c: char| if c.is_control() { ' ' } else { c };
+    text[..text.floor_char_boundary(most)].chars().map(shown).collect()
 }
 
 /// An error from outside, texts cut.
@@ -286,5 +288,12 @@ mod tests {
         };
         assert_eq!(bounded_report(report).detail.len(), 1024);
         assert_eq!(bounded_names(vec![String::new(); 100]).len(), 32);
+    }
+
+    #[test]
+    fn texts_from_outside_cannot_steer_a_terminal() {
+        let error = Error::new(sepal_schema::error::Kind::InternalError, "a\x1b[2J\nb\u{9b}c").about("\r");
+        let error = bounded_error(error);
+        assert_eq!((&error.message[..], &error.about[..]), ("a [2J b c", " "));
     }
 }
