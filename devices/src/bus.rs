@@ -30,6 +30,29 @@ pub trait BusDevice: Send + Sync {
     fn write(&self, offset: u64, data: &[u8]);
 }
 
+/// A device whose registers are single bytes. Wide accesses are split into bytes at consecutive offsets, as an ISA bus does.
+pub(crate) trait ByteDevice: Send + Sync {
+    /// What a read of the byte at `offset` gives.
+    fn read_byte(&self, offset: u64) -> u8;
+
+    /// Takes a write of `value` at `offset`.
+    fn write_byte(&self, offset: u64, value: u8);
+}
+
+impl<T: ByteDevice> BusDevice for T {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        for (n, byte) in (0..).zip(data) {
+            *byte = self.read_byte(offset.saturating_add(n));
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        for (n, byte) in (0..).zip(data) {
+            self.write_byte(offset.saturating_add(n), *byte);
+        }
+    }
+}
+
 /// Why a device could not be put on a bus, or taken off it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BusError {

@@ -13,7 +13,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use crate::bus::BusDevice;
+use crate::bus::ByteDevice;
 use crate::interrupt::InterruptLine;
 
 /// Ports of the device.
@@ -76,7 +76,9 @@ impl AcpiPm {
     pub fn power_button(self: &Arc<Self>) -> PowerButton {
         PowerButton(Arc::clone(self))
     }
+}
 
+impl ByteDevice for AcpiPm {
     fn read_byte(&self, offset: u64) -> u8 {
         if offset == EVENT_STATUS {
             self.events.swap(0, Ordering::AcqRel)
@@ -93,20 +95,6 @@ impl AcpiPm {
             }
             RESET if value == RESET_VALUE => self.power.request(PowerEvent::Reset),
             _ => {}
-        }
-    }
-}
-
-impl BusDevice for AcpiPm {
-    fn read(&self, offset: u64, data: &mut [u8]) {
-        for (offset, byte) in (offset.min(PORTS)..).zip(data) {
-            *byte = self.read_byte(offset);
-        }
-    }
-
-    fn write(&self, offset: u64, data: &[u8]) {
-        for (offset, byte) in (offset.min(PORTS)..).zip(data) {
-            self.write_byte(offset, *byte);
         }
     }
 }
@@ -132,6 +120,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::bus::BusDevice;
     use crate::interrupt::lock;
 
     #[derive(Default)]

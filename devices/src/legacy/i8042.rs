@@ -21,7 +21,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use super::acpi_pm::{PowerEvent, PowerSink};
-use crate::bus::BusDevice;
+use crate::bus::ByteDevice;
 
 /// Ports from 0x60 on.
 pub const PORTS: u64 = 5;
@@ -62,7 +62,9 @@ impl I8042 {
             nmi_status: AtomicU8::new(0),
         })
     }
+}
 
+impl ByteDevice for I8042 {
     fn read_byte(&self, offset: u64) -> u8 {
         match offset {
             DATA => {
@@ -93,20 +95,6 @@ impl I8042 {
     }
 }
 
-impl BusDevice for I8042 {
-    fn read(&self, offset: u64, data: &mut [u8]) {
-        for (offset, byte) in (offset.min(PORTS)..).zip(data) {
-            *byte = self.read_byte(offset);
-        }
-    }
-
-    fn write(&self, offset: u64, data: &[u8]) {
-        for (offset, byte) in (offset.min(PORTS)..).zip(data) {
-            self.write_byte(offset, *byte);
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::sync::Mutex;
@@ -114,6 +102,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::bus::BusDevice;
     use crate::interrupt::lock;
 
     #[derive(Default)]

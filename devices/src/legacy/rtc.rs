@@ -25,7 +25,7 @@ use std::time::{Duration, SystemTime};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::bus::BusDevice;
+use crate::bus::ByteDevice;
 use crate::interrupt::{InterruptLine, LevelLatch, lock, publish};
 
 pub use timer::RtcLoop;
@@ -171,7 +171,9 @@ impl Rtc {
     fn disable_interrupts(&self) {
         self.with_chip(|state, _| state.chip.disable_interrupts());
     }
+}
 
+impl ByteDevice for Rtc {
     fn read_byte(&self, offset: u64) -> u8 {
         match offset {
             DATA => self.access(|state, now| state.chip.read(state.index, now)),
@@ -186,20 +188,6 @@ impl Rtc {
             INDEX => lock(&self.state).index = value & 0x7f,
             DATA => self.access(|state, now| state.chip.write(state.index, value, now)),
             _ => {}
-        }
-    }
-}
-
-impl BusDevice for Rtc {
-    fn read(&self, offset: u64, data: &mut [u8]) {
-        for (offset, byte) in (offset.min(PORTS)..).zip(data) {
-            *byte = self.read_byte(offset);
-        }
-    }
-
-    fn write(&self, offset: u64, data: &[u8]) {
-        for (offset, byte) in (offset.min(PORTS)..).zip(data) {
-            self.write_byte(offset, *byte);
         }
     }
 }

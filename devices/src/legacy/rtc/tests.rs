@@ -6,6 +6,7 @@ use std::sync::mpsc::{Sender, channel};
 use proptest::prelude::*;
 
 use super::*;
+use crate::bus::BusDevice;
 use crate::dispatch::DispatchLoop;
 use crate::dispatch::stepper::Reports;
 
