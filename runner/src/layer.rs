@@ -112,7 +112,7 @@ impl Layer {
             Self::UtsNamespace => "raise user.max_uts_namespaces",
             Self::CgroupNamespace => "raise user.max_cgroup_namespaces",
             Self::HostUid => {
-                "give the manager CAP_SETUID and CAP_SETGID and a range of uids that its own user namespace maps"
+                "give the manager CAP_SETUID and CAP_SETGID, and a user namespace that maps at least the uids and gids 0 to 65535"
             }
             Self::Capabilities => "let the component keep CAP_SETPCAP in its user namespace until it seals",
             Self::NoNewPrivs | Self::NotDumpable => "use a kernel of 5.13 or newer",

@@ -11,7 +11,7 @@ use rustix::process::{Pid, Signal, WaitId, WaitIdOptions};
 use serde::{Deserialize, Serialize};
 
 use super::uid::HostUid;
-use super::{JailSpec, Runner, SpawnError, child, host_uid, system};
+use super::{Runner, SpawnError, UidRange, child, host_uid, system};
 use crate::cgroup::Group;
 use crate::layer::Layer;
 
@@ -50,16 +50,19 @@ impl Component {
     pub(super) fn admit(
         &mut self,
         runner: &Runner,
-        jail: &JailSpec,
-        own_uid: bool,
+        own_uid: Option<UidRange>,
         user_namespace: bool,
     ) -> Result<(), SpawnError> {
         let pid = self.pid();
-        if own_uid {
-            self.uid = Some(jail.uids.take(pid).map_err(|error| host_uid(&error))?);
+        if let Some(uids) = own_uid {
+            self.uid = Some(uids.take(pid).map_err(|error| host_uid(&error))?);
         }
         if user_namespace {
-            let layer = if own_uid { Layer::HostUid } else { Layer::UserNamespace };
+            let layer = if own_uid.is_some() {
+                Layer::HostUid
+            } else {
+                Layer::UserNamespace
+            };
             let map = |file: &str, content: String| {
                 fs::write(format!("/proc/{pid}/{file}"), &content).map_err(|error| SpawnError::Layer {
                     layer,

@@ -116,6 +116,8 @@ pub struct Runner {
     namespaces: Vec<(Layer, u64)>,
     uid: u32,
     gid: u32,
+    /// Where uids come from unless a start says otherwise.
+    uids: UidRange,
     checked: Option<UidRange>,
     groups: Option<Groups>,
     started: u64,
@@ -139,6 +141,9 @@ impl Runner {
             let metadata = fs::metadata(format!("/proc/self/ns/{name}")).map_err(system("reading /proc/self/ns"))?;
             namespaces.push((layer, metadata.ino()));
         }
+        let pids = namespaces.iter().find(|(layer, _)| *layer == Layer::PidNamespace);
+        let uids =
+            UidRange::of_this_host(pids.map_or(0, |(_, inode)| *inode)).map_err(system("reading the own id maps"))?;
         let (uid, gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
         Ok(Self {
             null,
@@ -146,6 +151,7 @@ impl Runner {
             namespaces,
             uid,
             gid,
+            uids,
             checked: None,
             groups: None,
             started: 0,
@@ -187,9 +193,10 @@ impl Runner {
                 cause,
             });
         }
-        if own_uid && self.checked != Some(jail.uids) {
-            jail.uids.check_foreign().map_err(|error| host_uid(&error))?;
-            self.checked = Some(jail.uids);
+        let uids = jail.uids.unwrap_or(self.uids);
+        if own_uid && self.checked != Some(uids) {
+            uids.check_foreign().map_err(|error| host_uid(&error))?;
+            self.checked = Some(uids);
         }
 
         let child_channel;
@@ -212,7 +219,7 @@ impl Runner {
             waived: jail.waived.iter().copied().collect(),
             namespaces: self.namespaces.clone(),
             own_uid,
-            uids: jail.uids,
+            uids,
             rlimits: jail.rlimits,
             cgroup: group.as_ref().map(|_| jail.limits.describe()),
         };
@@ -232,7 +239,7 @@ impl Runner {
 
         let waived = jail.waives(Layer::NetworkNamespace);
         // The names that lock uids of a small range belong to a network namespace, which starters have to share.
-        let locks = own_uid && !jail.uids.is_exclusive_by_pid();
+        let locks = own_uid && !uids.is_exclusive_by_pid();
         let network = self.take_network(waived || locks, waived)?;
         let flags = Layer::NAMESPACES
             .iter()
@@ -259,7 +266,7 @@ impl Runner {
         };
 
         // From here on dropping the component kills the child.
-        component.admit(self, &spec.jail, own_uid, user_namespace)?;
+        component.admit(self, own_uid.then_some(uids), user_namespace)?;
         Ok(component)
     }
 

@@ -16,7 +16,7 @@ use crate::startup::{HandleEntry, HandleKind, MAX_HANDLES, Rlimits};
 /// The uids that components get when their starter is root, one for each live component.
 ///
 /// A component's uid is `first + pid % count`. With a `count` of at least [`UidRange::PIDS`] no two live processes of a
-/// process namespace can have the same; with less, each uid is locked while it is in use.
+/// process namespace can have the same; with less, each uid is locked while it is in use, within a network namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UidRange {
     /// The lowest uid (and gid) of the range.
@@ -30,17 +30,6 @@ impl UidRange {
     pub const PIDS: u32 = 4 * 1024 * 1024;
 }
 
-impl Default for UidRange {
-    /// 0x7000_0000 and on: the range that systemd's list of uids (systemd.io/UIDS-GIDS) gives as unused,
-    /// above all container ranges and below 2^31.
-    fn default() -> Self {
-        Self {
-            first: 0x7000_0000,
-            count: Self::PIDS,
-        }
-    }
-}
-
 /// How a component's jail is to be. The default requires every layer and limits nothing.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
@@ -49,8 +38,8 @@ pub struct JailSpec {
     pub waived: BTreeSet<Layer>,
     /// Limits of memory, processes and processor time; each one asked for has to be enforced, or the start fails.
     pub limits: Limits,
-    /// Where uids come from when the starter is root.
-    pub uids: UidRange,
+    /// Where uids come from when the starter is root. `None`: from a range that the starter chooses for its host or container.
+    pub uids: Option<UidRange>,
     /// Resource limits that the component sets on itself.
     pub rlimits: Rlimits,
 }

@@ -30,10 +30,65 @@ pub(super) enum UidError {
     Scan(io::Error),
 }
 
+/// The range that systemd's list of uids (systemd.io/UIDS-GIDS) gives as unused, above all container ranges and below 2^31, is
+/// taken in blocks of [`UidRange::PIDS`] from here: the first for the host's initial process namespace, others by the
+/// namespace. Containers that have the host's uids have process ids of their own, which say nothing about each other.
+const FIRST: u32 = 0x7000_0000;
+const BLOCKS_OF_CONTAINERS: u32 = 31;
+
+/// The inode number of the initial process namespace (linux/proc_ns.h, `PROC_PID_INIT_INO`).
+const INITIAL_PIDS: u64 = 0xefff_fffc;
+
+/// Unused by that list as well, for containers that map no more than the usual 65536 uids. Few, so each is locked.
+const SMALL: UidRange = UidRange {
+    first: 60_706,
+    count: 478,
+};
+
+/// True if a map (`user_namespaces(7)`: inside, outside, count) has the whole range in one piece.
+fn maps(map: &str, range: UidRange) -> bool {
+    map.lines().any(|line| {
+        let mut numbers = line.split_whitespace().map(str::parse::<u64>);
+        let (Some(Ok(inside)), Some(Ok(_)), Some(Ok(count))) = (numbers.next(), numbers.next(), numbers.next()) else {
+            return false;
+        };
+        u64::from(range.first) >= inside
+            && u64::from(range.first) + u64::from(range.count) <= inside.saturating_add(count)
+    })
+}
+
 /// How many uids of a small range are tried before it counts as used up.
 const TRIES: u32 = 1024;
 
 impl UidRange {
+    /// The range for starters in the process namespace with this inode number.
+    ///
+    /// # Errors
+    ///
+    /// If the own id maps cannot be read.
+    pub(super) fn of_this_host(pid_namespace: u64) -> io::Result<Self> {
+        Ok(Self::choose(
+            &fs::read_to_string("/proc/self/uid_map")?,
+            &fs::read_to_string("/proc/self/gid_map")?,
+            pid_namespace,
+        ))
+    }
+
+    fn choose(uid_map: &str, gid_map: &str, pid_namespace: u64) -> Self {
+        let block = match pid_namespace {
+            INITIAL_PIDS => 0,
+            // Less than 32, so the sum stays below 2^31.
+            other => 1 + (other % u64::from(BLOCKS_OF_CONTAINERS)) as u32,
+        };
+        let large = Self {
+            first: FIRST + block * Self::PIDS,
+            count: Self::PIDS,
+        };
+        let mapped = |range| maps(uid_map, range) && maps(gid_map, range);
+        // Where neither is mapped, the start says so.
+        if !mapped(large) && mapped(SMALL) { SMALL } else { large }
+    }
+
     /// The uid for this pid, `attempt` places on (0 first). `None` if the range is malformed.
     fn candidate(self, pid: u32, attempt: u32) -> Option<u32> {
         // 2^32 - 1 is "no uid" to every system call.
@@ -137,6 +192,27 @@ mod tests {
                 prop_assert_ne!(range.candidate(pid, 0), range.candidate(other, 0));
             }
         }
+    }
+
+    #[test]
+    fn each_host_and_container_has_uids_that_it_maps() {
+        let all = "         0          0 4294967295\n";
+        let usual = "0 100000 65536\n";
+        let host = UidRange::choose(all, all, INITIAL_PIDS);
+        assert_eq!((host.first, host.count), (0x7000_0000, UidRange::PIDS));
+        for inode in 4_026_531_836 - 100..4_026_531_836_u64 {
+            let container = UidRange::choose(all, all, inode);
+            assert!(container.first >= host.first + host.count && container.is_exclusive_by_pid());
+            assert!(container.first + container.count <= 0x7800_0000);
+        }
+        assert_eq!(UidRange::choose(usual, usual, 7), SMALL);
+        // Only its own uid, or uids without gids: none to give.
+        for (uids, gids) in [("0 1000 1\n", "0 1000 1\n"), (usual, "0 1000 1\n"), ("", "x y z")] {
+            assert!(UidRange::choose(uids, gids, 7).is_exclusive_by_pid(), "{uids} {gids}");
+        }
+        // In pieces.
+        assert!(!maps("0 0 60900\n60900 60900 5000\n", SMALL));
+        assert!(maps("0 0 1\n60000 60000 5000\n", SMALL));
     }
 
     #[test]

@@ -135,7 +135,7 @@ fn each_component_has_its_own_uid() {
         };
         let in_range = || {
             let (mut spec, control) = spec(&["wait"]);
-            spec.jail.uids = small;
+            spec.jail.uids = Some(small);
             Jailed::start((spec, control))
         };
         let mut only = in_range().unwrap();
