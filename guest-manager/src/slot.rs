@@ -5,6 +5,7 @@
 
 use std::{
     cell::{Cell, RefCell},
+    os::fd::{AsRawFd, OwnedFd},
     rc::Rc,
 };
 
@@ -20,7 +21,7 @@ use crate::{
     guest::{Guest, StopCause},
     life,
     manager::Manager,
-    model::{Ending, GuestId, bounded_layers},
+    model::{Ending, GuestId, bounded_layers, cut},
     registry::Origin,
 };
 
@@ -198,17 +199,29 @@ impl Slot {
 /// What is known of a guest before its component says more.
 fn describe(config: &GuestConfig) -> GuestDescriptor {
     let kernel = match &config.kernel {
-        File::None => "embedded",
-        File::Fd(_) => "fd",
-        File::Bytes(_) => "bytes",
-        File::Upload(_) => "upload",
-        File::Path(path) => path,
+        File::None => "embedded".to_owned(),
+        File::Fd(fd) => path_of(fd).unwrap_or_else(|| "fd".to_owned()),
+        File::Bytes(_) => "bytes".to_owned(),
+        File::Upload(_) => "upload".to_owned(),
+        File::Path(path) => path.clone(),
     };
     GuestDescriptor {
         cpus: config.cpus(),
         memory_mib: config.memory_mib().into(),
-        kernel: kernel.to_owned(),
+        kernel,
         cmdline: config.full_cmdline(),
         devices: Vec::new(),
     }
+}
+
+/// Longest path that is told of a file that came as a descriptor, in bytes.
+const MAX_PATH: usize = 1024;
+
+/// The path of a file that came as a descriptor, for people; none if it has none (any more). Only asks the kernel, never the file system.
+fn path_of(fd: &OwnedFd) -> Option<String> {
+    let path = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).ok()?;
+    let path = path.to_str()?;
+    // Memory and deleted files have paths that lead nowhere (proc_pid_fd(5)), pipes and sockets have none.
+    let leads_there = path.starts_with('/') && !path.starts_with("/memfd:") && !path.ends_with(" (deleted)");
+    leads_there.then(|| cut(path, MAX_PATH))
 }

@@ -74,7 +74,11 @@ fn a_kernel_comes_in_every_way() {
         fs::write(&path, b"a file").unwrap();
         launches(&world, &caller, File::None, "embedded", sepal_default_guest::IMAGE).await;
         let fd: OwnedFd = fs::File::open(&path).unwrap().into();
-        launches(&world, &caller, File::Fd(fd), "fd", b"a file").await;
+        let name = path.to_str().unwrap().to_owned();
+        launches(&world, &caller, File::Fd(fd), &name, b"a file").await;
+        let mut unnamed = tempfile::tempfile().unwrap();
+        std::io::Write::write_all(&mut unnamed, b"no name").unwrap();
+        launches(&world, &caller, File::Fd(unnamed.into()), "fd", b"no name").await;
         launches(
             &world,
             &caller,
@@ -83,7 +87,6 @@ fn a_kernel_comes_in_every_way() {
             b"some bytes",
         )
         .await;
-        let name = path.to_str().unwrap().to_owned();
         launches(&world, &caller, File::Path(name.clone()), &name, b"a file").await;
         let upload = upload(&caller, 0).await.unwrap();
         append(&upload, b"in two ").await.unwrap();
