@@ -14,7 +14,7 @@ use sepal_schema::{
     transport::Handle,
 };
 
-use crate::{args::Launch, manager::Manager, session, status};
+use crate::{args::Launch, manager::Manager, session, show, status};
 
 /// What a Linux kernel needs to be told to print on the serial port.
 const LINUX_CONSOLE: &str = "console=ttyS0";
@@ -35,7 +35,7 @@ pub(crate) async fn launch(handle: &Handle, socket: Option<&Path>, args: &Launch
     };
     let outcome = match send(&manager, config, args.detach).await {
         Ok(launched) if args.detach => {
-            println!("{}", launched.name);
+            show::print(format!("{}\n", launched.name).as_bytes())?;
             Ok(status::SUCCESS)
         }
         Ok(Launched { guest, lease, name }) => {

@@ -48,7 +48,9 @@ fn run(cli: &Cli) -> Result<u8> {
         Command::Stop(args) => reactor.run_until(control::stop(&handle, socket, args)),
         Command::Wait(args) => reactor.run_until(control::wait(&handle, socket, args)),
         Command::Completions { shell } => {
-            clap_complete::generate(*shell, &mut Cli::command(), "guest", &mut std::io::stdout());
+            let mut script = Vec::new();
+            clap_complete::generate(*shell, &mut Cli::command(), "guest", &mut script);
+            show::print(&script)?;
             return Ok(status::SUCCESS);
         }
     };

@@ -139,10 +139,8 @@ pub(crate) async fn list(handle: &Handle, socket: Option<&Path>, args: &List) ->
             },
         ]
     });
-    print(&table::table(
-        &["NAME", "STATUS", "CPUS", "MEMORY", "UPTIME", "PID"],
-        rows,
-    ))?;
+    let headings = ["NAME", "STATUS", "CPUS", "MEMORY", "UPTIME", "PID"];
+    print(table::table(&headings, rows).as_bytes())?;
     Ok(status::SUCCESS)
 }
 
@@ -197,7 +195,7 @@ pub(crate) async fn info(handle: &Handle, socket: Option<&Path>, args: &Named) -
     for problem in &info.problems {
         text.push_str(&format!("problem: {problem}\n"));
     }
-    print(&text)?;
+    print(text.as_bytes())?;
     Ok(status::SUCCESS)
 }
 
@@ -217,10 +215,9 @@ pub(crate) async fn logs(handle: &Handle, socket: Option<&Path>, args: &Logs) ->
             eprintln!("[{} bytes are no longer kept]", piece.get_dropped());
         }
         let bytes = piece.get_bytes()?;
-        let mut out = io::stdout().lock();
-        out.write_all(bytes)
-            .and_then(|()| out.flush())
-            .context("writing the guest's output")?;
+        if !print(bytes)? {
+            return Ok(status::SUCCESS);
+        }
         position = piece.get_position() + bytes.len() as u64;
         let over = piece.get_ended() || !args.follow;
         if bytes.is_empty() && over {
@@ -266,20 +263,23 @@ pub(crate) async fn version(handle: &Handle, socket: Option<&Path>, args: &Versi
         (Some(version), Some(pid), Some(protocol)) => format!("{version} (process {pid}, protocol {protocol})"),
         _ => "not running".into(),
     };
-    print(&table::facts(&[("guest", own.to_owned()), ("manager", manager)]))?;
+    print(table::facts(&[("guest", own.to_owned()), ("manager", manager)]).as_bytes())?;
     Ok(status::SUCCESS)
 }
 
 /// Prints a value as JSON.
 pub(crate) fn print_json(value: &impl Serialize) -> Result<()> {
-    print(&format!("{}\n", serde_json::to_string_pretty(value)?))
+    print(format!("{}\n", serde_json::to_string_pretty(value)?).as_bytes())?;
+    Ok(())
 }
 
-fn print(text: &str) -> Result<()> {
-    match io::stdout().lock().write_all(text.as_bytes()) {
-        // `guest list | head -1` is no failure.
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        outcome => outcome.context("writing to standard output"),
+/// Prints to standard output; false if nobody reads it any more, which is no failure: `guest list | head -1`.
+pub(crate) fn print(bytes: &[u8]) -> Result<bool> {
+    let mut out = io::stdout().lock();
+    match out.write_all(bytes).and_then(|()| out.flush()) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
+        Err(error) => Err(error).context("writing to standard output"),
     }
 }
 

@@ -31,7 +31,14 @@ pub(crate) fn of(report: &StopReport) -> u8 {
 /// Tells an error on standard error, and what to do next where that is known.
 pub(crate) fn fail(error: &anyhow::Error) -> ExitCode {
     let Some(typed) = error.downcast_ref::<Error>() else {
-        eprintln!("guest: {error:#}");
+        let gone = |error: &capnp::Error| error.kind == capnp::ErrorKind::Disconnected;
+        if error.downcast_ref().is_some_and(gone) {
+            eprint!("guest: the connection to the guest manager ended");
+            // The kind's own name tells people nothing.
+            eprintln!(": {}", format!("{error:#}").replace("Disconnected: ", ""));
+        } else {
+            eprintln!("guest: {error:#}");
+        }
         return FAILED.into();
     };
     eprintln!("guest: {}: {error:#}", typed.kind_name());
