@@ -108,6 +108,7 @@ impl GuestState {
             let uptime = inner.started.map_or(0, |started| nanoseconds(started.elapsed()));
             let report = report(ending, uptime);
             inner.report = Some(report.clone());
+            inner.paused = false;
             inner.pausing.clear();
             (report, std::mem::take(&mut inner.waiting))
         };

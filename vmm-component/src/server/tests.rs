@@ -382,6 +382,22 @@ fn power_is_for_a_guest_that_runs() {
 }
 
 #[test]
+fn a_guest_that_ends_while_it_is_paused_is_not_paused_any_more() {
+    bench(|bench| async move {
+        bench.create().await.unwrap();
+        let observer = bench.observer();
+        let power = bench.guest().power_request().send().pipeline.get_power();
+        let _run = bench.lifecycle.run_request().send();
+        bench.until_running().await;
+        let paused = power.pause_request().send().promise.await.unwrap();
+        read_completion(paused.get().unwrap()).unwrap();
+        power.kill_request().send().promise.await.unwrap();
+        let info = observer.info_request().send().promise.await.unwrap();
+        assert!(!info.get().unwrap().get_info().unwrap().get_paused());
+    });
+}
+
+#[test]
 fn news_of_a_pause_that_a_resume_overtook_are_old() {
     bench(|bench| async move {
         let (sender, receiver) = oneshot::channel();
