@@ -52,6 +52,13 @@ pub(crate) enum Command {
     Wait(Wait),
     /// Print what a guest's serial port printed
     Logs(Logs),
+    /// Forget a guest that has ended
+    Remove {
+        /// Name of the guest
+        name: String,
+    },
+    /// Stop all guests by force and end the guest manager
+    EndManager,
     /// Print the versions of this program and of the guest manager
     Version(Version),
     /// Print a shell's completion script

@@ -1,11 +1,11 @@
-//! `guest stop` and `guest wait`.
+//! `guest stop`, `wait`, `remove` and `end-manager`.
 
 use std::{path::Path, time::Duration};
 
 use anyhow::Result;
 use futures::{FutureExt, pin_mut, select};
 use sepal_schema::{
-    error::{Error, Kind},
+    error::{Error, Kind, read_completion},
     report::StopReport,
     transport::Handle,
 };
@@ -62,6 +62,24 @@ pub(crate) async fn wait(handle: &Handle, socket: Option<&Path>, args: &Wait) ->
     };
     tell(&args.name, &report, args.json)?;
     Ok(status::of(&report))
+}
+
+/// Forgets a guest that has ended.
+pub(crate) async fn remove(handle: &Handle, socket: Option<&Path>, name: &str) -> Result<u8> {
+    let manager = Manager::running(handle, socket)?;
+    let mut request = manager.client.remove_request();
+    request.get().set_name(name);
+    read_completion(request.send().promise.await?.get()?)?;
+    Ok(status::SUCCESS)
+}
+
+/// Stops all guests by force and ends the manager; returns when it has.
+pub(crate) async fn end_manager(handle: &Handle, socket: Option<&Path>) -> Result<u8> {
+    let manager = Manager::running(handle, socket)?;
+    let response = manager.client.shutdown_request().send().promise.await?;
+    read_completion(response.get()?)?;
+    manager.connection.ended().await;
+    Ok(status::SUCCESS)
 }
 
 fn tell(name: &str, report: &StopReport, json: bool) -> Result<()> {

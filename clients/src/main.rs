@@ -47,6 +47,8 @@ fn run(cli: &Cli) -> Result<u8> {
         Command::Version(args) => reactor.run_until(show::version(&handle, socket, args)),
         Command::Stop(args) => reactor.run_until(control::stop(&handle, socket, args)),
         Command::Wait(args) => reactor.run_until(control::wait(&handle, socket, args)),
+        Command::Remove { name } => reactor.run_until(control::remove(&handle, socket, name)),
+        Command::EndManager => reactor.run_until(control::end_manager(&handle, socket)),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(*shell, &mut Cli::command(), "guest", &mut script);
