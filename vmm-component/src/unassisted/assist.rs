@@ -120,7 +120,7 @@ impl Assist {
             .ok_or_else(|| format!("KVM can't emulate the instruction at RIP {rip:#x}, outside 4-level paging"))?;
         let mut buffer = [0; MAX_LENGTH];
         let len = space.fetch(rip, &mut buffer).map_err(|fault| {
-            format!("KVM can't emulate the instruction at RIP {rip:#x}, nor can it be read: {fault:?}")
+            format!("KVM can't emulate the instruction at RIP {rip:#x}, nor can it be read: {fault}")
         })?;
         let bytes = &buffer[..len];
         let instruction = decode(bytes)

@@ -35,13 +35,16 @@ pub(super) enum Access {
 }
 
 /// Why an access can't be done.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Fault {
     /// The guest's page tables forbid it: a page fault with this address and error code.
+    #[error("the page tables forbid it at {address:#x} (error code {code:#x})")]
     Page { address: u64, code: u32 },
     /// Bits 63-47 of the address are not all alike: a general protection fault.
+    #[error("its address is not canonical")]
     NotCanonical,
     /// The tables, or what they map, lie outside guest memory.
+    #[error("there is no memory at {physical:#x}")]
     Outside { physical: u64 },
 }
 
