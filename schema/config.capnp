@@ -35,7 +35,7 @@ struct GuestConfig {
   # Firmware image to start from instead of a kernel. Not supported yet.
 
   cmdline @6 :Text;
-  # Kernel command line. With the additions at most 2047 bytes without NUL.
+  # Kernel command line. With the additions at most 2047 bytes, without control characters.
 
   cmdlineAdd @7 :List(Text);
   # Appended to `cmdline`, separated by a space each. At most 64.
@@ -101,7 +101,7 @@ struct GuestConfig {
   # What the host lets the component use at most.
 
   waivedLayers @28 :List(Text);
-  # Layers of the jail (by the names that GuestInfo.layers shows) which may be missing without the start failing. Default: none.
+  # Layers of the jail (by the names that GuestInfo.layers shows) which may be missing without the start failing. At most 32; default: none.
 
   watchdog @29 :Toggle;
   # Watchdog device. Not supported yet.
@@ -218,13 +218,13 @@ struct GuestConfig {
   struct Limits {
     # Enforced by the host's control groups. A limit that is asked for and cannot be enforced fails the start.
     memoryMib @0 :UInt64;
-    # Memory of the component and its guest together; 0: no limit.
+    # Memory of the component and its guest together, less than 2^43; 0: no limit.
     cpuPercent @1 :UInt32;
-    # CPU time, in percent of one CPU; 0: no limit.
+    # CPU time, in percent of one CPU, at most 100000; 0: no limit.
     cpuWeight @2 :UInt32;
     # 1 to 10000, relative to others; 0: the host's default.
     tasks @3 :UInt32;
-    # Threads of the component; 0: no limit.
+    # Threads of the component, at most 4194304; 0: no limit.
   }
 
   enum OnReset {

@@ -14,6 +14,13 @@ use crate::{
 
 const PAGE: u64 = 4096;
 const MAX_LAYERS: u32 = 32;
+const MAX_SHARES: u32 = 16;
+/// Bytes of a memory limit fit into a signed 64-bit number.
+const MAX_LIMIT_MIB: u64 = (1 << 43) - 1;
+/// A thousand CPUs.
+const MAX_CPU_PERCENT: u64 = 100_000;
+/// `PID_MAX_LIMIT` of 64-bit Linux.
+const MAX_TASKS: u64 = 4 << 20;
 
 impl GuestConfig {
     /// Reads a configuration.
@@ -180,7 +187,10 @@ fn file(field: &str, from: file_capnp::file::Reader<'_>, handles: &dyn Handles) 
         Which::Path(path) => {
             let path = text(field, path?, libc::PATH_MAX as usize)?;
             if !path.starts_with('/') {
-                return Err(Error::bad_config(field, format!("the path \"{path}\" is not absolute")));
+                return Err(Error::bad_config(
+                    field,
+                    format!("the path \"{}\" is not absolute", path.escape_debug()),
+                ));
             }
             Ok(File::Path(path))
         }
@@ -205,7 +215,7 @@ fn custom_memory(config: guest_config::Reader<'_>, handles: &dyn Handles) -> Res
             ))
         })
         .collect();
-    taken
+    let ranges: Vec<MemoryBacking> = taken
         .into_iter()
         .map(|entry: Result<_, Error>| {
             let (i, range, memfd) = entry?;
@@ -220,7 +230,20 @@ fn custom_memory(config: guest_config::Reader<'_>, handles: &dyn Handles) -> Res
             }
             Ok(MemoryBacking { memfd, start, end })
         })
-        .collect()
+        .collect::<Result<_, Error>>()?;
+    for (i, range) in ranges.iter().enumerate() {
+        if let Some(j) = ranges[..i]
+            .iter()
+            .position(|other| range.start < other.end && other.start < range.end)
+        {
+            let message = format!(
+                "the range {:#x}..{:#x} overlaps customMemory[{j}]",
+                range.start, range.end
+            );
+            return Err(Error::bad_config(format!("customMemory[{i}]"), message));
+        }
+    }
+    Ok(ranges)
 }
 
 fn limits(config: guest_config::Reader<'_>) -> Result<Limits, Error> {
@@ -235,12 +258,16 @@ fn limits(config: guest_config::Reader<'_>) -> Result<Limits, Error> {
         let message = format!("the CPU weight is {}; 1 to 10000 are possible", limits.cpu_weight);
         return Err(Error::bad_config("limits.cpuWeight", message));
     }
-    if limits.memory_mib > u64::MAX >> 20 {
-        return Err(Error::bad_config(
-            "limits.memoryMib",
-            format!("{} MiB are more than 64 bits can count", limits.memory_mib),
-        ));
-    }
+    let most = |field: &str, seen: u64, most: u64| match seen > most {
+        true => Err(Error::bad_config(
+            field,
+            format!("{field} is {seen}; at most {most} is possible"),
+        )),
+        false => Ok(()),
+    };
+    most("limits.memoryMib", limits.memory_mib, MAX_LIMIT_MIB)?;
+    most("limits.cpuPercent", limits.cpu_percent.into(), MAX_CPU_PERCENT)?;
+    most("limits.tasks", limits.tasks.into(), MAX_TASKS)?;
     Ok(limits)
 }
 
@@ -290,7 +317,7 @@ fn refuse_unbuilt(config: guest_config::Reader<'_>, handles: &dyn Handles) -> Re
     refuse(on(config.get_default_network()), "defaultNetwork", "a network device");
 
     let shares = config.get_shares()?;
-    at_most("shares", shares.len(), MAX_DEVICES)?;
+    at_most("shares", shares.len(), MAX_SHARES)?;
     for (i, share) in shares.iter().enumerate() {
         drop(take(&format!("shares[{i}].backend"), share.get_backend()?, handles));
     }

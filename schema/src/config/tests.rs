@@ -135,8 +135,29 @@ fn what_is_out_of_range_is_refused_by_name() {
         range.set_end(4096);
         range.init_memfd().set_number(t.send(some_fd()).unwrap());
     });
+    refused(Kind::BadConfig, "customMemory[1]", |c, t| {
+        let mut ranges = c.init_custom_memory(2);
+        for (i, (start, end)) in [(4096, 3 * 4096), (2 * 4096, 4 * 4096)].into_iter().enumerate() {
+            let mut range = ranges.reborrow().get(i as u32);
+            range.set_start(start);
+            range.set_end(end);
+            range.init_memfd().set_number(t.send(some_fd()).unwrap());
+        }
+    });
+    refused(Kind::BadConfig, "shares", |c, _| {
+        c.init_shares(17);
+    });
     refused(Kind::BadConfig, "limits.cpuWeight", |c, _| {
         c.init_limits().set_cpu_weight(10_001)
+    });
+    refused(Kind::BadConfig, "limits.memoryMib", |c, _| {
+        c.init_limits().set_memory_mib(1 << 43)
+    });
+    refused(Kind::BadConfig, "limits.cpuPercent", |c, _| {
+        c.init_limits().set_cpu_percent(100_001)
+    });
+    refused(Kind::BadConfig, "limits.tasks", |c, _| {
+        c.init_limits().set_tasks((4 << 20) + 1)
     });
 }
 
