@@ -11,7 +11,7 @@ use rustix::process::{Pid, Signal, WaitId, WaitIdOptions};
 use serde::{Deserialize, Serialize};
 
 use super::uid::HostUid;
-use super::{Runner, SpawnError, UidRange, child, host_uid, system};
+use super::{Runner, SpawnError, UidRange, child, host_uid, limit, system};
 use crate::cgroup::Group;
 use crate::layer::Layer;
 
@@ -81,9 +81,7 @@ impl Component {
             map("uid_map", format!("0 {uid} 1"))?;
         }
         if let Some(group) = &self.group {
-            group.admit(pid).map_err(|error| SpawnError::Limit {
-                cause: error.to_string(),
-            })?;
+            group.admit(pid).map_err(limit)?;
         }
         if let Some(channel) = &self.channel {
             rustix::net::send(channel, &[1], rustix::net::SendFlags::NOSIGNAL)

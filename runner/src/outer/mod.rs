@@ -31,7 +31,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use rustix::process::Pid;
 use rustix::thread::LinkNameSpaceType;
 
-use crate::cgroup::{Group, Groups};
+use crate::cgroup::{CgroupError, Group, Groups};
 use crate::layer::Layer;
 use crate::startup::{FIRST_HANDLE, STARTUP_VARIABLE, Startup};
 pub use component::{Component, ExitStatus};
@@ -70,7 +70,7 @@ pub enum SpawnError {
         cause: String,
     },
     /// A limit that was asked for cannot be enforced.
-    #[error("limit cannot be enforced: {cause}; {remedy}", remedy = Layer::Cgroup.remedy())]
+    #[error("limit cannot be enforced: {cause}")]
     Limit {
         /// Why.
         cause: String,
@@ -321,10 +321,17 @@ impl Runner {
         groups
             .create(&self.started.to_string(), &jail.limits)
             .map(Some)
-            .map_err(|error| SpawnError::Limit {
-                cause: error.to_string(),
-            })
+            .map_err(limit)
     }
+}
+
+/// A limit that is out of range is for whoever asked; for all else the host's administrator can do something.
+fn limit(error: CgroupError) -> SpawnError {
+    let cause = match error {
+        CgroupError::Range { .. } => error.to_string(),
+        _ => format!("{error}; {}", Layer::Cgroup.remedy()),
+    };
+    SpawnError::Limit { cause }
 }
 
 fn host_uid(error: &UidError) -> SpawnError {

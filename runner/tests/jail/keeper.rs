@@ -192,7 +192,10 @@ fn failures_are_answers() {
             layer: Some(Layer::Cgroup),
             message,
         } => {
-            assert!(message.contains("the pids limit is 0"), "{message}");
+            assert_eq!(
+                message,
+                "limit cannot be enforced: the pids limit is 0, but has to be 1 to 4194304"
+            );
         }
         other => panic!("{other:?}"),
     }
