@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 
 use rustix::fs::{Access, Mode, OFlags};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::cgroup::{Controller, Hierarchies};
@@ -142,12 +143,7 @@ fn cgroups() -> Finding {
 
 fn kvm() -> Finding {
     let opened = rustix::fs::open("/dev/kvm", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty());
-    let remedy = match opened {
-        Err(rustix::io::Errno::ACCESS | rustix::io::Errno::PERM) => {
-            "add this user to the group that owns /dev/kvm (kvm)"
-        }
-        _ => "enable virtualization in the firmware and load kvm_intel or kvm_amd (or kvm_pvm, where neither works)",
-    };
+    let remedy = opened.as_ref().map_or_else(|errno| kvm_remedy(*errno), |_| "");
     let kind = match fs::exists("/sys/module/kvm_pvm") {
         Ok(true) => "opens; without hardware virtualization (kvm_pvm)",
         _ => "opens",
@@ -157,6 +153,19 @@ fn kvm() -> Finding {
         opened.map(|_| kind.to_owned()).map_err(|errno| errno.to_string()),
         remedy,
     )
+}
+
+/// How to get access to `/dev/kvm` where opening it fails like this.
+fn kvm_remedy(errno: Errno) -> &'static str {
+    match errno {
+        Errno::ACCESS => "add this user to the group that owns /dev/kvm (usermod -aG kvm USER, then log in again)",
+        // The device controller of a control group, whoever asks.
+        Errno::PERM => "let this container or service use the device (--device /dev/kvm, or DeviceAllow=/dev/kvm rw)",
+        _ => {
+            "enable virtualization in the firmware and load kvm_intel or kvm_amd (or kvm_pvm, where neither works); \
+             in a container, hand it in (--device /dev/kvm)"
+        }
+    }
 }
 
 fn io_uring() -> Finding {
@@ -182,6 +191,17 @@ pub(crate) fn may_write(path: &std::path::Path) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn whoever_may_not_use_kvm_is_told_what_to_do() {
+        for (errno, remedy) in [
+            (Errno::ACCESS, "usermod -aG kvm"),
+            (Errno::PERM, "--device /dev/kvm"),
+            (Errno::NOENT, "load kvm_intel or kvm_amd"),
+        ] {
+            assert!(kvm_remedy(errno).contains(remedy), "{errno}");
+        }
+    }
 
     #[test]
     fn what_is_missing_comes_with_a_remedy() {
