@@ -104,23 +104,6 @@ impl StartupHandles {
             .ok_or_else(|| HandleError::Missing(name.to_owned()))
     }
 
-    /// Takes a handle out by its number in the table, from 0.
-    ///
-    /// # Errors
-    ///
-    /// [`HandleError::Missing`].
-    pub fn remove_at(&mut self, index: usize) -> Result<OwnedFd, HandleError> {
-        self.entries
-            .get_mut(index)
-            .and_then(|(_, fd)| fd.take())
-            .ok_or_else(|| HandleError::Missing(index.to_string()))
-    }
-
-    /// The table, in the order of the numbers.
-    pub fn entries(&self) -> impl Iterator<Item = &HandleEntry> {
-        self.entries.iter().map(|(entry, _)| entry)
-    }
-
     /// How this component's jail is to be, for [`super::seal`].
     #[must_use]
     pub fn seal_spec(&self) -> &SealSpec {
