@@ -237,7 +237,11 @@ impl Shared {
             }
         }
         // Reaped away from the loop: it has closed its connection, but may not have ended yet.
-        drop(self.handle.spawn_blocking(|| drop(keeper.map(KeeperClient::close))));
+        let reaping = self.handle.spawn_blocking(|| keeper.map(KeeperClient::close));
+        self.handle.spawn(async move {
+            // How it ended has been told, and work that nobody awaits is not done.
+            let _ = reaping.await;
+        });
     }
 
     fn spawn(self: &Rc<Self>, request: &StartRequest) -> Result<(u64, Waiters, UnixStream, OwnedFd), Error> {
