@@ -253,12 +253,7 @@ impl Lifecycle {
                 };
                 let mut effects = vec![Effect::CancelBuild(generation)];
                 let why = Error::new(Kind::NotCreated, "the guest was stopped while it was being created");
-                effects.extend(
-                    binds
-                        .into_iter()
-                        .map(|bind| Effect::Reply(bind, Reply::Bound(Err(why.clone())))),
-                );
-                effects.extend(run.map(|run| Effect::Reply(run, Reply::Ended(Err(why)))));
+                effects.extend(refuse_waiting(binds, run, &why));
                 effects
             }
             State::Created(generation) => {
@@ -309,12 +304,7 @@ impl Lifecycle {
                     let why = Error::new(Kind::NotCreated, format!("create failed: {}", error.message));
                     let mut effects = vec![Effect::Gone(generation, Err(error.clone()))];
                     effects.extend(completed(create, Err(error)));
-                    effects.extend(
-                        binds
-                            .into_iter()
-                            .map(|bind| Effect::Reply(bind, Reply::Bound(Err(why.clone())))),
-                    );
-                    effects.extend(run.map(|run| Effect::Reply(run, Reply::Ended(Err(why)))));
+                    effects.extend(refuse_waiting(binds, run, &why));
                     effects
                 }
             },
@@ -401,6 +391,15 @@ impl Lifecycle {
 
 fn completed(token: Token, outcome: Result<(), Error>) -> Vec<Effect> {
     vec![Effect::Reply(token, Reply::Completed(outcome))]
+}
+
+/// Answers those that waited for a create of which nothing came.
+fn refuse_waiting(binds: Vec<Token>, run: Option<Token>, why: &Error) -> impl Iterator<Item = Effect> {
+    let bound = binds
+        .into_iter()
+        .map(|bind| Effect::Reply(bind, Reply::Bound(Err(why.clone()))));
+    let ended = run.map(|run| Effect::Reply(run, Reply::Ended(Err(why.clone()))));
+    bound.chain(ended)
 }
 
 fn already_running(message: &str) -> Error {
