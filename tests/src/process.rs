@@ -70,8 +70,16 @@ pub fn environment(pid: u32) -> String {
 /// # Panics
 /// If the process or the line is not there.
 pub fn status(pid: u32, key: &str) -> String {
-    let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    status_of(&text, key)
+    try_status(pid, key).unwrap_or_else(|| panic!("process {pid} is gone"))
+}
+
+/// The same for a process that may be gone.
+///
+/// # Panics
+/// If the line is not there.
+pub fn try_status(pid: u32, key: &str) -> Option<String> {
+    let text = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    Some(status_of(&text, key))
 }
 
 /// The value of a line of a text like `/proc/PID/status`.

@@ -196,13 +196,25 @@ impl World {
         Rpc::connect(&self.socket())
     }
 
-    /// Every process that descends from this world and is still there. Orphans that nobody can be told to be of another world count as of this one.
+    /// Every process that descends from this world and is still there.
     ///
     /// # Panics
     /// If `/proc` cannot be read.
     pub fn family(&self) -> Vec<Process> {
+        self.find(false)
+    }
+
+    /// True once a process is gone and reaped, by this process if it came here as an orphan.
+    pub fn is_gone(&self, process: &Process) -> bool {
+        self.family();
+        !process.exists()
+    }
+
+    /// The family, with or without orphans that nobody can be told to be of another world: their managers are gone.
+    fn find(&self, orphans: bool) -> Vec<Process> {
         let children = children();
         let all = process::all();
+        let own = self.folder().to_string_lossy();
         let family = all.values().filter(|process| {
             let Some(top) = top(&all, process) else { return false };
             match children.get(&top.pid) {
@@ -214,7 +226,8 @@ impl World {
                     false
                 }
                 None => {
-                    top.cmdline.contains(&*self.folder().to_string_lossy()) || !top.cmdline.contains("/sepal-test-")
+                    let marks = format!("{} {}", top.cmdline, process::environment(top.pid));
+                    marks.contains(&*own) || (orphans && !marks.contains(PREFIX))
                 }
             }
         });
@@ -253,7 +266,7 @@ impl World {
     pub fn assert_nothing_left(&self) {
         let missing = try_until(|| {
             let mut left: Vec<String> = self
-                .family()
+                .find(true)
                 .into_iter()
                 .map(|process| format!("{process:?}"))
                 .collect();
