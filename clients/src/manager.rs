@@ -3,13 +3,14 @@
 use std::{
     env,
     ffi::OsString,
-    io::{self, ErrorKind, Read},
+    io::{self, BufReader, ErrorKind, Read},
     os::{
         fd::{AsRawFd, OwnedFd},
         unix::{net::UnixStream, process::CommandExt},
     },
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Child, Command, ExitStatus, Stdio},
+    thread::JoinHandle,
     time::Duration,
 };
 
@@ -20,6 +21,8 @@ use sepal_schema::{
     transport::{Connection, Handle, Limits, PeerCredentials, connect},
 };
 
+use crate::terminal;
+
 /// Most bytes that are told of what a manager says that does not start.
 const MAX_WORDS: u64 = 4096;
 
@@ -28,7 +31,24 @@ pub(crate) struct Manager {
     pub(crate) client: guest_manager::Client,
     pub(crate) connection: Connection,
     /// The process, if it was started for this command.
-    child: Option<Child>,
+    child: Option<Private>,
+}
+
+/// A manager that was started for this command.
+struct Private {
+    process: Child,
+    /// Passes on what it says on its standard error.
+    relay: JoinHandle<()>,
+}
+
+impl Private {
+    /// Waits until it has ended, and all that it said has been passed on.
+    fn wait(mut self) -> io::Result<ExitStatus> {
+        let status = self.process.wait();
+        // It only copies, and has nothing to tell if it could not.
+        let _ = self.relay.join();
+        status
+    }
 }
 
 impl Manager {
@@ -51,8 +71,16 @@ impl Manager {
         let (ours, theirs) = UnixStream::pair().context("making a socket pair")?;
         let mut command = command()?;
         command.arg("--fd").arg(theirs.as_raw_fd().to_string());
-        let child = spawn(command, theirs.into())?;
-        Self::over(handle, ours, Some(child))
+        command.stderr(Stdio::piped());
+        let mut process = spawn(command, theirs.into())?;
+        let stderr = process.stderr.take();
+        let relay = terminal::spawn("log", || {
+            if let Some(stderr) = stderr {
+                terminal::relay(BufReader::new(stderr));
+            }
+        });
+        let relay = relay.context("starting a thread for the guest manager's log")?;
+        Self::over(handle, ours, Some(Private { process, relay }))
     }
 
     /// Connects to the manager that runs, or starts one that stays.
@@ -92,7 +120,7 @@ impl Manager {
         Self::over(handle, stream, None).map(Some)
     }
 
-    fn over(handle: &Handle, socket: UnixStream, child: Option<Child>) -> Result<Self> {
+    fn over(handle: &Handle, socket: UnixStream, child: Option<Private>) -> Result<Self> {
         let (client, connection) =
             connect(handle, socket, Limits::default()).context("talking to the guest manager")?;
         Ok(Self {
@@ -113,7 +141,7 @@ impl Manager {
         if !error.downcast_ref().is_some_and(broken) {
             return error;
         }
-        let Some(mut child) = self.child.take() else {
+        let Some(child) = self.child.take() else {
             return error;
         };
         // Calls fail a moment before the connection has ended. If it does not, the capability broke for another reason.
@@ -141,7 +169,7 @@ impl Manager {
         } = self;
         drop(client);
         drop(connection);
-        if let Some(mut child) = child {
+        if let Some(child) = child {
             // Not on this thread: its loop is what closes the connection.
             let _ = handle.spawn_blocking(move || child.wait()).await;
         }

@@ -1,10 +1,10 @@
 //! The user's terminal: raw while a guest has it, and as it was afterwards, whatever happens.
 
 use std::{
-    io::{self, IsTerminal},
+    io::{self, BufRead, IsTerminal, Write},
     os::fd::AsFd,
     sync::Mutex,
-    thread,
+    thread::{self, JoinHandle},
 };
 
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
@@ -51,20 +51,58 @@ pub(crate) fn restore() {
     }
 }
 
-/// Signals that would end the program end it after the terminal is restored.
-fn restore_on_signals() -> io::Result<()> {
+/// Copies lines to standard error until there are no more. On a raw terminal a line feed alone would not bring the next line to its
+/// beginning.
+pub(crate) fn relay(mut from: impl BufRead) {
+    let mut line = Vec::new();
+    while let Ok(1..) = from.read_until(b'\n', &mut line) {
+        let raw = BEFORE.lock().is_ok_and(|before| before.is_some());
+        // Whoever does not want to see it is no reason to keep the other side waiting.
+        let _ = io::stderr().write_all(&fit(&line, raw));
+        line.clear();
+    }
+}
+
+/// A line as standard error is to get it while the terminal is `raw`, or not.
+fn fit(line: &[u8], raw: bool) -> Vec<u8> {
+    match line.strip_suffix(b"\n") {
+        Some(text) if raw => [text, b"\r\n"].concat(),
+        _ => line.to_vec(),
+    }
+}
+
+/// Starts a thread that leaves the signals which end the program to the one that restores the terminal.
+pub(crate) fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
+    let set = ending_signals();
+    let mut before = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: both sets are valid, and the call fills the second; it changes only this thread's mask, which the new thread inherits.
+    unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &set, before.as_mut_ptr()) };
+    let spawned = thread::Builder::new().name(name.into()).spawn(work);
+    // SAFETY: pthread_sigmask has filled the set: it only fails for an unknown operation.
+    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, before.as_ptr(), std::ptr::null_mut()) };
+    spawned
+}
+
+/// The signals that would end the program.
+fn ending_signals() -> libc::sigset_t {
     let mut set = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
-    // SAFETY: sigemptyset initializes the set that the other calls then use; pthread_sigmask changes only this thread's mask, which threads
-    // started later inherit, so that only the thread below takes the signals.
-    let set = unsafe {
+    // SAFETY: sigemptyset initializes the set that the other calls then use.
+    unsafe {
         libc::sigemptyset(set.as_mut_ptr());
         let mut set = set.assume_init();
         for signal in [libc::SIGTERM, libc::SIGHUP, libc::SIGINT, libc::SIGQUIT] {
             libc::sigaddset(&mut set, signal);
         }
-        libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut());
         set
-    };
+    }
+}
+
+/// Signals that would end the program end it after the terminal is restored.
+fn restore_on_signals() -> io::Result<()> {
+    let set = ending_signals();
+    // SAFETY: the set is valid; the call changes only this thread's mask, which threads started later inherit, so that only the thread below
+    // takes the signals.
+    unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut()) };
     thread::Builder::new().name("signals".into()).spawn(move || {
         let mut signal = 0;
         // SAFETY: the set is initialized, and `signal` is ours to write.
@@ -75,4 +113,16 @@ fn restore_on_signals() -> io::Result<()> {
         }
     })?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_begin_at_the_margin() {
+        assert_eq!(fit(b"rip=0\n", false), b"rip=0\n");
+        assert_eq!(fit(b"rip=0\n", true), b"rip=0\r\n");
+        assert_eq!(fit(b"cut off", true), b"cut off");
+    }
 }
