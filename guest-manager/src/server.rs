@@ -50,16 +50,19 @@ pub struct Connections {
 }
 
 impl Connections {
-    /// Keeps a connection until it ends; resolves then.
-    pub async fn keep(&self, connection: Connection) {
+    /// Keeps a connection, which counts from now on, until it ends; resolves then.
+    pub fn keep(self: &Rc<Self>, connection: Connection) -> impl Future<Output = ()> + use<> {
         let number = self.last.get() + 1;
         self.last.set(number);
         let ended = connection.ended();
         self.open.borrow_mut().insert(number, Rc::new(connection));
-        let reason = ended.await;
-        let connection = self.open.borrow_mut().remove(&number);
-        drop(connection);
-        tracing::debug!("disconnected: {reason}");
+        let connections = self.clone();
+        async move {
+            let reason = ended.await;
+            let connection = connections.open.borrow_mut().remove(&number);
+            drop(connection);
+            tracing::debug!("disconnected: {reason}");
+        }
     }
 
     /// Ends all of them; resolves when the last answers have left, which takes a second at most.
@@ -93,8 +96,8 @@ pub async fn accept(manager: &Rc<Manager>, connections: &Rc<Connections>, listen
         }
         match serve(manager, socket) {
             Ok(Some(connection)) => {
-                let connections = connections.clone();
-                manager.handle.spawn(async move { connections.keep(connection).await });
+                let kept = connections.keep(connection);
+                manager.handle.spawn(kept);
             }
             Ok(None) => {}
             Err(error) => tracing::warn!("a connection cannot be served: {error}"),
