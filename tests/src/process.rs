@@ -108,14 +108,12 @@ pub fn descriptors(pid: u32) -> BTreeMap<u32, String> {
         .collect()
 }
 
-/// Resident memory that is the process's own, in KiB (`RssAnon`).
-pub fn resident_kib(pid: u32) -> u64 {
-    status(pid, "RssAnon")
-        .split_whitespace()
-        .next()
-        .unwrap()
-        .parse()
-        .unwrap()
+/// The most resident memory that the process ever had, in KiB (`VmHWM`).
+///
+/// # Panics
+/// If the process is gone.
+pub fn peak_kib(pid: u32) -> u64 {
+    status(pid, "VmHWM").split_whitespace().next().unwrap().parse().unwrap()
 }
 
 /// Mount points that this process sees, one line each without the numbers that change.

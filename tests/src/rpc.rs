@@ -205,17 +205,25 @@ impl Rpc {
         GuestInfo::read(response.get().unwrap().get_info().unwrap()).unwrap()
     }
 
-    /// Reads a guest's serial output until `text` is in it, or it ends. Returns all of it.
+    /// Reads a guest's serial output from its beginning until `text` is in it, or it ends. Returns all of it.
     #[track_caller]
     pub fn read_until(&mut self, guest: &guest::Client, text: &str) -> String {
+        self.read_on(guest, &mut 0, text)
+    }
+
+    /// Reads a guest's serial output from `position` until `text` is in it, or it ends. Returns what it read; `position` is after it.
+    #[track_caller]
+    pub fn read_on(&mut self, guest: &guest::Client, position: &mut u64, text: &str) -> String {
         let output: output::Client = observer(guest).output_request().send().pipeline.get_output();
         let mut all = Vec::new();
         loop {
             let mut request = output.read_request();
-            request.get().set_position(all.len() as u64);
+            request.get().set_position(*position);
             let response = self.wait("reading the output", request.send().promise).unwrap();
             let piece = response.get().unwrap();
-            all.extend_from_slice(piece.get_bytes().unwrap());
+            let bytes = piece.get_bytes().unwrap();
+            all.extend_from_slice(bytes);
+            *position = piece.get_position() + bytes.len() as u64;
             let so_far = String::from_utf8_lossy(&all).into_owned();
             if so_far.contains(text) || piece.get_ended() {
                 return so_far;
