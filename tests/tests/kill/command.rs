@@ -125,13 +125,7 @@ fn manager_and_keeper_are_killed_and_the_next_start_cleans() {
         return;
     }
     let mut world = World::with_manager();
-    // With limits, where the host can enforce them: the groups are what has to be cleaned.
-    let limited = world.guest(&["launch", "bee", "--detach", "--limit-tasks", "40"]);
-    if limited.code() == 1 && limited.stderr.contains("cannot be enforced") {
-        world.guest(&["launch", "bee", "--detach"]).expect_code(0);
-    } else {
-        limited.expect_code(0);
-    }
+    launch_limited(&world);
     let keeper = world.keeper();
     let component = component(&world).unwrap();
     let manager = world.take_manager();
@@ -154,4 +148,31 @@ fn manager_and_keeper_are_killed_and_the_next_start_cleans() {
         .guest(&["launch", "bee", "--cmdline", "quiet run=shutdown"])
         .expect_code(0);
     world.end();
+}
+
+#[test]
+fn the_keeper_of_a_killed_manager_removes_the_groups() {
+    if kvm_missing() {
+        return;
+    }
+    let mut world = World::with_manager();
+    launch_limited(&world);
+    world.family();
+    let manager = world.take_manager();
+    manager.signal(Signal::KILL);
+    manager.wait();
+    world.assert_nothing_left();
+}
+
+/// Launches a guest with limits, where the host can enforce them: their control groups have to be removed by somebody.
+fn launch_limited(world: &World) {
+    let limited = world.guest(&["launch", "bee", "--detach", "--limit-tasks", "40"]);
+    if limited.code() == 1 && limited.stderr.contains("cannot be enforced") {
+        println!("without limits: {}", limited.stderr);
+        world.guest(&["launch", "bee", "--detach"]).expect_code(0);
+    } else {
+        limited.expect_code(0);
+        world.family();
+        assert!(!world.groups().is_empty());
+    }
 }
