@@ -114,9 +114,11 @@ impl Uart {
         self.identification() != IIR_NONE
     }
 
-    /// How many bytes from the host the receive FIFO takes now. None in loopback: the receiver is cut off from the line.
+    /// How many bytes from the host the receive FIFO takes now. None in loopback: the receiver is cut off from the line. And none before a driver
+    /// has raised one of the outputs that say that it is there, as with hardware flow control: it empties the FIFO while it sets the port up,
+    /// and what was typed until then would be lost.
     pub(crate) fn room(&self) -> usize {
-        if self.looped() {
+        if self.looped() || self.mcr & (MCR_DTR | MCR_RTS | MCR_OUT2) == 0 {
             0
         } else {
             self.fifo_len().saturating_sub(self.received.len())
@@ -357,8 +359,23 @@ mod tests {
         );
         assert_eq!(uart.read(offset::LSR) & 3, LSR_DATA_READY);
         assert_eq!(uart.read(offset::DATA), 7);
-        uart.write(offset::MCR, 0);
+        uart.write(offset::MCR, MCR_RTS);
         assert_eq!(uart.room(), 1);
+    }
+
+    #[test]
+    fn the_host_is_held_back_until_a_driver_is_there() {
+        let mut uart = Uart::default();
+        assert_eq!(uart.room(), 0);
+        uart.write(offset::IIR_FCR, FCR_ENABLE | FCR_CLEAR_RECEIVE);
+        uart.write(offset::IER, IER_RECEIVE);
+        assert_eq!(uart.room(), 0);
+        for output in [MCR_DTR, MCR_RTS, MCR_OUT2] {
+            uart.write(offset::MCR, output);
+            assert_eq!(uart.room(), FIFO);
+        }
+        uart.write(offset::MCR, MCR_OUT1);
+        assert_eq!(uart.room(), 0);
     }
 
     #[test]
@@ -377,6 +394,7 @@ mod tests {
     #[test]
     fn the_fifo_is_emptied_by_its_clear_bit_and_by_switching() {
         let mut uart = Uart::default();
+        uart.write(offset::MCR, MCR_RTS);
         uart.receive(1);
         assert_eq!(uart.room(), 0);
         uart.write(offset::IIR_FCR, FCR_ENABLE);

@@ -205,9 +205,10 @@ guest!(
 );
 
 guest!(
-    /// Echoes one byte that comes in on the serial port, polling, then resets. Says 'r' when it is ready.
+    /// Echoes one byte that comes in on the serial port, polling, then resets. Says 'r' when it is ready, and that it is there (DTR, RTS).
     echo, "sepal_guest_echo", "sepal_guest_echo_end",
     [
+        "mov $0x3fc, %edx", "mov $3, %al", "out %al, (%dx)",
         "mov $0x3f8, %edx", "mov $'r', %al", "out %al, (%dx)",
         "1: mov $0x3fd, %edx", "in (%dx), %al", "test $1, %al", "jz 1b",
         "mov $0x3f8, %edx", "in (%dx), %al", "out %al, (%dx)",

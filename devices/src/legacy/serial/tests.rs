@@ -53,10 +53,13 @@ struct Guest {
 impl Guest {
     fn new(capacity: usize) -> Self {
         let line = Arc::new(Line::default());
-        Self {
+        let guest = Self {
             port: Serial::new(line.clone(), capacity).unwrap(),
             line,
-        }
+        };
+        // A driver is there: data terminal ready, request to send, OUT2.
+        guest.set(offset::MCR, 0x0b);
+        guest
     }
 
     fn set(&self, register: u8, value: u8) {
