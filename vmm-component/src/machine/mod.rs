@@ -363,8 +363,12 @@ impl Spare {
     }
 }
 
-/// The user's command line with what such a host needs before it, so that the user's words win.
-fn unassisted_cmdline(cmdline: &str) -> Result<String, MachineError> {
+/// The user's command line with what a host without hardware virtualization needs before it, so that the user's words win.
+///
+/// # Errors
+///
+/// [`MachineError::BadConfig`]: both together are too long.
+pub(crate) fn unassisted_cmdline(cmdline: &str) -> Result<String, MachineError> {
     let needed = unassisted::CMDLINE;
     let most = layout::CMDLINE_MAX - 1 - (needed.len() + 1);
     if cmdline.len() > most {
@@ -376,7 +380,7 @@ fn unassisted_cmdline(cmdline: &str) -> Result<String, MachineError> {
             ),
         });
     }
-    Ok(format!("{needed} {cmdline}"))
+    Ok(format!("{needed} {cmdline}").trim_end().to_owned())
 }
 
 fn go_on(cancel: &AtomicBool) -> Result<(), MachineError> {

@@ -16,6 +16,7 @@ use super::{
     guest,
     vm::VmSpec,
 };
+use crate::machine::unassisted_cmdline;
 
 /// Names of the devices that every machine has.
 const DEVICES: [&str; 4] = ["serial", "rtc", "i8042", "power-button"];
@@ -55,7 +56,11 @@ impl ComponentServer {
             cpus: config.cpus(),
             memory_mib: config.memory_mib().into(),
             kernel: "fd".into(),
-            cmdline: cmdline.clone(),
+            cmdline: match host.unassisted {
+                // The machine adds words of its own there; if they do not fit, create says so.
+                true => unassisted_cmdline(&cmdline).unwrap_or_else(|_| cmdline.clone()),
+                false => cmdline.clone(),
+            },
             devices: DEVICES.map(String::from).to_vec(),
         };
         Ok(Creation {
