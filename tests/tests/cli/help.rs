@@ -4,7 +4,7 @@ use std::{io::Write, process::Command};
 
 use sepal_tests::World;
 
-const COMMANDS: [&str; 9] = [
+const COMMANDS: [&str; 11] = [
     "launch",
     "attach",
     "list",
@@ -12,6 +12,8 @@ const COMMANDS: [&str; 9] = [
     "stop",
     "wait",
     "logs",
+    "remove",
+    "end-manager",
     "version",
     "completions",
 ];

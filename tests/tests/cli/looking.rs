@@ -217,3 +217,29 @@ fn a_guest_ends_with_the_client_that_launched_it() {
     });
     world.end();
 }
+
+#[test]
+fn what_has_ended_can_be_forgotten_and_a_manager_ended() {
+    if kvm_missing() {
+        return;
+    }
+    let mut world = World::with_manager();
+    world
+        .guest(&["launch", "ant", "--cmdline", "quiet run=shutdown"])
+        .expect_code(0);
+    world.guest(&["launch", "bee", "-d"]).expect_code(0);
+    world.guest(&["remove", "ant"]).expect_code(0);
+    let again = world.guest(&["remove", "ant"]).expect_code(1);
+    assert!(again.stderr.contains("NOT_FOUND"), "{}", again.stderr);
+    let runs = world.guest(&["remove", "bee"]).expect_code(1);
+    assert!(runs.stderr.contains("ALREADY_RUNNING"), "{}", runs.stderr);
+    let names = json(&world, &["list"]);
+    assert_eq!((names.as_array().unwrap().len(), &names[0]["name"]), (1, &"bee".into()));
+
+    let waiting = world.start(&["attach", "bee"]);
+    world.family();
+    world.guest(&["end-manager"]).expect_code(0);
+    world.take_manager().wait().expect_code(0);
+    assert_ne!(waiting.wait().code(), 0);
+    world.assert_nothing_left();
+}
