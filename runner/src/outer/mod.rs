@@ -43,7 +43,7 @@ use uid::UidError;
 #[derive(Debug, thiserror::Error)]
 pub enum SpawnError {
     /// The binary cannot be used.
-    #[error("component binary {path}: {reason}")]
+    #[error("program {path}: {reason}")]
     Program {
         /// Its path, or what the caller calls it.
         path: PathBuf,

@@ -230,7 +230,7 @@ fn handles_of_the_wrong_kind_are_refused() {
 fn programs_that_cannot_run_say_why() {
     let error = Program::open("/nonexistent/component").unwrap_err().to_string();
     assert!(
-        error.starts_with("component binary /nonexistent/component: No such file"),
+        error.starts_with("program /nonexistent/component: No such file"),
         "{error}"
     );
     assert!(Program::open("/").unwrap_err().to_string().contains("it is Directory"));
