@@ -1,11 +1,8 @@
 //! What the host is like: facts that a jailed component cannot find out, and that explain a guest's problems.
 
-use std::{
-    fs::{File, OpenOptions},
-    io,
-    path::Path,
-};
+use std::fs::File;
 
+use rustix::fs::{Mode, OFlags};
 use sepal_schema::error::{Error, Kind};
 
 /// The device through which virtual machines are made.
@@ -21,24 +18,10 @@ pub struct Host {
 impl Host {
     /// Looks at the host.
     pub fn detect() -> Self {
-        let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-        let pvm = Path::new("/sys/module/kvm_pvm").exists();
         Self {
-            unassisted: unassisted(pvm, &cpuinfo),
+            unassisted: sepal_runner::host::is_unassisted(),
         }
     }
-}
-
-/// KVM on top of page tables alone (`kvm_pvm`) is loaded, or the CPU shows neither VMX nor SVM. Only asked where `/dev/kvm` opens.
-fn unassisted(pvm_module: bool, cpuinfo: &str) -> bool {
-    let mut flags = cpuinfo.lines().filter_map(|line| {
-        let (key, value) = line.split_once(':')?;
-        (key.trim() == "flags").then_some(value)
-    });
-    let assisted = flags
-        .next()
-        .is_none_or(|flags| flags.split_whitespace().any(|flag| matches!(flag, "vmx" | "svm")));
-    pvm_module || !assisted
 }
 
 /// Memory that the host can give away without swapping, in MiB; none where it does not say.
@@ -58,33 +41,19 @@ fn parse_available(meminfo: &str) -> Option<u64> {
 /// # Errors
 /// `START_FAILURE`, saying what the host or the user lacks.
 pub fn open_kvm() -> Result<File, Error> {
-    OpenOptions::new().read(true).write(true).open(KVM).map_err(|error| {
-        let hint = match error.kind() {
-            io::ErrorKind::NotFound => "the host offers no virtualization: load a kvm module",
-            io::ErrorKind::PermissionDenied => "the manager's user may not use it: add the user to the group kvm",
-            _ => "no guest can be made",
-        };
-        Error::new(Kind::StartFailure, format!("{KVM} cannot be opened ({error}); {hint}")).about(KVM)
+    let opened = rustix::fs::open(KVM, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty());
+    opened.map(File::from).map_err(|errno| {
+        let message = format!(
+            "{KVM} cannot be opened ({errno}); {}",
+            sepal_runner::host::kvm_remedy(errno)
+        );
+        Error::new(Kind::StartFailure, message).about(KVM)
     })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_host_without_vmx_or_svm_is_unassisted() {
-        let flags =
-            |flags: &str| format!("processor\t: 0\nmodel name\t: a cpu with svm\nflags\t\t: {flags}\nbugs\t: x\n");
-        assert!(!unassisted(false, &flags("fpu vmx sse")));
-        assert!(!unassisted(false, &flags("fpu svm")));
-        assert!(unassisted(false, &flags("fpu svmx")));
-        assert!(unassisted(true, &flags("fpu vmx")));
-        assert!(
-            !unassisted(false, ""),
-            "a host that tells nothing is taken for an ordinary one"
-        );
-    }
 
     #[test]
     fn available_memory_is_read() {

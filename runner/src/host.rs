@@ -141,6 +141,29 @@ fn cgroups() -> Finding {
     of_layer(Layer::Cgroup, result)
 }
 
+/// Whether KVM works without hardware virtualization on this host, so that guests need help. Only asked where `/dev/kvm` opens.
+pub fn is_unassisted() -> bool {
+    let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    lacks_virtualization(&cpuinfo, fs::exists("/sys/module/kvm_pvm").unwrap_or(false))
+}
+
+/// Whether a host that offers `/dev/kvm` does so without hardware virtualization.
+///
+/// `cpuinfo` is the text of `/proc/cpuinfo`, `kvm_pvm_loaded` tells whether `/sys/module/kvm_pvm` exists. Without flags in
+/// `cpuinfo`, only the module counts.
+fn lacks_virtualization(cpuinfo: &str, kvm_pvm_loaded: bool) -> bool {
+    let flags = cpuinfo
+        .lines()
+        .filter_map(|line| line.split_once(':'))
+        .find(|(key, _)| key.trim_end() == "flags");
+    let has_virtualization = flags.is_none_or(|(_, flags)| {
+        flags
+            .split_ascii_whitespace()
+            .any(|flag| flag == "vmx" || flag == "svm")
+    });
+    kvm_pvm_loaded || !has_virtualization
+}
+
 fn kvm() -> Finding {
     let opened = rustix::fs::open("/dev/kvm", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty());
     let remedy = opened.as_ref().map_or_else(|errno| kvm_remedy(*errno), |_| "");
@@ -156,7 +179,7 @@ fn kvm() -> Finding {
 }
 
 /// How to get access to `/dev/kvm` where opening it fails like this.
-fn kvm_remedy(errno: Errno) -> &'static str {
+pub fn kvm_remedy(errno: Errno) -> &'static str {
     match errno {
         Errno::ACCESS => "add this user to the group that owns /dev/kvm (usermod -aG kvm USER, then log in again)",
         // The device controller of a control group, whoever asks.
@@ -191,6 +214,44 @@ pub(crate) fn may_write(path: &std::path::Path) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn processors_with_virtualization_need_no_help() {
+        let intel = "processor\t: 0\nflags\t\t: fpu vme vmx sse\n";
+        let amd = "processor\t: 0\nflags\t\t: fpu svm sse\n";
+        assert!(!lacks_virtualization(intel, false));
+        assert!(!lacks_virtualization(amd, false));
+        assert!(
+            lacks_virtualization(intel, true),
+            "the module decides: its virtual machines are not the processor's"
+        );
+    }
+
+    #[test]
+    fn processors_without_virtualization_need_help() {
+        assert!(lacks_virtualization(
+            "flags\t\t: fpu vme svm_lock avmx\nvmx flags\t: vnmi\n",
+            false
+        ));
+        assert!(lacks_virtualization("flags :", false));
+    }
+
+    #[test]
+    fn unreadable_facts_leave_it_to_the_module() {
+        assert!(!lacks_virtualization("", false));
+        assert!(!lacks_virtualization("flags", false));
+        assert!(lacks_virtualization("", true));
+    }
+
+    #[test]
+    fn the_model_name_is_no_flag() {
+        let flags =
+            |flags: &str| format!("processor\t: 0\nmodel name\t: a cpu with svm\nflags\t\t: {flags}\nbugs\t: x\n");
+        assert!(!lacks_virtualization(&flags("fpu vmx sse"), false));
+        assert!(!lacks_virtualization(&flags("fpu svm"), false));
+        assert!(lacks_virtualization(&flags("fpu svmx"), false));
+        assert!(lacks_virtualization(&flags("fpu vmx"), true));
+    }
 
     #[test]
     fn whoever_may_not_use_kvm_is_told_what_to_do() {

@@ -9,7 +9,6 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::channel;
@@ -18,7 +17,6 @@ use std::time::{Duration, Instant};
 use kvm_ioctls::Kvm;
 use sepal_vmm_component::machine::{Hooks, HostKind, Machine, MachineConfig};
 use sepal_vmm_component::memory::{MIB, MemoryConfig};
-use sepal_vmm_component::unassisted;
 
 fn main() {
     tracing_subscriber::fmt()
@@ -36,8 +34,7 @@ fn main() {
             .find_map(|word| word.strip_prefix(name)?.strip_prefix('='))
     };
     let number = |name: &str, default: u64| option(name).map_or(default, |text| text.parse().expect("a number"));
-    let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let host = if unassisted::detect(&cpuinfo, Path::new("/sys/module/kvm_pvm").exists()) {
+    let host = if sepal_runner::host::is_unassisted() {
         HostKind::Unassisted
     } else {
         HostKind::Hardware

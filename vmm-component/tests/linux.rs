@@ -17,7 +17,6 @@ use std::time::Duration;
 use kvm_ioctls::Kvm;
 use sepal_vmm_component::machine::{Happening, Hooks, HostKind, Machine, MachineConfig, MachineEvent};
 use sepal_vmm_component::memory::{MIB, MemoryConfig};
-use sepal_vmm_component::unassisted;
 
 /// A boot takes about 15 s on an idle host without hardware virtualization, under 1 s on others; a busy one takes its time.
 const PATIENCE: Duration = Duration::from_secs(600);
@@ -48,8 +47,7 @@ impl Guest {
             println!("skipped: no /dev/kvm");
             return None;
         }
-        let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").expect("/proc/cpuinfo");
-        let host = if unassisted::detect(&cpuinfo, Path::new("/sys/module/kvm_pvm").exists()) {
+        let host = if sepal_runner::host::is_unassisted() {
             HostKind::Unassisted
         } else {
             HostKind::Hardware

@@ -44,51 +44,9 @@ pub use cpuid::adjust_cpuid;
 /// kept over a context switch.
 pub const CMDLINE: &str = "clearcpuid=129,137,140,147,148,150,151,153,156,157,320,321,322,323 nopti mitigations=off cryptomgr.notests noreplace-smp";
 
-/// Whether a host that offers `/dev/kvm` does so without hardware virtualization.
-///
-/// `cpuinfo` is the text of `/proc/cpuinfo`, `kvm_pvm_loaded` tells whether `/sys/module/kvm_pvm` exists. Without flags in
-/// `cpuinfo`, only the module counts.
-pub fn detect(cpuinfo: &str, kvm_pvm_loaded: bool) -> bool {
-    let flags = cpuinfo
-        .lines()
-        .filter_map(|line| line.split_once(':'))
-        .find(|(key, _)| key.trim_end() == "flags");
-    let has_virtualization = flags.is_none_or(|(_, flags)| {
-        flags
-            .split_ascii_whitespace()
-            .any(|flag| flag == "vmx" || flag == "svm")
-    });
-    kvm_pvm_loaded || !has_virtualization
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn processors_with_virtualization_need_no_help() {
-        let intel = "processor\t: 0\nflags\t\t: fpu vme vmx sse\n";
-        let amd = "processor\t: 0\nflags\t\t: fpu svm sse\n";
-        assert!(!detect(intel, false));
-        assert!(!detect(amd, false));
-        assert!(
-            detect(intel, true),
-            "the module decides: its virtual machines are not the processor's"
-        );
-    }
-
-    #[test]
-    fn processors_without_virtualization_need_help() {
-        assert!(detect("flags\t\t: fpu vme svm_lock avmx\nvmx flags\t: vnmi\n", false));
-        assert!(detect("flags :", false));
-    }
-
-    #[test]
-    fn unreadable_facts_leave_it_to_the_module() {
-        assert!(!detect("", false));
-        assert!(!detect("flags", false));
-        assert!(detect("", true));
-    }
 
     #[test]
     fn the_command_line_is_plain_words() {
