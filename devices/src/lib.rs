@@ -22,3 +22,4 @@ pub mod bus;
 pub mod dispatch;
 pub mod interrupt;
 pub mod legacy;
+pub mod virtio;

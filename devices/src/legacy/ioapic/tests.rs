@@ -272,7 +272,7 @@ fn the_listener_hears_of_level_routes_only() {
     let heard = || std::mem::take(&mut *lock(&routes.0));
     rig.set_entry(4, 0x31);
     rig.set_entry(4, 0x32);
-    assert_eq!(heard(), [], "edges need no EOI");
+    assert!(heard().is_empty(), "edges need no EOI");
     rig.set_entry(9, MASKED | LEVEL | 0x52);
     assert_eq!(heard(), [9]);
     assert_eq!(
@@ -283,7 +283,7 @@ fn the_listener_hears_of_level_routes_only() {
         })
     );
     rig.set_entry(9, LEVEL | 0x52);
-    assert_eq!(heard(), [], "masking changes no route");
+    assert!(heard().is_empty(), "masking changes no route");
     rig.set_entry(9, 2 << 56 | LEVEL | 0x52);
     assert_eq!(heard(), [9]);
     rig.set_entry(9, 2 << 56 | 0x52);

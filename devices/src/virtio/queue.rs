@@ -1,0 +1,410 @@
+//! A split virtqueue as the device sees it (virtio 2.7): takes descriptor chains from the available ring, gives them back through the used
+//! ring, and checks everything that the driver wrote.
+//!
+//! ```text
+//!   driver: avail.idx += n      pop -> Chain (checked, in flight)      push(chain, written)      driver: reads used
+//!           doorbell                                                   needs_interrupt? -> vector
+//! ```
+//!
+//! The ring's positions and both kinds of notification are `virtio_queue::Queue`'s; chains are walked here, because a chain that breaks the
+//! rules has to be told from one that ends.
+
+use std::num::Wrapping;
+use std::sync::atomic::{Ordering, fence};
+
+use virtio_queue::{Queue, QueueT};
+use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+
+use super::chain::{Chain, Segment};
+use super::violation::Violation;
+
+/// VIRTQ_DESC_F_NEXT: another descriptor follows.
+const NEXT: u16 = 1;
+/// VIRTQ_DESC_F_WRITE: the device writes.
+const WRITE: u16 = 2;
+/// VIRTQ_DESC_F_INDIRECT: the buffer is a table of descriptors.
+const INDIRECT: u16 = 4;
+/// VIRTQ_AVAIL_F_NO_INTERRUPT: without VIRTIO_F_EVENT_IDX, the driver wants no interrupt.
+const NO_INTERRUPT: u16 = 1;
+/// Most entries of a queue (virtio 2.7).
+pub const MAX_SIZE: u16 = 32768;
+/// Rooms for segments that are kept for the next chains.
+const KEPT_ROOMS: usize = 64;
+
+/// A descriptor as it lies in guest memory (virtio 2.7.5), little-endian.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Descriptor {
+    address: u64,
+    len: u32,
+    flags: u16,
+    next: u16,
+}
+
+// SAFETY: four integers without padding (8 + 4 + 2 + 2 = 16 bytes), for which every pattern of bits is a value.
+unsafe impl ByteValued for Descriptor {}
+
+const DESCRIPTOR_BYTES: u64 = size_of::<Descriptor>() as u64;
+
+/// Where a driver put a queue, and how large it made it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct QueueSetup {
+    /// Entries: a power of two, at most [`MAX_SIZE`].
+    pub size: u16,
+    /// Guest physical address of the descriptor table, a multiple of 16.
+    pub descriptors: u64,
+    /// Guest physical address of the available ring, a multiple of 2.
+    pub available: u64,
+    /// Guest physical address of the used ring, a multiple of 4.
+    pub used: u64,
+}
+
+/// One queue of an activated device.
+pub struct Virtqueue {
+    index: u16,
+    setup: QueueSetup,
+    queue: Queue,
+    memory: GuestMemoryMmap,
+    event_idx: bool,
+    indirect: bool,
+    /// Chains taken and not yet given back.
+    in_flight: u16,
+    /// Chains given back since the driver was last told.
+    unannounced: bool,
+    rooms: Vec<Vec<Segment>>,
+}
+
+impl Virtqueue {
+    /// The queue of index `index` that a driver set up as `setup`; `features` are the bits it accepted.
+    ///
+    /// # Errors
+    ///
+    /// [`Violation::Setup`] says what is wrong with the size, an alignment or an address.
+    pub fn new(index: u16, setup: QueueSetup, features: u64, memory: GuestMemoryMmap) -> Result<Self, Violation> {
+        let wrong = |reason: String| Violation::Setup { queue: index, reason };
+        let QueueSetup {
+            size,
+            descriptors,
+            available,
+            used,
+        } = setup;
+        if !size.is_power_of_two() || size > MAX_SIZE {
+            return Err(wrong(format!(
+                "a size of {size}; it has to be a power of two up to {MAX_SIZE}"
+            )));
+        }
+        let entries = u64::from(size);
+        for (what, address, align, len) in [
+            ("descriptor table", descriptors, 16, DESCRIPTOR_BYTES * entries),
+            // With the field of VIRTIO_F_EVENT_IDX, for which drivers leave room in any case.
+            ("available ring", available, 2, 6 + 2 * entries),
+            ("used ring", used, 4, 6 + 8 * entries),
+        ] {
+            if !address.is_multiple_of(align) {
+                return Err(wrong(format!(
+                    "its {what} at {address:#x} is not aligned to {align} bytes"
+                )));
+            }
+            // The length is below 2^20.
+            if !memory.check_range(GuestAddress(address), len as usize) {
+                return Err(wrong(format!(
+                    "its {what} of {len:#x} bytes at {address:#x} is not in guest memory"
+                )));
+            }
+        }
+        let event_idx = features & super::feature::EVENT_IDX != 0;
+        let mut queue = Queue::new(size).map_err(|e| wrong(e.to_string()))?;
+        queue
+            .try_set_desc_table_address(GuestAddress(descriptors))
+            .and_then(|()| queue.try_set_avail_ring_address(GuestAddress(available)))
+            .and_then(|()| queue.try_set_used_ring_address(GuestAddress(used)))
+            .map_err(|e| wrong(e.to_string()))?;
+        queue.set_event_idx(event_idx);
+        queue.set_ready(true);
+        Ok(Self {
+            index,
+            setup,
+            queue,
+            memory,
+            event_idx,
+            indirect: features & super::feature::INDIRECT_DESC != 0,
+            in_flight: 0,
+            unannounced: false,
+            rooms: Vec::new(),
+        })
+    }
+
+    /// The queue's index in its device.
+    pub fn index(&self) -> u16 {
+        self.index
+    }
+
+    /// Where the driver put it: for a device whose work is done by another process.
+    pub fn setup(&self) -> QueueSetup {
+        self.setup
+    }
+
+    /// Entries of the ring.
+    pub fn size(&self) -> u16 {
+        self.setup.size
+    }
+
+    /// Chains taken and not yet given back.
+    pub fn in_flight(&self) -> u16 {
+        self.in_flight
+    }
+
+    /// The guest memory that this queue's chains lie in.
+    pub fn memory(&self) -> &GuestMemoryMmap {
+        &self.memory
+    }
+
+    /// Takes the next chain; `None` when the driver has not made any more available. To be called until then, or the driver's next doorbell
+    /// may never come: [`wait_for_doorbell`](Self::wait_for_doorbell) checks that.
+    ///
+    /// # Errors
+    ///
+    /// A [`Violation`]. The queue cannot go on then.
+    pub fn pop(&mut self) -> Result<Option<Chain>, Violation> {
+        let available = self.available()?;
+        if available == 0 {
+            return Ok(None);
+        }
+        let position = self.queue.next_avail();
+        let slot = u64::from(position % self.setup.size);
+        let head: u16 = self.load(self.setup.available + 4 + 2 * slot)?;
+        let head = u16::from_le(head);
+        let chain = self.walk(head)?;
+        self.queue.set_next_avail(position.wrapping_add(1));
+        self.in_flight += 1;
+        Ok(Some(chain))
+    }
+
+    /// Puts back the chain that was popped last, as if it had not been taken; for a device that finds that it has no room for it yet. Only the
+    /// last one can be put back, and only before another is popped.
+    pub fn unpop(&mut self, chain: Chain) {
+        self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(1));
+        self.in_flight = self.in_flight.saturating_sub(1);
+        self.keep(chain);
+    }
+
+    /// Chains that the driver has made available and that were not taken yet.
+    ///
+    /// # Errors
+    ///
+    /// [`Violation::AvailableIndex`]: more than the ring can hold, counting those in flight.
+    pub fn available(&self) -> Result<u16, Violation> {
+        let index: u16 = u16::from_le(self.load(self.setup.available + 2)?);
+        let ahead = (Wrapping(index) - Wrapping(self.queue.next_avail())).0;
+        // A chain in flight keeps its descriptors, so the driver cannot have made more available than are left.
+        if u32::from(ahead) + u32::from(self.in_flight) > u32::from(self.setup.size) {
+            return Err(Violation::AvailableIndex {
+                queue: self.index,
+                index,
+                ahead,
+                size: self.setup.size,
+            });
+        }
+        Ok(ahead)
+    }
+
+    /// Gives `chain` back with `written` bytes of its writable buffers filled, from the first on.
+    ///
+    /// # Errors
+    ///
+    /// A [`Violation`] if the used ring is not where it was.
+    pub fn push(&mut self, chain: Chain, written: u32) -> Result<(), Violation> {
+        let head = chain.head();
+        self.keep(chain);
+        self.in_flight = self.in_flight.saturating_sub(1);
+        self.unannounced = true;
+        self.queue
+            .add_used(&self.memory, head, written)
+            .map_err(|e| self.lost(&e))
+    }
+
+    /// Whether the driver wants to be told of what was pushed since the last call. [`Context::interrupt`](super::device::Context::interrupt)
+    /// asks this.
+    ///
+    /// # Errors
+    ///
+    /// A [`Violation`] if the rings are not where they were.
+    pub fn needs_interrupt(&mut self) -> Result<bool, Violation> {
+        if !std::mem::take(&mut self.unannounced) {
+            return Ok(false);
+        }
+        let needed = self.queue.needs_notification(&self.memory).map_err(|e| self.lost(&e))?;
+        if self.event_idx {
+            return Ok(needed);
+        }
+        // The crate does not know of this flag. It fenced after the used index was written.
+        let flags: u16 = self.load(self.setup.available)?;
+        Ok(u16::from_le(flags) & NO_INTERRUPT == 0)
+    }
+
+    /// Tells the driver that its doorbell is not needed for now: the device is going to look by itself.
+    ///
+    /// # Errors
+    ///
+    /// A [`Violation`] if the rings are not where they were.
+    pub fn ignore_doorbell(&mut self) -> Result<(), Violation> {
+        self.queue.disable_notification(&self.memory).map_err(|e| self.lost(&e))
+    }
+
+    /// Asks the driver to ring its doorbell for the next chain. True: one has come meanwhile, and the device has to look again.
+    ///
+    /// # Errors
+    ///
+    /// A [`Violation`] if the rings are not where they were.
+    pub fn wait_for_doorbell(&mut self) -> Result<bool, Violation> {
+        let more = self
+            .queue
+            .enable_notification(&self.memory)
+            .map_err(|e| self.lost(&e))?;
+        fence(Ordering::SeqCst);
+        Ok(more)
+    }
+
+    /// Position of the next chain to take, and of the next entry of the used ring: for a device whose work is done by another process.
+    pub fn positions(&self) -> (u16, u16) {
+        (self.queue.next_avail(), self.queue.next_used())
+    }
+
+    /// Collects and checks the buffers of the chain that begins with descriptor `head`.
+    fn walk(&mut self, head: u16) -> Result<Chain, Violation> {
+        let most = self.setup.size;
+        let mut table = (self.setup.descriptors, u32::from(most));
+        let mut in_indirect = false;
+        let mut segments = self.rooms.pop().unwrap_or_default();
+        let mut readable = 0;
+        let mut bytes: u32 = 0;
+        let mut next = u32::from(head);
+        // An indirect table's descriptor counts as well; so at most `most` direct ones, then `most` of one table.
+        let mut budget = most;
+        loop {
+            if next >= table.1 {
+                return Err(Violation::DescriptorIndex {
+                    queue: self.index,
+                    index: next,
+                    size: table.1,
+                });
+            }
+            let too_long = Violation::ChainLength {
+                queue: self.index,
+                head,
+                most,
+            };
+            budget = budget.checked_sub(1).ok_or(too_long)?;
+            let descriptor = self.descriptor(table.0, next)?;
+            if descriptor.flags & INDIRECT != 0 {
+                if let Some(reason) = self.indirect_misuse(&descriptor, in_indirect) {
+                    return Err(Violation::Indirect {
+                        queue: self.index,
+                        head,
+                        reason,
+                    });
+                }
+                table = (descriptor.address, descriptor.len / DESCRIPTOR_BYTES as u32);
+                (in_indirect, next, budget) = (true, 0, most);
+                continue;
+            }
+            self.check_buffer(&descriptor)?;
+            bytes = bytes.checked_add(descriptor.len).ok_or(Violation::ChainBytes {
+                queue: self.index,
+                head,
+            })?;
+            if descriptor.flags & WRITE == 0 {
+                if readable < segments.len() {
+                    return Err(Violation::Order {
+                        queue: self.index,
+                        head,
+                    });
+                }
+                readable += 1;
+            }
+            segments.push(Segment {
+                address: descriptor.address,
+                len: descriptor.len,
+            });
+            if descriptor.flags & NEXT == 0 {
+                return Ok(Chain::new(head, segments, readable));
+            }
+            next = u32::from(descriptor.next);
+        }
+    }
+
+    fn indirect_misuse(&self, descriptor: &Descriptor, nested: bool) -> Option<&'static str> {
+        if !self.indirect {
+            Some("the driver did not accept the feature for")
+        } else if nested {
+            Some("is itself in an indirect table")
+        } else if descriptor.flags & NEXT != 0 {
+            Some("is followed by a further descriptor")
+        } else if descriptor.len == 0 || !u64::from(descriptor.len).is_multiple_of(DESCRIPTOR_BYTES) {
+            Some("is not a whole number of descriptors long")
+        } else {
+            None
+        }
+    }
+
+    fn descriptor(&self, table: u64, index: u32) -> Result<Descriptor, Violation> {
+        let address = table.checked_add(DESCRIPTOR_BYTES * u64::from(index));
+        let read = address.and_then(|address| self.memory.read_obj::<Descriptor>(GuestAddress(address)).ok());
+        let raw = read.ok_or(Violation::Address {
+            queue: self.index,
+            address: address.unwrap_or(table),
+            len: DESCRIPTOR_BYTES,
+        })?;
+        Ok(Descriptor {
+            address: u64::from_le(raw.address),
+            len: u32::from_le(raw.len),
+            flags: u16::from_le(raw.flags),
+            next: u16::from_le(raw.next),
+        })
+    }
+
+    fn check_buffer(&self, descriptor: &Descriptor) -> Result<(), Violation> {
+        let fits = descriptor.len == 0
+            || self
+                .memory
+                .check_range(GuestAddress(descriptor.address), descriptor.len as usize);
+        if fits {
+            Ok(())
+        } else {
+            Err(Violation::Address {
+                queue: self.index,
+                address: descriptor.address,
+                len: descriptor.len.into(),
+            })
+        }
+    }
+
+    /// Reads a field of the available ring that the driver changes while the device reads.
+    fn load(&self, address: u64) -> Result<u16, Violation> {
+        self.memory
+            .load(GuestAddress(address), Ordering::Acquire)
+            .map_err(|_| Violation::Address {
+                queue: self.index,
+                address,
+                len: 2,
+            })
+    }
+
+    fn lost(&self, error: &virtio_queue::Error) -> Violation {
+        Violation::Setup {
+            queue: self.index,
+            reason: format!("its rings are not in guest memory any more: {error}"),
+        }
+    }
+
+    fn keep(&mut self, chain: Chain) {
+        if self.rooms.len() < KEPT_ROOMS {
+            let mut room = chain.into_segments();
+            room.clear();
+            self.rooms.push(room);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
