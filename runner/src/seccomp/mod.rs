@@ -17,8 +17,16 @@ use compile::Program;
 pub enum ThreadRole {
     /// The control loop: all that any of its threads may, since they start with its filter.
     Control,
-    /// A device's dispatch loop, and workers that it starts.
+    /// The dispatch loop of a device whose host side is a stream, or nothing: console, entropy, clock, a back end in another process.
     DeviceLoop,
+    /// The dispatch loop of a disk, and workers that it starts: files, and submissions to a ring that was made and restricted before.
+    Disk,
+    /// The dispatch loop of a network card: frames, and what a tap device takes.
+    Network,
+    /// The dispatch loop of the socket device: makes the ends of streams that it hands out.
+    Vsock,
+    /// The dispatch loop of a device that gives memory back to the host.
+    Memory,
     /// A virtual processor.
     Vcpu,
     /// Work on hostile files, such as loading a kernel: reads handles and writes memory.
@@ -27,7 +35,16 @@ pub enum ThreadRole {
 
 impl ThreadRole {
     /// All roles.
-    pub const ALL: [Self; 4] = [Self::Control, Self::DeviceLoop, Self::Vcpu, Self::Helper];
+    pub const ALL: [Self; 8] = [
+        Self::Control,
+        Self::DeviceLoop,
+        Self::Disk,
+        Self::Network,
+        Self::Vsock,
+        Self::Memory,
+        Self::Vcpu,
+        Self::Helper,
+    ];
 
     const fn bit(self) -> u8 {
         1 << self as u8
@@ -39,6 +56,10 @@ impl fmt::Display for ThreadRole {
         f.write_str(match self {
             Self::Control => "control",
             Self::DeviceLoop => "device loop",
+            Self::Disk => "disk",
+            Self::Network => "network",
+            Self::Vsock => "vsock",
+            Self::Memory => "memory",
             Self::Vcpu => "vCPU",
             Self::Helper => "helper",
         })

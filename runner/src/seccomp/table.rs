@@ -54,12 +54,19 @@ pub(super) struct Answered {
 }
 
 const C: u8 = ThreadRole::Control.bit();
-const D: u8 = ThreadRole::DeviceLoop.bit();
+const DISK: u8 = ThreadRole::Disk.bit();
+const NET: u8 = ThreadRole::Network.bit();
+const VSOCK: u8 = ThreadRole::Vsock.bit();
+const MEMORY: u8 = ThreadRole::Memory.bit();
+/// All dispatch loops.
+const LOOPS: u8 = ThreadRole::DeviceLoop.bit() | DISK | NET | VSOCK | MEMORY;
 const V: u8 = ThreadRole::Vcpu.bit();
 const H: u8 = ThreadRole::Helper.bit();
-const ALL: u8 = C | D | V | H;
-/// Threads that work on files and sockets.
-const IO: u8 = C | D | H;
+const ALL: u8 = C | LOOPS | V | H;
+/// Threads that work on files.
+const FILES: u8 = C | DISK | H;
+/// Threads that work on sockets.
+const SOCKETS: u8 = C | ThreadRole::DeviceLoop.bit() | NET | VSOCK;
 
 const fn any(number: i64, roles: u8) -> Call {
     Call {
@@ -211,37 +218,42 @@ pub(super) const CALLS: &[Call] = &[
             },
         ]],
     ),
-    // New threads; a vCPU needs none.
-    when(libc::SYS_clone, IO, THREAD),
+    // New threads; a vCPU needs none, nor does a loop without slow files.
+    when(libc::SYS_clone, FILES, THREAD),
     // Files that are open.
-    any(libc::SYS_pread64, IO),
-    any(libc::SYS_pwrite64, IO),
-    any(libc::SYS_preadv, IO),
-    any(libc::SYS_pwritev, IO),
-    any(libc::SYS_preadv2, IO),
-    any(libc::SYS_pwritev2, IO),
-    any(libc::SYS_lseek, IO),
-    any(libc::SYS_fsync, IO),
-    any(libc::SYS_fdatasync, IO),
-    any(libc::SYS_sync_file_range, IO),
-    any(libc::SYS_fallocate, IO),
-    any(libc::SYS_ftruncate, IO),
-    any(libc::SYS_fstat, IO),
-    when(libc::SYS_newfstatat, IO, BY_DESCRIPTOR_FLAG_3),
-    when(libc::SYS_statx, IO, BY_DESCRIPTOR_FLAG_2),
+    any(libc::SYS_pread64, FILES),
+    any(libc::SYS_pwrite64, FILES),
+    any(libc::SYS_preadv, FILES),
+    any(libc::SYS_pwritev, FILES),
+    any(libc::SYS_preadv2, FILES),
+    any(libc::SYS_pwritev2, FILES),
+    any(libc::SYS_lseek, FILES),
+    any(libc::SYS_fsync, FILES),
+    any(libc::SYS_fdatasync, FILES),
+    any(libc::SYS_sync_file_range, FILES),
+    any(libc::SYS_fallocate, FILES | MEMORY),
+    any(libc::SYS_ftruncate, FILES),
+    any(libc::SYS_fstat, FILES),
+    when(libc::SYS_newfstatat, FILES, BY_DESCRIPTOR_FLAG_3),
+    when(libc::SYS_statx, FILES, BY_DESCRIPTOR_FLAG_2),
+    // A ring goes round these filters, so only the control thread's job of creation makes one, and restricts it to the operations and files of
+    // its disk for good; the disk's loop can only submit.
+    any(libc::SYS_io_uring_setup, C),
+    any(libc::SYS_io_uring_register, C),
+    any(libc::SYS_io_uring_enter, C | DISK),
     // Sockets that are connected, and pipes.
-    any(libc::SYS_sendto, IO),
-    any(libc::SYS_recvfrom, IO),
-    any(libc::SYS_sendmsg, IO),
-    any(libc::SYS_recvmsg, IO),
-    any(libc::SYS_sendmmsg, IO),
-    any(libc::SYS_recvmmsg, IO),
-    any(libc::SYS_shutdown, IO),
-    any(libc::SYS_getsockopt, IO),
-    when(libc::SYS_setsockopt, IO, SOCKET_OPTIONS),
-    any(libc::SYS_pipe2, IO),
+    any(libc::SYS_sendto, SOCKETS),
+    any(libc::SYS_recvfrom, SOCKETS),
+    any(libc::SYS_sendmsg, SOCKETS),
+    any(libc::SYS_recvmsg, SOCKETS),
+    any(libc::SYS_sendmmsg, SOCKETS),
+    any(libc::SYS_recvmmsg, SOCKETS),
+    any(libc::SYS_shutdown, SOCKETS),
+    any(libc::SYS_getsockopt, SOCKETS),
+    when(libc::SYS_setsockopt, SOCKETS, SOCKET_OPTIONS),
+    any(libc::SYS_pipe2, C | H),
     // Ends of streams that are handed out, and guest memory.
-    when(libc::SYS_socketpair, C, STREAM_PAIR),
+    when(libc::SYS_socketpair, C | VSOCK, STREAM_PAIR),
     any(libc::SYS_memfd_create, C | H),
     any(libc::SYS_fstatfs, C | H),
     // How much memory the host has, when a guest is given its own.
@@ -300,7 +312,7 @@ const fn ioctl(request: u32, roles: u8) -> Ioctl {
 }
 
 /// Interrupts towards the guest: sent by whatever thread emulates the IOAPIC or a device.
-const IRQ: u8 = C | D | V;
+const IRQ: u8 = C | LOOPS | V;
 /// Interrupt routes and doorbells: changed where a guest programs MSI-X tables, redirection entries and BARs, which is
 /// in a vCPU's exit.
 const ROUTE: u8 = C | V;
@@ -374,18 +386,18 @@ pub(super) const IOCTLS: &[Ioctl] = &[
     ioctl(libc::FIONBIO as u32, ALL),
     ioctl(libc::FIOCLEX as u32, ALL),
     // A disk on a block device: its size and geometry, discard, write zeroes (linux/fs.h).
-    ioctl(0x8008_1272, C | D), // BLKGETSIZE64
-    ioctl(0x1268, C | D),      // BLKSSZGET
-    ioctl(0x127b, C | D),      // BLKPBSZGET
-    ioctl(0x1278, C | D),      // BLKIOMIN
-    ioctl(0x1279, C | D),      // BLKIOOPT
-    ioctl(0x125e, C | D),      // BLKROGET
-    ioctl(0x1277, C | D),      // BLKDISCARD
-    ioctl(0x127f, C | D),      // BLKZEROOUT
+    ioctl(0x8008_1272, C | DISK), // BLKGETSIZE64
+    ioctl(0x1268, C | DISK),      // BLKSSZGET
+    ioctl(0x127b, C | DISK),      // BLKPBSZGET
+    ioctl(0x1278, C | DISK),      // BLKIOMIN
+    ioctl(0x1279, C | DISK),      // BLKIOOPT
+    ioctl(0x125e, C | DISK),      // BLKROGET
+    ioctl(0x1277, C | DISK),      // BLKDISCARD
+    ioctl(0x127f, C | DISK),      // BLKZEROOUT
     // A tap device: offloads and header size follow the guest's features (linux/if_tun.h).
-    ioctl(0x4004_54d0, C | D), // TUNSETOFFLOAD
-    ioctl(0x4004_54d8, C | D), // TUNSETVNETHDRSZ
-    ioctl(0x8004_54d2, C | D), // TUNGETIFF
+    ioctl(0x4004_54d0, C | NET), // TUNSETOFFLOAD
+    ioctl(0x4004_54d8, C | NET), // TUNSETVNETHDRSZ
+    ioctl(0x8004_54d2, C | NET), // TUNGETIFF
 ];
 
 #[cfg(test)]

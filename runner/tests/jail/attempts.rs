@@ -4,7 +4,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use sepal_runner::inner::ThreadRole;
-use sepal_runner::inner::ThreadRole::{Control, DeviceLoop, Helper, Vcpu};
+use sepal_runner::inner::ThreadRole::{Control, DeviceLoop, Disk, Helper, Memory, Network, Vcpu, Vsock};
 
 /// One thing to attempt.
 pub(crate) struct Attempt {
@@ -33,7 +33,8 @@ struct Guest {
 unsafe impl Send for Guest {}
 
 const EVERY: &[ThreadRole] = &ThreadRole::ALL;
-const IO: &[ThreadRole] = &[Control, DeviceLoop, Helper];
+const FILES: &[ThreadRole] = &[Control, Disk, Helper];
+const SOCKETS: &[ThreadRole] = &[Control, DeviceLoop, Network, Vsock];
 
 const fn forbidden(name: &'static str, run: fn(&mut Prepared) -> i32) -> Attempt {
     Attempt {
@@ -222,11 +223,23 @@ pub(crate) const ATTEMPTS: &[Attempt] = &[
     forbidden("modify-ldt", |_| sys(libc::SYS_modify_ldt, [0, 0, 0])),
     forbidden("shmget", |_| sys(libc::SYS_shmget, [0, 4096, 0o600])),
     forbidden("sethostname", |_| sys(libc::SYS_sethostname, [path(c"x"), 1])),
-    // Rings open files and sockets without a system call for each (IORING_OP_OPENAT, IORING_OP_SOCKET): there are none.
-    forbidden("io-uring-openat", |_| ring(18)),
-    forbidden("io-uring-socket", |_| ring(45)),
-    forbidden("io-uring-register", |_| sys(libc::SYS_io_uring_register, [0, 0, 0, 0])),
-    forbidden("io-uring-enter", |_| sys(libc::SYS_io_uring_enter, [0, 1, 0, 0, 0, 0])),
+    // Rings open files and sockets without a system call for each: whoever could make one, or change what one may do, would be out of its filter.
+    answers("io-uring-setup", libc::EINVAL, &[Control], |_| ring()),
+    answers("io-uring-register", libc::EBADF, &[Control], |_| {
+        without_rings(sys(libc::SYS_io_uring_register, [1 << 20, 12, 0, 0]), libc::EBADF)
+    }),
+    answers("io-uring-enter", libc::EBADF, &[Control, Disk], |_| {
+        without_rings(sys(libc::SYS_io_uring_enter, [usize::MAX, 1, 0, 0, 0, 0]), libc::EBADF)
+    }),
+    answers("ioctl-tunsetoffload", libc::EBADF, &[Control, Network], |_| {
+        request(0x4004_54d0)
+    }),
+    answers("recvmsg", libc::EBADF, SOCKETS, |_| {
+        sys(libc::SYS_recvmsg, [usize::MAX, 0, 0])
+    }),
+    answers("fallocate", libc::EBADF, &[Control, Disk, Helper, Memory], |_| {
+        sys(libc::SYS_fallocate, [usize::MAX, 0, 0, 1])
+    }),
     // The 32-bit and x32 tables.
     forbidden("x32-write", |_| sys(0x4000_0000 | libc::SYS_write, [1, 0, 0])),
     forbidden("int80-getpid", |_| int80(20)),
@@ -263,12 +276,10 @@ pub(crate) const ATTEMPTS: &[Attempt] = &[
     answers(
         "ioctl-kvm-signal-msi",
         libc::EBADF,
-        &[Control, DeviceLoop, Vcpu],
+        &[Control, DeviceLoop, Disk, Network, Vsock, Memory, Vcpu],
         |_| request(0x4020_aea5),
     ),
-    answers("ioctl-blkdiscard", libc::EBADF, &[Control, DeviceLoop], |_| {
-        request(0x1277)
-    }),
+    answers("ioctl-blkdiscard", libc::EBADF, &[Control, Disk], |_| request(0x1277)),
     // What threads need.
     allowed("nothing", EVERY, |_| 0),
     allowed("memory", EVERY, |_| {
@@ -291,14 +302,14 @@ pub(crate) const ATTEMPTS: &[Attempt] = &[
         std::thread::sleep(std::time::Duration::from_micros(50));
         i32::from(start.elapsed().is_zero())
     }),
-    allowed("thread", IO, |_| {
+    allowed("thread", FILES, |_| {
         let thread = std::thread::Builder::new().name("worker".into()).spawn(|| 7);
         thread.map_or_else(
             |error| error.raw_os_error().unwrap_or(-1),
             |thread| i32::from(thread.join().ok() != Some(7)),
         )
     }),
-    allowed("file", IO, |p| {
+    allowed("file", FILES, |p| {
         use std::os::unix::fs::FileExt;
         let file = std::fs::File::from(p.file.try_clone().unwrap());
         let mut back = [0; 4];
@@ -316,16 +327,28 @@ pub(crate) const ATTEMPTS: &[Attempt] = &[
     allowed("memfd", &[Control, Helper], |_| {
         sys(libc::SYS_memfd_create, [path(c"ram"), libc::MFD_CLOEXEC as usize])
     }),
-    allowed("socketpair", &[Control], |_| {
+    allowed("socketpair", &[Control, Vsock], |_| {
         i32::from(std::os::unix::net::UnixStream::pair().is_err())
     }),
     // A real machine: made by the control thread, run by a vCPU. (What may not run one may not make one either.)
     allowed("kvm-guest", &[Control, Vcpu], |p| run_guest(p.guest.as_mut())),
 ];
 
-fn ring(_operation: u8) -> i32 {
+/// A ring without entries: refused, but by the kernel.
+fn ring() -> i32 {
     let mut parameters = [0_u8; 120];
-    sys(libc::SYS_io_uring_setup, [8, (&raw mut parameters) as usize])
+    without_rings(
+        sys(libc::SYS_io_uring_setup, [0, (&raw mut parameters) as usize]),
+        libc::EINVAL,
+    )
+}
+
+/// `errno`, or `expected` where the host has no rings or forbids them.
+fn without_rings(errno: i32, expected: i32) -> i32 {
+    match errno {
+        libc::EPERM | libc::ENOSYS => expected,
+        errno => errno,
+    }
 }
 
 /// A call through the gate of 32-bit programs.
