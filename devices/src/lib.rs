@@ -22,4 +22,5 @@ pub mod bus;
 pub mod dispatch;
 pub mod interrupt;
 pub mod legacy;
+pub mod pci;
 pub mod virtio;

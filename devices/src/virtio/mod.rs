@@ -17,10 +17,13 @@
 
 pub mod chain;
 pub mod device;
+mod link;
 pub mod queue;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+pub mod transport;
 pub mod violation;
+pub mod worker;
 
 /// Feature bits that belong to the transport and the rings (virtio 6), which no device offers by itself.
 pub mod feature {
