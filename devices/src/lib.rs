@@ -23,4 +23,5 @@ pub mod dispatch;
 pub mod interrupt;
 pub mod legacy;
 pub mod pci;
+pub mod rate;
 pub mod virtio;
