@@ -20,8 +20,11 @@
 
 pub mod bus;
 pub mod dispatch;
+pub mod generation_id;
 pub mod interrupt;
 pub mod legacy;
 pub mod pci;
+pub mod pvpanic;
 pub mod rate;
 pub mod virtio;
+pub mod watchdog;
