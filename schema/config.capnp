@@ -6,6 +6,7 @@
 
 using import "file.capnp".File;
 using import "file.capnp".FdRef;
+using import "vsock.capnp".VsockAcceptor;
 
 enum Toggle {
   # A device that is there by default, or not.
@@ -50,13 +51,14 @@ struct GuestConfig {
   # Back guest memory with transparent huge pages where the host allows it.
 
   disks @11 :List(Disk);
-  # Block devices in the order in which the guest finds them, at most 32.
+  # Block devices in the order in which the guest finds them, at most 32. All devices on the bus together (`disks`, `networks`, `shares`,
+  # `vhostUser`, and each of console, rng, balloon, vsock, memoryDevice) are at most 32, too: else BAD_CONFIG about `devices`.
 
   networks @12 :List(Network);
   # Network devices in order, at most 32.
 
   defaultNetwork @13 :Toggle;
-  # A network device as the manager's policy would configure it, besides `networks`. Default: off.
+  # A network device after `networks` as `Network.user` makes it, with nothing else set. Default: off.
 
   console @14 :Console;
   # virtio console. Default: off.
@@ -92,7 +94,7 @@ struct GuestConfig {
   # Authenticate guests by the hypervisor's own means. There is none: NOT_SUPPORTED.
 
   shares @25 :List(Share);
-  # Host folders that the guest can mount, at most 16. Not supported yet.
+  # Host folders that the guest can mount, each served by a vhost-user file system back end, at most 16.
 
   onReset @26 :OnReset;
   # What happens when the guest resets itself.
@@ -104,92 +106,168 @@ struct GuestConfig {
   # Layers of the jail (by the names that GuestInfo.layers shows) which may be missing without the start failing. At most 32; default: none.
 
   watchdog @29 :Toggle;
-  # Watchdog device. Not supported yet.
+  # Watchdog device: expires unless the guest keeps writing to it, and then does `watchdogAction`. Default: off.
+
   generationId @30 :Toggle;
-  # VM generation id device. Not supported yet.
+  # VM generation id device: tells the guest by a new number that it is not the machine any more which it was. Default: off.
+
   panicDevice @31 :Toggle;
-  # pvpanic device. Not supported yet.
+  # pvpanic device: the guest's kernel tells through it that it has panicked. Default: off.
+
+  watchdogAction @32 :WatchdogAction;
+  # What happens when the watchdog expires, besides the event.
+
+  vhostUser @33 :List(VhostUser);
+  # Devices that other processes serve, at most 16. Such a process sees all of the guest's memory.
+
+  agent @34 :Toggle;
+  # Whether `Guest.agent` talks to an agent in the guest, over vsock port 1024: needs `vsock`, and BAD_CONFIG if that is off. On by default
+  # where there is a vsock device.
+
+  enum WatchdogAction {
+    reset @0;
+    # The guest is reset; `onReset` says what that means.
+    stop @1;
+    # The guest is stopped by force.
+    none @2;
+    # Nothing else.
+  }
 
   struct Disk {
     id @0 :Text;
-    # What the guest reads as the device's serial number: at most 20 bytes of ASCII, unique. Empty: none.
+    # What the guest reads as the device's serial number: at most 20 bytes of printable ASCII without blanks, unique among the disks. Empty:
+    # none.
+
     image @1 :File;
-    # The image; read-write for readWrite, readable for the others.
+    # The image, a regular file or a block device; read-write for readWrite, readable for the others. `bytes` and `upload` only with
+    # readOnly or volatileWrite. An image that another guest of this host writes to, or a readWrite one that another guest uses at all, is
+    # ALREADY_RUNNING naming that guest.
+
     mode @2 :Mode;
     format @3 :Format;
+
     direct @4 :Bool;
-    # Go around the host's page cache (O_DIRECT).
+    # Go around the host's page cache (O_DIRECT). DEVICE_INITIALIZATION_FAILURE where the image's file system cannot.
+
     blockSize @5 :UInt32;
-    # Logical block size in bytes: 512 or 4096. 0: 512.
+    # Logical block size in bytes: 512 or 4096. 0: 512. The size of the image must be a multiple of it.
+
     rateLimit @6 :RateLimit;
+
+    backing @7 :List(File);
+    # The files below a qcow2 image, nearest first, at most 8, each readable. An image that names a backing file needs it here: names inside
+    # images are never followed. BAD_CONFIG for raw.
+
+    queues @8 :UInt16;
+    # Number of request queues, 1 to 16; 0: one. More than the guest has vCPUs are of no use.
+
+    backingFormat @9 :List(Format);
+    # The format of each of `backing`, in the same order; missing ones are unspecified, as at `format`.
 
     enum Mode {
       readWrite @0;
       readOnly @1;
+      # The guest is told so, and a write is refused all the same.
       volatileWrite @2;
       # Writes are kept until the guest stops, then forgotten; the image stays as it was.
     }
     enum Format {
-      raw @0;
-      qcow2 @1;
+      unspecified @0;
+      # Raw; but BAD_CONFIG if the file begins as a qcow2 image does, so that nobody takes one for the other by mistake. Formats are never
+      # guessed: the guest could write what makes the next guess read another file.
+      raw @1;
+      qcow2 @2;
     }
   }
 
   struct Network {
     mac @0 :Data;
-    # Six bytes, a unicast address. Empty: derived from the guest's name and the device's place, so that it stays the same.
+    # Six bytes, a unicast address that is not all zero. Empty: derived from the guest's name and the device's place, so that it stays the
+    # same.
+
     union {
       user @1 :Void;
-      # User-mode networking: the guest reaches out, nobody reaches in.
-      tap @2 :FdRef;
-      # A tap device that the client opened.
+      # User-mode networking: the guest reaches out, nobody reaches in. FAILED_SERVICE_CONNECT if this host lacks the program for it.
+      tap @2 :List(FdRef);
+      # A tap device that the client opened with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR: one descriptor for each queue pair (more than one needs
+      # IFF_MULTI_QUEUE), at most 8.
       tapNamed @3 :Text;
-      # A tap device that the manager opens or makes, where it may.
+      # A tap device of that name which the manager opens, or makes where it may and takes away again at the end. 1 to 15 bytes. Empty: of a
+      # name that the manager chooses. PERMISSION_DENIED where the manager lacks the privilege, or the client may not name one.
       bridge @4 :Text;
-      # A tap device joined to this bridge, where the manager may.
+      # A tap device that the manager makes and joins to the bridge of this name, where it may.
+      socket @7 :FdRef;
+      # A connected Unix stream socket that carries Ethernet frames, each after its length as 4 bytes, big-endian: what passt and QEMU's
+      # "-netdev stream" speak.
     }
+
     mtu @5 :UInt16;
-    # Bytes; 0: 1500.
+    # Bytes, 68 to 65520; 0: 1500. The guest is told.
+
     rateLimit @6 :RateLimit;
+    # In each direction.
+
+    queuePairs @8 :UInt16;
+    # 1 to 8; 0: one (tap: as many as descriptors). More than one only with tap, tapNamed and bridge.
+
+    offloads @9 :Toggle;
+    # Checksums and segmentation are left to the host. Default: on where the other side can take them.
+
+    linkDown @10 :Bool;
+    # The link is down until NetController.setLink brings it up.
   }
 
   struct Console {
     enabled @0 :Toggle;
     ports @1 :UInt16;
-    # Number of ports, 1 to 32; 0: one.
+    # Number of ports, 1 to 32; 0: one. Port 0 is a console (hvc0 in Linux), the others are named "port1", "port2"...
   }
 
   struct Rng {
     enabled @0 :Toggle;
     rateLimit @1 :RateLimit;
+    # Only the bytes count; an rng's operations have no limit of their own. Zero: 1 MiB a second, so that no guest drains the host.
   }
 
   struct Balloon {
     enabled @0 :Toggle;
     deflateOnOom @1 :Bool;
+    # The guest may take memory back by itself before it runs out.
     freePageReporting @2 :Bool;
+    # The guest tells which memory it does not use, which is given back to the host.
   }
 
   struct Vsock {
     enabled @0 :Toggle;
+
     cid @1 :UInt32;
-    # The guest's context id, 3 or more and unique on the host. 0: the manager chooses.
-    listenPorts @2 :List(UInt32);
-    # Ports on which the host listens from the start; each once.
+    # The guest's context id, 3 to 2^32-2, unique among the guests of this host: ALREADY_BOUND if another has it. 0: the manager chooses.
+
+    listeners @2 :List(Listener);
+    # Ports of the host on which somebody listens from the start, at most 64, each once.
+
     socketPath @3 :Text;
-    # Where to offer the "CONNECT port" convention as a Unix socket; empty: nowhere.
+    # Where to offer the convention of Firecracker and Cloud Hypervisor as a Unix socket: "CONNECT <port>" and a newline, answered by "OK <port>"
+    # and a newline, connect to the guest's port; what the guest connects to at port P of the host is passed on to the Unix socket
+    # "<socketPath>_P". Absolute, at most 90 bytes, in a folder that is there; for clients that may name paths. Empty: nowhere.
+
+    struct Listener {
+      port @0 :UInt32;
+      acceptor @1 :VsockAcceptor;
+    }
   }
 
   struct MemoryDevice {
+    # Memory that can be added and taken away in blocks while the guest runs (virtio-mem).
     enabled @0 :Toggle;
     blockSize @1 :UInt64;
     # Bytes, a power of two of at least 2 MiB. 0: 2 MiB.
     regionSize @2 :UInt64;
-    # Bytes that can be plugged at most.
+    # Bytes that can be plugged at most: a multiple of the block size, at most 1 TiB, not 0.
     regionAlignment @3 :UInt64;
-    # Bytes, a power of two. 0: the block size.
+    # Bytes, a power of two, at most 1 GiB. 0: the block size.
     requested @4 :UInt64;
-    # Bytes plugged at start.
+    # Bytes to be plugged at start: a multiple of the block size, at most `regionSize`.
   }
 
   struct MemoryBacking {
@@ -201,18 +279,46 @@ struct GuestConfig {
     # First address after the range, a multiple of 4096, greater than `start`.
   }
 
+  struct Backend {
+    # The process that serves a vhost-user device.
+    union {
+      socket @0 :FdRef;
+      # A connected Unix stream socket. When that process ends, the device is without it for good.
+      path @1 :Text;
+      # The absolute path of a Unix socket that the manager connects to, and again when the process that listened there has ended and another
+      # listens; for clients that may name paths. FAILED_SERVICE_CONNECT if nobody listens at the start.
+    }
+  }
+
   struct Share {
     tag @0 :Text;
-    backend @1 :FdRef;
-    # A connected vhost-user socket.
+    # What the guest mounts it by: 1 to 36 bytes of UTF-8, unique among the shares.
+    backend @1 :Backend;
+    # A vhost-user file system back end: virtiofsd, for example.
+    queues @2 :UInt16;
+    # Number of request queues, 1 to 16; 0: one.
+  }
+
+  struct VhostUser {
+    deviceType @0 :UInt16;
+    # The virtio device type (virtio 1.2, section 5): 1 network, 2 block, 16 GPU, 25 sound, 26 file system, ... 1 to 63.
+    backend @1 :Backend;
+    queues @2 :UInt16;
+    # Number of queues, 1 to 64; 0: one.
+    queueSize @3 :UInt16;
+    # Entries of each queue, a power of two of at most 1024; 0: 256.
   }
 
   struct RateLimit {
-    # A token bucket. Zero: no limit.
+    # Token buckets for bytes and for operations (requests, frames). Zero: no limit.
     bytesPerSecond @0 :UInt64;
+    # At most 2^40.
     operationsPerSecond @1 :UInt64;
+    # At most 2^32.
     burstBytes @2 :UInt64;
+    # How many bytes may pass at once after a rest, at most 2^40; 0: what passes in a second. BAD_CONFIG without bytesPerSecond.
     burstOperations @3 :UInt64;
+    # The same for operations, at most 2^32.
   }
 
   struct Limits {

@@ -72,6 +72,8 @@ struct Error {
     # The operation was interrupted by another (a `stop`, for example) before it finished.
     vmmTerminated @25;
     # The guest's component ended unexpectedly (Fuchsia's VMM_UNEXPECTED_TERMINATION); the message says how.
+    alreadyBound @26;
+    # Somebody has that port, context id or name already.
   }
 }
 

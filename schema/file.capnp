@@ -4,8 +4,8 @@
 struct FdRef {
   # A file descriptor that travels beside the bytes of the connection, as SCM_RIGHTS of a Unix socket. Each side counts the descriptors
   # that it has sent on the connection, from 0; a message names one by that number. A descriptor is sent with the first byte of the message
-  # that names it, and can be taken once. One that is not taken is closed with that message. At most 64 may be there untaken, those of
-  # messages that have not come whole included: one more ends the connection.
+  # that names it, and can be taken once. One that is not taken is closed with that message. At most 200 may be there untaken, those
+  # of messages that have not come whole included: one more ends the connection.
 
   number @0 :UInt32;
   # The n-th descriptor sent in the direction of the message.

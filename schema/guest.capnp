@@ -4,6 +4,13 @@
 using import "error.capnp".Error;
 using import "error.capnp".Completion;
 using import "file.capnp".FdRef;
+using import "device.capnp".BalloonController;
+using import "device.capnp".MemController;
+using import "device.capnp".DiskController;
+using import "device.capnp".NetController;
+using import "device.capnp".DeviceStats;
+using import "vsock.capnp".HostVsockEndpoint;
+using import "agent.capnp".Agent;
 
 enum GuestStatus {
   # Fuchsia's GuestStatus.
@@ -73,7 +80,8 @@ struct GuestDescriptor {
   cmdline @3 :Text;
   # The complete command line that the guest was given.
   devices @4 :List(Text);
-  # The names of its devices: "serial", "rtc", ...
+  # The names of its devices: "serial", "rtc", ..., "disk0", "net0", "console", "rng", "balloon", "vsock", "memory", "share0", "vhost-user0",
+  # "watchdog", "generation-id", "panic".
 }
 
 struct GuestInfo {
@@ -125,6 +133,54 @@ struct Event {
     }
     removed @13 :Void;
     # The name is free again.
+    deviceNeedsReset :group {
+      # The driver broke a rule of the device's rings: the device rests until the driver resets it; the guest and its other devices go on.
+      device @14 :Text;
+      reason @15 :Text;
+    }
+    deviceRecovered @16 :Text;
+    # The driver has reset the device of this name, which works again.
+    ioError :group {
+      # The host failed a request of the guest, which was told. At most one event a second and device.
+      device @17 :Text;
+      operation @18 :Text;
+      # "read", "write", "flush", "discard", "send", ...
+      message @19 :Text;
+      count @20 :UInt64;
+      # How many errors this event stands for, from 1.
+    }
+    balloonChanged :group {
+      # The guest or its owner changed the balloon. In pages of 4096 bytes; at most one event a second.
+      currentPages @21 :UInt32;
+      requestedPages @22 :UInt32;
+    }
+    memoryChanged :group {
+      # Memory was plugged, unplugged or requested. In bytes; at most one event a second.
+      pluggedBytes @23 :UInt64;
+      requestedBytes @24 :UInt64;
+    }
+    backendLost :group {
+      # The process behind a device has gone. The device waits for another where the manager can connect to one.
+      device @25 :Text;
+      reason @26 :Text;
+    }
+    backendRestored @27 :Text;
+    # The device of this name has a process behind it again.
+    guestPanicked @28 :Panic;
+    # The guest's kernel told that it has panicked.
+    watchdogExpired @29 :Text;
+    # The guest did not keep its watchdog from expiring; what is done about it: "reset", "stop", "none".
+    guestReady @30 :Void;
+    # The agent in the guest has answered for the first time.
+  }
+
+  enum Panic {
+    panicked @0;
+    # It halts, or reboots.
+    crashLoaded @1;
+    # A crash kernel takes over.
+    shutDown @2;
+    # It asks to be turned off.
   }
 }
 
@@ -178,6 +234,13 @@ interface Serial extends (Output) {
       error @1 :Error;
     }
   }
+}
+
+interface Console extends (Serial) {
+  # A port of the virtio console: as the serial port, with a size. What is typed waits while the guest has not opened the port.
+
+  resize @0 (columns :UInt16, rows :UInt16) -> Completion;
+  # Tells the guest the size of the terminal at the other end. The latest of several clients counts.
 }
 
 interface Power {
@@ -240,6 +303,7 @@ struct Stats {
   vcpus @0 :List(Vcpu);
   serialDropped @1 :UInt64;
   # Bytes of serial output that were lost because nobody drained them.
+  devices @2 :DeviceStats;
 
   struct Vcpu {
     index @0 :UInt8;
@@ -263,25 +327,63 @@ interface Guest {
   power @1 () -> (power :Power);
   observer @2 () -> (observer :Observer);
 
-  console @3 (port :UInt32) -> SerialResult;
-  # A port of the virtio console; DEVICE_NOT_PRESENT if there is none.
-  balloonController @4 () -> NotBuiltResult;
-  memController @5 () -> NotBuiltResult;
-  hostVsockEndpoint @6 () -> NotBuiltResult;
-  snapshots @7 () -> NotBuiltResult;
-  debug @8 () -> NotBuiltResult;
+  # For a device that its configuration left out, each of these is DEVICE_NOT_PRESENT.
+  console @3 (port :UInt32) -> ConsoleResult;
+  # A port of the virtio console, from 0.
+  balloonController @4 () -> BalloonControllerResult;
+  memController @5 () -> MemControllerResult;
+  hostVsockEndpoint @6 () -> HostVsockEndpointResult;
+  diskController @7 () -> DiskControllerResult;
+  netController @8 () -> NetControllerResult;
+  agent @9 () -> AgentResult;
+  # The agent in the guest; DEVICE_NOT_PRESENT without vsock, or if the configuration has it off. That it is there says nothing about whether
+  # the guest runs one.
 
-  struct SerialResult {
+  struct ConsoleResult {
     union {
-      serial @0 :Serial;
+      console @0 :Console;
       error @1 :Error;
     }
   }
 
-  struct NotBuiltResult {
-    # A facet whose interface later versions add; until then DEVICE_NOT_PRESENT or NOT_SUPPORTED.
+  struct BalloonControllerResult {
     union {
-      facet @0 :Capability;
+      controller @0 :BalloonController;
+      error @1 :Error;
+    }
+  }
+
+  struct MemControllerResult {
+    union {
+      controller @0 :MemController;
+      error @1 :Error;
+    }
+  }
+
+  struct HostVsockEndpointResult {
+    union {
+      endpoint @0 :HostVsockEndpoint;
+      error @1 :Error;
+    }
+  }
+
+  struct DiskControllerResult {
+    union {
+      controller @0 :DiskController;
+      error @1 :Error;
+    }
+  }
+
+  struct NetControllerResult {
+    union {
+      controller @0 :NetController;
+      error @1 :Error;
+    }
+  }
+
+  struct AgentResult {
+    union {
+      agent @0 :Agent;
       error @1 :Error;
     }
   }

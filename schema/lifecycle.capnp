@@ -55,6 +55,27 @@ struct HostSetup {
 
   events @3 :EventSink;
   # Told what happens in the machine; null: nobody is.
+
+  consoles @4 :List(FdRef);
+  # Stream sockets of the virtio console's ports, in order.
+
+  backends @5 :Backends;
+  # Whom to ask for another process behind a vhost-user device; null: nobody.
+}
+
+interface Backends {
+  # What the guest manager does for vhost-user devices whose process has gone.
+
+  reconnect @0 (device :Text) -> ReconnectResult;
+  # Waits until somebody serves the device of this name again. NOT_SUPPORTED if it was given as a descriptor.
+
+  struct ReconnectResult {
+    union {
+      fd @0 :FdRef;
+      # A connected Unix stream socket.
+      error @1 :Error;
+    }
+  }
 }
 
 interface Component extends (GuestLifecycle) {

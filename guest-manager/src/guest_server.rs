@@ -37,10 +37,6 @@ fn not_there(device: &str) -> Error {
     Error::new(Kind::DeviceNotPresent, message).about(device)
 }
 
-fn not_built(facet: &str) -> Error {
-    Error::not_supported(facet, format!("{facet} is not supported by this version"))
-}
-
 impl guest::Server for GuestServer {
     fn serial(
         self: Rc<Self>,
@@ -113,21 +109,30 @@ impl guest::Server for GuestServer {
         reply(Ok(()))
     }
 
-    fn snapshots(
+    fn disk_controller(
         self: Rc<Self>,
-        _: guest::SnapshotsParams,
-        mut results: guest::SnapshotsResults,
+        _: guest::DiskControllerParams,
+        mut results: guest::DiskControllerResults,
     ) -> impl Future<Output = Reply> + 'static {
-        not_built("snapshots").write(results.get().init_error());
+        not_there("disk").write(results.get().init_error());
         reply(Ok(()))
     }
 
-    fn debug(
+    fn net_controller(
         self: Rc<Self>,
-        _: guest::DebugParams,
-        mut results: guest::DebugResults,
+        _: guest::NetControllerParams,
+        mut results: guest::NetControllerResults,
     ) -> impl Future<Output = Reply> + 'static {
-        not_built("debug").write(results.get().init_error());
+        not_there("network device").write(results.get().init_error());
+        reply(Ok(()))
+    }
+
+    fn agent(
+        self: Rc<Self>,
+        _: guest::AgentParams,
+        mut results: guest::AgentResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        not_there("agent").write(results.get().init_error());
         reply(Ok(()))
     }
 }

@@ -179,7 +179,7 @@ pub fn read_event(from: event::Reader<'_>) -> Result<Option<EventKind>, capnp::E
             reason: cut(failure.get_reason()?.to_str()?, MAX_NOTE),
         },
         Ok(Which::Removed(())) => EventKind::Removed,
-        Err(_) => return Ok(None),
+        Ok(_) | Err(_) => return Ok(None),
     }))
 }
 

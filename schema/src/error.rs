@@ -122,6 +122,7 @@ pub fn kind_name(kind: Kind) -> &'static str {
         Kind::TimedOut => "TIMED_OUT",
         Kind::Cancelled => "CANCELLED",
         Kind::VmmTerminated => "VMM_TERMINATED",
+        Kind::AlreadyBound => "ALREADY_BOUND",
     }
 }
 

@@ -19,4 +19,7 @@ pub mod report;
 pub mod socket;
 pub mod transport;
 
-pub use generated::{config_capnp, error_capnp, file_capnp, guest_capnp, lifecycle_capnp, manager_capnp};
+pub use generated::{
+    agent_capnp, bytes_capnp, config_capnp, device_capnp, error_capnp, file_capnp, guest_capnp, lifecycle_capnp,
+    manager_capnp, vsock_capnp,
+};

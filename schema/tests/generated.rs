@@ -5,9 +5,13 @@
 
 use std::{fs, path::Path, process::Command};
 
-const SCHEMAS: [&str; 7] = [
+const SCHEMAS: [&str; 11] = [
     "error.capnp",
     "file.capnp",
+    "bytes.capnp",
+    "vsock.capnp",
+    "device.capnp",
+    "agent.capnp",
     "config.capnp",
     "guest.capnp",
     "lifecycle.capnp",

@@ -207,7 +207,10 @@ fn headers_that_lie_are_refused_before_anything_is_reserved() {
 
 #[test]
 fn descriptors_that_nobody_asked_for_end_at_the_limit_or_are_closed() {
-    let limits = Limits::default();
+    let limits = Limits {
+        unclaimed_fds: 64,
+        ..Limits::default()
+    };
     let fd = memfd();
     let result = attack(limits, |socket| {
         raw::write(socket, &raw::bootstrap(0));

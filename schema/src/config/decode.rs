@@ -310,7 +310,9 @@ fn refuse_unbuilt(config: guest_config::Reader<'_>, handles: &dyn Handles) -> Re
     at_most("networks", networks.len(), MAX_DEVICES)?;
     for (i, network) in networks.iter().enumerate() {
         if let Ok(crate::config_capnp::guest_config::network::Which::Tap(tap)) = network.which() {
-            drop(take(&format!("networks[{i}].tap"), tap?, handles));
+            for queue in tap? {
+                drop(take(&format!("networks[{i}].tap"), queue, handles));
+            }
         }
     }
     refuse(!networks.is_empty(), "networks", "a network device");
@@ -319,7 +321,9 @@ fn refuse_unbuilt(config: guest_config::Reader<'_>, handles: &dyn Handles) -> Re
     let shares = config.get_shares()?;
     at_most("shares", shares.len(), MAX_SHARES)?;
     for (i, share) in shares.iter().enumerate() {
-        drop(take(&format!("shares[{i}].backend"), share.get_backend()?, handles));
+        if let Ok(crate::config_capnp::guest_config::backend::Which::Socket(socket)) = share.get_backend()?.which() {
+            drop(take(&format!("shares[{i}].backend"), socket?, handles));
+        }
     }
     refuse(!shares.is_empty(), "shares", "a shared folder");
 

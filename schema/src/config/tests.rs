@@ -178,13 +178,15 @@ fn what_is_not_built_is_refused_by_name() {
     refused(Kind::NotSupported, "networks", |c, t| {
         c.init_networks(1)
             .get(0)
-            .init_tap()
+            .init_tap(1)
+            .get(0)
             .set_number(t.send(some_fd()).unwrap());
     });
     refused(Kind::NotSupported, "shares", |c, t| {
         c.init_shares(1)
             .get(0)
             .init_backend()
+            .init_socket()
             .set_number(t.send(some_fd()).unwrap());
     });
     refused(Kind::NotSupported, "defaultNetwork", |mut c, _| {

@@ -1,6 +1,9 @@
 //! Rust code generated from the `.capnp` files; `schema/tests/generated.rs` says how, and keeps it true.
 
+pub mod agent_capnp;
+pub mod bytes_capnp;
 pub mod config_capnp;
+pub mod device_capnp;
 pub mod error_capnp;
 pub mod file_capnp;
 pub mod guest_capnp;
@@ -8,3 +11,4 @@ pub mod lifecycle_capnp;
 pub mod manager_capnp;
 #[path = "capnp/stream_capnp.rs"]
 pub mod stream_capnp;
+pub mod vsock_capnp;

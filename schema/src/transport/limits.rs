@@ -27,7 +27,8 @@ pub struct Limits {
     /// Bytes waiting to be written to a peer that does not read, calls of ours included: use streaming calls, which
     /// wait in time, for much data. Default 4 MiB.
     pub unsent_bytes: usize,
-    /// Received file descriptors that nobody has taken yet. Default 64.
+    /// Received file descriptors that nobody has taken yet. Default 200: a guest of many devices comes with its
+    /// disks, taps and consoles in one message.
     pub unclaimed_fds: usize,
 }
 
@@ -43,7 +44,7 @@ impl Default for Limits {
             exports: 8192,
             held_bytes: 16 << 20,
             unsent_bytes: 4 << 20,
-            unclaimed_fds: 64,
+            unclaimed_fds: 200,
         }
     }
 }
