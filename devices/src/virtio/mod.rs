@@ -18,7 +18,10 @@
 pub mod chain;
 pub mod device;
 mod link;
+#[cfg(test)]
+pub(crate) mod malformed;
 pub mod queue;
+pub mod rng;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod transport;
