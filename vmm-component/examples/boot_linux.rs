@@ -56,6 +56,7 @@ fn main() {
         cmdline: words.join(" "),
         serial: Some(guest_end.into()),
         host,
+        devices: Vec::new(),
     };
     let (sender, events) = channel();
     let hooks = Hooks {

@@ -5,12 +5,15 @@
 //!  0x0000_7000  Linux zero page             0x0000_9000  boot page tables (6 pages)
 //!  0x0002_0000  command line                0x0009_fc00  end of low memory
 //!  0x000e_0000  ACPI tables (128 KiB)       0x0010_0000  high memory: kernel, initramfs at its end
-//!  0xc000_0000  MMIO hole: PCI windows      0xe000_0000  ECAM
+//!  0xc000_0000  MMIO hole: PCI window       0xe000_0000  ECAM
 //!  0xfec0_0000  IOAPIC                      0xfee0_0000  local APIC
-//!  0x1_0000_0000  the memory that did not fit below the hole
+//!  0x1_0000_0000  the memory that did not fit below the hole, memory for a memory device, PCI window of 64 bits
 //! ```
 
+use std::ops::Range;
+
 use sepal_devices::legacy::{acpi_pm, ioapic};
+use sepal_devices::pci::{PciAddress, access};
 
 /// Boot GDT, five 8-byte entries.
 pub const GDT: u64 = 0x500;
@@ -48,10 +51,16 @@ pub const HOLE_START: u64 = 0xc000_0000;
 pub const HOLE_END: u64 = 0x1_0000_0000;
 /// No guest memory ends above this (4 TiB): within the physical addresses of every server CPU, and within one memslot.
 pub const MAX_GUEST_ADDRESS: u64 = 1 << 42;
-/// PCI enhanced configuration access (MCFG), one bus segment, 256 MiB.
+/// Where functions' memory may lie below 4 GiB, and where it lies when a guest starts.
+pub const PCI_WINDOW: Range<u64> = HOLE_START..ECAM;
+/// PCI enhanced configuration access (MCFG), segment 0. Only bus 0 exists; room for all 256 is reserved.
 pub const ECAM: u64 = 0xe000_0000;
 /// Bytes of [`ECAM`].
 pub const ECAM_SIZE: u64 = 0x1000_0000;
+/// Bytes of the PCI window above all memory.
+pub const PCI_WINDOW_64_SIZE: u64 = 16 << 30;
+/// The PCI window above all memory starts at a multiple of this.
+const PCI_WINDOW_64_ALIGNMENT: u64 = 1 << 30;
 /// IOAPIC registers, one page.
 pub const IOAPIC: u64 = 0xfec0_0000;
 /// Where the system-call trampoline writes to; one page. See [`SYSCALL_TRAMPOLINE`].
@@ -63,6 +72,8 @@ pub const KVM_TSS: u64 = 0xfffb_d000;
 /// One page that Intel hosts need (KVM_SET_IDENTITY_MAP_ADDR), inside the hole.
 pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
 
+/// Configuration ports of PCI, eight.
+pub const PCI_PORTS: u16 = access::PORTS_BASE;
 /// First port of the keyboard controller.
 pub const I8042_DATA: u16 = 0x60;
 /// CMOS real-time clock: index and data ports.
@@ -86,7 +97,28 @@ pub const SERIAL_GSI: u32 = 4;
 pub const RTC_GSI: u32 = 8;
 /// Interrupt of the generic event device, edge-triggered, active high.
 pub const GED_GSI: u32 = 9;
+/// First of the interrupts that PCI functions share, level-triggered.
+pub const PCI_GSI: u32 = 16;
+/// Number of interrupts that PCI functions share.
+pub const PCI_GSIS: u32 = 8;
+/// First interrupt that is a message: the GSIs below are the IOAPIC's pins.
+pub const FIRST_MSI_GSI: u32 = ioapic::PINS as u32;
 /// Pins of the IOAPIC.
 pub const IOAPIC_PINS: usize = ioapic::PINS;
 /// Most vCPUs of a guest.
 pub const MAX_VCPUS: u8 = 64;
+
+/// The PCI window above the memory of a guest whose last byte is before `memory_end`; `None` if the guest's processors, with physical addresses
+/// of `physical_bits` bits, cannot reach it.
+pub fn pci_window_64(memory_end: u64, physical_bits: u8) -> Option<Range<u64>> {
+    let start = memory_end
+        .max(HOLE_END)
+        .checked_next_multiple_of(PCI_WINDOW_64_ALIGNMENT)?;
+    let end = start.checked_add(PCI_WINDOW_64_SIZE)?;
+    (end <= 1_u64.checked_shl(physical_bits.into()).unwrap_or(u64::MAX)).then_some(start..end)
+}
+
+/// The interrupt of a PCI function's pin (INTA# to INTD# as 1 to 4): neighbours get different ones.
+pub fn pci_gsi(address: PciAddress) -> u32 {
+    PCI_GSI + (u32::from(address.slot()) + u32::from(address.interrupt_pin()) - 1) % PCI_GSIS
+}

@@ -67,6 +67,7 @@ impl Guest {
             cmdline: format!("console=ttyS0 quiet panic=-1 rodata=off sepal.run={action}"),
             serial: Some(guest_end.into()),
             host,
+            devices: Vec::new(),
         };
         let (sender, events) = channel();
         let hooks = Hooks {

@@ -8,7 +8,7 @@ use acpi_tables::aml::{
 use acpi_tables::sdt::Sdt;
 use sepal_devices::legacy::acpi_pm;
 
-use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, bytes};
+use super::{AcpiConfig, OEM_ID, OEM_REVISION, OEM_TABLE_ID, bytes, pci};
 use crate::layout;
 
 /// Bytes of a table's header.
@@ -23,10 +23,19 @@ const NOTIFY_PRESSED: u8 = 0x80;
 const GED_PORTS: u8 = 4;
 
 /// The whole table.
-pub(super) fn build(vcpus: u8) -> Sdt {
+pub(super) fn build(config: &AcpiConfig) -> Sdt {
     let mut dsdt = Sdt::new(*b"DSDT", HEADER, REVISION, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     dsdt.append_slice(&bytes(&soft_off()));
-    for device in [serial(), clock(), power_button(), event_device(), processors(vcpus)] {
+    let devices = [
+        serial(),
+        clock(),
+        power_button(),
+        event_device(),
+        processors(config.vcpus),
+        pci::ecam(),
+        pci::root(config),
+    ];
+    for device in devices {
         dsdt.append_slice(&device);
     }
     dsdt
@@ -42,7 +51,7 @@ fn soft_off() -> Name {
 }
 
 /// A device below `\_SB`, from its name, its ids and what else it has.
-fn device(name: &str, hardware_id: &dyn Aml, unique_id: u8, others: &[&dyn Aml]) -> Vec<u8> {
+pub(super) fn device(name: &str, hardware_id: &dyn Aml, unique_id: u8, others: &[&dyn Aml]) -> Vec<u8> {
     let hardware_id = Name::new("_HID".into(), hardware_id);
     let unique_id = Name::new("_UID".into(), &unique_id);
     let mut children: Vec<&dyn Aml> = vec![&hardware_id, &unique_id];

@@ -3,23 +3,29 @@
 //! ```text
 //!  RSDP (at layout::ACPI) -> XSDT -> FADT, hardware-reduced -> DSDT
 //!                                 -> MADT
+//!                                 -> MCFG: where ECAM is
 //! ```
 //!
 //! The machine is hardware-reduced: no PIC, no PIT, no SCI, no PM1 registers. Power off is the sleep control register,
 //! reset the reset register, and the power button arrives through the generic event device.
 
 mod dsdt;
+mod pci;
 #[cfg(test)]
 mod tests;
+
+use std::ops::Range;
 
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::madt::{EnabledStatus, IoApic, ProcessorLocalApic};
+use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, AmlSink};
 use sepal_devices::legacy::acpi_pm;
+use sepal_devices::pci::PciAddress;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
 use crate::layout;
@@ -49,10 +55,14 @@ const MADT_OVERRIDE_LENGTH: u8 = 10;
 const EDGE_HIGH: u16 = 0b01 | 0b01 << 2;
 
 /// What the tables describe.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct AcpiConfig {
     /// vCPUs, 1 to [`layout::MAX_VCPUS`]; their APIC ids count from 0.
     pub vcpus: u8,
+    /// The PCI window above all memory, if there is one.
+    pub pci_window_64: Option<Range<u64>>,
+    /// The PCI functions, whose interrupt pins lead to [`layout::pci_gsi`].
+    pub pci_functions: Vec<PciAddress>,
 }
 
 /// Why the tables could not be written.
@@ -87,12 +97,14 @@ fn build(config: &AcpiConfig) -> Result<Vec<u8>, AcpiError> {
     let mut tables = Tables {
         bytes: vec![0; Rsdp::len()],
     };
-    let dsdt = tables.add(&dsdt::build(config.vcpus));
+    let dsdt = tables.add(&dsdt::build(config));
     let fadt = tables.add(&fadt(dsdt).finalize());
     let madt = tables.add(&madt(config.vcpus));
+    let mcfg = tables.add(&mcfg());
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
+    xsdt.add_entry(mcfg);
     let xsdt = tables.add(&xsdt);
     tables.bytes[..Rsdp::len()].copy_from_slice(&bytes(&Rsdp::new(OEM_ID, xsdt)));
     let size = tables.bytes.len() as u64;
@@ -167,4 +179,11 @@ fn madt(vcpus: u8) -> Sdt {
     }
     madt.append_slice(&structures);
     madt
+}
+
+/// Segment 0, bus 0.
+fn mcfg() -> MCFG {
+    let mut mcfg = MCFG::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    mcfg.add_ecam(layout::ECAM, 0, 0, 0);
+    mcfg
 }

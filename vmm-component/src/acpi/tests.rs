@@ -6,6 +6,15 @@ use proptest::prelude::*;
 
 use super::*;
 
+/// A guest with a window above its memory and a function in each slot.
+fn config(vcpus: u8) -> AcpiConfig {
+    AcpiConfig {
+        vcpus,
+        pci_window_64: layout::pci_window_64(6 << 30, 40),
+        pci_functions: (0..62).filter_map(|n| PciAddress::spread(n, 62)).collect(),
+    }
+}
+
 fn word32(bytes: &[u8], at: usize) -> usize {
     u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()) as usize
 }
@@ -45,12 +54,12 @@ fn find<'a>(tables: &[&'a [u8]], signature: &[u8]) -> &'a [u8] {
 proptest! {
     #[test]
     fn checksums_and_sizes_hold(vcpus in 1..=layout::MAX_VCPUS) {
-        let all = build(&AcpiConfig { vcpus }).unwrap();
+        let all = build(&config(vcpus)).unwrap();
         prop_assert!(all.len() as u64 <= layout::ACPI_SIZE);
         prop_assert_eq!(&all[..8], b"RSD PTR ");
         prop_assert_eq!((sum(&all[..20]), sum(&all[..36])), (0, 0));
         let tables = walk(&all);
-        prop_assert_eq!(tables.len(), 4);
+        prop_assert_eq!(tables.len(), 5);
         for table in &tables {
             prop_assert_eq!(sum(table), 0, "{}", String::from_utf8_lossy(&table[..4]));
         }
@@ -75,7 +84,7 @@ proptest! {
 #[test]
 fn refuses_vcpus_out_of_range() {
     for vcpus in [0, layout::MAX_VCPUS + 1, u8::MAX] {
-        let error = build(&AcpiConfig { vcpus }).unwrap_err().to_string();
+        let error = build(&config(vcpus)).unwrap_err().to_string();
         assert!(
             error.contains(&vcpus.to_string()) && error.contains("1 to 64"),
             "{error}"
@@ -86,21 +95,18 @@ fn refuses_vcpus_out_of_range() {
 #[test]
 fn written_where_the_guest_looks() {
     let ram = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 2 << 20)]).unwrap();
-    assert_eq!(write(&ram, &AcpiConfig { vcpus: 2 }).unwrap(), layout::ACPI);
+    assert_eq!(write(&ram, &config(2)).unwrap(), layout::ACPI);
     let mut signature = [0; 8];
     ram.read_slice(&mut signature, GuestAddress(layout::ACPI)).unwrap();
     assert_eq!(&signature, b"RSD PTR ");
 
     let none = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0xe_0000)]).unwrap();
-    assert!(matches!(
-        write(&none, &AcpiConfig { vcpus: 1 }),
-        Err(AcpiError::Memory(_))
-    ));
+    assert!(matches!(write(&none, &config(1)), Err(AcpiError::Memory(_))));
 }
 
 #[test]
 fn fadt_tells_how_to_stop() {
-    let all = build(&AcpiConfig { vcpus: 1 }).unwrap();
+    let all = build(&config(1)).unwrap();
     let tables = walk(&all);
     let fadt = find(&tables, b"FACP");
     let register = |at: usize| (fadt[at], fadt[at + 1], word64(fadt, at + 4));
@@ -121,7 +127,7 @@ fn iasl_accepts_every_table() {
         return;
     }
     for vcpus in [1, layout::MAX_VCPUS] {
-        let all = build(&AcpiConfig { vcpus }).unwrap();
+        let all = build(&config(vcpus)).unwrap();
         let folder = tempfile::tempdir().unwrap();
         let run = |arguments: &[&str]| {
             let output = Command::new("iasl")
@@ -148,6 +154,9 @@ fn iasl_accepts_every_table() {
             "PNP0C0C",
             "ACPI0013",
             "ACPI0007",
+            "PNP0A08",
+            "PNP0C02",
+            "_PRT",
             "_S5",
             "Notify (\\_SB.PWRB, 0x80)",
         ] {

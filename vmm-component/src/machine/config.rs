@@ -5,6 +5,8 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use sepal_devices::virtio::device::{DeviceKind, VirtioDevice};
+
 use super::event::MachineEvent;
 use crate::memory::MemoryConfig;
 
@@ -36,6 +38,25 @@ pub struct MachineConfig {
     pub serial: Option<OwnedFd>,
     /// How this host runs guests.
     pub host: HostKind,
+    /// Devices on the PCI bus, in the order in which the guest finds them.
+    pub devices: Vec<DeviceSpec>,
+}
+
+/// A device on the PCI bus.
+pub struct DeviceSpec {
+    /// What it is called in events, and its thread (of whose name Linux shows 15 bytes).
+    pub name: String,
+    /// The device.
+    pub device: Box<dyn VirtioDevice>,
+}
+
+impl std::fmt::Debug for DeviceSpec {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("DeviceSpec")
+            .field("name", &self.name)
+            .field("kind", &self.device.kind())
+            .finish_non_exhaustive()
+    }
 }
 
 /// What a thread of the machine does.
@@ -45,6 +66,8 @@ pub enum ThreadRole {
     Vcpu(u8),
     /// Runs the loop of the device of this name.
     Device(&'static str),
+    /// Runs the loop of a virtio device of this kind.
+    Virtio(DeviceKind),
     /// Creates the machine, from where it first looks at the kernel.
     Loader,
 }

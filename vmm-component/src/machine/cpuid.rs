@@ -64,6 +64,12 @@ mod amd1 {
     pub(super) const ECX_MWAITX: u32 = 1 << 29;
 }
 
+/// How many bits the guest's physical addresses have: 36, what every 64-bit processor can do, where the host does not say.
+pub(super) fn physical_bits(supported: &[kvm_cpuid_entry2]) -> u8 {
+    let leaf = supported.iter().find(|entry| entry.function == 0x8000_0008);
+    leaf.map_or(36, |entry| entry.eax as u8)
+}
+
 /// The part of the table that all vCPUs of a machine with `vcpus` of them share. `supported` is KVM_GET_SUPPORTED_CPUID's.
 pub(super) fn common(supported: &[kvm_cpuid_entry2], vcpus: u8) -> Vec<kvm_cpuid_entry2> {
     let cores = u32::from(vcpus.max(1));

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
+use sepal_devices::dispatch::DeviceEvent;
 
 /// Something that happened to a machine, with the generation it was created with, so that news of an older machine can be dropped.
 #[derive(Debug)]
@@ -39,6 +40,8 @@ pub enum Happening {
         /// Why.
         reason: String,
     },
+    /// Other news of a device, which goes on, or will after its driver's reset.
+    Device(DeviceEvent),
     /// Every vCPU has left the guest, after [`Machine::pause`](super::Machine::pause). A resume may have come since:
     /// [`Machine::is_paused`](super::Machine::is_paused) tells.
     Paused,

@@ -18,7 +18,9 @@ mod config;
 mod cpuid;
 mod error;
 mod event;
+mod msi;
 mod pause;
+mod pci;
 mod platform;
 mod report;
 mod routes;
@@ -49,7 +51,7 @@ use crate::layout;
 use crate::memory::{GuestRam, MemoryMap};
 use crate::unassisted::{self, Assist};
 
-pub use self::config::{EventSink, Hooks, HostKind, MachineConfig, ThreadRole, ThreadSetup};
+pub use self::config::{DeviceSpec, EventSink, Hooks, HostKind, MachineConfig, ThreadRole, ThreadSetup};
 pub use self::error::MachineError;
 pub use self::event::{Happening, MachineEvent, RegisterDump, ResetCause};
 pub use self::stats::{ExitReason, MachineStats, VcpuStats};
@@ -118,7 +120,9 @@ impl Machine {
         vm::set_memory(&vm, &ram)?;
         go_on(cancel)?;
         let reporter = Arc::new(Reporter::new(config.generation, Arc::clone(&hooks.events)));
-        let platform = Arc::new(Platform::new(&vm, &ram, config.serial, &reporter)?);
+        let window = layout::pci_window_64(ram.end(), cpuid::physical_bits(&spare.cpuid));
+        let platform = Platform::new(&vm, &ram, config.serial, config.devices, window.clone(), &reporter)?;
+        let platform = Arc::new(platform);
         let (assist, cmdline) = match config.host {
             HostKind::Hardware => (None, config.cmdline),
             HostKind::Unassisted => {
@@ -127,7 +131,12 @@ impl Machine {
                 (Some(assist), unassisted_cmdline(&config.cmdline)?)
             }
         };
-        let rsdp = acpi::write(ram.memory(), &AcpiConfig { vcpus: config.vcpus })?;
+        let tables = AcpiConfig {
+            vcpus: config.vcpus,
+            pci_window_64: window,
+            pci_functions: platform.pci_functions().to_vec(),
+        };
+        let rsdp = acpi::write(ram.memory(), &tables)?;
         let request = BootRequest {
             kernel: &config.kernel,
             initrd: config.initrd.as_ref(),

@@ -3,9 +3,11 @@
 //! ```text
 //!   vCPU ── ports ──▶ bus ──▶ serial, real-time clock, i8042, ACPI power management
 //!        ── memory ─▶ bus ──▶ IOAPIC ── message ──▶ KVM's local APICs
+//!                             PCI ──▶ virtio devices ── irqfd ──▶ KVM's local APICs
 //!        ◀─────────── interrupts ──────────────────────────┘
 //! ```
 
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -17,16 +19,18 @@ use sepal_devices::legacy::i8042::{self, I8042};
 use sepal_devices::legacy::ioapic::{self, IoApic};
 use sepal_devices::legacy::rtc::{self, HostClock, MemorySizes, Rtc, RtcLoop};
 use sepal_devices::legacy::serial::{self, Serial, SerialLoop};
+use sepal_devices::pci::PciAddress;
 
-use super::config::{Hooks, ThreadRole};
+use super::config::{DeviceSpec, Hooks, ThreadRole};
 use super::error::MachineError;
 use super::event::{Happening, ResetCause};
+use super::pci::{Parts, Pci, Pending};
 use super::report::Reporter;
 use super::routes::Routes;
 use super::vcpu::GuestBus;
 use super::vm::KvmMsi;
 use crate::layout;
-use crate::memory::GuestRam;
+use crate::memory::{GuestRam, MemorySlot};
 
 /// Names of the devices with loops, also of their threads.
 const SERIAL: &str = "serial";
@@ -39,6 +43,7 @@ pub(super) struct Platform {
     ioapic: Arc<IoApic>,
     power_button: PowerButton,
     port: Arc<Serial>,
+    pci_functions: Vec<PciAddress>,
     loops: Mutex<Loops>,
 }
 
@@ -49,23 +54,28 @@ struct Loops {
     serial: Option<SerialLoop>,
     /// Not yet started.
     rtc: Option<RtcLoop>,
+    /// Not yet started.
+    virtio: Vec<Pending>,
     running: Vec<DispatchLoop>,
 }
 
 impl Platform {
-    /// Makes the devices of `vm`, whose serial port leads to `serial`.
+    /// Makes the devices of `vm`, whose serial port leads to `serial`, with `devices` on its PCI bus.
     pub(super) fn new(
         vm: &Arc<kvm_ioctls::VmFd>,
         ram: &GuestRam,
         serial: Option<OwnedFd>,
+        devices: Vec<DeviceSpec>,
+        window_64: Option<Range<u64>>,
         reporter: &Arc<Reporter>,
     ) -> Result<Self, MachineError> {
         let device_reporter: Arc<dyn DeviceReporter> = Arc::clone(reporter) as _;
         let pio = Bus::with_reporter(Arc::clone(&device_reporter));
-        let mmio = Bus::with_reporter(device_reporter);
+        let mmio = Bus::with_reporter(Arc::clone(&device_reporter));
 
         let ioapic = IoApic::new(Arc::new(KvmMsi::new(Arc::clone(vm))));
-        ioapic.set_route_listener(Arc::new(Routes::new(Arc::clone(vm), &ioapic)));
+        let routes = Arc::new(Routes::new(Arc::clone(vm), &ioapic));
+        ioapic.set_route_listener(Arc::clone(&routes) as _);
         insert(
             &mmio,
             layout::IOAPIC,
@@ -106,8 +116,21 @@ impl Platform {
         let power_button = acpi.power_button();
         insert(&pio, layout::ACPI_PM.into(), acpi_pm::PORTS, "acpi-pm", acpi)?;
 
+        let parts = Parts {
+            vm: Arc::clone(vm),
+            routes,
+            ioapic: Arc::clone(&ioapic),
+            memory: ram.memory().clone(),
+            reclaim: Arc::new(ram.discard()),
+            window_64,
+            reporter: device_reporter,
+        };
+        let pci = Pci::new(parts, devices)?;
+        pci.connect(&pio, &mmio)?;
+
         check_memory(&mmio, ram)?;
         Ok(Self {
+            pci_functions: pci.functions,
             pio,
             mmio,
             ioapic,
@@ -116,6 +139,7 @@ impl Platform {
             loops: Mutex::new(Loops {
                 serial: serial_loop,
                 rtc: Some(clock_loop),
+                virtio: pci.pending,
                 running: Vec::new(),
             }),
         })
@@ -130,10 +154,16 @@ impl Platform {
     pub(super) fn start(&self, reporter: &Arc<Reporter>, hooks: &Hooks) -> Result<(), MachineError> {
         let mut loops = self.loops();
         if let Some(device) = loops.serial.take() {
-            loops.running.push(spawn(SERIAL, device, reporter, hooks)?);
+            let role = ThreadRole::Device(SERIAL);
+            loops.running.push(spawn(SERIAL, role, device, reporter, hooks)?);
         }
         if let Some(device) = loops.rtc.take() {
-            loops.running.push(spawn(RTC, device, reporter, hooks)?);
+            let role = ThreadRole::Device(RTC);
+            loops.running.push(spawn(RTC, role, device, reporter, hooks)?);
+        }
+        for Pending { name, kind, worker } in std::mem::take(&mut loops.virtio) {
+            let role = ThreadRole::Virtio(kind);
+            loops.running.push(spawn(&name, role, worker, reporter, hooks)?);
         }
         Ok(())
     }
@@ -143,6 +173,7 @@ impl Platform {
         let mut loops = self.loops();
         // One that never ran has nothing to bring out.
         (loops.serial, loops.rtc) = (None, None);
+        loops.virtio.clear();
         let running = std::mem::take(&mut loops.running);
         drop(loops);
         let left = |deadline: Instant| deadline.saturating_duration_since(Instant::now());
@@ -159,6 +190,11 @@ impl Platform {
             }
         }
         hung
+    }
+
+    /// Places of the devices on the PCI bus.
+    pub(super) fn pci_functions(&self) -> &[PciAddress] {
+        &self.pci_functions
     }
 
     /// Presses the power button.
@@ -231,27 +267,24 @@ impl DeviceReporter for Reporter {
             DeviceEvent::HostClosed { device } => {
                 tracing::info!("device {device}: the host's end was closed; output is discarded from now on")
             }
-            other => tracing::info!(?other, "device event"),
+            event => Self::report(self, Happening::Device(event)),
         }
     }
 }
 
 fn spawn(
-    name: &'static str,
+    name: &str,
+    role: ThreadRole,
     device: impl DispatchDevice + 'static,
     reporter: &Arc<Reporter>,
     hooks: &Hooks,
 ) -> Result<DispatchLoop, MachineError> {
     let setup = Arc::clone(&hooks.thread_setup);
-    DispatchLoop::spawn(
-        name,
-        move || setup(ThreadRole::Device(name)),
-        device,
-        Arc::clone(reporter) as _,
-    )
-    .map_err(|e| MachineError::DeviceStart {
-        device: name.to_owned(),
-        reason: e.to_string(),
+    DispatchLoop::spawn(name, move || setup(role), device, Arc::clone(reporter) as _).map_err(|e| {
+        MachineError::DeviceStart {
+            device: name.to_owned(),
+            reason: e.to_string(),
+        }
     })
 }
 
@@ -276,7 +309,14 @@ fn init<E: std::fmt::Display>(device: &'static str) -> impl FnOnce(E) -> Machine
     }
 }
 
-fn insert(bus: &Bus, base: u64, len: u64, name: &'static str, device: Arc<dyn BusDevice>) -> Result<(), MachineError> {
+/// Puts a device on a bus.
+pub(super) fn insert(
+    bus: &Bus,
+    base: u64,
+    len: u64,
+    name: &'static str,
+    device: Arc<dyn BusDevice>,
+) -> Result<(), MachineError> {
     bus.insert(base, len, name, device).map_err(|error| match error {
         BusError::Overlap { .. } => MachineError::DeviceOverlap {
             device: name.to_owned(),
@@ -290,10 +330,15 @@ fn insert(bus: &Bus, base: u64, len: u64, name: &'static str, device: Arc<dyn Bu
 fn check_memory(mmio: &Bus, ram: &GuestRam) -> Result<(), MachineError> {
     for device in mmio.ranges() {
         let end = device.base + (device.len - 1);
-        if let Some(range) = ram.ranges().iter().find(|r| r.start <= end && device.base < r.end) {
+        let hit = |slot: &MemorySlot| slot.guest_phys <= end && device.base < slot.guest_phys + slot.size;
+        if let Some(slot) = ram.slots().find(hit) {
+            let (start, size) = (slot.guest_phys, slot.size);
             return Err(MachineError::DeviceOverlap {
                 device: device.name.to_owned(),
-                reason: format!("{:#x}..={end:#x} overlaps the memory at {range:#x?}", device.base),
+                reason: format!(
+                    "{:#x}..={end:#x} overlaps the {size:#x} bytes of memory at {start:#x}",
+                    device.base
+                ),
             });
         }
     }

@@ -1,7 +1,8 @@
 //! KVM's interrupt routing table: which message each GSI stands for.
 //!
 //! The first GSIs are the IOAPIC's pins. Their messages are sent directly ([`KvmMsi`](super::vm::KvmMsi)); they are routed only while they are
-//! level-triggered, which makes KVM tell us of their end-of-interrupt (KVM_EXIT_IOAPIC_EOI).
+//! level-triggered, which makes KVM tell us of their end-of-interrupt (KVM_EXIT_IOAPIC_EOI). The others are PCI functions' messages
+//! ([`KvmVectors`](super::msi::KvmVectors)).
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -29,6 +30,13 @@ impl Routes {
             table: Mutex::default(),
             ioapic: Arc::downgrade(ioapic),
         }
+    }
+
+    /// Gives GSIs beyond the IOAPIC's their messages, all by one system call.
+    pub(super) fn set_messages(&self, messages: impl Iterator<Item = (u32, Msi)>) {
+        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        table.extend(messages);
+        self.apply(&table);
     }
 
     fn apply(&self, table: &BTreeMap<u32, Msi>) {

@@ -47,6 +47,7 @@ fn machine(code: &[u8], vcpus: u8) -> Option<(Machine, Receiver<MachineEvent>)> 
         cmdline: String::new(),
         serial: None,
         host: HostKind::Hardware,
+        devices: Vec::new(),
     };
     let machine = Machine::create(&Kvm::new().unwrap(), config, hooks, &AtomicBool::new(false)).unwrap();
     Some((machine, events))

@@ -11,6 +11,7 @@
 //!
 //! A client's memfd replaces, or adds to, what lies in its range ([`CustomRange`]).
 
+mod discard;
 mod error;
 mod map;
 mod mapping;
@@ -27,6 +28,7 @@ use rustix::fs::{MemfdFlags, SealFlags};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use crate::layout;
+pub use discard::Discard;
 pub use error::{CustomRangeError, MemoryError};
 pub use map::{MapRange, MemoryMap, RangeKind};
 use mapping::Reservation;
@@ -88,6 +90,8 @@ pub struct GuestRam {
     memory: GuestMemoryMmap,
     reservation: Reservation,
     ranges: Vec<Range<u64>>,
+    /// What is backed by the component's own memfd.
+    own: Vec<Range<u64>>,
 }
 
 /// A stretch of guest memory with one backing file.
@@ -131,6 +135,11 @@ impl GuestRam {
             memory,
             reservation,
             ranges: merge(pieces.iter().map(|piece| piece.guest.clone())),
+            own: pieces
+                .iter()
+                .filter(|piece| piece.owner == Owner::Component)
+                .map(|piece| piece.guest.clone())
+                .collect(),
         })
     }
 
@@ -148,6 +157,16 @@ impl GuestRam {
             size: range.end - range.start,
             host_addr: self.reservation.host_address(range.start),
         })
+    }
+
+    /// First address after all memory.
+    pub fn end(&self) -> u64 {
+        self.slots().map(|slot| slot.guest_phys + slot.size).max().unwrap_or(0)
+    }
+
+    /// What gives pages back to the host, for a device.
+    pub fn discard(&self) -> Discard {
+        Discard::new(self.memory.clone(), self.own.clone())
     }
 
     /// What is RAM: ascending, disjoint, not adjacent. [`MemoryMap::new`] makes of it what the guest is told.

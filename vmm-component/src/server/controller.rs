@@ -213,6 +213,10 @@ impl Controller {
                 }
                 return;
             }
+            Happening::Device(event) => {
+                tracing::info!(?event, "device event");
+                return;
+            }
             Happening::Paused => {
                 // A resume may have overtaken the news.
                 let is_paused = self.with_running(generation, |vm| Ok(vm.is_paused()));

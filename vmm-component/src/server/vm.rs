@@ -12,6 +12,7 @@ use std::{
 };
 
 use kvm_ioctls::Kvm;
+use sepal_devices::virtio::device::DeviceKind;
 use sepal_schema::{config::MemoryBacking, error::Error};
 
 use sepal_runner::inner;
@@ -102,6 +103,7 @@ pub fn builder(kvm: Kvm) -> Builder {
             } else {
                 HostKind::Hardware
             },
+            devices: Vec::new(),
         };
         let hooks = Hooks {
             thread_setup: Arc::new(narrow),
@@ -130,6 +132,13 @@ fn narrow(role: ThreadRole) -> io::Result<()> {
     let role = match role {
         ThreadRole::Vcpu(_) => inner::ThreadRole::Vcpu,
         ThreadRole::Device(_) => inner::ThreadRole::DeviceLoop,
+        ThreadRole::Virtio(kind) => match kind {
+            DeviceKind::Block => inner::ThreadRole::Disk,
+            DeviceKind::Net => inner::ThreadRole::Network,
+            DeviceKind::Vsock => inner::ThreadRole::Vsock,
+            DeviceKind::Balloon | DeviceKind::Memory => inner::ThreadRole::Memory,
+            _ => inner::ThreadRole::DeviceLoop,
+        },
         ThreadRole::Loader => inner::ThreadRole::Helper,
     };
     inner::narrow(role).map_err(io::Error::other)

@@ -64,6 +64,7 @@ pub(crate) fn config(code: &[u8], vcpus: u8, serial: Option<OwnedFd>) -> Machine
         cmdline: String::new(),
         serial,
         host: host(),
+        devices: Vec::new(),
     }
 }
 
