@@ -26,5 +26,6 @@ pub mod legacy;
 pub mod pci;
 pub mod pvpanic;
 pub mod rate;
+mod stream;
 pub mod virtio;
 pub mod watchdog;

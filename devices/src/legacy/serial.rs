@@ -46,6 +46,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::uart::Uart;
 use crate::bus::BusDevice;
 use crate::interrupt::{InterruptLine, LevelLatch, lock, publish};
+use crate::stream::OutputRing;
 
 pub use host::SerialLoop;
 
@@ -65,51 +66,6 @@ const INPUT_BACKLOG: usize = 4096;
 
 /// With this much input left the loop goes on reading.
 const INPUT_LOW: usize = 1024;
-
-/// Bytes to the host: bounded, in order, the oldest are dropped.
-#[derive(Debug)]
-struct OutputRing {
-    bytes: VecDeque<u8>,
-    capacity: usize,
-    dropped: u64,
-}
-
-impl OutputRing {
-    fn new(capacity: usize) -> Self {
-        // All memory now: a vCPU's write must not end in the allocator. Pages that are never touched cost nothing.
-        Self {
-            bytes: VecDeque::with_capacity(capacity),
-            capacity,
-            dropped: 0,
-        }
-    }
-
-    fn push(&mut self, byte: u8) {
-        if self.bytes.len() >= self.capacity {
-            self.dropped += 1;
-            if self.bytes.pop_front().is_none() {
-                return;
-            }
-        }
-        self.bytes.push_back(byte);
-    }
-
-    /// Moves the oldest bytes to `to`; how many.
-    fn take(&mut self, to: &mut [u8]) -> usize {
-        let n = to.len().min(self.bytes.len());
-        for (to, byte) in to.iter_mut().zip(self.bytes.drain(..n)) {
-            *to = byte;
-        }
-        n
-    }
-
-    /// Forgets the bytes that wait; how many.
-    fn clear(&mut self) -> usize {
-        let n = self.bytes.len();
-        self.bytes.clear();
-        n
-    }
-}
 
 /// Where output is (see the module's head).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -153,7 +109,7 @@ impl State {
         self.ring.push(byte);
         let bell = match self.output {
             Output::Asleep => true,
-            Output::Batching => self.ring.bytes.len() >= self.ring.capacity / 4,
+            Output::Batching => self.ring.len() >= self.ring.capacity() / 4,
             Output::Working | Output::Discarded => false,
         };
         if bell {
@@ -204,7 +160,7 @@ impl Serial {
         let state = State {
             uart: Uart::default(),
             latch: LevelLatch::default(),
-            ring: OutputRing::new(output_capacity),
+            ring: OutputRing::with_room(output_capacity),
             output: Output::Working,
             backlog: VecDeque::with_capacity(INPUT_BACKLOG),
             input_paused: false,
@@ -231,7 +187,7 @@ impl Serial {
 
     /// Bytes of output lost, since the start, because the host did not take them in time.
     pub fn dropped(&self) -> u64 {
-        self.state().ring.dropped
+        self.state().ring.dropped()
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

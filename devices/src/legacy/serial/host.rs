@@ -1,26 +1,18 @@
-//! The host's side of a serial port: what its thread does (the states are drawn in [`serial`](super)).
-//!
-//! The host end's life:
-//!
-//! ```text
-//!   Watched --- closed by the host, input still unread ---> Draining (not watched: a hang-up can't be masked) --- read to its end ---> Gone
-//!      '------- closed by the host, nothing unread -------------------------------------------------------------------------------------^
-//! ```
+//! The host's side of a serial port: what its thread does (the states are drawn in [`serial`](super), the host end's in
+//! [`stream`](crate::stream)).
 
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
-use rustix::event::{PollFd, PollFlags, poll};
-use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
-use rustix::io::Errno;
 use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
 };
 
 use super::{BATCH_INTERVAL, INPUT_BACKLOG, INPUT_LOW, Output, Serial};
 use crate::dispatch::{DeviceError, DeviceEvent, DispatchDevice, EventSet, Watches};
+use crate::stream::{HostEnd, Life, Watch, Wrote};
 
 /// Tokens of the watched descriptors.
 const DOORBELL: u32 = 0;
@@ -32,14 +24,6 @@ const CHUNK: usize = 4096;
 
 /// Chunks written before the loop looks at its other events.
 const CHUNKS_A_TURN: usize = 16;
-
-/// The host end of the port.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Host {
-    Watched,
-    Draining,
-    Gone,
-}
 
 /// What came of writing output.
 enum Written {
@@ -56,10 +40,7 @@ enum Written {
 /// Moves bytes between a [`Serial`] and its host end; made by [`Serial::host_loop`].
 pub struct SerialLoop {
     port: Arc<Serial>,
-    fd: OwnedFd,
-    pub(super) host: Host,
-    /// What the host end is watched for now.
-    watched: EventSet,
+    pub(super) host: HostEnd,
     timer: OwnedFd,
     ticking: bool,
     /// Output taken out of the ring and not yet written: `chunk[written..filled]`.
@@ -68,38 +49,29 @@ pub struct SerialLoop {
     filled: usize,
     /// The host takes no more for now: it is watched for being writable.
     pub(super) blocked: bool,
-    can_write: bool,
-    can_read: bool,
     /// The guest has enough input for now: the doorbell will tell.
     paused: bool,
 }
 
 impl SerialLoop {
     pub(super) fn new(port: Arc<Serial>, fd: OwnedFd) -> io::Result<Self> {
-        let flags = fcntl_getfl(&fd)?;
-        fcntl_setfl(&fd, flags | OFlags::NONBLOCK)?;
-        let mode = flags & OFlags::RWMODE;
-        let (can_read, can_write) = (mode != OFlags::WRONLY, mode != OFlags::RDONLY);
+        let host = HostEnd::new(fd)?;
         let timer = timerfd_create(
             TimerfdClockId::Monotonic,
             TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC,
         )?;
-        if !can_write {
+        if !host.can_write() {
             port.state().discard();
         }
         Ok(Self {
             port,
-            fd,
-            host: Host::Watched,
-            watched: EventSet::empty(),
+            host,
             timer,
             ticking: false,
             chunk: Box::new([0; CHUNK]),
             written: 0,
             filled: 0,
             blocked: false,
-            can_write,
-            can_read,
             paused: false,
         })
     }
@@ -119,14 +91,13 @@ impl SerialLoop {
                 }
                 state.output = Output::Working;
             }
-            match rustix::io::write(&self.fd, &self.chunk[self.written..self.filled]) {
-                Ok(n) => {
+            match self.host.write(&self.chunk[self.written..self.filled]) {
+                Wrote::Bytes(n) => {
                     self.written += n;
                     wrote = true;
                 }
-                Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => return Written::Blocked,
-                Err(_) => return Written::Closed,
+                Wrote::Blocked => return Written::Blocked,
+                Wrote::Closed => return Written::Closed,
             }
         }
         Written::Some
@@ -134,7 +105,7 @@ impl SerialLoop {
 
     /// Brings output on, after whatever event.
     fn pump_output(&mut self, watches: &Watches<'_, '_>) -> Result<(), DeviceError> {
-        if !self.can_write {
+        if !self.host.can_write() {
             return Ok(());
         }
         let written = self.write_out();
@@ -166,7 +137,7 @@ impl SerialLoop {
 
     /// Output goes nowhere from now on.
     fn close_output(&mut self, watches: &Watches<'_, '_>) -> Result<(), DeviceError> {
-        if std::mem::take(&mut self.can_write) {
+        if self.host.close_output() {
             self.port.state().discard();
             (self.written, self.filled, self.blocked) = (0, 0, false);
             watches.report(DeviceEvent::HostClosed {
@@ -180,7 +151,7 @@ impl SerialLoop {
     /// Takes input from the host while the guest has little. A drained host is read to its end, a watched one for one turn.
     fn pump_input(&mut self) {
         let mut buffer = [0; INPUT_BACKLOG - INPUT_LOW];
-        while self.can_read {
+        while self.host.can_read() {
             {
                 let mut state = self.port.state();
                 self.paused = state.backlog.len() > INPUT_LOW;
@@ -189,20 +160,15 @@ impl SerialLoop {
             if self.paused {
                 return;
             }
-            match rustix::io::read(&self.fd, &mut buffer) {
-                Ok(n @ 1..) => {
-                    let mut state = self.port.state();
-                    state.backlog.extend(&buffer[..n]);
-                    let after = state.settle();
-                    drop(state);
-                    self.port.finish(after);
-                }
-                Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) if self.host == Host::Watched => return,
-                // The end of the input, or a host end that broke: no more comes either way.
-                Ok(0) | Err(_) => self.can_read = false,
+            let n = self.host.read(&mut buffer);
+            if n > 0 {
+                let mut state = self.port.state();
+                state.backlog.extend(&buffer[..n]);
+                let after = state.settle();
+                drop(state);
+                self.port.finish(after);
             }
-            if self.host == Host::Watched {
+            if self.host.life() == Life::Watched {
                 return;
             }
         }
@@ -211,49 +177,18 @@ impl SerialLoop {
     /// The host's end is closed.
     fn hang_up(&mut self, watches: &mut Watches<'_, '_>) -> Result<(), DeviceError> {
         self.close_output(watches)?;
-        watches.remove(&self.fd)?;
-        self.host = Host::Draining;
+        watches.remove(&self.host)?;
+        self.host.hang_up();
         self.pump_input();
         Ok(())
     }
 
     /// Watches the host end for what is wanted of it now.
     fn rewatch(&mut self, watches: &mut Watches<'_, '_>) -> Result<(), DeviceError> {
-        if !self.can_read && !self.can_write {
-            if self.host == Host::Watched {
-                watches.remove(&self.fd)?;
-            }
-            self.host = Host::Gone;
-        }
-        let wanted = self.wanted();
-        if self.host == Host::Watched && wanted != self.watched {
-            watches.modify(&self.fd, HOST, wanted)?;
-            self.watched = wanted;
-        }
-        Ok(())
-    }
-
-    /// The events that the host end is to be watched for, beside the hang-up that always comes.
-    fn wanted(&self) -> EventSet {
-        let mut wanted = EventSet::empty();
-        wanted.set(EventSet::IN, self.can_read && !self.paused);
-        wanted.set(EventSet::OUT, self.can_write && self.blocked);
-        wanted
-    }
-
-    /// Waits until the host takes output again. False: not before `deadline`.
-    fn wait_writable(&self, deadline: Instant) -> bool {
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let left = Timespec {
-                tv_sec: left.as_secs() as i64,
-                tv_nsec: left.subsec_nanos().into(),
-            };
-            match poll(&mut [PollFd::new(&self.fd, PollFlags::OUT)], Some(&left)) {
-                Ok(ready) => return ready > 0,
-                Err(Errno::INTR) => {}
-                Err(_) => return false,
-            }
+        match self.host.watch_for(!self.paused, self.blocked) {
+            Some(Watch::Modify(events)) => watches.modify(&self.host, HOST, events),
+            Some(Watch::Remove) => watches.remove(&self.host),
+            None => Ok(()),
         }
     }
 }
@@ -262,9 +197,8 @@ impl DispatchDevice for SerialLoop {
     fn start(&mut self, watches: &mut Watches<'_, '_>) -> Result<(), DeviceError> {
         watches.add(&self.port.doorbell, DOORBELL, EventSet::IN)?;
         watches.add(&self.timer, TICK, EventSet::IN)?;
-        self.watched = self.wanted();
         watches
-            .add(&self.fd, HOST, self.watched)
+            .add(&self.host, HOST, EventSet::empty())
             .map_err(|e| format!("the host end cannot be watched: {e}"))?;
         self.pump_output(watches)?;
         self.rewatch(watches)
@@ -286,7 +220,7 @@ impl DispatchDevice for SerialLoop {
                 let _ = rustix::io::read(&self.timer, &mut expirations);
                 self.pump_output(watches)?;
             }
-            _ if self.host == Host::Watched => {
+            _ if self.host.life() == Life::Watched => {
                 if events.contains(EventSet::OUT) {
                     self.pump_output(watches)?;
                 }
@@ -304,16 +238,17 @@ impl DispatchDevice for SerialLoop {
 
     /// Brings out all output; what the host does not take by `deadline` counts as dropped.
     fn stop(&mut self, deadline: Instant) {
-        while self.can_write {
+        while self.host.can_write() {
             let go_on = match self.write_out() {
                 Written::All(_) => return,
                 Written::Some => Instant::now() < deadline,
-                Written::Blocked => self.wait_writable(deadline),
+                Written::Blocked => self.host.wait_writable(deadline),
                 Written::Closed => false,
             };
             if !go_on {
                 let mut state = self.port.state();
-                state.ring.dropped += (self.filled - self.written + state.ring.clear()) as u64;
+                let left = state.ring.clear();
+                state.ring.count_dropped(self.filled - self.written + left);
                 return;
             }
         }
