@@ -9,7 +9,8 @@ interface HostVsockEndpoint {
   # The host's side of a guest's vsock device. The host's context id is 2.
 
   listen @0 (port :UInt32, acceptor :VsockAcceptor) -> ListenResult;
-  # Offers a port to the guest, until the listener is dropped. ALREADY_BOUND if somebody listens there; NO_RESOURCES past 64 ports.
+  # Offers a port to the guest, until the listener is dropped; 2^32-1 (VMADDR_PORT_ANY) stands for every port that has no listener of its own.
+  # ALREADY_BOUND if somebody listens there; NO_RESOURCES past 64 listeners.
 
   connect @1 (port :UInt32) -> StreamResult;
   # Connects to a port of the guest. CONNECTION_REFUSED if nobody listens there, NO_RESOURCES if there are too many connections (1024),

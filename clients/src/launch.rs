@@ -65,7 +65,6 @@ fn config(args: &Launch) -> Result<GuestConfig> {
         cpus: args.cpus,
         memory_mib: args.memory.unwrap_or(0),
         huge_pages: args.huge_pages,
-        custom_memory: Vec::new(),
         limits: Limits {
             memory_mib: megabytes(args.limit_memory),
             cpu_percent: args.limit_cpu.unwrap_or(0),
@@ -73,6 +72,7 @@ fn config(args: &Launch) -> Result<GuestConfig> {
             tasks: args.limit_tasks.unwrap_or(0),
         },
         waived_layers: args.waive_layer.clone(),
+        ..GuestConfig::default()
     })
 }
 

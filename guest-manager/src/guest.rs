@@ -327,15 +327,10 @@ impl Guest {
             EventKind::Paused => self.set_paused(true),
             EventKind::Resumed => self.set_paused(false),
             EventKind::ShuttingDown => self.set_shutting_down(),
-            EventKind::DeviceFailed { device, reason } => {
-                tracing::warn!(
-                    guest = &*self.name,
-                    device,
-                    reason,
-                    "a device failed and was quarantined"
-                );
+            EventKind::Device(news) => {
+                tracing::warn!(guest = &*self.name, ?news, "a device reports");
                 self.manager
-                    .registry(|registry, now| registry.device_failed(id, generation, device, reason, now));
+                    .registry(|registry, now| registry.device_news(id, generation, news, now));
             }
             // What the manager knows better itself.
             EventKind::Defined | EventKind::Starting | EventKind::Stopped(_) | EventKind::Removed => {}

@@ -6,6 +6,7 @@ use sepal_schema::{
     error::Error,
     guest_capnp::event,
     info::LayerInfo,
+    news::DeviceNews,
     report::{Reason, StopReport},
 };
 
@@ -105,13 +106,8 @@ pub enum EventKind {
     ShuttingDown,
     /// It ended.
     Stopped(StopReport),
-    /// A device broke and was quarantined.
-    DeviceFailed {
-        /// The device's name.
-        device: String,
-        /// What it did.
-        reason: String,
-    },
+    /// Something happened to a device.
+    Device(DeviceNews),
     /// The name is free again.
     Removed,
 }
@@ -150,11 +146,7 @@ impl Event {
             EventKind::Resumed => to.set_resumed(()),
             EventKind::ShuttingDown => to.set_shutting_down(()),
             EventKind::Stopped(report) => report.write(to.init_stopped()),
-            EventKind::DeviceFailed { device, reason } => {
-                let mut to = to.init_device_failed();
-                to.set_device(device);
-                to.set_reason(reason);
-            }
+            EventKind::Device(news) => news.write(to),
             EventKind::Removed => to.set_removed(()),
         }
     }
@@ -166,6 +158,10 @@ impl Event {
 /// The message is not well-formed.
 pub fn read_event(from: event::Reader<'_>) -> Result<Option<EventKind>, capnp::Error> {
     use event::Which;
+    if let Some(news) = DeviceNews::read(from)? {
+        let cut = |text: &mut String| *text = cut(text, MAX_NOTE);
+        return Ok(Some(EventKind::Device(news.map_texts(cut))));
+    }
     Ok(Some(match from.which() {
         Ok(Which::Defined(())) => EventKind::Defined,
         Ok(Which::Starting(())) => EventKind::Starting,
@@ -174,10 +170,6 @@ pub fn read_event(from: event::Reader<'_>) -> Result<Option<EventKind>, capnp::E
         Ok(Which::Resumed(())) => EventKind::Resumed,
         Ok(Which::ShuttingDown(())) => EventKind::ShuttingDown,
         Ok(Which::Stopped(report)) => EventKind::Stopped(bounded_report(StopReport::read(report?)?)),
-        Ok(Which::DeviceFailed(failure)) => EventKind::DeviceFailed {
-            device: cut(failure.get_device()?.to_str()?, MAX_NOTE),
-            reason: cut(failure.get_reason()?.to_str()?, MAX_NOTE),
-        },
         Ok(Which::Removed(())) => EventKind::Removed,
         Ok(_) | Err(_) => return Ok(None),
     }))
@@ -237,10 +229,6 @@ mod tests {
             uptime_ns: 17,
             time_ns: 23,
         };
-        let failure = EventKind::DeviceFailed {
-            device: "rng".into(),
-            reason: "a descriptor loop".into(),
-        };
         let plain = [
             EventKind::Defined,
             EventKind::Starting,
@@ -248,13 +236,9 @@ mod tests {
             EventKind::Paused,
             EventKind::Resumed,
         ];
-        let rest = [
-            EventKind::ShuttingDown,
-            EventKind::Removed,
-            EventKind::Stopped(report),
-            failure,
-        ];
-        for kind in plain.into_iter().chain(rest) {
+        let rest = [EventKind::ShuttingDown, EventKind::Removed, EventKind::Stopped(report)];
+        let devices = sepal_schema::news::examples().into_iter().map(EventKind::Device);
+        for kind in plain.into_iter().chain(rest).chain(devices) {
             let event = Event {
                 sequence: 7,
                 ordinal: 1,

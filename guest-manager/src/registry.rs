@@ -27,6 +27,7 @@ use sepal_schema::{
     config::check_name,
     error::{Error, Kind},
     info::{GuestDescriptor, GuestInfo, GuestStatus, LayerInfo},
+    news::DeviceNews,
     report::{Reason, StopReport},
 };
 
@@ -353,15 +354,17 @@ impl Registry {
         }
     }
 
-    /// A device of the guest was quarantined.
-    pub fn device_failed(&mut self, id: GuestId, generation: u64, device: String, reason: String, now: Moment) {
+    /// Something happened to a device of the guest.
+    pub fn device_news(&mut self, id: GuestId, generation: u64, news: DeviceNews, now: Moment) {
         let Some(entry) = self.live(id, generation) else {
             return;
         };
-        if entry.failures.len() < MAX_FAILURES {
+        if let DeviceNews::Failed { device, reason } = &news
+            && entry.failures.len() < MAX_FAILURES
+        {
             entry.failures.push((device.clone(), reason.clone()));
         }
-        self.tell(id, now, EventKind::DeviceFailed { device, reason });
+        self.tell(id, now, EventKind::Device(news));
     }
 
     /// The devices that broke in the guest's last generation, each with its reason; the first of them.

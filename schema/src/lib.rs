@@ -4,7 +4,7 @@
 //!   *.capnp --(capnp compile, checked in)--> generated     the messages
 //!   config  GuestConfig as a Rust value, decoded with limits and errors that name the field
 //!   error   typed errors: what a method answers when an expected thing goes wrong
-//!   report  how a guest ended;  info  what there is to know about a guest
+//!   report  how a guest ended;  info  what there is to know about a guest;  news  what happens to its devices
 //!   transport  messages and file descriptors over Unix sockets, on one event loop a thread
 //! ```
 
@@ -15,6 +15,7 @@ pub mod error;
 #[rustfmt::skip]
 mod generated;
 pub mod info;
+pub mod news;
 pub mod report;
 pub mod socket;
 pub mod transport;

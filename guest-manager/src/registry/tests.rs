@@ -200,7 +200,8 @@ fn what_comes_late_for_an_older_generation_changes_nothing() {
     registry.started(id, old, at(0));
     registry.stopping(id, old, at(0));
     registry.paused(id, old, true, at(0));
-    registry.device_failed(id, old, "rng".into(), "late".into(), at(0));
+    let late = sepal_schema::news::DeviceNews::Recovered { device: "rng".into() };
+    registry.device_news(id, old, late, at(0));
     assert_eq!(status(&registry, id), GuestStatus::Starting);
     assert_eq!(events(&registry), before);
 }

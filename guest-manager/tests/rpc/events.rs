@@ -22,8 +22,10 @@ fn what(event: event::Reader<'_>) -> &'static str {
         event::Resumed(()) => "resumed",
         event::ShuttingDown(()) => "shutting-down",
         event::Stopped(_) => "stopped",
-        event::DeviceFailed(_) => "device-failed",
         event::Removed(()) => "removed",
+        event::DeviceFailed(_) => "device-failed",
+        event::IoError(_) => "io-error",
+        _ => "another",
     }
 }
 

@@ -3,8 +3,8 @@
 use std::os::fd::OwnedFd;
 
 use super::{
-    File, GuestConfig, Handles, Limits, MAX_CMDLINE, MAX_CMDLINE_ADDITIONS, MAX_CPUS, MAX_CUSTOM_MEMORY, MAX_DEVICES,
-    MAX_INLINE_FILE, MAX_NAME, MemoryBacking,
+    File, GuestConfig, Handles, Limits, MAX_CMDLINE, MAX_CMDLINE_ADDITIONS, MAX_CPUS, MAX_CUSTOM_MEMORY,
+    MAX_INLINE_FILE, MAX_NAME, MemoryBacking, decode_devices::Devices,
 };
 use crate::{
     config_capnp::{Toggle, guest_config},
@@ -14,7 +14,6 @@ use crate::{
 
 const PAGE: u64 = 4096;
 const MAX_LAYERS: u32 = 32;
-const MAX_SHARES: u32 = 16;
 /// Bytes of a memory limit fit into a signed 64-bit number.
 const MAX_LIMIT_MIB: u64 = (1 << 43) - 1;
 /// A thousand CPUs.
@@ -34,6 +33,7 @@ impl GuestConfig {
         let kernel = file("kernel", config.get_kernel()?, handles);
         let initrd = file("initrd", config.get_initrd()?, handles);
         let custom_memory = custom_memory(config, handles);
+        let devices = Devices::take(config, handles);
         let unbuilt = refuse_unbuilt(config, handles);
         unbuilt?;
 
@@ -63,7 +63,7 @@ impl GuestConfig {
             ));
         }
 
-        let decoded = Self {
+        let mut decoded = Self {
             name,
             kernel: kernel?,
             initrd: initrd?,
@@ -75,7 +75,9 @@ impl GuestConfig {
             custom_memory: custom_memory?,
             limits: limits(config)?,
             waived_layers: waived_layers(config)?,
+            ..Self::default()
         };
+        devices.finish(config, &mut decoded)?;
         let length = decoded.full_cmdline().len();
         if length > MAX_CMDLINE {
             let message =
@@ -118,7 +120,7 @@ pub fn check_name(name: &str) -> Result<(), Error> {
     }
 }
 
-fn text(field: &str, from: capnp::text::Reader<'_>, most: usize) -> Result<String, Error> {
+pub(super) fn text(field: &str, from: capnp::text::Reader<'_>, most: usize) -> Result<String, Error> {
     if from.as_bytes().len() > most {
         return Err(Error::bad_config(
             field,
@@ -152,7 +154,7 @@ fn cmdline_add(config: guest_config::Reader<'_>) -> Result<Vec<String>, Error> {
         .collect()
 }
 
-fn at_most(field: &str, seen: u32, most: u32) -> Result<(), Error> {
+pub(super) fn at_most(field: &str, seen: u32, most: u32) -> Result<(), Error> {
     if seen > most {
         return Err(Error::bad_config(
             field,
@@ -162,7 +164,7 @@ fn at_most(field: &str, seen: u32, most: u32) -> Result<(), Error> {
     Ok(())
 }
 
-fn file(field: &str, from: file_capnp::file::Reader<'_>, handles: &dyn Handles) -> Result<File, Error> {
+pub(super) fn file(field: &str, from: file_capnp::file::Reader<'_>, handles: &dyn Handles) -> Result<File, Error> {
     use file_capnp::file::Which;
     match from.which().map_err(|_| {
         Error::not_supported(
@@ -197,7 +199,7 @@ fn file(field: &str, from: file_capnp::file::Reader<'_>, handles: &dyn Handles) 
     }
 }
 
-fn take(field: &str, from: file_capnp::fd_ref::Reader<'_>, handles: &dyn Handles) -> Result<OwnedFd, Error> {
+pub(super) fn take(field: &str, from: file_capnp::fd_ref::Reader<'_>, handles: &dyn Handles) -> Result<OwnedFd, Error> {
     handles.take(from.get_number()).map_err(|error| error.about(field))
 }
 
@@ -298,50 +300,9 @@ fn refuse_unbuilt(config: guest_config::Reader<'_>, handles: &dyn Handles) -> Re
     let firmware = file("firmware", config.get_firmware()?, handles);
     refuse(!matches!(firmware, Ok(File::None)), "firmware", "firmware");
 
-    let disks = config.get_disks()?;
-    at_most("disks", disks.len(), MAX_DEVICES)?;
-    for (i, disk) in disks.iter().enumerate() {
-        // Taken and closed: the descriptor must not stay behind.
-        drop(file(&format!("disks[{i}].image"), disk.get_image()?, handles));
-    }
-    refuse(!disks.is_empty(), "disks", "a block device");
-
-    let networks = config.get_networks()?;
-    at_most("networks", networks.len(), MAX_DEVICES)?;
-    for (i, network) in networks.iter().enumerate() {
-        if let Ok(crate::config_capnp::guest_config::network::Which::Tap(tap)) = network.which() {
-            for queue in tap? {
-                drop(take(&format!("networks[{i}].tap"), queue, handles));
-            }
-        }
-    }
-    refuse(!networks.is_empty(), "networks", "a network device");
-    refuse(on(config.get_default_network()), "defaultNetwork", "a network device");
-
-    let shares = config.get_shares()?;
-    at_most("shares", shares.len(), MAX_SHARES)?;
-    for (i, share) in shares.iter().enumerate() {
-        if let Ok(crate::config_capnp::guest_config::backend::Which::Socket(socket)) = share.get_backend()?.which() {
-            drop(take(&format!("shares[{i}].backend"), socket?, handles));
-        }
-    }
-    refuse(!shares.is_empty(), "shares", "a shared folder");
-
-    refuse(on(config.get_console()?.get_enabled()), "console", "a virtio console");
-    refuse(on(config.get_rng()?.get_enabled()), "rng", "an entropy device");
-    refuse(on(config.get_balloon()?.get_enabled()), "balloon", "a balloon");
     refuse(on(config.get_gpu()), "gpu", "a GPU");
     refuse(on(config.get_sound()), "sound", "sound output");
     refuse(on(config.get_sound_input()), "soundInput", "sound input");
-    refuse(on(config.get_vsock()?.get_enabled()), "vsock", "vsock");
-    refuse(
-        on(config.get_memory_device()?.get_enabled()),
-        "memoryDevice",
-        "a memory device",
-    );
-    refuse(on(config.get_watchdog()), "watchdog", "a watchdog");
-    refuse(on(config.get_generation_id()), "generationId", "a generation id");
-    refuse(on(config.get_panic_device()), "panicDevice", "a panic device");
     refuse(config.get_protected_vm(), "protectedVm", "a protected VM");
     refuse(
         config.get_hypervisor_specific_auth_method(),

@@ -8,7 +8,10 @@
 //! The descriptors of a message that is refused are closed with it at the latest.
 
 mod decode;
+mod decode_devices;
+pub mod device;
 mod encode;
+mod encode_devices;
 #[cfg(test)]
 mod tests;
 
@@ -21,6 +24,8 @@ use crate::{
 };
 
 pub use decode::check_name;
+pub use decode_devices::show_mac;
+use device::{Balloon, Console, Disk, MemoryDevice, Network, Rng, Share, VhostUser, Vsock, WatchdogAction};
 
 /// Most vCPUs of a guest.
 pub const MAX_CPUS: u8 = 64;
@@ -36,7 +41,7 @@ pub const MAX_NAME: usize = 64;
 pub const MAX_CUSTOM_MEMORY: u32 = 16;
 /// Largest file that may be given as bytes inside a message.
 pub const MAX_INLINE_FILE: usize = 64 * 1024;
-/// Most devices of a kind.
+/// Most devices on a guest's bus, of a kind and of all kinds together.
 pub const MAX_DEVICES: u32 = 32;
 
 /// How descriptors get into and out of messages; the transport's table implements it.
@@ -138,9 +143,48 @@ pub struct GuestConfig {
     pub limits: Limits,
     /// Layers of the jail that may be missing.
     pub waived_layers: Vec<String>,
+    /// Block devices.
+    pub disks: Vec<Disk>,
+    /// Network devices, the default one included.
+    pub networks: Vec<Network>,
+    /// The virtio console.
+    pub console: Option<Console>,
+    /// The entropy source.
+    pub rng: Option<Rng>,
+    /// The balloon.
+    pub balloon: Option<Balloon>,
+    /// The socket device.
+    pub vsock: Option<Vsock>,
+    /// The memory device.
+    pub memory_device: Option<MemoryDevice>,
+    /// Host folders.
+    pub shares: Vec<Share>,
+    /// Devices that other processes serve.
+    pub vhost_user: Vec<VhostUser>,
+    /// What the watchdog does when it expires; none: there is no watchdog.
+    pub watchdog: Option<WatchdogAction>,
+    /// Whether there is a VM generation id.
+    pub generation_id: bool,
+    /// Whether there is a pvpanic device.
+    pub panic_device: bool,
+    /// Whether the agent in the guest is talked to; only with a socket device.
+    pub agent: bool,
 }
 
 impl GuestConfig {
+    /// Number of devices on the guest's bus.
+    pub fn bus_devices(&self) -> usize {
+        let single = [
+            self.console.is_some(),
+            self.rng.is_some(),
+            self.balloon.is_some(),
+            self.vsock.is_some(),
+            self.memory_device.is_some(),
+        ];
+        let single = single.into_iter().filter(|there| *there).count();
+        self.disks.len() + self.networks.len() + self.shares.len() + self.vhost_user.len() + single
+    }
+
     /// Number of vCPUs with the default resolved.
     pub fn cpus(&self) -> u8 {
         self.cpus.max(1)

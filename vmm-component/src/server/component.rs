@@ -51,6 +51,7 @@ impl ComponentServer {
             )
         })?;
         let initrd = descriptor("initrd", std::mem::take(&mut config.initrd))?;
+        refuse_devices(&config)?;
         let cmdline = config.full_cmdline();
         let descriptor = GuestDescriptor {
             cpus: config.cpus(),
@@ -115,6 +116,18 @@ fn descriptor(field: &str, file: File) -> Result<Option<OwnedFd>, Error> {
             field,
             format!("a component takes the {field} as an open descriptor only"),
         )),
+    }
+}
+
+/// Refuses devices that the machine cannot have yet.
+fn refuse_devices(config: &GuestConfig) -> Result<(), Error> {
+    let others = config.watchdog.is_some() || config.generation_id || config.panic_device;
+    match config.bus_devices() > 0 || others {
+        true => Err(Error::not_supported(
+            "devices",
+            "virtio devices, a watchdog, a generation id and a panic device are not supported by this version",
+        )),
+        false => Ok(()),
     }
 }
 
