@@ -16,6 +16,7 @@
 //! the log's thread. Queries are answered from what the registry knows; they wait for nobody.
 
 pub mod changed;
+pub mod cids;
 pub mod client;
 pub mod component;
 pub mod events;
@@ -30,6 +31,7 @@ pub mod lifecycle_server;
 mod list;
 pub mod listener;
 pub mod log;
+pub mod macs;
 pub mod manager;
 pub mod manager_server;
 pub mod model;

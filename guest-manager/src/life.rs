@@ -35,7 +35,7 @@ use sepal_schema::{
 use crate::{
     changed::Changed,
     component::{Component, Exit, StartRequest},
-    files,
+    files::{self, ImageUse},
     guest::{Guest, StopCause},
     model::{Ending, bounded_error, bounded_report, read_event},
     serial::Wire,
@@ -114,10 +114,17 @@ impl Outcome {
     }
 }
 
+/// What is held for a guest until it has ended and its component has let go of it.
+#[derive(Default)]
+struct Held {
+    wire: Option<Wire>,
+    images: Vec<ImageUse>,
+}
+
 /// Drives `guest` until it has ended and nothing is left of it.
 pub(crate) async fn live(guest: Rc<Guest>, slot: Rc<Slot>, config: GuestConfig, may_name_paths: bool) {
-    let mut wire = None;
-    let outcome = conversation(&guest, &slot, config, may_name_paths, &mut wire).await;
+    let mut held = Held::default();
+    let outcome = conversation(&guest, &slot, config, may_name_paths, &mut held).await;
     let Some(outcome) = outcome else {
         // Another creation has its component now.
         guest.port.close();
@@ -128,10 +135,11 @@ pub(crate) async fn live(guest: Rc<Guest>, slot: Rc<Slot>, config: GuestConfig, 
         slot.end_component().await;
     }
     // After the end of whoever writes to it.
-    match wire {
+    match &held.wire {
         Some(wire) => wire.finish(),
         None => guest.port.close(),
     }
+    drop(held);
     let report = guest.set_ended(ending, uptime_ns);
     let (reason, detail) = (sepal_schema::report::reason_name(report.reason), &report.detail);
     tracing::info!(
@@ -148,16 +156,19 @@ async fn conversation(
     slot: &Rc<Slot>,
     config: GuestConfig,
     may_name_paths: bool,
-    wire: &mut Option<Wire>,
+    held: &mut Held,
 ) -> Option<Outcome> {
     let request = StartRequest {
         name: guest.name.clone(),
         limits: config.limits,
         waived_layers: config.waived_layers.clone(),
     };
-    let files = files::open(&guest.manager, config, may_name_paths);
+    let files = files::open(&guest.manager, &guest.name, config, may_name_paths);
     let config = match select(pin!(files), pin!(guest.stop_wanted())).await {
-        Either::Left((Ok(config), _)) => config,
+        Either::Left((Ok((config, images)), _)) => {
+            held.images = images;
+            config
+        }
         Either::Left((Err(error), _)) => return Some(Outcome::NotCreated(error)),
         Either::Right(_) => return Some(Outcome::NotRun),
     };
@@ -169,7 +180,7 @@ async fn conversation(
     if guest.stop_cause().is_some() {
         return Some(Outcome::NotRun);
     }
-    let talk = match Talk::begin(guest, &component, config, wire) {
+    let talk = match Talk::begin(guest, &component, config, held) {
         Ok(talk) => talk,
         Err(error) => return Some(Outcome::NotCreated(error)),
     };
@@ -274,16 +285,11 @@ struct Talk {
 
 impl Talk {
     /// Sends create and bind, and run too if it is wanted already: one round trip.
-    fn begin(
-        guest: &Rc<Guest>,
-        component: &Component,
-        config: GuestConfig,
-        wire: &mut Option<Wire>,
-    ) -> Result<Self, Error> {
+    fn begin(guest: &Rc<Guest>, component: &Component, config: GuestConfig, held: &mut Held) -> Result<Self, Error> {
         let manager = &guest.manager;
         let no_serial = |error| Error::new(Kind::NoResources, format!("no socket for the serial port: {error}"));
         let (ours, theirs) = UnixStream::pair().map_err(no_serial)?;
-        *wire = Some(guest.port.attach(&manager.handle, ours).map_err(no_serial)?);
+        held.wire = Some(guest.port.attach(&manager.handle, ours).map_err(no_serial)?);
 
         let lifecycle = component.lifecycle();
         let fds = component.fds();

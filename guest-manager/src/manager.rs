@@ -56,6 +56,8 @@ pub struct Manager {
     pub starter: Box<dyn ComponentStarter>,
     /// Uploads that clients hold.
     pub uploads: Uploads,
+    /// Images that guests use.
+    pub images: files::Images,
     /// The kernel for configurations without one: sealed memory.
     pub default_kernel: OwnedFd,
     registry: RefCell<Registry>,
@@ -77,6 +79,7 @@ impl Manager {
             settings,
             starter,
             uploads: Uploads::default(),
+            images: files::Images::default(),
             default_kernel,
             logged: Event::new(),
             slots: RefCell::default(),

@@ -77,7 +77,7 @@ impl Uploads {
     ///
     /// # Errors
     /// `BAD_CONFIG` about `field` for one that is not finished, or none of ours.
-    pub async fn content(&self, field: &'static str, client: upload::Client) -> Result<OwnedFd, Error> {
+    pub async fn content(&self, field: &str, client: upload::Client) -> Result<OwnedFd, Error> {
         let client = get_resolved_cap(client).await;
         let key = client.into_client_hook().get_ptr();
         let upload = self.known.borrow().get(&key).and_then(Weak::upgrade);

@@ -1,6 +1,10 @@
 //! Files of a configuration: named in whichever way a client can, handed to the component as descriptors that are fit to be read.
 //!
-//! Whatever may block (opening a path on dead storage, asking about a file) happens on worker threads.
+//! Whatever may block (opening a path on dead storage, asking about a file) happens on worker threads. `disks` knows what an image must be,
+//! `images` which guest uses which.
+
+mod disks;
+mod images;
 
 use std::{
     fs::OpenOptions,
@@ -15,91 +19,136 @@ use sepal_schema::{
     transport::file::{FileKind, Requirements, check},
 };
 
+use self::disks::DiskJob;
+pub use self::images::{ImageUse, Images};
 use crate::{host, manager::Manager};
 
-/// A configuration that names its files by descriptors only.
+/// A configuration that names its files by descriptors only, and what the guest holds of its images until its end.
 ///
 /// # Errors
-/// `BAD_CONFIG`, `NOT_FOUND` or `PERMISSION_DENIED` with the field's name for a file that cannot be used; `GUEST_INITIALIZATION_FAILURE`
-/// for more memory than the host has.
-pub async fn open(manager: &Manager, config: GuestConfig, may_name_paths: bool) -> Result<GuestConfig, Error> {
+/// `BAD_CONFIG`, `NOT_FOUND` or `PERMISSION_DENIED` with the field's name for a file that cannot be used; `ALREADY_RUNNING` for an image that
+/// another guest uses; `GUEST_INITIALIZATION_FAILURE` for more memory than the host has.
+pub async fn open(
+    manager: &Manager,
+    guest: &str,
+    mut config: GuestConfig,
+    may_name_paths: bool,
+) -> Result<(GuestConfig, Vec<ImageUse>), Error> {
     let memory_mib = config.memory_mib();
+    let way = |field: &str, file| way(manager, field.to_owned(), file, may_name_paths);
+    let kernel = match std::mem::take(&mut config.kernel) {
+        File::None => Way::Ready(copy("kernel", &manager.default_kernel)?),
+        file => way("kernel", file).await?,
+    };
+    let initrd = match std::mem::take(&mut config.initrd) {
+        File::None => None,
+        file => Some(way("initrd", file).await?),
+    };
     let mut jobs = Vec::new();
-    for (field, file) in [("kernel", config.kernel), ("initrd", config.initrd)] {
-        jobs.push(match file {
-            File::None if field == "kernel" => Job::Ready(Some(copy(field, &manager.default_kernel)?)),
-            File::None => Job::Ready(None),
-            File::Fd(fd) => Job::Check(field, fd),
-            File::Bytes(bytes) => Job::Seal(field, bytes),
-            File::Upload(upload) => Job::Ready(Some(manager.uploads.content(field, upload).await?)),
-            File::Path(path) if may_name_paths => Job::Open(field, path),
-            File::Path(path) => {
-                let message =
-                    format!("{field} names the path {path}: only a client with the manager's own uid may do that");
-                return Err(Error::new(Kind::PermissionDenied, message).about(field));
-            }
-        });
+    for (i, disk) in config.disks.iter_mut().enumerate() {
+        let image = way(&format!("disks[{i}].image"), std::mem::take(&mut disk.image)).await?;
+        let mut backing = Vec::new();
+        for (j, below) in disk.backing.iter_mut().enumerate() {
+            let field = format!("disks[{i}].backing[{j}]");
+            backing.push(way(&field, std::mem::take(&mut below.file)).await?);
+        }
+        jobs.push(DiskJob::new(i, disk, image, backing));
     }
-    let custom_memory = config.custom_memory;
+    let custom_memory = std::mem::take(&mut config.custom_memory);
+    let (guest, images) = (guest.to_owned(), manager.images.clone());
     let work = move || {
         check_memory(memory_mib.into(), &custom_memory, host::available_mib())?;
-        let mut files = jobs.into_iter().map(Job::run);
-        let mut next = || files.next().unwrap_or(Ok(None));
-        let (kernel, initrd) = (next()?, next()?);
+        let kernel = kernel.open("kernel", Requirements::READ)?;
+        let initrd = initrd.map(|way| way.open("initrd", Requirements::READ)).transpose()?;
         for (i, range) in custom_memory.iter().enumerate() {
             check_backing(i, range)?;
         }
-        Ok::<_, Error>((kernel, initrd, custom_memory))
+        let mut uses = Vec::new();
+        let open = |job: DiskJob| job.open(&guest, &images, &mut uses);
+        let disks = jobs.into_iter().map(open).collect::<Result<Vec<_>, _>>()?;
+        Ok::<_, Error>((kernel, initrd, custom_memory, disks, uses))
     };
     let done = manager.handle.spawn_blocking(work).await;
-    let (kernel, initrd, custom_memory) =
+    let (kernel, initrd, custom_memory, disks, uses) =
         done.map_err(|error| Error::new(Kind::NoResources, format!("the files cannot be opened: {error}")))??;
-    let file = |fd: Option<OwnedFd>| fd.map_or(File::None, File::Fd);
-    Ok(GuestConfig {
-        kernel: file(kernel),
-        initrd: file(initrd),
-        custom_memory,
-        ..config
+    config.kernel = File::Fd(kernel);
+    config.initrd = initrd.map_or(File::None, File::Fd);
+    config.custom_memory = custom_memory;
+    for (disk, files) in config.disks.iter_mut().zip(disks) {
+        let mut files = files.into_iter().map(File::Fd);
+        disk.image = files.next().unwrap_or_default();
+        for (below, file) in disk.backing.iter_mut().zip(files) {
+            below.file = file;
+        }
+    }
+    Ok((config, uses))
+}
+
+/// How to come by a file.
+async fn way(manager: &Manager, field: String, file: File, may_name_paths: bool) -> Result<Way, Error> {
+    Ok(match file {
+        File::None => return Err(Error::bad_config(field.clone(), format!("{field} names no file"))),
+        File::Fd(fd) => Way::Check(fd),
+        File::Bytes(bytes) => Way::Seal(bytes),
+        File::Upload(upload) => Way::Ready(manager.uploads.content(&field, upload).await?),
+        File::Path(path) if may_name_paths => Way::Open(path),
+        File::Path(path) => return Err(no_paths(&field, &path)),
     })
 }
 
-/// One file and how to come by it.
-enum Job {
-    Ready(Option<OwnedFd>),
-    Check(&'static str, OwnedFd),
-    Seal(&'static str, Vec<u8>),
-    Open(&'static str, String),
+/// The refusal of a path from a client that may not name any.
+pub(crate) fn no_paths(field: &str, path: &str) -> Error {
+    let message = format!("{field} names the path {path}: only a client with the manager's own uid may do that");
+    Error::new(Kind::PermissionDenied, message).about(field)
 }
 
-impl Job {
-    fn run(self) -> Result<Option<OwnedFd>, Error> {
-        Ok(match self {
-            Self::Ready(file) => file,
-            Self::Check(field, fd) => Some(readable(field, fd)?),
-            Self::Seal(field, bytes) => Some(sealed_memory(field, &bytes)?),
-            Self::Open(field, path) => {
+/// How to come by a file. What may block comes with [`Way::open`].
+enum Way {
+    Ready(OwnedFd),
+    Check(OwnedFd),
+    Seal(Vec<u8>),
+    Open(String),
+}
+
+impl Way {
+    /// The open file, fit for what is needed.
+    fn open(self, field: &str, needed: Requirements) -> Result<OwnedFd, Error> {
+        let fd = match self {
+            Self::Ready(fd) => return Ok(fd),
+            Self::Check(fd) => fd,
+            Self::Seal(bytes) => return sealed_memory(field, &bytes),
+            Self::Open(path) => {
                 // Opening must not wait for the other end of a pipe, nor become the controlling terminal's.
                 let flags = (OFlags::NONBLOCK | OFlags::NOCTTY).bits().cast_signed();
-                let opened = OpenOptions::new().read(true).custom_flags(flags).open(&path);
-                let fd = opened.map_err(|error| {
-                    let kind = match error.kind() {
-                        io::ErrorKind::NotFound => Kind::NotFound,
-                        io::ErrorKind::PermissionDenied => Kind::PermissionDenied,
-                        _ => Kind::BadConfig,
-                    };
-                    Error::new(kind, format!("{field}: {path} cannot be opened: {error}")).about(field)
-                })?;
-                Some(readable(field, fd.into())?)
+                let opened = OpenOptions::new()
+                    .read(true)
+                    .write(needed.writable)
+                    .custom_flags(flags)
+                    .open(&path);
+                opened
+                    .map_err(|error| cannot_open(field, &path, needed, &error))?
+                    .into()
             }
-        })
+        };
+        match check(&fd, needed) {
+            Ok(_) => Ok(fd),
+            Err(error) => Err(Error::bad_config(field, format!("{field}: {error}"))),
+        }
     }
 }
 
-fn readable(field: &str, fd: OwnedFd) -> Result<OwnedFd, Error> {
-    match check(&fd, Requirements::READ) {
-        Ok(_) => Ok(fd),
-        Err(error) => Err(Error::bad_config(field, format!("{field}: {error}"))),
-    }
+fn cannot_open(field: &str, path: &str, needed: Requirements, error: &io::Error) -> Error {
+    let kind = match error.kind() {
+        io::ErrorKind::NotFound => Kind::NotFound,
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => Kind::PermissionDenied,
+        _ => Kind::BadConfig,
+    };
+    let how = if needed.writable {
+        " for reading and writing"
+    } else {
+        ""
+    };
+    Error::new(kind, format!("{field}: {path} cannot be opened{how}: {error}")).about(field)
 }
 
 fn check_backing(index: usize, range: &MemoryBacking) -> Result<(), Error> {
@@ -178,10 +227,11 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
         std::fs::write(path("kernel"), "image").unwrap();
-        assert!(Job::Open("kernel", path("kernel")).run().unwrap().is_some());
-        let missing = kind(Job::Open("kernel", path("missing")).run());
+        let read = |field: &str, path| Way::Open(path).open(field, Requirements::READ);
+        assert!(read("kernel", path("kernel")).is_ok());
+        let missing = kind(read("kernel", path("missing")));
         assert_eq!(missing, (Kind::NotFound, "kernel".into()));
-        let not_a_file = kind(Job::Open("initrd", path(".")).run());
+        let not_a_file = kind(read("initrd", path(".")));
         assert_eq!(not_a_file, (Kind::BadConfig, "initrd".into()));
         // Would block for ever if it were opened for waiting.
         let name = std::ffi::CString::new(path("pipe")).unwrap();
@@ -193,18 +243,19 @@ mod tests {
             0,
         )
         .unwrap();
-        assert_eq!(kind(Job::Open("kernel", path("pipe")).run()).0, Kind::BadConfig);
+        assert_eq!(kind(read("kernel", path("pipe"))).0, Kind::BadConfig);
     }
 
     #[test]
     fn descriptors_are_checked() {
+        let given = |fd| Way::Check(fd).open("kernel", Requirements::READ);
         let memory = new_memory("kernel").unwrap();
-        let unsealed = kind(Job::Check("kernel", memory.into()).run());
+        let unsealed = kind(given(memory.into()));
         assert_eq!(unsealed, (Kind::BadConfig, "kernel".into()));
         let sealed = sealed_memory("kernel", b"image").unwrap();
-        assert!(Job::Check("kernel", sealed).run().is_ok());
+        assert!(given(sealed).is_ok());
         let (socket, _other) = UnixStream::pair().unwrap();
-        assert_eq!(kind(Job::Check("kernel", socket.into()).run()).0, Kind::BadConfig);
+        assert_eq!(kind(given(socket.into())).0, Kind::BadConfig);
     }
 
     #[test]

@@ -1,0 +1,214 @@
+//! Which guest uses which image, so that no image is written to by one while another uses it.
+//!
+//! Within a manager a table tells, by name. Towards guests of other managers, and whoever else keeps to it, the image carries a lock
+//! (flock(2)): exclusive for a guest that writes, shared for others. The lock belongs to the open file that the component gets, so it lasts
+//! exactly as long as somebody has that, even when the manager is killed.
+
+use std::{
+    collections::HashMap,
+    fs,
+    os::fd::OwnedFd,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use rustix::fs::{FileType, FlockOperation, flock, major, minor};
+use sepal_schema::error::{Error, Kind};
+
+use super::no_resources;
+
+/// What identifies a file on a host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct FileId {
+    device: u64,
+    inode: u64,
+}
+
+#[derive(Debug)]
+struct Use {
+    guest: String,
+    exclusive: bool,
+    number: u64,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    used: HashMap<FileId, Vec<Use>>,
+    numbers: u64,
+}
+
+/// The images that are in use.
+#[derive(Debug, Clone, Default)]
+pub struct Images(Arc<Mutex<Table>>);
+
+/// An image in use by a guest, until this is dropped.
+#[derive(Debug)]
+pub struct ImageUse {
+    images: Images,
+    file: FileId,
+    number: u64,
+}
+
+impl Drop for ImageUse {
+    fn drop(&mut self) {
+        let mut table = self.images.table();
+        if let Some(uses) = table.used.get_mut(&self.file) {
+            uses.retain(|used| used.number != self.number);
+            if uses.is_empty() {
+                table.used.remove(&self.file);
+            }
+        }
+    }
+}
+
+impl Images {
+    fn table(&self) -> std::sync::MutexGuard<'_, Table> {
+        // Nothing panics between two changes that belong together.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes `image` into use, `exclusive` for a guest that writes to it.
+    ///
+    /// # Errors
+    /// `ALREADY_RUNNING`, naming who uses it.
+    pub(super) fn claim(&self, guest: &str, field: &str, image: &OwnedFd, exclusive: bool) -> Result<ImageUse, Error> {
+        let status = rustix::fs::fstat(image).map_err(|error| no_resources(field, &error.into()))?;
+        let file = match FileType::from_raw_mode(status.st_mode) {
+            // Whatever node leads to it.
+            FileType::BlockDevice => FileId {
+                device: u64::MAX,
+                inode: status.st_rdev,
+            },
+            _ => FileId {
+                device: status.st_dev,
+                inode: status.st_ino,
+            },
+        };
+        let mut table = self.table();
+        let uses = table.used.get(&file).map_or(&[][..], Vec::as_slice);
+        if let Some(other) = uses.iter().find(|other| exclusive || other.exclusive) {
+            let who = match other.guest == guest {
+                true => "another disk of this guest".to_owned(),
+                false => format!("guest \"{}\"", other.guest),
+            };
+            return Err(in_use(field, &who, other.exclusive));
+        }
+        let wish = match exclusive {
+            true => FlockOperation::NonBlockingLockExclusive,
+            false => FlockOperation::NonBlockingLockShared,
+        };
+        match flock(image, wish) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                let locks = fs::read_to_string("/proc/locks").unwrap_or_default();
+                let place = format!(
+                    "{:02x}:{:02x}:{}",
+                    major(status.st_dev),
+                    minor(status.st_dev),
+                    status.st_ino
+                );
+                let (who, writes) = holder(&locks, &place);
+                return Err(in_use(field, &who, writes));
+            }
+            // A file system without locks.
+            Err(error) => tracing::debug!(field, "the image cannot be locked: {error}"),
+        }
+        table.numbers += 1;
+        let number = table.numbers;
+        table.used.entry(file).or_default().push(Use {
+            guest: guest.to_owned(),
+            exclusive,
+            number,
+        });
+        Ok(ImageUse {
+            images: self.clone(),
+            file,
+            number,
+        })
+    }
+}
+
+fn in_use(field: &str, who: &str, writes: bool) -> Error {
+    let how = if writes { "writes to it" } else { "uses it" };
+    let message =
+        format!("{field}: {who} {how}; a guest may only write to an image that nobody else uses at the same time");
+    Error::new(Kind::AlreadyRunning, message).about(field)
+}
+
+/// Who has locked the file at `place`, and whether exclusively, by what proc_locks(5) says.
+fn holder(locks: &str, place: &str) -> (String, bool) {
+    for line in locks.lines() {
+        let words: Vec<_> = line.split_ascii_whitespace().collect();
+        if let [_, "FLOCK", _, access, pid, file, ..] = words[..]
+            && file == place
+        {
+            return (format!("process {pid}"), access == "WRITE");
+        }
+    }
+    ("another program".to_owned(), false)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use super::*;
+
+    fn open(path: &std::path::Path) -> OwnedFd {
+        File::open(path).unwrap().into()
+    }
+
+    #[test]
+    fn one_writes_or_many_read() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        let images = Images::default();
+        let claim = |guest: &str, exclusive| images.claim(guest, "disks[0].image", &open(image.path()), exclusive);
+        let writer = claim("web", true).unwrap();
+        for exclusive in [true, false] {
+            let error = claim("db", exclusive).unwrap_err();
+            assert_eq!((error.kind, &error.about[..]), (Kind::AlreadyRunning, "disks[0].image"));
+            assert!(error.message.contains("guest \"web\" writes to it"), "{error}");
+        }
+        assert!(
+            claim("web", true)
+                .unwrap_err()
+                .message
+                .contains("another disk of this guest")
+        );
+        drop(writer);
+        let readers = (claim("web", false).unwrap(), claim("db", false).unwrap());
+        assert!(claim("mail", true).unwrap_err().message.contains("uses it"));
+        drop(readers);
+        claim("mail", true).unwrap();
+        assert!(images.table().used.is_empty());
+    }
+
+    #[test]
+    fn the_lock_is_seen_by_others_and_lasts_as_long_as_the_open_file() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        let (ours, theirs) = (Images::default(), Images::default());
+        let writer = open(image.path());
+        let claimed = ours.claim("web", "disks[0].image", &writer, true).unwrap();
+        drop(claimed);
+        let error = theirs
+            .claim("db", "disks[1].image", &open(image.path()), false)
+            .unwrap_err();
+        assert_eq!((error.kind, &error.about[..]), (Kind::AlreadyRunning, "disks[1].image"));
+        assert!(
+            error.message.contains(&format!("process {}", std::process::id())),
+            "{error}"
+        );
+        drop(writer);
+        theirs
+            .claim("db", "disks[1].image", &open(image.path()), false)
+            .unwrap();
+    }
+
+    #[test]
+    fn who_holds_a_lock_is_read() {
+        let locks = "1: POSIX  ADVISORY  WRITE 11 fe:01:7 0 EOF\n2: FLOCK  ADVISORY  READ 12 fe:01:7 0 EOF\n\
+                     3: FLOCK  ADVISORY  WRITE 13 fe:01:8 0 EOF\n";
+        assert_eq!(holder(locks, "fe:01:7"), ("process 12".into(), false));
+        assert_eq!(holder(locks, "fe:01:8"), ("process 13".into(), true));
+        assert_eq!(holder(locks, "fe:01:9"), ("another program".into(), false));
+    }
+}
