@@ -153,20 +153,20 @@ impl VirtioWorker {
 
     fn activate(&mut self, activation: Activation, watches: &mut Watches<'_, '_>) -> Result<(), DeviceError> {
         let Activation { features, queues } = activation;
-        // So that a violation from here on makes the device rest.
+        let made: Result<Vec<_>, _> = (0..)
+            .zip(queues)
+            .map(|(index, setup)| {
+                let make = |setup| Virtqueue::new(index, setup, features, self.memory.clone());
+                setup.map(make).transpose()
+            })
+            .collect();
+        match made {
+            Ok(queues) => self.queues = queues,
+            // The device has not heard of any of this yet.
+            Err(violation) => return self.fault(violation.into(), watches),
+        }
         self.active = true;
         self.features = features;
-        for (index, setup) in (0..).zip(queues) {
-            let Some(setup) = setup else { continue };
-            match Virtqueue::new(index, setup, features, self.memory.clone()) {
-                Ok(queue) => {
-                    if let Some(place) = self.queues.get_mut(usize::from(index)) {
-                        *place = Some(queue);
-                    }
-                }
-                Err(violation) => return self.fault(violation.into(), watches),
-            }
-        }
         self.guarded(watches, |device, context| device.activate(context))?;
         for index in 0..self.link.queue_count() {
             self.notify(index, watches)?;
