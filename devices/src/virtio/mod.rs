@@ -16,6 +16,7 @@
 //! - `testing` drives a device by rings written by hand, without a virtual machine.
 
 pub mod chain;
+pub mod console;
 pub mod device;
 mod link;
 #[cfg(test)]
