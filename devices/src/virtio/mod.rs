@@ -27,6 +27,7 @@ pub mod rng;
 pub mod testing;
 pub mod transport;
 pub mod violation;
+pub mod vsock;
 pub mod worker;
 
 /// Feature bits that belong to the transport and the rings (virtio 6), which no device offers by itself.
