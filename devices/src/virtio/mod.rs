@@ -21,6 +21,7 @@ pub mod device;
 mod link;
 #[cfg(test)]
 pub(crate) mod malformed;
+pub mod net;
 pub mod queue;
 pub mod rng;
 #[cfg(any(test, feature = "testing"))]
