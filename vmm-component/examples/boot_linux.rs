@@ -1,7 +1,8 @@
 //! Boots Linux on a machine without jail, manager or protocol, and copies its console to standard output with the time since the start.
 //!
-//! `boot_linux KERNEL INITRAMFS [vcpus=1] [mib=128] [button=TEXT] [type=TEXT] [limit=SECONDS] [-- COMMAND LINE]`
+//! `boot_linux KERNEL INITRAMFS [vcpus=1] [mib=128] [button=TEXT] [type=TEXT] [limit=SECONDS] [rng=0] [-- COMMAND LINE]`
 //!
+//! `rng=` is the number of entropy devices on the PCI bus.
 //! `button=` presses the power button when that text was seen on the console, `type=` writes a line to the console when `guest# ` was.
 
 #![allow(clippy::expect_used, reason = "what is not as expected fails the program")]
@@ -15,7 +16,8 @@ use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::Kvm;
-use sepal_vmm_component::machine::{Hooks, HostKind, Machine, MachineConfig};
+use sepal_devices::virtio::rng::{Rng, RngConfig};
+use sepal_vmm_component::machine::{DeviceSpec, Hooks, HostKind, Machine, MachineConfig};
 use sepal_vmm_component::memory::{MIB, MemoryConfig};
 
 fn main() {
@@ -46,6 +48,7 @@ fn main() {
             size_bytes: number("mib", 128) * MIB,
             custom: Vec::new(),
             huge_pages: false,
+            device_bytes: 0,
         },
         vcpus: u8::try_from(number("vcpus", 1)).expect("at most 255 vCPUs"),
         kernel: File::open(&options[0]).expect("the kernel"),
@@ -56,7 +59,12 @@ fn main() {
         cmdline: words.join(" "),
         serial: Some(guest_end.into()),
         host,
-        devices: Vec::new(),
+        devices: (0..number("rng", 0))
+            .map(|n| DeviceSpec {
+                name: format!("rng{n}"),
+                device: Box::new(Rng::new(RngConfig::default()).expect("an entropy device").0),
+            })
+            .collect(),
     };
     let (sender, events) = channel();
     let hooks = Hooks {

@@ -60,6 +60,7 @@ impl Guest {
                 size_bytes: 128 * MIB,
                 custom: Vec::new(),
                 huge_pages: false,
+                device_bytes: 0,
             },
             vcpus,
             kernel: File::open(built("kernel") + "/vmlinux").expect("the kernel"),

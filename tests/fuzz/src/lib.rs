@@ -34,6 +34,7 @@ impl Guest {
             size_bytes: mib * MIB,
             custom: Vec::new(),
             huge_pages: false,
+            device_bytes: 0,
         };
         let ram = GuestRam::new(config, &AtomicBool::new(false)).expect("memory for a small guest");
         let map = MemoryMap::new(ram.ranges());

@@ -40,6 +40,7 @@ fn machine(code: &[u8], vcpus: u8) -> Option<(Machine, Receiver<MachineEvent>)> 
             size_bytes: 16 * MIB,
             custom: Vec::new(),
             huge_pages: false,
+            device_bytes: 0,
         },
         vcpus,
         kernel,

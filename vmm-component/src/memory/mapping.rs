@@ -82,12 +82,12 @@ impl Reservation {
         let (address, len) = (self.base.wrapping_add(piece.guest.start as usize), piece.len() as usize);
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         let mut flags = MapFlags::SHARED | MapFlags::FIXED;
-        if piece.owner == Owner::Component {
+        if piece.is_own() {
             // A client's file is mapped with a reservation: if it is on huge pages, that makes sure that they are there.
             flags |= MapFlags::NORESERVE;
         }
         let fail = |what, errno: rustix::io::Errno| match piece.owner {
-            Owner::Component => MemoryError::Host {
+            Owner::Component | Owner::Device => MemoryError::Host {
                 what,
                 source: errno.into(),
             },

@@ -5,11 +5,12 @@
 //! hitting something else.
 //!
 //! ```text
-//!  guard | 0 .. HOLE_START | hole: no access | HOLE_END .. remainder | no access | a client's memfd | guard
-//!          \__ our memfd, offset 0 ___________/ and on: the remainder
+//!  guard | 0 .. HOLE_START | hole: no access | HOLE_END .. remainder | no access | a client's memfd | device region | guard
+//!          \__ our memfd, offset 0 ___________/ and on: the remainder                              and on: the region
 //! ```
 //!
-//! A client's memfd replaces, or adds to, what lies in its range ([`CustomRange`]).
+//! A client's memfd replaces, or adds to, what lies in its range ([`CustomRange`]). The device region is memory that a guest is not told of: a
+//! memory device gives it out piece by piece.
 
 mod discard;
 mod error;
@@ -45,6 +46,9 @@ pub const MAX_CUSTOM_RANGES: usize = 16;
 
 const PAGE: u64 = 4096;
 
+/// The device region starts at a multiple of this: the largest unit in which Linux adds memory.
+const DEVICE_ALIGNMENT: u64 = 2 << 30;
+
 /// A range of guest memory backed by a file of the client's.
 #[derive(Debug)]
 pub struct CustomRange {
@@ -68,6 +72,36 @@ pub struct MemoryConfig {
     /// Ask the host for transparent huge pages. The host's policy decides (`shmem_enabled`); it is no error if it
     /// does not grant them.
     pub huge_pages: bool,
+    /// Bytes of memory for a memory device, a multiple of 1 MiB; 0 for none. They cost nothing until they are used.
+    pub device_bytes: u64,
+}
+
+impl MemoryConfig {
+    /// Where the memory for a memory device will lie; empty if there is none.
+    ///
+    /// # Errors
+    ///
+    /// Sizes that are not multiples of 1 MiB, or more than a guest can address.
+    pub fn device_region(&self) -> Result<Range<u64>, MemoryError> {
+        let (size, device) = (self.size_bytes, self.device_bytes);
+        for size in [size, device] {
+            if !size.is_multiple_of(MIB) {
+                return Err(MemoryError::NotMebibytes { size });
+            }
+        }
+        let ram = layout::HOLE_END.saturating_add(size.saturating_sub(layout::HOLE_START));
+        let custom = self.custom.iter().map(|range| range.end);
+        let start = custom
+            .fold(ram, u64::max)
+            .checked_next_multiple_of(DEVICE_ALIGNMENT)
+            .unwrap_or(u64::MAX);
+        let end = start.saturating_add(device);
+        if device > 0 && end > layout::MAX_GUEST_ADDRESS {
+            let most = layout::MAX_GUEST_ADDRESS.saturating_sub(start);
+            return Err(MemoryError::TooLarge { size: device, most });
+        }
+        Ok(start..end)
+    }
 }
 
 /// A stretch of guest memory that is contiguous in guest physical and host addresses: one KVM memslot.
@@ -90,6 +124,8 @@ pub struct GuestRam {
     memory: GuestMemoryMmap,
     reservation: Reservation,
     ranges: Vec<Range<u64>>,
+    /// All of it, RAM and the device region.
+    mapped: Vec<Range<u64>>,
     /// What is backed by the component's own memfd.
     own: Vec<Range<u64>>,
 }
@@ -106,6 +142,8 @@ struct Piece {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Owner {
     Component,
+    /// The component, for a memory device.
+    Device,
     /// Index of the client's range.
     Client(usize),
 }
@@ -114,13 +152,15 @@ impl GuestRam {
     /// Makes the memory that `config` asks for. Nothing of it is populated yet. `cancel` is looked at between the
     /// steps, of which each is a few system calls.
     pub fn new(config: MemoryConfig, cancel: &AtomicBool) -> Result<GuestRam, MemoryError> {
+        check_size(config.size_bytes)?;
+        let device = config.device_region()?;
         let MemoryConfig {
             size_bytes,
             custom,
             huge_pages,
+            device_bytes: _,
         } = config;
-        check_size(size_bytes)?;
-        let pieces = plan(size_bytes, custom)?;
+        let pieces = plan(size_bytes, custom, device)?;
         let end = pieces.last().map_or(size_bytes, |piece| piece.guest.end);
         let mut reservation = Reservation::new(end)?;
         let mut regions = Vec::with_capacity(pieces.len());
@@ -128,18 +168,15 @@ impl GuestRam {
             if cancel.load(Ordering::Relaxed) {
                 return Err(MemoryError::Cancelled);
             }
-            regions.push(reservation.map(piece, huge_pages && piece.owner == Owner::Component)?);
+            regions.push(reservation.map(piece, huge_pages && piece.is_own())?);
         }
         let memory = GuestMemoryMmap::from_regions(regions).map_err(|source| MemoryError::Regions { source })?;
         Ok(GuestRam {
             memory,
             reservation,
-            ranges: merge(pieces.iter().map(|piece| piece.guest.clone())),
-            own: pieces
-                .iter()
-                .filter(|piece| piece.owner == Owner::Component)
-                .map(|piece| piece.guest.clone())
-                .collect(),
+            ranges: merge(ranges_of(&pieces, |piece| piece.owner != Owner::Device)),
+            mapped: merge(ranges_of(&pieces, |_| true)),
+            own: ranges_of(&pieces, Piece::is_own).collect(),
         })
     }
 
@@ -152,7 +189,7 @@ impl GuestRam {
     /// The memslots to set, each as large as can be, in ascending order: the first is the one that a guest starts
     /// in.
     pub fn slots(&self) -> impl Iterator<Item = MemorySlot> + '_ {
-        self.ranges.iter().map(|range| MemorySlot {
+        self.mapped.iter().map(|range| MemorySlot {
             guest_phys: range.start,
             size: range.end - range.start,
             host_addr: self.reservation.host_address(range.start),
@@ -161,7 +198,7 @@ impl GuestRam {
 
     /// First address after all memory.
     pub fn end(&self) -> u64 {
-        self.slots().map(|slot| slot.guest_phys + slot.size).max().unwrap_or(0)
+        self.mapped.last().map_or(0, |range| range.end)
     }
 
     /// What gives pages back to the host, for a device.
@@ -212,8 +249,8 @@ fn check_host(size: u64, total: u64, free: u64) -> Result<(), MemoryError> {
     }
 }
 
-/// Checks the client's ranges and lays out every piece, ascending.
-fn plan(size: u64, custom: Vec<CustomRange>) -> Result<Vec<Piece>, MemoryError> {
+/// Checks the client's ranges and lays out every piece, ascending; `device` is the device region, above all others.
+fn plan(size: u64, custom: Vec<CustomRange>, device: Range<u64>) -> Result<Vec<Piece>, MemoryError> {
     if custom.len() > MAX_CUSTOM_RANGES {
         return Err(MemoryError::TooManyRanges {
             count: custom.len(),
@@ -232,7 +269,7 @@ fn plan(size: u64, custom: Vec<CustomRange>) -> Result<Vec<Piece>, MemoryError> 
         mapping::check_memfd(&range.memfd, &(range.start..range.end)).map_err(fail)?;
     }
 
-    let own = Arc::new(create_memfd(size)?);
+    let own = Arc::new(create_memfd(size + (device.end - device.start))?);
     let client: Vec<Range<u64>> = custom.iter().map(|range| range.start..range.end).collect();
     let mut offset = 0;
     let mut pieces = Vec::new();
@@ -247,6 +284,14 @@ fn plan(size: u64, custom: Vec<CustomRange>) -> Result<Vec<Piece>, MemoryError> 
             });
         }
         offset += ram.end - ram.start;
+    }
+    if !device.is_empty() {
+        pieces.push(Piece {
+            guest: device,
+            file: own,
+            offset,
+            owner: Owner::Device,
+        });
     }
     for (index, range) in custom.into_iter().enumerate() {
         pieces.push(Piece {
@@ -276,6 +321,14 @@ fn create_memfd(size: u64) -> Result<File, MemoryError> {
     Ok(File::from(fd))
 }
 
+/// The ranges of those pieces that `wanted` picks.
+fn ranges_of(pieces: &[Piece], wanted: impl Fn(&Piece) -> bool) -> impl Iterator<Item = Range<u64>> {
+    pieces
+        .iter()
+        .filter(move |piece| wanted(piece))
+        .map(|piece| piece.guest.clone())
+}
+
 /// Joins adjacent ranges of an ascending sequence.
 fn merge(ranges: impl Iterator<Item = Range<u64>>) -> Vec<Range<u64>> {
     let mut merged: Vec<Range<u64>> = Vec::new();
@@ -289,6 +342,11 @@ fn merge(ranges: impl Iterator<Item = Range<u64>>) -> Vec<Range<u64>> {
 }
 
 impl Piece {
+    /// Whether the component's own memfd backs it.
+    fn is_own(&self) -> bool {
+        matches!(self.owner, Owner::Component | Owner::Device)
+    }
+
     fn len(&self) -> u64 {
         self.guest.end - self.guest.start
     }

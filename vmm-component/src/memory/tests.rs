@@ -3,6 +3,7 @@
 use std::os::fd::{AsFd, AsRawFd};
 
 use proptest::prelude::*;
+use sepal_devices::virtio::device::Reclaim as _;
 use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::*;
@@ -29,6 +30,7 @@ fn make(size_bytes: u64, custom: Vec<CustomRange>) -> Result<GuestRam, MemoryErr
         size_bytes,
         custom,
         huge_pages: false,
+        device_bytes: 0,
     };
     GuestRam::new(config, &AtomicBool::new(false))
 }
@@ -111,6 +113,7 @@ fn huge_pages_are_asked_for_and_not_required() {
         size_bytes: 4 * MIB,
         custom: vec![],
         huge_pages: true,
+        device_bytes: 0,
     };
     let ram = GuestRam::new(config, &AtomicBool::new(false)).unwrap();
     ram.memory().write_obj(1_u8, GuestAddress(0)).unwrap();
@@ -242,12 +245,106 @@ fn dropped_memory_is_unmapped() {
     assert_eq!(Arc::strong_count(&file), 1);
 }
 
+/// Memory of 4 MiB with a client's range above it and a region for a memory device.
+fn with_device_region(device_bytes: u64, custom: Vec<CustomRange>) -> Result<GuestRam, MemoryError> {
+    let config = MemoryConfig {
+        size_bytes: 4 * MIB,
+        custom,
+        huge_pages: false,
+        device_bytes,
+    };
+    GuestRam::new(config, &AtomicBool::new(false))
+}
+
+#[test]
+fn a_device_region_is_memory_that_the_guest_is_not_told_of() {
+    let ram = with_device_region(64 * MIB, vec![custom(5 * GIB, 5 * GIB + MIB)]).unwrap();
+    let region = 6 * GIB..6 * GIB + 64 * MIB;
+    assert_eq!(ram.ranges(), [0..4 * MIB, 5 * GIB..5 * GIB + MIB]);
+    let slots: Vec<(u64, u64)> = ram.slots().map(|slot| (slot.guest_phys, slot.size)).collect();
+    assert_eq!(slots, [(0, 4 * MIB), (5 * GIB, MIB), (6 * GIB, 64 * MIB)]);
+    assert_eq!(ram.end(), region.end);
+    ram.memory().write_obj(7_u64, GuestAddress(region.end - 8)).unwrap();
+    let map = MemoryMap::new(ram.ranges());
+    assert!(map.usable().all(|usable| usable.end <= region.start));
+}
+
+#[test]
+fn a_device_region_that_cannot_be_is_refused() {
+    assert!(matches!(
+        with_device_region(MIB + 1, vec![]),
+        Err(MemoryError::NotMebibytes { .. })
+    ));
+    assert!(matches!(
+        with_device_region(1 << 42, vec![]),
+        Err(MemoryError::TooLarge { .. })
+    ));
+}
+
+/// Bytes that the file behind an address holds.
+fn allocated(ram: &GuestRam, address: u64) -> u64 {
+    let region = ram.memory().find_region(GuestAddress(address)).unwrap();
+    let stat = rustix::fs::fstat(region.file_offset().unwrap().file()).unwrap();
+    stat.st_blocks as u64 * 512
+}
+
+#[test]
+fn discarded_pages_go_back_to_the_host_and_read_as_zeroes() {
+    let ram = with_device_region(4 * MIB, vec![]).unwrap();
+    let discard = ram.discard();
+    for start in [MIB, 4 * GIB] {
+        let before = allocated(&ram, start);
+        ram.memory()
+            .write_slice(&vec![1; MIB as usize], GuestAddress(start))
+            .unwrap();
+        assert_eq!(allocated(&ram, start), before + MIB);
+        discard.discard(start + PAGE, MIB - 2 * PAGE).unwrap();
+        assert_eq!(allocated(&ram, start), before + 2 * PAGE);
+        let read = |at| ram.memory().read_obj::<u8>(GuestAddress(at)).unwrap();
+        assert_eq!((read(start + PAGE - 1), read(start + PAGE)), (1, 0));
+        assert_eq!((read(start + MIB - PAGE - 1), read(start + MIB - PAGE)), (0, 1));
+    }
+}
+
+#[test]
+fn what_is_a_clients_is_not_discarded() {
+    let ram = make(4 * MIB, vec![custom(MIB, 2 * MIB)]).unwrap();
+    ram.memory()
+        .write_slice(&vec![1; 3 * MIB as usize], GuestAddress(0))
+        .unwrap();
+    ram.discard().discard(0, 3 * MIB).unwrap();
+    let read = |at| ram.memory().read_obj::<u8>(GuestAddress(at)).unwrap();
+    assert_eq!(
+        [read(MIB - 1), read(MIB), read(2 * MIB - 1), read(2 * MIB)],
+        [0, 1, 1, 0]
+    );
+}
+
+#[test]
+fn a_range_that_is_not_memory_is_not_discarded() {
+    let ram = make(4 * MIB, vec![]).unwrap();
+    let discard = ram.discard();
+    for (start, len) in [
+        (1, PAGE),
+        (0, 1),
+        (4 * MIB - PAGE, 2 * PAGE),
+        (u64::MAX - PAGE + 1, PAGE),
+        (u64::MAX - PAGE + 1, 2 * PAGE),
+        (0, u64::MAX - PAGE + 1),
+    ] {
+        let error = discard.discard(start, len).unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::InvalidInput, "{start:#x} {len:#x}");
+    }
+    discard.discard(0, 0).unwrap();
+}
+
 #[test]
 fn cancelled() {
     let config = MemoryConfig {
         size_bytes: 4 * MIB,
         custom: vec![],
         huge_pages: false,
+        device_bytes: 0,
     };
     assert!(matches!(
         GuestRam::new(config, &AtomicBool::new(true)),

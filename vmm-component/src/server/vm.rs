@@ -17,6 +17,7 @@ use sepal_schema::{config::MemoryBacking, error::Error};
 
 use sepal_runner::inner;
 
+use super::devices::{Handles, Requests};
 use crate::{
     lifecycle::Generation,
     machine::{Hooks, HostKind, Machine, MachineConfig, MachineEvent, MachineStats, Spare, ThreadRole},
@@ -43,6 +44,8 @@ pub struct VmSpec {
     pub unassisted: bool,
     /// Stream socket of the serial port.
     pub serial: Option<OwnedFd>,
+    /// Devices on the bus.
+    pub devices: Requests,
 }
 
 /// Where a machine's threads tell what happened; never blocks.
@@ -67,6 +70,8 @@ pub trait Vm: Send {
     fn nmi(&mut self) -> Result<(), Error>;
     /// Counters, taken without waking a vCPU.
     fn stats(&self) -> MachineStats;
+    /// The host's side of its devices.
+    fn devices(&self) -> Handles;
     /// Ends all threads, flushes what the guest printed last, and gives the memory back. Fails with the names of threads that did not end.
     fn tear_down(self: Box<Self>) -> Result<(), String>;
 }
@@ -85,10 +90,12 @@ pub fn builder(kvm: Kvm) -> Builder {
         .spawn(move || Spare::new(&for_spare));
     let spare = Mutex::new(spare.ok());
     Arc::new(move |generation, spec, events, cancel| {
+        let (specs, devices) = spec.devices.make()?;
         let memory = MemoryConfig {
             size_bytes: u64::from(spec.memory_mib) * MIB,
             custom: spec.custom_memory.into_iter().map(custom_range).collect(),
             huge_pages: spec.huge_pages,
+            device_bytes: 0,
         };
         let config = MachineConfig {
             generation,
@@ -103,7 +110,7 @@ pub fn builder(kvm: Kvm) -> Builder {
             } else {
                 HostKind::Hardware
             },
-            devices: Vec::new(),
+            devices: specs,
         };
         let hooks = Hooks {
             thread_setup: Arc::new(narrow),
@@ -116,7 +123,7 @@ pub fn builder(kvm: Kvm) -> Builder {
             None => Machine::create(&kvm, config, hooks, cancel),
         };
         let machine = machine.map_err(|error| error.to_error())?;
-        Ok(Box::new(machine) as Box<dyn Vm>)
+        Ok(Box::new(RealVm { machine, devices }) as Box<dyn Vm>)
     })
 }
 
@@ -144,37 +151,47 @@ fn narrow(role: ThreadRole) -> io::Result<()> {
     inner::narrow(role).map_err(io::Error::other)
 }
 
-impl Vm for Machine {
+/// A machine and its devices.
+struct RealVm {
+    machine: Machine,
+    devices: Handles,
+}
+
+impl Vm for RealVm {
     fn start(&mut self) -> Result<(), Error> {
-        Machine::start(self).map_err(|error| error.to_error())
+        self.machine.start().map_err(|error| error.to_error())
     }
 
     fn pause(&mut self) {
-        Machine::pause(self);
+        self.machine.pause();
     }
 
     fn is_paused(&self) -> bool {
-        Machine::is_paused(self)
+        self.machine.is_paused()
     }
 
     fn resume(&mut self) {
-        Machine::resume(self);
+        self.machine.resume();
     }
 
     fn press_power_button(&mut self) -> Result<(), Error> {
-        Machine::press_power_button(self).map_err(|error| error.to_error())
+        self.machine.press_power_button().map_err(|error| error.to_error())
     }
 
     fn nmi(&mut self) -> Result<(), Error> {
-        Machine::nmi(self).map_err(|error| error.to_error())
+        self.machine.nmi().map_err(|error| error.to_error())
     }
 
     fn stats(&self) -> MachineStats {
-        Machine::stats(self)
+        self.machine.stats()
+    }
+
+    fn devices(&self) -> Handles {
+        self.devices.clone()
     }
 
     fn tear_down(self: Box<Self>) -> Result<(), String> {
-        let stopped = (*self).join(PATIENCE);
+        let stopped = self.machine.join(PATIENCE);
         if stopped.stuck.is_empty() {
             Ok(())
         } else {

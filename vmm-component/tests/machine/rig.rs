@@ -57,6 +57,7 @@ pub(crate) fn config(code: &[u8], vcpus: u8, serial: Option<OwnedFd>) -> Machine
             size_bytes: 16 * MIB,
             custom: Vec::new(),
             huge_pages: false,
+            device_bytes: 0,
         },
         vcpus,
         kernel: file(&guests::elf(code)),

@@ -28,6 +28,7 @@ impl Guest {
             size_bytes: mib * MIB,
             custom: vec![],
             huge_pages: false,
+            device_bytes: 0,
         };
         let ram = GuestRam::new(config, &AtomicBool::new(false)).unwrap();
         let map = MemoryMap::new(ram.ranges());
