@@ -141,6 +141,10 @@ const SOCKET_OPTIONS: &[&[Argument]] = &[
     &[is(1, libc::SOL_SOCKET), is(2, libc::SO_RCVBUF)],
 ];
 
+/// What is registered with a ring before its first use: IORING_REGISTER_FILES, IORING_REGISTER_RESTRICTIONS, IORING_REGISTER_ENABLE_RINGS
+/// (linux/io_uring.h). A ring that was restricted takes nothing after that.
+const RING_SETUP: &[&[Argument]] = &[&[is(1, 2)], &[is(1, 11)], &[is(1, 12)]];
+
 pub(super) const CALLS: &[Call] = &[
     // Descriptors that a thread has.
     any(libc::SYS_read, ALL),
@@ -237,9 +241,9 @@ pub(super) const CALLS: &[Call] = &[
     when(libc::SYS_newfstatat, FILES, BY_DESCRIPTOR_FLAG_3),
     when(libc::SYS_statx, FILES, BY_DESCRIPTOR_FLAG_2),
     // A ring goes round these filters, so only the control thread's job of creation makes one, and restricts it to the operations and files of
-    // its disk for good; the disk's loop can only submit.
+    // its disk for good; the disk's loop can only enable it, which binds it to that thread, and submit.
     any(libc::SYS_io_uring_setup, C),
-    any(libc::SYS_io_uring_register, C),
+    when(libc::SYS_io_uring_register, C | DISK, RING_SETUP),
     any(libc::SYS_io_uring_enter, C | DISK),
     // Sockets that are connected, and pipes.
     any(libc::SYS_sendto, SOCKETS),

@@ -225,7 +225,10 @@ pub(crate) const ATTEMPTS: &[Attempt] = &[
     forbidden("sethostname", |_| sys(libc::SYS_sethostname, [path(c"x"), 1])),
     // Rings open files and sockets without a system call for each: whoever could make one, or change what one may do, would be out of its filter.
     answers("io-uring-setup", libc::EINVAL, &[Control], |_| ring()),
-    answers("io-uring-register", libc::EBADF, &[Control], |_| {
+    forbidden("io-uring-register-buffers", |_| {
+        sys(libc::SYS_io_uring_register, [1 << 20, 0, 0, 0])
+    }),
+    answers("io-uring-enable", libc::EBADF, &[Control, Disk], |_| {
         without_rings(sys(libc::SYS_io_uring_register, [1 << 20, 12, 0, 0]), libc::EBADF)
     }),
     answers("io-uring-enter", libc::EBADF, &[Control, Disk], |_| {
