@@ -18,6 +18,7 @@
 //! A vCPU never waits for a device's thread: the lock between them is never held in a system call. A device's thread that panics or hangs
 //! is quarantined or left alone; its bus side goes on answering.
 
+mod alarm;
 pub mod bus;
 pub mod dispatch;
 pub mod generation_id;

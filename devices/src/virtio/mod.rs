@@ -15,6 +15,7 @@
 //!   driver resets it.
 //! - `testing` drives a device by rings written by hand, without a virtual machine.
 
+pub mod balloon;
 pub mod chain;
 pub mod console;
 pub mod device;
