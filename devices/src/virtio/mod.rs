@@ -23,6 +23,7 @@ mod link;
 #[cfg(test)]
 pub(crate) mod malformed;
 pub mod net;
+pub mod memory;
 pub mod queue;
 pub mod rng;
 #[cfg(any(test, feature = "testing"))]

@@ -41,7 +41,8 @@ fn violation(rig: &mut Rig<Balloon>, queue: u16, buffers: &[Buffer]) -> String {
 
 fn ask(handle: &BalloonHandle, timeout: Duration) -> Answer {
     let (sender, receiver) = channel();
-    handle.request_stats(timeout, move |answer| sender.send(answer).unwrap());
+    // A test may end before its answer comes.
+    handle.request_stats(timeout, move |answer| drop(sender.send(answer)));
     receiver
 }
 
