@@ -1,13 +1,17 @@
 //! What to boot, and one guest driven step by step.
 
 use std::{
-    fs::File,
-    path::PathBuf,
+    fs::{self, File, OpenOptions},
+    io::{Seek, Write},
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
 use sepal_schema::{
-    config::{self, GuestConfig},
+    config::{
+        self, GuestConfig,
+        device::{Disk, DiskFormat, DiskMode, Network},
+    },
     error::read_completion,
     guest_capnp::{guest, observer, output, power, serial},
     info::GuestInfo,
@@ -16,27 +20,38 @@ use sepal_schema::{
 };
 
 use crate::{
+    archive,
     error::HarnessError,
     manager::{Manager, PATIENCE},
+    report::Report,
 };
 
 /// Bytes of output that an error shows.
 const TAIL: usize = 4096;
 
 /// What to boot. Everything has a default: without a kernel it is the embedded guest.
-#[derive(Debug, Default, Clone)]
+#[derive(Default)]
 pub struct Boot {
     kernel: Option<PathBuf>,
     initrd: Option<PathBuf>,
-    cmdline: String,
-    cpus: u8,
-    memory_mib: i32,
+    script: Option<String>,
+    image: Option<&'static [u8]>,
+    config: GuestConfig,
 }
 
 impl Boot {
     /// The embedded guest with the defaults of the protocol.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// The guest that drives virtio devices, with these commands; `sepal-driver-guest` says which there are.
+    pub fn drivers(commands: &str) -> Self {
+        let boot = Self {
+            image: Some(sepal_driver_guest::IMAGE),
+            ..Self::default()
+        };
+        boot.cmdline(format!("run={commands}")).memory_mib(64)
     }
 
     /// Boots this ELF image or bzImage.
@@ -53,24 +68,52 @@ impl Boot {
         self
     }
 
+    /// With this shell script as `/script` in the initial RAM file system, where `sepal.run=script` finds it.
+    #[must_use]
+    pub fn script(mut self, script: impl Into<String>) -> Self {
+        self.script = Some(script.into());
+        self
+    }
+
     /// With this kernel command line.
     #[must_use]
     pub fn cmdline(mut self, cmdline: impl Into<String>) -> Self {
-        self.cmdline = cmdline.into();
+        self.config.cmdline = cmdline.into();
         self
     }
 
     /// With this many vCPUs.
     #[must_use]
     pub fn cpus(mut self, cpus: u8) -> Self {
-        self.cpus = cpus;
+        self.config.cpus = cpus;
         self
     }
 
     /// With this much memory, in MiB.
     #[must_use]
     pub fn memory_mib(mut self, memory_mib: i32) -> Self {
-        self.memory_mib = memory_mib;
+        self.config.memory_mib = memory_mib;
+        self
+    }
+
+    /// With a further disk.
+    #[must_use]
+    pub fn disk(mut self, disk: Disk) -> Self {
+        self.config.disks.push(disk);
+        self
+    }
+
+    /// With a further network device.
+    #[must_use]
+    pub fn network(mut self, network: Network) -> Self {
+        self.config.networks.push(network);
+        self
+    }
+
+    /// With whatever else the configuration has.
+    #[must_use]
+    pub fn configure(mut self, change: impl FnOnce(&mut GuestConfig)) -> Self {
+        change(&mut self.config);
         self
     }
 
@@ -84,31 +127,65 @@ impl Boot {
 
     /// The configuration, with its files opened.
     pub(crate) fn config(self) -> Result<GuestConfig, HarnessError> {
-        Ok(GuestConfig {
-            kernel: open(self.kernel)?,
-            initrd: open(self.initrd)?,
-            cmdline: self.cmdline,
-            cpus: self.cpus,
-            memory_mib: self.memory_mib,
-            ..GuestConfig::default()
-        })
+        let mut config = self.config;
+        if let Some(image) = self.image {
+            config.kernel = config::File::Fd(temporary(&[image])?.into());
+        }
+        if let Some(path) = self.kernel {
+            config.kernel = open(path)?;
+        }
+        match (self.initrd, self.script) {
+            (Some(path), Some(script)) => {
+                let first = fs::read(&path).map_err(|source| HarnessError::Open { path, source })?;
+                let second = archive::archive("script", script.as_bytes());
+                config.initrd = config::File::Fd(temporary(&[&first, &second])?.into());
+            }
+            (Some(path), None) => config.initrd = open(path)?,
+            (None, _) => {}
+        }
+        Ok(config)
     }
 }
 
-fn open(path: Option<PathBuf>) -> Result<config::File, HarnessError> {
-    let Some(path) = path else {
-        return Ok(config::File::None);
-    };
+/// An image as a disk, opened for what `mode` needs.
+///
+/// # Errors
+/// When it cannot be opened.
+pub fn disk(path: &Path, mode: DiskMode, format: DiskFormat) -> Result<Disk, HarnessError> {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(mode == DiskMode::ReadWrite)
+        .open(path);
+    let file = file.map_err(|source| HarnessError::Open {
+        path: path.into(),
+        source,
+    })?;
+    let mut disk = Disk::new(config::File::Fd(file.into()), mode);
+    disk.format = format;
+    Ok(disk)
+}
+
+fn open(path: PathBuf) -> Result<config::File, HarnessError> {
     match File::open(&path) {
         Ok(file) => Ok(config::File::Fd(file.into())),
         Err(source) => Err(HarnessError::Open { path, source }),
     }
 }
 
+/// A file without a name that holds these pieces.
+fn temporary(pieces: &[&[u8]]) -> Result<File, HarnessError> {
+    let written = tempfile::tempfile().and_then(|mut file| {
+        pieces.iter().try_for_each(|piece| file.write_all(piece))?;
+        file.rewind()?;
+        Ok(file)
+    });
+    written.map_err(HarnessError::io("writing a temporary file"))
+}
+
 /// A guest that was launched. Dropping it ends the guest and its manager.
 pub struct Guest {
-    manager: Manager,
-    guest: guest::Client,
+    pub(crate) manager: Manager,
+    pub(crate) guest: guest::Client,
     /// Held: the guest ends when it is dropped.
     _lease: guest_manager::lease::Client,
     output: Vec<u8>,
@@ -152,6 +229,21 @@ impl Guest {
             find(&fresh[after..], b"\n").map(|end| after + end + 1)
         })?;
         Ok(found.lines().last().unwrap_or_default().to_owned())
+    }
+
+    /// Waits for the line in which the guest reports on `name`: `ok NAME ...` or `fail NAME ...`.
+    ///
+    /// # Errors
+    /// As [`wait_for`](Self::wait_for); [`HarnessError::Failed`] if it reports a failure, of this or of the whole guest.
+    pub fn wait_for_report(&mut self, name: &str, patience: Duration) -> Result<Report, HarnessError> {
+        let found = self.wait_until(&format!("a report on {name:?}"), patience, |fresh| {
+            let mut end = 0;
+            fresh.split_inclusive(|&byte| byte == b'\n').find_map(|line| {
+                end += line.len();
+                (line.ends_with(b"\n") && Report::is_about(name, line)).then_some(end)
+            })
+        })?;
+        Report::parse(found.lines().last().unwrap_or_default())
     }
 
     /// Waits until `search` finds something in the output that earlier waits have not passed; it returns where that ends.
@@ -296,7 +388,7 @@ impl Guest {
         Ok(true)
     }
 
-    fn timed_out(&self, what: &str, patience: Duration) -> HarnessError {
+    pub(crate) fn timed_out(&self, what: &str, patience: Duration) -> HarnessError {
         HarnessError::TimedOut {
             what: what.into(),
             patience,

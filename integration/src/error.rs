@@ -40,6 +40,17 @@ pub enum HarnessError {
     /// The connection broke.
     #[error("talking to the guest manager: {0}")]
     Rpc(#[from] capnp::Error),
+    /// A program of the host failed.
+    #[error("{command} failed: {said}")]
+    Command {
+        /// The command line.
+        command: String,
+        /// What it printed.
+        said: String,
+    },
+    /// The guest reports that something failed.
+    #[error("the guest reports: {0}")]
+    Failed(String),
     /// What was waited for did not come.
     #[error("{what} did not happen within {patience:?}; the guest's last output:\n{output}")]
     TimedOut {

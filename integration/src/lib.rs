@@ -14,16 +14,24 @@
 //!
 //! - `artifacts`: the test kernel and its initramfs, built once and cached.
 //! - `boot`: [`Boot`] says what to boot; [`Guest`] waits for lines, types, and asserts how it ended.
+//! - `facets`: what a client does to the devices of a guest.
+//! - `host`: what devices need on the host: images, networks apart from the host's, the other ends of connections.
 //! - `manager`: [`Manager`], a guest manager of one's own.
 //! - `programs`: where the programs of this build are.
 
+mod archive;
 pub mod artifacts;
 mod boot;
 mod error;
+mod facets;
+pub mod host;
 mod manager;
 mod programs;
+mod report;
 
-pub use boot::{Boot, Guest};
+pub use boot::{Boot, Guest, disk};
 pub use error::HarnessError;
+pub use facets::{BalloonSize, MemorySize};
 pub use manager::Manager;
 pub use programs::program;
+pub use report::Report;
