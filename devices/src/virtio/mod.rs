@@ -16,14 +16,15 @@
 //! - `testing` drives a device by rings written by hand, without a virtual machine.
 
 pub mod balloon;
+pub mod block;
 pub mod chain;
 pub mod console;
 pub mod device;
 mod link;
 #[cfg(test)]
 pub(crate) mod malformed;
-pub mod net;
 pub mod memory;
+pub mod net;
 pub mod queue;
 pub mod rng;
 #[cfg(any(test, feature = "testing"))]

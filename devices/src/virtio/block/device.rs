@@ -1,0 +1,607 @@
+//! The device: takes requests, has them done, answers them.
+//!
+//! One pass of [`Block::service`] collects what the engine has done, takes a share of what each queue has, and tells the driver; passes follow each
+//! other while there is something to do. Then it looks out for a moment (see `poll`), asks for doorbells, and returns to the loop.
+
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use event_manager::EventSet;
+use vm_memory::{Bytes, GuestAddress};
+
+use super::backend::Job;
+use super::buffers::Buffers;
+use super::config::{
+    self, BlockConfig, BlockError, BlockInfo, DiskMode, F_DISCARD, F_FLUSH, F_WRITE_ZEROES, FileRole, MAX_QUEUES,
+    QUEUE_SIZE,
+};
+use super::engine::{self, Done, Engine};
+use super::handle::{BlockHandle, Resize, ResizeError, Shared};
+use super::image::{self, Image};
+use super::poll::Poll;
+use super::request::{self, ID_BYTES, IOERR, Limits, OK, Operation, Request, SECTOR};
+use crate::dispatch::{DeviceError, DeviceEvent};
+use crate::rate::{RateLimit, RateLimiter, RateTimer};
+use crate::virtio::chain::Chain;
+use crate::virtio::device::{ConfigLayout, Context, DeviceKind, Fault, VirtioDevice};
+use crate::virtio::violation::Violation;
+
+const ENGINE: u32 = 0;
+const RATE: u32 = 1;
+const ORDERS: u32 = 2;
+
+/// Most requests that one queue has taken before the others, and the driver, have their turn.
+const SHARE: usize = 32;
+/// Longest that the loop is kept from its other events while there is work, in nanoseconds.
+const TURN: u128 = 1_000_000;
+/// Longest transfer, in bytes, that the loop's thread does itself: what a copy takes no longer than a switch of threads, some times over.
+const AT_ONCE: u64 = 256 << 10;
+/// A write that took longer than this found the page cache busy with storage.
+const SLOW_WRITE: Duration = Duration::from_millis(2);
+/// So many writes are left to the engine then.
+const WRITES_AFTER_SLOW: u32 = 64;
+/// Failures that are reported at once, and a second: a guest can make as many as it likes.
+const REPORTS: RateLimit = RateLimit {
+    bytes_per_second: 0,
+    operations_per_second: 1,
+    burst_bytes: 0,
+    burst_operations: 16,
+};
+
+/// A request that the engine has.
+struct Flying {
+    queue: u16,
+    chain: Chain,
+}
+
+/// A disk. Its other half is the [`BlockHandle`] that is made with it.
+pub struct Block {
+    shared: Arc<Shared>,
+    image: Image,
+    id: [u8; ID_BYTES],
+    mode: DiskMode,
+    block_size: u32,
+    queues: u16,
+    io_uring: bool,
+    engine: Option<Box<dyn Engine>>,
+    flying: Vec<Option<Flying>>,
+    /// Indices of `flying` that are free.
+    free: Vec<u32>,
+    limits: Limits,
+    /// The driver cannot flush: every write has to survive.
+    write_through: bool,
+    rate: Option<RateTimer>,
+    /// The rate limit holds requests back; its timer is set.
+    held: bool,
+    poll: Poll,
+    /// Since when there is nothing to do.
+    idle_since: Option<Instant>,
+    slow_writes: u32,
+    reports: RateLimiter,
+    started: Instant,
+    /// Room for what the engine has done.
+    done: Vec<Done>,
+    /// Room for the buffers of requests to come.
+    room: Option<Buffers>,
+}
+
+impl Block {
+    /// A disk of `config`, and its host side.
+    ///
+    /// # Errors
+    ///
+    /// What in the configuration, or about which of its files, is wrong.
+    pub fn new(config: BlockConfig) -> Result<(Self, BlockHandle), BlockError> {
+        if config.id.len() > ID_BYTES {
+            return Err(BlockError::Id(config.id));
+        }
+        if !matches!(config.block_size, 512 | 4096) {
+            return Err(BlockError::BlockSize(config.block_size));
+        }
+        if !(1..=MAX_QUEUES).contains(&config.queues) {
+            return Err(BlockError::Queues(config.queues));
+        }
+        let resources = |operation| move |error| image::host(FileRole::Image, operation, error);
+        let rate = RateTimer::new(&config.rate_limit).map_err(resources("timerfd_create"))?;
+        let mut info = BlockInfo {
+            id: config.id.clone(),
+            mode: config.mode,
+            format: config.format,
+            direct: config.direct,
+            bytes: 0,
+            block_size: config.block_size,
+            queues: config.queues,
+            engine: None,
+        };
+        let (io_uring, poll) = (config.io_uring, Poll::new(config.poll));
+        let image = Image::open(config)?;
+        info.bytes = image.bytes;
+        let BlockInfo {
+            mode,
+            block_size,
+            queues,
+            ..
+        } = info;
+        let mut id = [0; ID_BYTES];
+        id[..info.id.len()].copy_from_slice(info.id.as_bytes());
+        let shared = Shared::new(info).map_err(resources("eventfd"))?;
+        let most = u32::from(queues) * u32::from(QUEUE_SIZE);
+        let block = Self {
+            shared: shared.clone(),
+            limits: Limits {
+                capacity: image.bytes,
+                read_only: mode == DiskMode::ReadOnly,
+                discard: false,
+                write_zeroes: false,
+            },
+            image,
+            id,
+            mode,
+            block_size,
+            queues,
+            io_uring,
+            engine: None,
+            flying: (0..most).map(|_| None).collect(),
+            free: (0..most).rev().collect(),
+            write_through: false,
+            rate,
+            held: false,
+            poll,
+            idle_since: None,
+            slow_writes: 0,
+            reports: RateLimiter::new(&REPORTS, 0),
+            started: Instant::now(),
+            done: Vec::new(),
+            room: None,
+        };
+        Ok((block, BlockHandle(shared)))
+    }
+
+    /// Does all there is to do, up to a turn's length.
+    fn service(&mut self, context: &mut Context<'_>) -> Result<(), Fault> {
+        if !context.active() {
+            return Ok(());
+        }
+        let begun = Instant::now();
+        if let Some(since) = self.idle_since.take() {
+            self.poll.came_after(nanoseconds(begun - since));
+        }
+        for queue in context.queues.iter_mut().flatten() {
+            queue.ignore_doorbell()?;
+        }
+        loop {
+            let mut worked = self.collect(context)?;
+            for queue in 0..self.queues {
+                worked |= self.take(queue, context)?;
+            }
+            if let Some(engine) = &mut self.engine {
+                engine.kick();
+            }
+            for queue in 0..self.queues {
+                context.interrupt(queue)?;
+            }
+            self.shared.counters.in_flight(self.flying.len() - self.free.len());
+            if worked {
+                if begun.elapsed().as_nanos() > TURN {
+                    // The first that is enabled will do: all are served.
+                    if let Some(queue) = context.queues.iter().flatten().next() {
+                        context.ring(queue.index());
+                    }
+                    return Ok(());
+                }
+            } else if !self.look_out(context)? && !self.sleep(context)? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Answers what the engine has done: whether there was anything.
+    fn collect(&mut self, context: &mut Context<'_>) -> Result<bool, Fault> {
+        let Some(engine) = self.engine.as_mut().filter(|engine| engine.pending()) else {
+            return Ok(false);
+        };
+        let mut all = std::mem::take(&mut self.done);
+        engine.completed(&mut all);
+        let any = !all.is_empty();
+        let mut finished = Ok(());
+        for Done { id, job, result } in all.drain(..) {
+            // All have landed, even if the rings turn out to be bad at the first.
+            if let Some(flying) = self.land(id)
+                && finished.is_ok()
+            {
+                finished = self.finish(flying.queue, flying.chain, job, result, context);
+            }
+        }
+        self.done = all;
+        finished.map(|()| any)
+    }
+
+    /// The engine does not have request `id` any more.
+    fn land(&mut self, id: u32) -> Option<Flying> {
+        let flying = self.flying.get_mut(id as usize)?.take()?;
+        self.free.push(id);
+        Some(flying)
+    }
+
+    /// Takes a share of what `queue` has: whether there was anything.
+    fn take(&mut self, queue: u16, context: &mut Context<'_>) -> Result<bool, Fault> {
+        for taken in 0..SHARE {
+            if self.held || self.free.is_empty() {
+                return Ok(taken > 0);
+            }
+            let Some(ring) = context.queue(queue) else {
+                return Ok(taken > 0);
+            };
+            let Some(chain) = ring.pop()? else {
+                return Ok(taken > 0);
+            };
+            if let Some(rate) = &mut self.rate
+                && !rate
+                    .admit(request::data_bytes(&chain))
+                    .map_err(|e| Fault::Host(e.into()))?
+            {
+                self.held = true;
+                ring.unpop(chain);
+                return Ok(taken > 0);
+            }
+            self.begin(queue, chain, context)?;
+        }
+        Ok(true)
+    }
+
+    /// Does a request, or gives it to the engine.
+    fn begin(&mut self, queue: u16, chain: Chain, context: &mut Context<'_>) -> Result<(), Fault> {
+        let room = self.room.take().unwrap_or_default();
+        let (operation, offset, len, buffers) = match request::parse(queue, &chain, context.memory, &self.limits, room)?
+        {
+            Request::Work {
+                operation,
+                offset,
+                len,
+                buffers,
+            } => (operation, offset, len, buffers),
+            Request::GetId => {
+                // The length was checked.
+                let _ = chain.writer(context.memory).write(&self.id);
+                self.shared.counters.told_id();
+                return Ok(answer(queue, chain, OK, context)?);
+            }
+            Request::Answer(status) => {
+                if status == IOERR {
+                    self.shared.counters.failed();
+                }
+                return Ok(answer(queue, chain, status, context)?);
+            }
+        };
+        let job = Job {
+            operation,
+            offset,
+            len,
+            buffers,
+            durable: self.write_through,
+        };
+        if let Some(result) = self.at_once(&job) {
+            return self.finish(queue, chain, job, result, context);
+        }
+        let (Some(engine), Some(id)) = (&mut self.engine, self.free.pop()) else {
+            return self.finish(queue, chain, job, Err(std::io::ErrorKind::ResourceBusy.into()), context);
+        };
+        self.flying[id as usize] = Some(Flying { queue, chain });
+        engine.submit(id, job, context.memory);
+        Ok(())
+    }
+
+    /// Does a job here and now if that takes no longer than to have it done; `None`: it may take longer.
+    fn at_once(&mut self, job: &Job) -> Option<std::io::Result<()>> {
+        if job.len > AT_ONCE {
+            return None;
+        }
+        if job.operation == Operation::Write && self.slow_writes > 0 {
+            self.slow_writes -= 1;
+            return None;
+        }
+        let begun = (job.operation == Operation::Write).then(Instant::now);
+        let result = job.run_at_once(&*self.image.backend);
+        if begun.is_some_and(|begun| begun.elapsed() > SLOW_WRITE) {
+            self.slow_writes = WRITES_AFTER_SLOW;
+        }
+        match result {
+            Ok(true) => Some(Ok(())),
+            Ok(false) => None,
+            Err(error) => Some(Err(error)),
+        }
+    }
+
+    /// Answers a request that was done.
+    fn finish(
+        &mut self,
+        queue: u16,
+        chain: Chain,
+        job: Job,
+        result: std::io::Result<()>,
+        context: &mut Context<'_>,
+    ) -> Result<(), Fault> {
+        let status = match result {
+            Ok(()) => {
+                self.shared.counters.succeeded(job.operation, job.len);
+                OK
+            }
+            Err(error) => {
+                self.shared.counters.failed();
+                let now = nanoseconds(self.started.elapsed());
+                if self.reports.take(now, 0).is_ok() {
+                    context.report(DeviceEvent::IoError {
+                        device: context.name().to_owned(),
+                        operation: job.operation.name(),
+                        reason: error.to_string(),
+                    });
+                }
+                IOERR
+            }
+        };
+        self.room = Some(job.buffers);
+        Ok(answer(queue, chain, status, context)?)
+    }
+
+    /// Looks out for work for as long as it is worth: whether there is some.
+    fn look_out(&mut self, context: &mut Context<'_>) -> Result<bool, Fault> {
+        let budget = self.poll.budget();
+        if budget == 0 || self.held {
+            return Ok(false);
+        }
+        let begun = Instant::now();
+        loop {
+            if self.engine.as_ref().is_some_and(|engine| engine.pending()) {
+                return Ok(true);
+            }
+            for queue in context.queues.iter().flatten() {
+                if queue.available()? > 0 {
+                    return Ok(true);
+                }
+            }
+            if nanoseconds(begun.elapsed()) > budget {
+                self.idle_since = Some(begun);
+                return Ok(false);
+            }
+            std::hint::spin_loop();
+        }
+    }
+
+    /// Asks to be woken for whatever comes next. True: something is there already.
+    fn sleep(&mut self, context: &mut Context<'_>) -> Result<bool, Fault> {
+        let mut more = self.engine.as_mut().is_some_and(|engine| engine.before_sleep());
+        // What is held back waits for the timer, not for a doorbell.
+        if !self.held {
+            for queue in context.queues.iter_mut().flatten() {
+                more |= queue.wait_for_doorbell()?;
+            }
+        }
+        if more {
+            self.idle_since = None;
+        } else {
+            self.idle_since.get_or_insert_with(Instant::now);
+        }
+        Ok(more)
+    }
+
+    /// Waits for the requests that the engine has, of `queue` or of all, and gives them to `each`. False: the deadline came first.
+    fn drain(
+        &mut self,
+        queue: Option<u16>,
+        deadline: Option<Instant>,
+        mut each: impl FnMut(&mut Self, Flying, Job, std::io::Result<()>),
+    ) -> bool {
+        loop {
+            let of_queue = |flying: &Flying| queue.is_none_or(|queue| flying.queue == queue);
+            if !self.flying.iter().flatten().any(of_queue) {
+                return true;
+            }
+            let Some(engine) = &mut self.engine else {
+                return true;
+            };
+            if !engine.wait(deadline) {
+                return false;
+            }
+            let mut all = std::mem::take(&mut self.done);
+            engine.completed(&mut all);
+            for Done { id, job, result } in all.drain(..) {
+                if let Some(flying) = self.land(id) {
+                    each(self, flying, job, result);
+                }
+            }
+            self.done = all;
+        }
+    }
+
+    /// Gives the disk another size, and tells the driver.
+    fn resize(&mut self, bytes: u64, context: &mut Context<'_>) -> Result<u64, ResizeError> {
+        let id = || String::from_utf8_lossy(&self.id).trim_end_matches('\0').to_owned();
+        let refused = |reason| ResizeError::NotSupported { id: id(), reason };
+        let failed = |error| ResizeError::Host { id: id(), error };
+        let Some(file) = &self.image.file else {
+            return Err(refused("only raw disks can be resized"));
+        };
+        let there = file.size().map_err(failed)?;
+        let wanted = if bytes == 0 { there } else { bytes };
+        if wanted == 0 || !wanted.is_multiple_of(self.block_size.into()) {
+            return Err(ResizeError::Size {
+                id: id(),
+                bytes: wanted,
+                block_size: self.block_size,
+            });
+        }
+        if wanted != there {
+            if self.mode != DiskMode::ReadWrite {
+                return Err(refused("its image cannot be changed, only its image's size taken over"));
+            }
+            if !file.is_regular() {
+                return Err(refused(
+                    "its image is a block device, whose size can only be taken over",
+                ));
+            }
+            file.resize(wanted).map_err(failed)?;
+        }
+        if let Some(overlay) = &self.image.overlay {
+            overlay.resize(wanted);
+        }
+        self.limits.capacity = wanted;
+        self.image.bytes = wanted;
+        self.shared.change_info(|info| info.bytes = wanted);
+        context.update_config(0, &(wanted / SECTOR).to_le_bytes());
+        Ok(wanted)
+    }
+}
+
+/// Gives a chain back with its status, which is its last writable byte.
+fn answer(queue: u16, chain: Chain, status: u8, context: &mut Context<'_>) -> Result<(), Violation> {
+    if let Some(last) = chain.writable().iter().rev().find(|segment| segment.len > 0) {
+        let at = last.address + u64::from(last.len - 1);
+        // The buffer was in guest memory when the chain was taken.
+        let _ = context.memory.write_obj(status, GuestAddress(at));
+    }
+    let written = chain.writable_bytes();
+    match context.queue(queue) {
+        Some(ring) => ring.push(chain, written),
+        None => Ok(()),
+    }
+}
+
+fn nanoseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// A descriptor by its number, for the loop.
+struct Fd(RawFd);
+
+impl AsRawFd for Fd {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0
+    }
+}
+
+impl VirtioDevice for Block {
+    fn kind(&self) -> DeviceKind {
+        DeviceKind::Block
+    }
+
+    fn features(&self) -> u64 {
+        config::features(self.mode, self.queues)
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        vec![QUEUE_SIZE; self.queues.into()]
+    }
+
+    fn config(&self) -> ConfigLayout {
+        config::layout(self.image.bytes, self.block_size, self.queues, self.mode)
+    }
+
+    fn start(&mut self, context: &mut Context<'_>) -> Result<(), DeviceError> {
+        // An overlay is in memory for the most part: a ring would only help with what is read from the image.
+        let file = self.image.file.as_ref().filter(|_| self.image.overlay.is_none());
+        // One more for the flush at the end.
+        let capacity = self.flying.len() as u32 + 1;
+        let engine = engine::choose(self.io_uring, file, &self.image.backend, capacity)?;
+        self.shared.change_info(|info| info.engine = Some(engine.kind()));
+        context.watch(&Fd(engine.fd()), ENGINE, EventSet::IN)?;
+        self.engine = Some(engine);
+        if let Some(rate) = &self.rate {
+            context.watch(rate, RATE, EventSet::IN)?;
+        }
+        context.watch(&*self.shared, ORDERS, EventSet::IN)
+    }
+
+    fn activate(&mut self, context: &mut Context<'_>) -> Result<(), Fault> {
+        self.limits.discard = context.accepted(F_DISCARD);
+        self.limits.write_zeroes = context.accepted(F_WRITE_ZEROES);
+        self.write_through = !context.accepted(F_FLUSH);
+        Ok(())
+    }
+
+    fn notify(&mut self, _queue: u16, context: &mut Context<'_>) -> Result<(), Fault> {
+        self.service(context)
+    }
+
+    fn ready(&mut self, token: u32, _events: EventSet, context: &mut Context<'_>) -> Result<(), Fault> {
+        match token {
+            ENGINE => {
+                if let Some(engine) = &mut self.engine {
+                    engine.woken();
+                }
+            }
+            RATE => {
+                if let Some(rate) = &self.rate {
+                    rate.expired();
+                }
+                self.held = false;
+            }
+            _ => {
+                for Resize { bytes, then } in self.shared.take_orders() {
+                    then(self.resize(bytes, context));
+                }
+                return Ok(());
+            }
+        }
+        self.service(context)
+    }
+
+    fn reset_queue(&mut self, queue: u16, context: &mut Context<'_>) {
+        self.drain(Some(queue), None, |block, flying, job, result| {
+            if flying.queue != queue {
+                // A ring that has gone bad is noticed the next time.
+                let _ = block.finish(flying.queue, flying.chain, job, result, context);
+            }
+        });
+        for queue in 0..self.queues {
+            let _ = context.interrupt(queue);
+        }
+    }
+
+    fn reset(&mut self, _context: &mut Context<'_>) {
+        self.drain(None, None, |_, _, _, _| {});
+        self.shared.counters.in_flight(0);
+        self.held = false;
+        self.idle_since = None;
+    }
+
+    fn stop(&mut self, deadline: Instant) {
+        let drained = self.drain(None, Some(deadline), |_, _, _, _| {});
+        if self.mode != DiskMode::ReadWrite {
+            return;
+        }
+        let Some(engine) = self.engine.as_mut().filter(|_| drained) else {
+            tracing::error!("a disk was stopped in the middle of its work");
+            return;
+        };
+        if let Err(error) = flush(&mut **engine, self.flying.len() as u32, deadline) {
+            tracing::error!(%error, "a disk was stopped without a flush");
+        }
+    }
+}
+
+/// Has an engine without other work flush.
+fn flush(engine: &mut dyn Engine, id: u32, deadline: Instant) -> std::io::Result<()> {
+    let job = Job {
+        operation: Operation::Flush,
+        offset: 0,
+        len: 0,
+        buffers: Buffers::default(),
+        durable: false,
+    };
+    engine.submit(id, job, &vm_memory::GuestMemoryMmap::default());
+    let mut done = Vec::new();
+    while done.is_empty() {
+        if !engine.wait(Some(deadline)) {
+            return Err(std::io::ErrorKind::TimedOut.into());
+        }
+        engine.completed(&mut done);
+    }
+    done.into_iter().try_for_each(|done| done.result)
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        self.shared.end();
+    }
+}
