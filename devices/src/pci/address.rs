@@ -32,7 +32,8 @@ impl PciAddress {
         let functions = count.div_ceil(slots).max(1);
         let slot = u8::try_from(1 + index / functions).ok()?;
         let function = u8::try_from(index % functions).ok()?;
-        (index < count).then(|| Self::new(slot, function)).flatten()
+        let fits = index < count && functions <= usize::from(FUNCTIONS);
+        fits.then(|| Self::new(slot, function)).flatten()
     }
 
     /// Slot, 0 to 31.

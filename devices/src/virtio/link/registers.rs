@@ -407,6 +407,7 @@ impl Registers {
                 self.phase = Phase::Resetting;
                 self.activate = false;
                 self.reset = true;
+                self.queues.iter_mut().for_each(|queue| queue.order = None);
                 Effect {
                     ring: true,
                     ..Effect::default()

@@ -354,7 +354,7 @@ fn rings_that_are_not_in_memory_break_the_rules() {
     let world = one();
     let mut driver = Driver::find(&world, place(1), 0);
     for (descriptors, available, used) in [
-        (u64::MAX & !15, 0x1000, 0x2000),
+        (!15, 0x1000, 0x2000),
         (0x1000, 1 << 40, 0x2000),
         (0x1000, 0x2000, (16 << 20) - 4),
         (0x1001, 0x2000, 0x3000),

@@ -71,7 +71,7 @@ impl VirtioDevice for Loopback {
     fn config(&self) -> ConfigLayout {
         ConfigLayout {
             bytes: b"loopback".to_vec(),
-            writable: vec![4..8],
+            writable: vec![4..6, 6..8],
         }
     }
 
