@@ -7,13 +7,19 @@
 //!   run wanted, stop wanted: asked for by clients, at any time, heard by `life`
 //! ```
 
-use std::{cell::RefCell, future::Future, rc::Rc, time::Duration};
+use std::{
+    cell::{Cell, RefCell},
+    future::Future,
+    rc::Rc,
+    time::Duration,
+};
 
 use sepal_schema::{
     error::{Error, Kind},
     guest_capnp::{guest as component_guest, power},
     info::{GuestDescriptor, GuestInfo, GuestStatus},
     report::{Reason, StopReport},
+    transport::FdTable,
 };
 
 use crate::{
@@ -66,6 +72,26 @@ struct State {
     ended: Option<Ended>,
 }
 
+/// The component's side of a guest.
+#[derive(Clone)]
+struct Remote {
+    guest: component_guest::Client,
+    fds: FdTable,
+}
+
+/// What a guest is created with.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Creation {
+    /// Which creation under its name.
+    pub generation: u64,
+    /// Its vCPUs are to be started as soon as it is created.
+    pub run_wanted: bool,
+    /// Ports of its console.
+    pub consoles: u16,
+    /// Whether the agent in it is talked to.
+    pub agent: bool,
+}
+
 /// A guest.
 pub struct Guest {
     /// The shared state.
@@ -78,24 +104,33 @@ pub struct Guest {
     pub name: Rc<str>,
     /// Its serial port.
     pub port: Rc<Port>,
-    remote: RefCell<Option<component_guest::Client>>,
+    /// The ports of its console.
+    pub consoles: Vec<Rc<Port>>,
+    /// Whether the agent in it is talked to.
+    pub has_agent: bool,
+    cid: Cell<u32>,
+    remote: RefCell<Option<Remote>>,
     state: Changed<State>,
 }
 
 impl Guest {
     /// A guest whose creation begins.
-    pub fn new(manager: Rc<Manager>, id: GuestId, generation: u64, name: Rc<str>, run_wanted: bool) -> Rc<Self> {
-        let port = Port::new(manager.settings.history);
+    pub fn new(manager: Rc<Manager>, id: GuestId, name: Rc<str>, creation: Creation) -> Rc<Self> {
+        let port = || Port::new(manager.settings.history);
+        let (serial, consoles) = (port(), (0..creation.consoles).map(|_| port()).collect());
         let state = State {
-            run_wanted,
+            run_wanted: creation.run_wanted,
             ..State::default()
         };
         Rc::new(Self {
             manager,
             id,
-            generation,
+            generation: creation.generation,
             name,
-            port,
+            port: serial,
+            consoles,
+            has_agent: creation.agent,
+            cid: Cell::new(0),
             remote: RefCell::default(),
             state: Changed::new(state),
         })
@@ -193,6 +228,18 @@ impl Guest {
     /// # Errors
     /// `NOT_CREATED` while it is being created, `NOT_RUNNING` when it has ended.
     pub fn remote(&self) -> Result<component_guest::Client, Error> {
+        Ok(self.connected()?.guest)
+    }
+
+    /// The descriptors that travel with its component's messages.
+    ///
+    /// # Errors
+    /// As [`Guest::remote`].
+    pub fn component_fds(&self) -> Result<FdTable, Error> {
+        Ok(self.connected()?.fds)
+    }
+
+    fn connected(&self) -> Result<Remote, Error> {
         self.check_live()?;
         self.remote.borrow().clone().ok_or_else(|| {
             Error::new(
@@ -200,6 +247,16 @@ impl Guest {
                 format!("guest \"{}\" is still being created", self.name),
             )
         })
+    }
+
+    /// Its context id; 0 if it has no socket device.
+    pub fn cid(&self) -> u32 {
+        self.cid.get()
+    }
+
+    /// It has a context id.
+    pub(crate) fn set_cid(&self, cid: u32) {
+        self.cid.set(cid);
     }
 
     /// Its power button and brakes.
@@ -272,8 +329,14 @@ impl Guest {
     }
 
     /// Its component has been given the task of creating it.
-    pub(crate) fn set_remote(&self, remote: component_guest::Client) {
-        *self.remote.borrow_mut() = Some(remote);
+    pub(crate) fn set_remote(&self, guest: component_guest::Client, fds: FdTable) {
+        *self.remote.borrow_mut() = Some(Remote { guest, fds });
+    }
+
+    /// All is over: its ports end.
+    pub(crate) fn close_ports(&self) {
+        self.port.close();
+        self.consoles.iter().for_each(|port| port.close());
     }
 
     /// The machine is there.

@@ -6,12 +6,12 @@ use capnp::capability::{Promise, Response};
 use sepal_schema::{
     error::{Error, Kind, read_completion, write_completion},
     error_capnp::completion,
-    guest_capnp::{guest, observer, output, power, serial},
+    guest_capnp::{console, guest, observer, output, power, serial},
     report::StopReport,
     transport::guard,
 };
 
-use crate::{client::Client, guest::Guest, ladder, model::bounded_error, serial::Port, subscription};
+use crate::{client::Client, facets, guest::Guest, ladder, model::bounded_error, serial::Port, subscription, vsock};
 
 type Reply = Result<(), capnp::Error>;
 
@@ -32,11 +32,6 @@ impl GuestServer {
     }
 }
 
-fn not_there(device: &str) -> Error {
-    let message = format!("the guest has no {device}: its configuration left it out");
-    Error::new(Kind::DeviceNotPresent, message).about(device)
-}
-
 impl guest::Server for GuestServer {
     fn serial(
         self: Rc<Self>,
@@ -46,8 +41,10 @@ impl guest::Server for GuestServer {
         let port = PortServer {
             client: self.client.clone(),
             guest: self.guest.clone(),
+            port: self.guest.port.clone(),
+            console: None,
         };
-        results.get().set_serial(guard::new_client(port));
+        results.get().set_serial(guard::new_client::<serial::Client, _>(port));
         reply(Ok(()))
     }
 
@@ -75,56 +72,83 @@ impl guest::Server for GuestServer {
 
     fn console(
         self: Rc<Self>,
-        _: guest::ConsoleParams,
+        params: guest::ConsoleParams,
         mut results: guest::ConsoleResults,
     ) -> impl Future<Output = Reply> + 'static {
-        not_there("console").write(results.get().init_error());
-        reply(Ok(()))
+        reply(params.get().map(|params| {
+            let number = params.get_port();
+            // A number that does not fit is of a port that is not there.
+            let index = usize::try_from(number).unwrap_or(usize::MAX);
+            match self.guest.consoles.get(index) {
+                Some(port) => results.get().set_console(guard::new_client(PortServer {
+                    client: self.client.clone(),
+                    guest: self.guest.clone(),
+                    port: port.clone(),
+                    console: Some(number),
+                })),
+                None => no_console(number, self.guest.consoles.len()).write(results.get().init_error()),
+            }
+        }))
     }
 
-    fn balloon_controller(
+    async fn balloon_controller(
         self: Rc<Self>,
         _: guest::BalloonControllerParams,
         mut results: guest::BalloonControllerResults,
-    ) -> impl Future<Output = Reply> + 'static {
-        not_there("balloon").write(results.get().init_error());
-        reply(Ok(()))
+    ) -> Reply {
+        match facets::balloon_controller_request(&self.guest).await {
+            Ok(controller) => results.get().set_controller(controller),
+            Err(error) => error.write(results.get().init_error()),
+        }
+        Ok(())
     }
 
-    fn mem_controller(
+    async fn mem_controller(
         self: Rc<Self>,
         _: guest::MemControllerParams,
         mut results: guest::MemControllerResults,
-    ) -> impl Future<Output = Reply> + 'static {
-        not_there("memoryDevice").write(results.get().init_error());
-        reply(Ok(()))
+    ) -> Reply {
+        match facets::mem_controller_request(&self.guest).await {
+            Ok(controller) => results.get().set_controller(controller),
+            Err(error) => error.write(results.get().init_error()),
+        }
+        Ok(())
     }
 
-    fn host_vsock_endpoint(
+    async fn host_vsock_endpoint(
         self: Rc<Self>,
         _: guest::HostVsockEndpointParams,
         mut results: guest::HostVsockEndpointResults,
-    ) -> impl Future<Output = Reply> + 'static {
-        not_there("vsock").write(results.get().init_error());
-        reply(Ok(()))
+    ) -> Reply {
+        match vsock::endpoint(&self.guest, self.client.fds.clone()).await {
+            Ok(endpoint) => results.get().set_endpoint(endpoint),
+            Err(error) => error.write(results.get().init_error()),
+        }
+        Ok(())
     }
 
-    fn disk_controller(
+    async fn disk_controller(
         self: Rc<Self>,
         _: guest::DiskControllerParams,
         mut results: guest::DiskControllerResults,
-    ) -> impl Future<Output = Reply> + 'static {
-        not_there("disk").write(results.get().init_error());
-        reply(Ok(()))
+    ) -> Reply {
+        match facets::disk_controller_request(&self.guest).await {
+            Ok(controller) => results.get().set_controller(controller),
+            Err(error) => error.write(results.get().init_error()),
+        }
+        Ok(())
     }
 
-    fn net_controller(
+    async fn net_controller(
         self: Rc<Self>,
         _: guest::NetControllerParams,
         mut results: guest::NetControllerResults,
-    ) -> impl Future<Output = Reply> + 'static {
-        not_there("network device").write(results.get().init_error());
-        reply(Ok(()))
+    ) -> Reply {
+        match facets::net_controller_request(&self.guest).await {
+            Ok(controller) => results.get().set_controller(controller),
+            Err(error) => error.write(results.get().init_error()),
+        }
+        Ok(())
     }
 
     fn agent(
@@ -132,18 +156,36 @@ impl guest::Server for GuestServer {
         _: guest::AgentParams,
         mut results: guest::AgentResults,
     ) -> impl Future<Output = Reply> + 'static {
-        not_there("agent").write(results.get().init_error());
+        let error = match self.guest.has_agent {
+            true => Error::not_supported("agent", "talking to an agent is not supported by this version"),
+            false => facets::not_there("agent"),
+        };
+        error.write(results.get().init_error());
         reply(Ok(()))
     }
+}
+
+fn no_console(number: u32, ports: usize) -> Error {
+    if ports == 0 {
+        return facets::not_there("console");
+    }
+    let message = format!(
+        "the guest's console has no port {number}: its ports are 0 to {}",
+        ports - 1
+    );
+    Error::new(Kind::DeviceNotPresent, message).about("console")
 }
 
 /// Output alone.
 struct OutputServer(Rc<Port>);
 
-/// Output and input.
+/// Output and input of the serial port, or of a port of the console.
 struct PortServer {
     client: Client,
     guest: Rc<Guest>,
+    port: Rc<Port>,
+    /// Its number in the console.
+    console: Option<u32>,
 }
 
 async fn read(port: Rc<Port>, params: output::ReadParams, mut results: output::ReadResults) -> Reply {
@@ -183,17 +225,17 @@ impl output::Server for PortServer {
         params: output::ReadParams,
         results: output::ReadResults,
     ) -> impl Future<Output = Reply> + 'static {
-        read(self.guest.port.clone(), params, results)
+        read(self.port.clone(), params, results)
     }
 
     fn end(self: Rc<Self>, _: output::EndParams, results: output::EndResults) -> impl Future<Output = Reply> + 'static {
-        end(self.guest.port.clone(), results)
+        end(self.port.clone(), results)
     }
 }
 
 impl serial::Server for PortServer {
     fn write(self: Rc<Self>, params: serial::WriteParams) -> impl Future<Output = Reply> + 'static {
-        let port = self.guest.port.clone();
+        let port = self.port.clone();
         async move {
             let written = port.write(params.get()?.get_bytes()?).await;
             written.map_err(|error| capnp::Error::failed(error.message))
@@ -207,7 +249,7 @@ impl serial::Server for PortServer {
     ) -> impl Future<Output = Reply> + 'static {
         let mut open = || {
             let position = params.get()?.get_position();
-            let stream = self.guest.port.open(&self.guest.manager.handle, position)?;
+            let stream = self.port.open(&self.guest.manager.handle, position)?;
             let number = sepal_schema::config::Handles::send(&self.client.fds, stream)?;
             results.get().init_fd().set_number(number);
             Ok::<_, Error>(())
@@ -216,6 +258,21 @@ impl serial::Server for PortServer {
             error.write(results.get().init_error());
         }
         reply(Ok(()))
+    }
+}
+
+impl console::Server for PortServer {
+    async fn resize(self: Rc<Self>, params: console::ResizeParams, mut results: console::ResizeResults) -> Reply {
+        let (columns, rows) = {
+            let params = params.get()?;
+            (params.get_columns(), params.get_rows())
+        };
+        let outcome = match self.console {
+            Some(port) => facets::resize(&self.guest, port, columns, rows).await,
+            None => Err(facets::not_there("console")),
+        };
+        write_completion(&outcome, results.get());
+        Ok(())
     }
 }
 

@@ -3,23 +3,26 @@
 //! ```text
 //!   main       command line, signals, the order in which things begin and end
 //!   server     connections ---> manager_server, lifecycle_server, guest_server: the protocol's interfaces
-//!   listener   the socket         |      ladder (stopping), subscription, uploads, files, list
+//!   listener   the socket         |      ladder (stopping), subscription, uploads, list, facets, vsock (devices)
 //!                                 v
 //!   manager    what all share: registry (names and statuses, pure), events and history (rings, pure), host, problems
 //!     slot     who holds a name: one guest after the other, and a component
 //!       guest  one guest, from its creation to its end; serial is its port
 //!       life   the task that drives it
+//!       resources  what it holds of the host: files (images), cids, macs, backends
 //!     component  one process; starter starts it through the keeper
 //! ```
 //!
 //! One thread runs the event loop and only ever waits on it. What may block goes to worker threads (files), to the keeper (processes) or to
 //! the log's thread. Queries are answered from what the registry knows; they wait for nobody.
 
+mod backends;
 pub mod changed;
 pub mod cids;
 pub mod client;
 pub mod component;
 pub mod events;
+mod facets;
 pub mod files;
 pub mod guest;
 pub mod guest_server;
@@ -37,9 +40,12 @@ pub mod manager_server;
 pub mod model;
 pub mod problems;
 pub mod registry;
+mod resources;
 pub mod serial;
 pub mod server;
 pub mod slot;
 pub mod starter;
 mod subscription;
 pub mod uploads;
+pub mod vsock;
+mod vsock;

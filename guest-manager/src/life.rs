@@ -23,7 +23,7 @@ use futures::{
     future::{Either, LocalBoxFuture, pending, select, select_all},
 };
 use sepal_schema::{
-    config::GuestConfig,
+    config::{GuestConfig, Handles},
     error::{Error, Kind, read_completion},
     guest_capnp::{event_sink, guest as component_guest},
     info::GuestDescriptor,
@@ -33,12 +33,14 @@ use sepal_schema::{
 };
 
 use crate::{
+    backends::Reconnector,
     changed::Changed,
+    client::Client,
     component::{Component, Exit, StartRequest},
-    files::{self, ImageUse},
     guest::{Guest, StopCause},
     model::{Ending, bounded_error, bounded_report, read_event},
-    serial::Wire,
+    resources::{self, Listening, Resources},
+    serial::{Port, Wire},
     slot::Slot,
 };
 
@@ -117,17 +119,18 @@ impl Outcome {
 /// What is held for a guest until it has ended and its component has let go of it.
 #[derive(Default)]
 struct Held {
-    wire: Option<Wire>,
-    images: Vec<ImageUse>,
+    /// Of the serial port, then those of the console's ports.
+    wires: Vec<Wire>,
+    resources: Resources,
 }
 
 /// Drives `guest` until it has ended and nothing is left of it.
-pub(crate) async fn live(guest: Rc<Guest>, slot: Rc<Slot>, config: GuestConfig, may_name_paths: bool) {
+pub(crate) async fn live(guest: Rc<Guest>, slot: Rc<Slot>, config: GuestConfig, client: Client) {
     let mut held = Held::default();
-    let outcome = conversation(&guest, &slot, config, may_name_paths, &mut held).await;
+    let outcome = conversation(&guest, &slot, config, &client, &mut held).await;
     let Some(outcome) = outcome else {
         // Another creation has its component now.
-        guest.port.close();
+        guest.close_ports();
         return;
     };
     let (ending, uptime_ns) = outcome.ending(guest.stop_cause().as_ref(), guest.has_started());
@@ -135,10 +138,8 @@ pub(crate) async fn live(guest: Rc<Guest>, slot: Rc<Slot>, config: GuestConfig, 
         slot.end_component().await;
     }
     // After the end of whoever writes to it.
-    match &held.wire {
-        Some(wire) => wire.finish(),
-        None => guest.port.close(),
-    }
+    held.wires.iter().for_each(Wire::finish);
+    guest.close_ports();
     drop(held);
     let report = guest.set_ended(ending, uptime_ns);
     let (reason, detail) = (sepal_schema::report::reason_name(report.reason), &report.detail);
@@ -155,7 +156,7 @@ async fn conversation(
     guest: &Rc<Guest>,
     slot: &Rc<Slot>,
     config: GuestConfig,
-    may_name_paths: bool,
+    client: &Client,
     held: &mut Held,
 ) -> Option<Outcome> {
     let request = StartRequest {
@@ -163,10 +164,10 @@ async fn conversation(
         limits: config.limits,
         waived_layers: config.waived_layers.clone(),
     };
-    let files = files::open(&guest.manager, &guest.name, config, may_name_paths);
-    let config = match select(pin!(files), pin!(guest.stop_wanted())).await {
-        Either::Left((Ok((config, images)), _)) => {
-            held.images = images;
+    let prepared = resources::prepare(guest, config, client);
+    let config = match select(pin!(prepared), pin!(guest.stop_wanted())).await {
+        Either::Left((Ok((config, resources)), _)) => {
+            held.resources = resources;
             config
         }
         Either::Left((Err(error), _)) => return Some(Outcome::NotCreated(error)),
@@ -281,15 +282,22 @@ struct Talk {
     remote: component_guest::Client,
     create: Promise<sepal_schema::error_capnp::completion::Owned>,
     run: Option<Promise<run_result::Owned>>,
+    listening: Option<Listening>,
 }
 
 impl Talk {
     /// Sends create and bind, and run too if it is wanted already: one round trip.
     fn begin(guest: &Rc<Guest>, component: &Component, config: GuestConfig, held: &mut Held) -> Result<Self, Error> {
         let manager = &guest.manager;
-        let no_serial = |error| Error::new(Kind::NoResources, format!("no socket for the serial port: {error}"));
-        let (ours, theirs) = UnixStream::pair().map_err(no_serial)?;
-        held.wire = Some(guest.port.attach(&manager.handle, ours).map_err(no_serial)?);
+        let mut wire = |port: &Rc<Port>| {
+            let attached = UnixStream::pair().and_then(|(ours, theirs)| {
+                held.wires.push(port.attach(&manager.handle, ours)?);
+                Ok(theirs)
+            });
+            attached.map_err(|error| Error::new(Kind::NoResources, format!("no socket for a port: {error}")))
+        };
+        let serial = wire(&guest.port)?;
+        let consoles = guest.consoles.iter().map(&mut wire).collect::<Result<Vec<_>, _>>()?;
 
         let lifecycle = component.lifecycle();
         let fds = component.fds();
@@ -297,30 +305,49 @@ impl Talk {
         config.encode(create.get().init_config(), &fds)?;
         let mut host = create.get().init_host();
         host.set_unassisted(manager.settings.host.unassisted);
-        host.reborrow().init_serial().init_stream().set_number(
-            fds.send(theirs.into())
-                .map_err(|error| Error::new(Kind::NoResources, error.to_string()))?,
-        );
+        let number = Handles::send(&fds, serial.into())?;
+        host.reborrow().init_serial().init_stream().set_number(number);
+        let mut list = host
+            .reborrow()
+            .init_consoles(u32::try_from(consoles.len()).unwrap_or(u32::MAX));
+        for (i, console) in (0..).zip(consoles) {
+            list.reborrow().get(i).set_number(Handles::send(&fds, console.into())?);
+        }
         host.set_events(guard::new_client(Events(Rc::downgrade(guest))));
+        host.set_backends(guard::new_client(Reconnector {
+            handle: manager.handle.clone(),
+            paths: held.resources.backends.clone(),
+            fds: fds.clone(),
+        }));
         let create = create.send().promise;
         let remote = lifecycle.bind_request().send().pipeline.get_guest();
-        guest.set_remote(remote.clone());
-        let run = guest.run_is_wanted().then(|| lifecycle.run_request().send().promise);
+        guest.set_remote(remote.clone(), fds);
+        // Who listens is to be there before the guest runs.
+        let listening = held.resources.listening.take();
+        let at_once = guest.run_is_wanted() && listening.is_none();
+        let run = at_once.then(|| lifecycle.run_request().send().promise);
         Ok(Self {
             lifecycle,
             remote,
             create,
             run,
+            listening,
         })
     }
 
-    async fn on(self, guest: &Rc<Guest>, component: &Component, stopped: &Changed<bool>) -> Said {
+    async fn on(mut self, guest: &Rc<Guest>, component: &Component, stopped: &Changed<bool>) -> Said {
         let created = async { Ok(read_completion(self.create.await?.get()?)) };
         match created.await {
-            Ok(Ok(())) => guest.set_created(),
+            Ok(Ok(())) => {}
             Ok(Err(error)) => return Said::Outcome(Outcome::NotCreated(error)),
             Err(error) => return Said::of_exception(&error),
         }
+        if let Some(listening) = &mut self.listening
+            && let Err(error) = listening.begin(guest).await
+        {
+            return Said::Outcome(Outcome::NotCreated(error));
+        }
+        guest.set_created();
         guest.manager.handle.spawn(describe(Rc::downgrade(guest), self.remote));
         let run = match self.run {
             Some(run) => run,

@@ -44,7 +44,7 @@ impl LifecycleServer {
             let message = format!("the configuration names the guest \"{asked}\", and newGuest was given \"{held}\"");
             return Err(Error::bad_config("name", message));
         }
-        self.slot.create(config, self.client.trusted, false)
+        self.slot.create(config, &self.client, false)
     }
 }
 

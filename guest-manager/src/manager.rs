@@ -7,6 +7,7 @@ use sepal_schema::{error::Error, info::GuestInfo, transport::Handle};
 
 use crate::{
     changed::Changed,
+    cids::Cids,
     component::ComponentStarter,
     events::Cursor,
     files, history,
@@ -58,6 +59,8 @@ pub struct Manager {
     pub uploads: Uploads,
     /// Images that guests use.
     pub images: files::Images,
+    /// Context ids that guests have.
+    pub cids: Cids,
     /// The kernel for configurations without one: sealed memory.
     pub default_kernel: OwnedFd,
     registry: RefCell<Registry>,
@@ -80,6 +83,7 @@ impl Manager {
             starter,
             uploads: Uploads::default(),
             images: files::Images::default(),
+            cids: Cids::default(),
             default_kernel,
             logged: Event::new(),
             slots: RefCell::default(),

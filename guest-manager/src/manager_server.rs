@@ -53,7 +53,7 @@ impl ManagerServer {
             self.manager.registry(|registry, _| registry.detach(slot.id));
         }
         let guest = slot
-            .create(config, self.client.trusted, true)
+            .create(config, &self.client, true)
             .inspect_err(|_| slot.release())?;
         // From here on: a caller that gives up before the answer stops the guest like one that drops the lease.
         let lease = Rc::new(Lease {

@@ -17,8 +17,9 @@ use sepal_schema::{
 };
 
 use crate::{
+    client::Client,
     component::{Component, StartRequest},
-    guest::{Guest, StopCause},
+    guest::{Creation, Guest, StopCause},
     life,
     manager::Manager,
     model::{Ending, GuestId, bounded_layers, cut},
@@ -67,24 +68,29 @@ impl Slot {
         self.current.borrow().clone()
     }
 
-    /// Begins to create a guest, and with `run` to run it as soon as it is created. `may_name_paths`: whether paths in the configuration
-    /// are opened.
+    /// Begins to create a guest, and with `run` to run it as soon as it is created. `client` sent the configuration.
     ///
     /// # Errors
     /// `ALREADY_RUNNING`. What goes wrong later is told by [`Guest::created`].
-    pub fn create(self: &Rc<Self>, config: GuestConfig, may_name_paths: bool, run: bool) -> Result<Rc<Guest>, Error> {
+    pub fn create(self: &Rc<Self>, config: GuestConfig, client: &Client, run: bool) -> Result<Rc<Guest>, Error> {
         let descriptor = describe(&config);
         let manager = &self.manager;
         let creation = manager.registry(|registry, now| registry.create(self.id, descriptor, now))?;
         if let (Some(report), Some(before)) = (creation.replaced, self.current()) {
             before.set_superseded(report);
         }
-        let guest = Guest::new(manager.clone(), self.id, creation.generation, self.name.clone(), run);
+        let creation = Creation {
+            generation: creation.generation,
+            run_wanted: run,
+            consoles: config.console.map_or(0, |console| console.ports()),
+            agent: config.agent,
+        };
+        let guest = Guest::new(manager.clone(), self.id, self.name.clone(), creation);
         *self.current.borrow_mut() = Some(guest.clone());
         tracing::info!(guest = &*self.name, generation = creation.generation, "creating");
         manager
             .handle
-            .spawn(life::live(guest.clone(), self.clone(), config, may_name_paths));
+            .spawn(life::live(guest.clone(), self.clone(), config, client.clone()));
         Ok(guest)
     }
 

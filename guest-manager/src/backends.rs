@@ -1,0 +1,107 @@
+//! Processes behind vhost-user devices: connected to by path, and again when they have gone.
+
+use std::{
+    collections::HashMap,
+    io,
+    os::{fd::OwnedFd, unix::net::UnixStream},
+    rc::Rc,
+    time::Duration,
+};
+
+use sepal_schema::{
+    config::{GuestConfig, Handles, device::Backend},
+    error::{Error, Kind},
+    lifecycle_capnp::backends,
+    transport::{FdTable, Handle},
+};
+
+use crate::files::no_paths;
+
+/// How long to wait before the first try to connect again, and at most.
+const WAITS: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
+
+/// The paths of the devices' back ends, by the device's name.
+pub(crate) type Paths = Rc<HashMap<String, String>>;
+
+/// Connects to the back ends that `config` names by path.
+///
+/// # Errors
+/// `PERMISSION_DENIED` for a client that may not name paths, `FAILED_SERVICE_CONNECT`, both with the field's name.
+pub(crate) async fn connect(handle: &Handle, config: &mut GuestConfig, may_name_paths: bool) -> Result<Paths, Error> {
+    let shares = config.shares.iter_mut().enumerate();
+    let shares = shares.map(|(i, share)| (format!("share{i}"), format!("shares[{i}].backend"), &mut share.backend));
+    let others = config.vhost_user.iter_mut().enumerate();
+    let others = others.map(|(i, device)| {
+        (
+            format!("vhost-user{i}"),
+            format!("vhostUser[{i}].backend"),
+            &mut device.backend,
+        )
+    });
+    let mut paths = HashMap::new();
+    for (device, field, backend) in shares.chain(others) {
+        let path = match backend {
+            Backend::Socket(_) => continue,
+            Backend::Path(path) if !may_name_paths => return Err(no_paths(&field, path)),
+            Backend::Path(path) => path.clone(),
+        };
+        let socket = attempt(handle, path.clone()).await.map_err(|error| {
+            let message = format!("{field}: nobody serves at {path}: {error}");
+            Error::new(Kind::FailedServiceConnect, message).about(field)
+        })?;
+        *backend = Backend::Socket(socket);
+        paths.insert(device, path);
+    }
+    Ok(Rc::new(paths))
+}
+
+async fn attempt(handle: &Handle, path: String) -> io::Result<OwnedFd> {
+    let connected = handle.spawn_blocking(move || UnixStream::connect(path)).await;
+    Ok(connected.map_err(io::Error::other)??.into())
+}
+
+/// Connects a component's devices again.
+pub(crate) struct Reconnector {
+    pub(crate) handle: Handle,
+    pub(crate) paths: Paths,
+    /// The descriptors that travel with the component's messages.
+    pub(crate) fds: FdTable,
+}
+
+impl Reconnector {
+    /// Tries until somebody serves. That a listener has come back is nothing that the system would tell: the socket's file may be there
+    /// long before, or all along.
+    async fn connect(&self, device: &str) -> Result<OwnedFd, Error> {
+        let Some(path) = self.paths.get(device) else {
+            let message = format!("{device}: its process was given as a socket, and cannot be connected to again");
+            return Err(Error::not_supported("device", message));
+        };
+        let (mut wait, longest) = WAITS;
+        loop {
+            self.handle.sleep(wait).await;
+            if let Ok(socket) = attempt(&self.handle, path.clone()).await {
+                return Ok(socket);
+            }
+            wait = (wait * 2).min(longest);
+        }
+    }
+}
+
+impl backends::Server for Reconnector {
+    async fn reconnect(
+        self: Rc<Self>,
+        params: backends::ReconnectParams,
+        mut results: backends::ReconnectResults,
+    ) -> Result<(), capnp::Error> {
+        let device = params.get()?.get_device()?.to_string()?;
+        let sent = match self.connect(&device).await {
+            Ok(socket) => Handles::send(&self.fds, socket),
+            Err(error) => Err(error),
+        };
+        match sent {
+            Ok(number) => results.get().init_fd().set_number(number),
+            Err(error) => error.write(results.get().init_error()),
+        }
+        Ok(())
+    }
+}

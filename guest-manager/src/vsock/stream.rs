@@ -1,0 +1,266 @@
+//! Sockets as byte streams, and sockets joined to sockets.
+//!
+//! ```text
+//!   split:  socket --read--> from_guest.write ... end        (a task; ends with the socket's end of file)
+//!           to_guest.write --> socket; end --> shutdown(WR); dropped without end: both directions end at once
+//!   join:   a <--> b, each direction until its end of file, which is passed on by shutdown(WR)
+//! ```
+
+use std::{io, net::Shutdown, os::unix::net::UnixStream, rc::Rc};
+
+use futures::future::join;
+use rustix::net::{RecvFlags, SendFlags};
+use sepal_schema::{
+    bytes_capnp::byte_stream,
+    error::{Error, Kind, write_completion},
+    transport::{AsyncFd, Handle, guard, reactor::Direction},
+};
+
+use crate::serial::yield_now;
+
+/// Most bytes of one write.
+const MAX_WRITE: usize = 64 * 1024;
+/// What is read at a time.
+const CHUNK: usize = 64 * 1024;
+
+pub(crate) async fn receive(socket: &AsyncFd<UnixStream>, buffer: &mut [u8]) -> io::Result<usize> {
+    let receive = |socket: &UnixStream| Ok(rustix::net::recv(socket, &mut *buffer, RecvFlags::DONTWAIT)?.1);
+    socket.io(Direction::Read, receive).await
+}
+
+pub(crate) async fn send_all(socket: &AsyncFd<UnixStream>, mut bytes: &[u8]) -> io::Result<()> {
+    let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+    while !bytes.is_empty() {
+        let sent = socket
+            .io(Direction::Write, |socket| Ok(rustix::net::send(socket, bytes, flags)?))
+            .await?;
+        bytes = &bytes[sent..];
+    }
+    Ok(())
+}
+
+/// Passes what comes from `socket` to `from_guest`, and returns a stream whose bytes go the other way.
+///
+/// # Errors
+/// `NO_RESOURCES`: the socket cannot be waited for.
+pub(crate) fn split(
+    handle: &Handle,
+    socket: UnixStream,
+    from_guest: byte_stream::Client,
+) -> Result<byte_stream::Client, Error> {
+    let registered = handle.register(socket);
+    let socket = Rc::new(registered.map_err(|error| Error::new(Kind::NoResources, format!("no stream: {error}")))?);
+    let from = socket.clone();
+    handle.spawn(async move {
+        let mut buffer = vec![0; CHUNK];
+        loop {
+            match receive(&from, &mut buffer).await {
+                Ok(0) => break,
+                // Without its end, which would say that this was all.
+                Err(_) => return,
+                Ok(count) => {
+                    let mut call = from_guest.write_request();
+                    call.get().set_bytes(&buffer[..count]);
+                    if call.send().await.is_err() {
+                        let _ = from.get_ref().shutdown(Shutdown::Read);
+                        return;
+                    }
+                }
+            }
+            yield_now().await;
+        }
+        // Whoever does not want to know the end needs no help.
+        let _ = from_guest.end_request().send().promise.await;
+    });
+    Ok(guard::new_client(Writer {
+        socket,
+        ended: std::cell::Cell::new(false),
+    }))
+}
+
+/// A byte stream into a socket.
+struct Writer {
+    socket: Rc<AsyncFd<UnixStream>>,
+    ended: std::cell::Cell<bool>,
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        if !self.ended.get() {
+            // Fails only if the other side is gone already.
+            let _ = self.socket.get_ref().shutdown(Shutdown::Both);
+        }
+    }
+}
+
+impl byte_stream::Server for Writer {
+    async fn write(self: Rc<Self>, params: byte_stream::WriteParams) -> Result<(), capnp::Error> {
+        let bytes = params.get()?.get_bytes()?;
+        if bytes.len() > MAX_WRITE {
+            let length = bytes.len();
+            return Err(capnp::Error::failed(format!(
+                "{length} bytes were written at once; at most {MAX_WRITE} are allowed"
+            )));
+        }
+        let sent = send_all(&self.socket, bytes).await;
+        sent.map_err(|error| capnp::Error::failed(format!("the stream has ended: {error}")))
+    }
+
+    async fn end(
+        self: Rc<Self>,
+        _: byte_stream::EndParams,
+        mut results: byte_stream::EndResults,
+    ) -> Result<(), capnp::Error> {
+        self.ended.set(true);
+        let ended = self.socket.get_ref().shutdown(Shutdown::Write);
+        let outcome = ended.map_err(|error| Error::new(Kind::NotRunning, format!("the stream has ended: {error}")));
+        write_completion(&outcome, results.get());
+        Ok(())
+    }
+}
+
+/// Copies between two sockets until both directions have ended.
+pub(crate) async fn join_sockets(a: &AsyncFd<UnixStream>, b: &AsyncFd<UnixStream>) {
+    join(copy(a, b), copy(b, a)).await;
+}
+
+/// Copies one way, and passes the end on. What fails ends both sockets: a connection that lost bytes is none.
+async fn copy(from: &AsyncFd<UnixStream>, to: &AsyncFd<UnixStream>) {
+    let mut buffer = vec![0; CHUNK];
+    let copied = async {
+        loop {
+            match receive(from, &mut buffer).await? {
+                0 => return Ok::<_, io::Error>(()),
+                count => send_all(to, &buffer[..count]).await?,
+            }
+            yield_now().await;
+        }
+    };
+    let how = match copied.await {
+        Ok(()) => Shutdown::Write,
+        Err(_) => {
+            let _ = from.get_ref().shutdown(Shutdown::Both);
+            Shutdown::Both
+        }
+    };
+    // Fails only if the other side is gone already.
+    let _ = to.get_ref().shutdown(how);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        cell::RefCell,
+        io::{Read, Write},
+        time::Duration,
+    };
+
+    use sepal_schema::{error::read_completion, transport::Reactor};
+
+    use super::*;
+
+    /// Remembers what it is given.
+    #[derive(Default)]
+    struct Sink {
+        bytes: RefCell<Vec<u8>>,
+        ended: crate::changed::Changed<bool>,
+    }
+
+    struct SinkServer(Rc<Sink>);
+
+    impl byte_stream::Server for SinkServer {
+        async fn write(self: Rc<Self>, params: byte_stream::WriteParams) -> Result<(), capnp::Error> {
+            self.0.bytes.borrow_mut().extend_from_slice(params.get()?.get_bytes()?);
+            Ok(())
+        }
+
+        async fn end(
+            self: Rc<Self>,
+            _: byte_stream::EndParams,
+            mut results: byte_stream::EndResults,
+        ) -> Result<(), capnp::Error> {
+            self.0.ended.change(|ended| *ended = true);
+            write_completion(&Ok(()), results.get());
+            Ok(())
+        }
+    }
+
+    fn run(test: impl AsyncFnOnce(Handle)) {
+        let mut reactor = Reactor::new().unwrap();
+        let handle = reactor.handle();
+        let done = reactor.run_until(handle.timeout(Duration::from_secs(60), test(handle.clone())));
+        done.unwrap().expect("the test hangs");
+    }
+
+    #[test]
+    fn a_socket_becomes_two_streams() {
+        run(async |handle| {
+            let (ours, mut theirs) = UnixStream::pair().unwrap();
+            let sink = Rc::new(Sink::default());
+            let to_guest = split(&handle, ours, guard::new_client(SinkServer(sink.clone()))).unwrap();
+            let guest = handle.spawn_blocking(move || {
+                theirs.write_all(&[7; 200_000]).unwrap();
+                theirs.shutdown(Shutdown::Write).unwrap();
+                let mut all = Vec::new();
+                theirs.read_to_end(&mut all).unwrap();
+                all
+            });
+            for _ in 0..10 {
+                let mut call = to_guest.write_request();
+                call.get().set_bytes(&[9; MAX_WRITE]);
+                call.send().await.unwrap();
+            }
+            let answer = to_guest.end_request().send().promise.await.unwrap();
+            read_completion(answer.get().unwrap()).unwrap();
+            assert_eq!(guest.await.unwrap(), vec![9; 10 * MAX_WRITE]);
+            sink.ended.until(|ended| ended.then_some(())).await;
+            assert_eq!(*sink.bytes.borrow(), vec![7; 200_000]);
+        });
+    }
+
+    #[test]
+    fn a_stream_that_is_dropped_ends_the_socket() {
+        run(async |handle| {
+            let (ours, mut theirs) = UnixStream::pair().unwrap();
+            let sink = Rc::new(Sink::default());
+            drop(split(&handle, ours, guard::new_client(SinkServer(sink.clone()))).unwrap());
+            let read = handle.spawn_blocking(move || theirs.read(&mut [0; 1]).unwrap());
+            assert_eq!(read.await.unwrap(), 0);
+        });
+    }
+
+    #[test]
+    fn too_much_at_once_is_refused() {
+        run(async |handle| {
+            let (ours, _theirs) = UnixStream::pair().unwrap();
+            let to_guest = split(&handle, ours, guard::new_client(SinkServer(Rc::default()))).unwrap();
+            let mut call = to_guest.write_request();
+            call.get().set_bytes(&[9; MAX_WRITE + 1]);
+            assert!(call.send().await.is_err());
+        });
+    }
+
+    #[test]
+    fn joined_sockets_pass_bytes_and_ends() {
+        run(async |handle| {
+            let ((mut left, a), (b, mut right)) = (UnixStream::pair().unwrap(), UnixStream::pair().unwrap());
+            let (a, b) = (handle.register(a).unwrap(), handle.register(b).unwrap());
+            let answer = handle.spawn_blocking(move || {
+                let mut all = Vec::new();
+                right.read_to_end(&mut all).unwrap();
+                right.write_all(b"answer").unwrap();
+                all
+            });
+            let question = handle.spawn_blocking(move || {
+                left.write_all(&[5; 300_000]).unwrap();
+                left.shutdown(Shutdown::Write).unwrap();
+                let mut all = Vec::new();
+                left.read_to_end(&mut all).unwrap();
+                all
+            });
+            join_sockets(&a, &b).await;
+            assert_eq!(answer.await.unwrap(), vec![5; 300_000]);
+            assert_eq!(question.await.unwrap(), b"answer");
+        });
+    }
+}
