@@ -16,7 +16,7 @@ use super::config::{
     self, BlockConfig, BlockError, BlockInfo, DiskMode, F_DISCARD, F_FLUSH, F_WRITE_ZEROES, FileRole, MAX_QUEUES,
     QUEUE_SIZE,
 };
-use super::engine::{self, Done, Engine};
+use super::engine::{self, Done, Engine, Prepared};
 use super::handle::{BlockHandle, Resize, ResizeError, Shared};
 use super::image::{self, Image};
 use super::poll::Poll;
@@ -63,7 +63,8 @@ pub struct Block {
     mode: DiskMode,
     block_size: u32,
     queues: u16,
-    io_uring: bool,
+    /// Until the device starts.
+    prepared: Option<Prepared>,
     engine: Option<Box<dyn Engine>>,
     flying: Vec<Option<Flying>>,
     /// Indices of `flying` that are free.
@@ -127,6 +128,10 @@ impl Block {
         id[..info.id.len()].copy_from_slice(info.id.as_bytes());
         let shared = Shared::new(info).map_err(resources("eventfd"))?;
         let most = u32::from(queues) * u32::from(QUEUE_SIZE);
+        // An overlay is in memory for the most part: a ring would only help with what is read from the image.
+        let file = image.file.as_ref().filter(|_| image.overlay.is_none());
+        // One more for the flush at the end.
+        let prepared = engine::prepare(io_uring, file, most + 1);
         let block = Self {
             shared: shared.clone(),
             limits: Limits {
@@ -140,7 +145,7 @@ impl Block {
             mode,
             block_size,
             queues,
-            io_uring,
+            prepared: Some(prepared),
             engine: None,
             flying: (0..most).map(|_| None).collect(),
             free: (0..most).rev().collect(),
@@ -498,11 +503,8 @@ impl VirtioDevice for Block {
     }
 
     fn start(&mut self, context: &mut Context<'_>) -> Result<(), DeviceError> {
-        // An overlay is in memory for the most part: a ring would only help with what is read from the image.
-        let file = self.image.file.as_ref().filter(|_| self.image.overlay.is_none());
-        // One more for the flush at the end.
-        let capacity = self.flying.len() as u32 + 1;
-        let engine = engine::choose(self.io_uring, file, &self.image.backend, capacity)?;
+        let prepared = self.prepared.take().ok_or("it was started before")?;
+        let engine = prepared.begin(&self.image.backend)?;
         self.shared.change_info(|info| info.engine = Some(engine.kind()));
         context.watch(&Fd(engine.fd()), ENGINE, EventSet::IN)?;
         self.engine = Some(engine);
@@ -598,6 +600,12 @@ fn flush(engine: &mut dyn Engine, id: u32, deadline: Instant) -> std::io::Result
         engine.completed(&mut done);
     }
     done.into_iter().try_for_each(|done| done.result)
+}
+
+impl std::fmt::Debug for Block {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Block").field("mode", &self.mode).field("bytes", &self.image.bytes).finish_non_exhaustive()
+    }
 }
 
 impl Drop for Block {

@@ -68,19 +68,34 @@ pub(super) trait Engine: Send {
     fn woken(&mut self);
 }
 
-/// The fastest engine that this host allows: for a raw file that is written in place an io_uring, else threads. `capacity` jobs may be under way.
-pub(super) fn choose(
-    allow_ring: bool,
-    file: Option<&Arc<HostFile>>,
-    backend: &Arc<dyn Backend>,
-    capacity: u32,
-) -> io::Result<Box<dyn Engine>> {
-    if let Some(file) = file.filter(|_| allow_ring) {
-        match ring::Ring::new(file.clone(), capacity) {
-            Ok(ring) => return Ok(Box::new(ring)),
+/// A ring that was made where that is allowed, for the device's thread, where it is not.
+pub(super) struct Prepared(Option<ring::Ring>);
+
+/// Makes a ring for a raw file that is written in place, if the host allows one. `capacity` jobs may be under way. Runs on the thread that makes
+/// the device: the device's own may only use it.
+pub(super) fn prepare(allow_ring: bool, file: Option<&Arc<HostFile>>, capacity: u32) -> Prepared {
+    let ring = file.filter(|_| allow_ring).and_then(|file| {
+        ring::Ring::new(file.clone(), capacity)
             // Forbidden by the administrator, by a filter, or not known to this kernel.
-            Err(error) => tracing::info!(%error, "no io_uring: threads do the work"),
+            .inspect_err(|error| tracing::info!(%error, "no io_uring: threads do the work"))
+            .ok()
+    });
+    Prepared(ring)
+}
+
+impl Prepared {
+    /// The fastest engine that this host allows, on the thread that uses it: the ring, else threads.
+    ///
+    /// # Errors
+    ///
+    /// The host gives neither.
+    pub(super) fn begin(self, backend: &Arc<dyn Backend>) -> io::Result<Box<dyn Engine>> {
+        if let Some(ring) = self.0 {
+            match ring.enable() {
+                Ok(()) => return Ok(Box::new(ring)),
+                Err(error) => tracing::info!(%error, "the io_uring cannot be used: threads do the work"),
+            }
         }
+        Ok(Box::new(pool::Pool::new(backend.clone())?))
     }
-    Ok(Box::new(pool::Pool::new(backend.clone())?))
 }

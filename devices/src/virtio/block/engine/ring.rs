@@ -50,7 +50,7 @@ pub(super) struct Ring {
 }
 
 impl Ring {
-    /// A ring for `capacity` jobs at a time on `file`, to be used by this thread only.
+    /// A ring for `capacity` jobs at a time on `file`, to be used by the thread that [`enable`](Self::enable)s it.
     ///
     /// # Errors
     ///
@@ -88,7 +88,6 @@ impl Ring {
         submitter.register_files(&[file.as_raw_fd()])?;
         submitter.register_eventfd(event.as_raw_fd())?;
         submitter.register_restrictions(&mut allowed)?;
-        submitter.register_enable_rings()?;
         Ok(Self {
             ring,
             file,
@@ -99,6 +98,15 @@ impl Ring {
             armed: true,
             memory: None,
         })
+    }
+
+    /// Lets the ring work, for the calling thread only.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says.
+    pub(super) fn enable(&self) -> io::Result<()> {
+        self.ring.submitter().register_enable_rings()
     }
 
     /// Puts `job` into the submission queue.
