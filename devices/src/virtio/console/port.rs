@@ -96,23 +96,32 @@ impl Port {
             let Some(queue) = context.queue(index) else {
                 return Ok(());
             };
-            let taken = self.gather(queue, chunk, &mut chains)?;
+            let mut taken = 0;
+            let result = self.gather(queue, chunk, &mut taken, &mut chains);
             // A console's driver may be spinning for its buffer, so it goes back before the system call.
-            context.interrupt(index)?;
+            let told = context.interrupt(index);
+            self.send(&chunk[..taken]);
+            result?;
+            told?;
             if taken == 0 && chains > 0 {
                 return Ok(());
             }
-            self.send(&chunk[..taken]);
             bytes = bytes.saturating_sub(taken);
         }
         context.ring(index);
         Ok(())
     }
 
-    /// Fills `chunk` from the driver's chains, at most `chains` of them, and gives back those that are done: how many bytes.
-    fn gather(&mut self, queue: &mut Virtqueue, chunk: &mut [u8], chains: &mut usize) -> Result<usize, Fault> {
-        let mut filled = 0;
-        while filled < chunk.len() && *chains > 0 {
+    /// Fills `chunk` from the driver's chains, counting bytes up in `filled` and whole chains down in `chains`, and gives back those that are
+    /// done. What was filled counts even if the driver broke a rule then.
+    fn gather(
+        &mut self,
+        queue: &mut Virtqueue,
+        chunk: &mut [u8],
+        filled: &mut usize,
+        chains: &mut usize,
+    ) -> Result<(), Violation> {
+        while *filled < chunk.len() && *chains > 0 {
             let (chain, done) = match self.sending.take() {
                 Some(sending) => sending,
                 None => match queue.pop()? {
@@ -123,18 +132,18 @@ impl Port {
             };
             let index = queue.index();
             if !chain.writable().is_empty() {
-                return Err(Fault::Violation(Violation::Direction {
+                return Err(Violation::Direction {
                     queue: index,
                     what: "output has a buffer for the device to write",
-                }));
+                });
             }
             let taken = if self.host_writable() {
                 let mut reader = chain.reader(queue.memory());
                 // Both are within the chain, as `done` was counted on it.
                 let _ = reader.skip(done as usize);
-                let len = reader.left().min(chunk.len() - filled);
-                let _ = reader.read(&mut chunk[filled..filled + len]);
-                filled += len;
+                let len = reader.left().min(chunk.len() - *filled);
+                let _ = reader.read(&mut chunk[*filled..*filled + len]);
+                *filled += len;
                 len as u32
             } else {
                 chain.readable_bytes() - done
@@ -147,7 +156,7 @@ impl Port {
                 *chains -= 1;
             }
         }
-        Ok(filled)
+        Ok(())
     }
 
     /// Sends `bytes` to the host, or keeps them for it.

@@ -103,3 +103,14 @@ fn every_malformed_ring_rests_the_console_until_a_reset() {
     assert_eq!(handle.stats(1).unwrap().from_guest, 60);
     drop(hosts);
 }
+
+#[test]
+fn output_from_before_a_broken_rule_still_goes_out() {
+    let mut bench = Bench::open(1);
+    bench.rig.add(1, &[Buffer::Out(b"last words".to_vec())]);
+    assert_eq!(
+        bench.fault(1, &[Buffer::In(8)]),
+        "queue 1: output has a buffer for the device to write"
+    );
+    assert_eq!(read_now(&mut bench.hosts[0]), b"last words");
+}
