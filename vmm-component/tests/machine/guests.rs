@@ -36,6 +36,8 @@ macro_rules! guest {
     };
 }
 
+pub(crate) use guest;
+
 guest!(
     /// Writes one byte to the serial port, then resets.
     hello, "sepal_guest_hello", "sepal_guest_hello_end",

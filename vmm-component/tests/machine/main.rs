@@ -8,6 +8,7 @@
 )]
 mod guests;
 mod rig;
+mod virtio;
 
 use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
