@@ -38,6 +38,7 @@ pub mod macs;
 pub mod manager;
 pub mod manager_server;
 pub mod model;
+pub mod network;
 pub mod problems;
 pub mod registry;
 mod resources;

@@ -2,6 +2,9 @@
 //!
 //! Frames are staged on both ways, so that one system call moves many. A frame that went out in part is finished first, whatever becomes of the
 //! driver that sent it: the stream must stay whole.
+//!
+//! Packets to a loopback address never leave the device. No host may send them (RFC 1122, section 3.2.1.3; RFC 4291, section 2.5.3), and passt as
+//! of 2023 would connect them to what listens on its host's own loopback interface.
 
 use std::io;
 use std::ops::Range;
@@ -130,10 +133,16 @@ impl Backend for Stream {
         }
         // Far below 2^32.
         self.outgoing.extend_from_slice(&(len as u32).to_be_bytes());
+        let frame = self.outgoing.len();
         for slice in slices {
             let start = self.outgoing.len();
             self.outgoing.resize(start + slice.len(), 0);
             slice.copy_to(&mut self.outgoing[start..]);
+        }
+        // The copy is looked at: the driver can change its own at any time.
+        if is_for_loopback(&self.outgoing[frame..]) {
+            self.outgoing.truncate(frame - LENGTH);
+            return Sent::Refused(Errno::HOSTUNREACH.into());
         }
         Sent::Done
     }
@@ -151,6 +160,16 @@ impl Backend for Stream {
         self.outgoing.clear();
         self.out = 0;
         Sent::Done
+    }
+}
+
+/// Whether a frame holds a packet for a loopback address, or for one that hosts take for it: 127.0.0.0/8, 0.0.0.0/8; and of IPv6's reserved ::/80,
+/// the unspecified and the loopback address and IPv4's addresses in both disguises.
+fn is_for_loopback(frame: &[u8]) -> bool {
+    match frame.get(12..14) {
+        Some([0x08, 0x00]) => matches!(frame.get(30), Some(0 | 127)),
+        Some([0x86, 0xdd]) => frame.get(38..48) == Some(&[0; 10]),
+        _ => false,
     }
 }
 
@@ -220,6 +239,24 @@ mod tests {
         assert_eq!(incoming.next(), Ok(None));
         incoming.arrived(1);
         assert_eq!(incoming.next(), Err(TooLong(MAX_ANNOUNCED + 1)));
+    }
+
+    #[test]
+    fn packets_for_loopback_addresses_are_known() {
+        let to = |kind: [u8; 2], address: &[u8]| {
+            let mut frame = vec![0xee; 80];
+            frame[12..14].copy_from_slice(&kind);
+            let at = if kind == [8, 0] { 30 } else { 38 };
+            frame[at..at + address.len()].copy_from_slice(address);
+            is_for_loopback(&frame)
+        };
+        let v4 = |address: &str| to([0x08, 0x00], &address.parse::<std::net::Ipv4Addr>().unwrap().octets());
+        let v6 = |address: &str| to([0x86, 0xdd], &address.parse::<std::net::Ipv6Addr>().unwrap().octets());
+        assert!(v4("127.0.0.1") && v4("127.255.0.53") && v4("0.0.0.0"));
+        assert!(!v4("10.0.2.2") && !v4("128.0.0.1") && !v4("255.255.255.255"));
+        assert!(v6("::1") && v6("::") && v6("::ffff:127.0.0.1") && v6("::127.0.0.1"));
+        assert!(!v6("fe80::1") && !v6("64:ff9b::127.0.0.1") && !v6("ff02::1"));
+        assert!(!to([0x08, 0x06], &[127, 0, 0, 1]) && !is_for_loopback(&[0; 14]));
     }
 
     #[test]

@@ -15,6 +15,13 @@ pub(super) const HOST_MAC: [u8; 6] = [2, 0, 0, 0, 0, 0x77];
 /// The tap's name.
 pub(super) const NAME: &str = "tap0";
 
+/// Runs `test` on a thread of its own, so that the namespace goes with it.
+pub(super) fn alone(test: impl FnOnce() + Send) {
+    if let Err(panic) = std::thread::scope(|scope| scope.spawn(test).join()) {
+        std::panic::resume_unwind(panic);
+    }
+}
+
 /// Puts the calling thread into a network namespace of its own, with a tap that is up, has [`HOST`], and knows [`GUEST`]. `None`, and it says so,
 /// where the test may not do that.
 pub(super) fn tap(queues: usize) -> Option<Vec<OwnedFd>> {

@@ -47,6 +47,23 @@ fn what_is_no_frame_is_dropped_and_counted() {
     assert_eq!((handle.stats().sent.frames, handle.stats().sent.errors), (1, 5));
 }
 
+#[test]
+fn packets_for_the_hosts_loopback_do_not_leave() {
+    let (mut rig, handle, mut peer) = active();
+    let mut loopback = frame(1, 60);
+    loopback[12..14].copy_from_slice(&[8, 0]);
+    loopback[30..34].copy_from_slice(&[127, 0, 0, 1]);
+    rig.add(TX, &packet(&frame(2, 60)));
+    rig.add(TX, &packet(&loopback));
+    rig.add(TX, &packet(&frame(3, 60)));
+    rig.kick(TX);
+    assert_eq!(
+        [peer.receive(), peer.receive(), peer.receive()],
+        [Some(frame(2, 60)), Some(frame(3, 60)), None]
+    );
+    assert_eq!((handle.stats().sent.frames, handle.stats().sent.errors), (2, 1));
+}
+
 /// Sends until the peer's socket takes no more; returns how many frames were made available.
 fn fill(rig: &mut Rig<Net>) -> u32 {
     let mut count = 0;

@@ -116,41 +116,44 @@ fn socket() {
 #[test]
 #[ignore = "a measurement"]
 fn tap() {
-    for len in [60, 1514] {
-        let Some(taps) = host::tap(1) else {
-            return;
-        };
-        let (net, handle) = Net::new(config(NetBackend::Tap(taps))).unwrap();
-        // A kind of frame that the kernel drops as soon as it has looked at it.
-        let mut bytes = frame(1, len);
-        bytes[..14].copy_from_slice(&[2, 0, 0, 0, 0, 0x77, 2, 0, 0, 0, 0, 1, 0x88, 0xb5]);
-        sending("to a tap", Rig::active(net), &handle, &bytes);
-    }
-    for (what, len, segment) in [
-        ("from a tap, 60 bytes", 18, 0),
-        ("from a tap, 1514 bytes", 1472, 0),
-        ("from a tap, segments of 1400 bytes merged", 64400i32, 1400i32),
-    ] {
-        let Some(taps) = host::tap(1) else {
-            return;
-        };
-        let (net, handle) = Net::new(config(NetBackend::Tap(taps))).unwrap();
-        let socket = UdpSocket::bind((HOST, 0)).unwrap();
-        socket.connect((GUEST, 4000)).unwrap();
-        // SAFETY: the option takes an int.
-        let done = unsafe { libc::setsockopt(socket.as_raw_fd(), libc::SOL_UDP, 103, (&raw const segment).cast(), 4) };
-        assert_eq!(done, 0);
-        let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
-        let until = Arc::clone(&stop);
-        let writer = std::thread::spawn(move || {
-            let payload = vec![1; len as usize];
-            while !until.load(std::sync::atomic::Ordering::Relaxed) {
-                // The kernel drops what the tap has no room for.
-                let _ = socket.send(&payload);
-            }
-        });
-        receiving(what, Rig::active(net), &handle);
-        stop.store(true, std::sync::atomic::Ordering::Relaxed);
-        writer.join().unwrap();
-    }
+    host::alone(|| {
+        for len in [60, 1514] {
+            let Some(taps) = host::tap(1) else {
+                return;
+            };
+            let (net, handle) = Net::new(config(NetBackend::Tap(taps))).unwrap();
+            // A kind of frame that the kernel drops as soon as it has looked at it.
+            let mut bytes = frame(1, len);
+            bytes[..14].copy_from_slice(&[2, 0, 0, 0, 0, 0x77, 2, 0, 0, 0, 0, 1, 0x88, 0xb5]);
+            sending("to a tap", Rig::active(net), &handle, &bytes);
+        }
+        for (what, len, segment) in [
+            ("from a tap, 60 bytes", 18, 0),
+            ("from a tap, 1514 bytes", 1472, 0),
+            ("from a tap, segments of 1400 bytes merged", 64400i32, 1400i32),
+        ] {
+            let Some(taps) = host::tap(1) else {
+                return;
+            };
+            let (net, handle) = Net::new(config(NetBackend::Tap(taps))).unwrap();
+            let socket = UdpSocket::bind((HOST, 0)).unwrap();
+            socket.connect((GUEST, 4000)).unwrap();
+            // SAFETY: the option takes an int.
+            let done =
+                unsafe { libc::setsockopt(socket.as_raw_fd(), libc::SOL_UDP, 103, (&raw const segment).cast(), 4) };
+            assert_eq!(done, 0);
+            let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
+            let until = Arc::clone(&stop);
+            let writer = std::thread::spawn(move || {
+                let payload = vec![1; len as usize];
+                while !until.load(std::sync::atomic::Ordering::Relaxed) {
+                    // The kernel drops what the tap has no room for.
+                    let _ = socket.send(&payload);
+                }
+            });
+            receiving(what, Rig::active(net), &handle);
+            stop.store(true, std::sync::atomic::Ordering::Relaxed);
+            writer.join().unwrap();
+        }
+    });
 }
