@@ -1,7 +1,8 @@
 //! Context ids of guests' socket devices: each unique on the host, whichever manager's guest has it.
 //!
 //! A context id in use is a Unix socket bound to an abstract name (unix(7)). All managers of a host share that name space, whoever runs them;
-//! the kernel gives the name free when the manager ends, however that comes about; and nothing is left behind anywhere.
+//! the kernel gives the name free when the manager ends, however that comes about; and nothing is left behind anywhere. Guests of other monitors
+//! are seen where the kernel knows them.
 
 use std::{
     cell::RefCell,
@@ -20,6 +21,8 @@ use sepal_schema::{
     error::{Error, Kind},
 };
 
+use crate::vsock::reservation::{Reservation, reserve};
+
 /// How many context ids are tried before there is said to be none.
 const MAX_TRIES: u32 = 4096;
 
@@ -33,6 +36,7 @@ pub struct Cid {
     number: u32,
     cids: Cids,
     _name: OwnedFd,
+    _reserved: Reservation,
 }
 
 impl Cid {
@@ -57,7 +61,7 @@ impl Cids {
         if wanted != 0 {
             return self.bind(wanted, guest)?.ok_or_else(|| {
                 let holder = self.0.borrow().get(&wanted).cloned();
-                let who = holder.map_or("a guest of another manager".to_owned(), |name| {
+                let who = holder.map_or("a guest of another manager or monitor".to_owned(), |name| {
                     format!("guest \"{name}\"")
                 });
                 let message = format!("vsock.cid: {who} has the context id {wanted}; 0 chooses one that is free");
@@ -82,11 +86,15 @@ impl Cids {
             .and_then(|name| UnixDatagram::bind_addr(&name));
         match bound {
             Ok(socket) => {
+                let Ok(reserved) = reserve(number) else {
+                    return Ok(None);
+                };
                 self.0.borrow_mut().insert(number, guest.to_owned());
                 Ok(Some(Cid {
                     number,
                     cids: self.clone(),
                     _name: socket.into(),
+                    _reserved: reserved,
                 }))
             }
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => Ok(None),
@@ -112,7 +120,7 @@ mod tests {
         let (ours, theirs) = (Cids::default(), Cids::default());
         let cid = ours.take(somewhere(), "web").unwrap();
         assert_eq!(cid.number(), somewhere());
-        for (cids, who) in [(&ours, "guest \"web\""), (&theirs, "another manager")] {
+        for (cids, who) in [(&ours, "guest \"web\""), (&theirs, "another manager or monitor")] {
             let error = cids.take(somewhere(), "db").unwrap_err();
             assert_eq!((error.kind, &error.about[..]), (Kind::AlreadyBound, "vsock.cid"));
             assert!(error.message.contains(who), "{error}");

@@ -48,5 +48,4 @@ pub mod slot;
 pub mod starter;
 mod subscription;
 pub mod uploads;
-pub mod vsock;
 mod vsock;

@@ -23,11 +23,11 @@ const SET_GUEST_CID: rustix::ioctl::Opcode = opcode::write::<u64>(0xaf, 0x60);
 /// A guest that the kernel serves has the context id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("a guest of another monitor has the context id {0}")]
-pub struct InUse(pub u32);
+pub(crate) struct InUse(u32);
 
 /// A context id that the kernel gives to nobody else until this is dropped.
 #[derive(Debug)]
-pub struct Reservation {
+pub(crate) struct Reservation {
     _device: Option<OwnedFd>,
 }
 
@@ -35,7 +35,7 @@ pub struct Reservation {
 ///
 /// # Errors
 /// Somebody else's guest has it.
-pub fn reserve(cid: u32) -> Result<Reservation, InUse> {
+pub(crate) fn reserve(cid: u32) -> Result<Reservation, InUse> {
     if !Path::new(MODULE).exists() {
         return Ok(Reservation { _device: None });
     }
