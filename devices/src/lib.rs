@@ -28,5 +28,6 @@ pub mod pci;
 pub mod pvpanic;
 pub mod rate;
 mod stream;
+pub mod vhost_user;
 pub mod virtio;
 pub mod watchdog;
