@@ -58,6 +58,8 @@ impl Job {
     /// Does it if it need not wait for storage. False: it would have to.
     pub(super) fn run_at_once(&self, backend: &dyn Backend) -> io::Result<bool> {
         match self.operation {
+            Operation::Flush => Ok(false),
+            _ if self.len == 0 => Ok(true),
             Operation::Read => backend.read_cached(self.offset, &self.buffers),
             Operation::Write if !self.durable => backend.write_cached(self.offset, &self.buffers),
             _ => Ok(false),

@@ -604,7 +604,10 @@ fn flush(engine: &mut dyn Engine, id: u32, deadline: Instant) -> std::io::Result
 
 impl std::fmt::Debug for Block {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Block").field("mode", &self.mode).field("bytes", &self.image.bytes).finish_non_exhaustive()
+        f.debug_struct("Block")
+            .field("mode", &self.mode)
+            .field("bytes", &self.image.bytes)
+            .finish_non_exhaustive()
     }
 }
 

@@ -4,7 +4,7 @@
 //! opened but have to be given, and should imago panic over what it finds, the image is of no use from then on and each request fails.
 
 mod header;
-mod storage;
+pub(super) mod storage;
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::OwnedFd;
@@ -18,7 +18,7 @@ use imago::raw::Raw;
 use imago::{FormatAccess, Mapping};
 
 use self::header::Header;
-use self::storage::{HandleStorage, cached_only};
+use self::storage::{HandleStorage, cached_only, note_stack};
 use super::backend::Backend;
 use super::buffers::{Bounce, Buffers};
 use super::config::{BlockError, FileRole};
@@ -114,6 +114,7 @@ impl Image {
         if self.broken.load(Ordering::Relaxed) {
             return Err(broken());
         }
+        note_stack();
         catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|panic| {
             self.broken.store(true, Ordering::Relaxed);
             tracing::error!(reason = panic_message(&*panic), "a qcow2 image is damaged");
@@ -136,9 +137,12 @@ fn open_layer(
     file: HostFile,
     write: bool,
 ) -> Result<(Qcow2<HandleStorage>, Option<Below>), BlockError> {
-    Header::read(&file)
-        .map_err(|error| image::host(role, "read", error))?
-        .check(role)?;
+    let header = Header::read(&file).map_err(|error| image::host(role, "read", error))?;
+    header.check(role)?;
+    if write {
+        header.check_refcounts(role, &file)?;
+    }
+    note_stack();
     let opened = catch_unwind(AssertUnwindSafe(|| Qcow2::open_image(HandleStorage::new(file), write)));
     let qcow2: Qcow2<HandleStorage> = match opened {
         Ok(Ok(qcow2)) => qcow2,

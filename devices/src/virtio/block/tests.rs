@@ -9,11 +9,16 @@ use tempfile::NamedTempFile;
 use super::config::*;
 use super::request::*;
 use super::*;
+use crate::dispatch::DeviceEvent;
 use crate::rate::RateLimit;
 use crate::virtio::device::{Fault, VirtioDevice};
 use crate::virtio::testing::{Buffer, Rig, Used};
 
 mod basic;
+mod host;
+mod model;
+mod qcow2;
+mod volatile;
 
 /// Whether an io_uring may be used: both engines.
 const ENGINES: [bool; 2] = [true, false];
@@ -112,4 +117,30 @@ fn finish_all(rig: &mut Rig<Block>, queue: u16, count: usize) -> Vec<Used> {
         }
         rig.wait().unwrap();
     }
+}
+
+/// A descriptor that goes around the page cache; `None`, said out loud, where the file system has none.
+fn open_direct(file: &NamedTempFile) -> Option<OwnedFd> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let flags = libc::O_DIRECT;
+    match File::options()
+        .read(true)
+        .write(true)
+        .custom_flags(flags)
+        .open(file.path())
+    {
+        Ok(file) => Some(file.into()),
+        Err(error) => {
+            println!("skipped: no O_DIRECT here: {error}");
+            None
+        }
+    }
+}
+
+/// Asks for a size, and steps until there is an answer.
+fn resized(rig: &mut Rig<Block>, handle: &BlockHandle, bytes: u64) -> Result<u64, ResizeError> {
+    let (sender, answer) = std::sync::mpsc::channel();
+    handle.resize(bytes, move |result| sender.send(result).unwrap());
+    rig.settle().unwrap();
+    answer.try_recv().unwrap()
 }

@@ -18,7 +18,7 @@ use crate::virtio::block::backend::{Backend, Job};
 
 /// Most threads of one device. Storage that is slower than memory serves some requests at once; more threads than this only cost memory.
 const MOST_THREADS: usize = 4;
-/// A thread's stack, in bytes. Formats nest a few calls deep and have a few KiB of their own there.
+/// A thread's stack, in bytes: twice what the format's code is allowed.
 const STACK: usize = 256 << 10;
 
 /// A job under way, with what it points into.

@@ -4,6 +4,7 @@ use std::io;
 
 use crate::virtio::block::buffers::Bounce;
 use crate::virtio::block::config::{BlockError, FileRole};
+use crate::virtio::block::image;
 use crate::virtio::block::raw::HostFile;
 
 const MAGIC: [u8; 4] = *b"QFI\xfb";
@@ -15,6 +16,13 @@ const READ: usize = 4096;
 const EXTERNAL_DATA: u64 = 1 << 2;
 /// Largest disk: QEMU's own limit, 2^61 bytes.
 const MAX_BYTES: u64 = 1 << 61;
+
+/// Largest refcount table in bytes: as imago and QEMU have it, about.
+const MAX_TABLE: u64 = 32 << 20;
+/// Bytes of a table that are read at once.
+const TABLE_PIECE: usize = 64 << 10;
+/// Bytes of the smallest clusters.
+const SMALLEST_CLUSTER: u64 = 512;
 
 /// The first fields of an image.
 pub(super) struct Header([u8; BYTES]);
@@ -54,6 +62,10 @@ impl Header {
         if !matches!(version, 2 | 3) {
             return wrong(format!("version {version} is not known"));
         }
+        let cluster_bits = self.word(20);
+        if !(9..=21).contains(&cluster_bits) {
+            return wrong(format!("clusters of 2^{cluster_bits} bytes"));
+        }
         if self.word(32) != 0 {
             return Err(BlockError::Encrypted { file });
         }
@@ -63,6 +75,49 @@ impl Header {
         let bytes = self.long(24);
         if bytes > MAX_BYTES {
             return wrong(format!("a size of {bytes} bytes is beyond all limits"));
+        }
+        Ok(())
+    }
+
+    /// Refuses an image that is to be written and whose refcount table cannot be: who looks for a free cluster would search the same block over
+    /// and over, for hours.
+    pub(super) fn check_refcounts(&self, file: FileRole, opened: &HostFile) -> Result<(), BlockError> {
+        let wrong = |reason: &str| {
+            Err(BlockError::Qcow2 {
+                file,
+                reason: format!("its refcount table {reason}"),
+            })
+        };
+        let failed = |error| image::host(file, "read", error);
+        // At most 2^32 clusters of 2^21 bytes, which `check` saw to.
+        let bytes = u64::from(self.word(56)) << self.word(20);
+        let start = self.long(48);
+        if bytes > MAX_TABLE || start.checked_add(bytes).is_none() || !start.is_multiple_of(SMALLEST_CLUSTER) {
+            return wrong("is too large, or out of place");
+        }
+        let size = opened.size().map_err(failed)?;
+        let mut piece = Bounce::new(TABLE_PIECE, READ).map_err(failed)?;
+        let mut blocks = Vec::new();
+        for at in (start..start + bytes).step_by(TABLE_PIECE) {
+            piece.bytes().fill(0);
+            let buffers = piece.buffers(TABLE_PIECE);
+            opened.read_up_to(at, &buffers, 0).map_err(failed)?;
+            let here = usize::try_from(start + bytes - at)
+                .unwrap_or(TABLE_PIECE)
+                .min(TABLE_PIECE);
+            for entry in piece.bytes()[..here].chunks_exact(8) {
+                let block = entry.iter().fold(0, |value, &byte| value << 8 | u64::from(byte));
+                if block >= size {
+                    return wrong("leads out of the file");
+                }
+                if block != 0 {
+                    blocks.push(block);
+                }
+            }
+        }
+        blocks.sort_unstable();
+        if blocks.windows(2).any(|pair| pair[0] == pair[1]) {
+            return wrong("names a block twice");
         }
         Ok(())
     }

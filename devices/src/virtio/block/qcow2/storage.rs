@@ -13,9 +13,33 @@ use crate::virtio::block::backend::Backend;
 use crate::virtio::block::buffers::Buffers;
 use crate::virtio::block::raw::HostFile;
 
+/// Most bytes of stack between a call of imago and what it calls here. Ordinary images need some KiB; one whose refcount tables have holes in the
+/// wrong places has the allocation of a cluster call itself without end.
+const MOST_STACK: usize = 128 << 10;
+
 thread_local! {
     /// Reads of this thread fail rather than wait for storage.
     static CACHED_ONLY: Cell<bool> = const { Cell::new(false) };
+    /// Where the stack was when this thread called imago.
+    static STACK: Cell<usize> = const { Cell::new(0) };
+}
+
+fn stack() -> usize {
+    let here = 0u8;
+    (&raw const here).addr()
+}
+
+/// Notes where the stack is: calls from here on may use [`MOST_STACK`] bytes more.
+pub(super) fn note_stack() {
+    STACK.set(stack());
+}
+
+/// Ends, by a panic, a call that nests too deep; the only way where imago expects no error.
+fn check_stack() {
+    assert!(
+        STACK.get().saturating_sub(stack()) < MOST_STACK,
+        "its tables lead into each other without end"
+    );
 }
 
 /// Calls `call`, whose reads fail with [`io::ErrorKind::WouldBlock`] where they would have to wait for storage.
@@ -33,13 +57,13 @@ pub(super) fn cached_only<R>(call: impl FnOnce() -> R) -> R {
 
 /// An open file.
 #[derive(Debug)]
-pub(super) struct HandleStorage {
+pub(in crate::virtio::block) struct HandleStorage {
     file: HostFile,
     helper: CommonStorageHelper,
 }
 
 impl HandleStorage {
-    pub(super) fn new(file: HostFile) -> Self {
+    pub(in crate::virtio::block) fn new(file: HostFile) -> Self {
         Self {
             file,
             helper: CommonStorageHelper::default(),
@@ -68,6 +92,8 @@ fn copied(vectors: &[libc::iovec]) -> Buffers {
 
 impl Storage for HandleStorage {
     fn mem_align(&self) -> usize {
+        // Asked for before each table is read or made.
+        check_stack();
         self.file.alignment().map_or(1, |alignment| alignment.memory as usize)
     }
 
