@@ -16,6 +16,9 @@ pub enum NetBackend {
     Tap(Vec<OwnedFd>),
     /// A connected Unix stream socket that carries Ethernet frames, each behind its length as 4 bytes, big-endian.
     Stream(OwnedFd),
+    /// As a tap, but sockets that keep packets apart and do not block: for tests.
+    #[cfg(any(test, feature = "testing"))]
+    Packets(Vec<OwnedFd>),
 }
 
 /// How a network device is made.

@@ -136,6 +136,11 @@ impl Net {
                 return Err(NetError::Queues(queues.len()));
             }
             NetBackend::Tap(queues) => (Box::new(Tap::new(queues, config.offloads)?), NetBackendKind::Tap),
+            #[cfg(any(test, feature = "testing"))]
+            NetBackend::Packets(queues) => {
+                let packets = backend::packets::Packets::new(queues);
+                (Box::new(packets), NetBackendKind::Tap)
+            }
             NetBackend::Stream(socket) => (Box::new(Stream::new(socket)?), NetBackendKind::Stream),
         };
         let pairs = backend.ports().len();

@@ -12,6 +12,8 @@ use vm_memory::VolatileSlice;
 
 use super::header::{HEADER_BYTES, Header};
 
+#[cfg(any(test, feature = "testing"))]
+pub(super) mod packets;
 pub(super) mod stream;
 pub(super) mod tap;
 

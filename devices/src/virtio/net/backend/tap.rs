@@ -87,6 +87,14 @@ impl Tap {
     }
 }
 
+#[cfg(any(test, feature = "testing"))]
+impl Tap {
+    /// Descriptors that are no tap, but take and give one packet a call without waiting.
+    pub(super) fn unchecked(queues: Vec<OwnedFd>) -> Self {
+        Self { queues, features: 0 }
+    }
+}
+
 /// Name and flags of the tap behind a descriptor.
 fn interface(tap: BorrowedFd<'_>) -> io::Result<(String, i32)> {
     // SAFETY: TUNGETIFF fills a `struct ifreq`, whatever size its number encodes (linux/if_tun.h, drivers/net/tun.c), and every pattern of bits
@@ -175,6 +183,9 @@ impl Backend for Tap {
             // SAFETY: each part is the header, a stretch of guest memory that its slice keeps mapped, or the spill, which is borrowed mutably. Nobody
             // but the kernel writes to the first and the last meanwhile; guest memory changes at any time, and is only ever seen as volatile.
             let got = unsafe { libc::readv(self.queues[port].as_raw_fd(), into.as_ptr(), into.len() as i32) };
+            if got == 0 {
+                return Received::Lost("the tap was closed".into());
+            }
             if let Ok(got) = usize::try_from(got) {
                 return match got.checked_sub(HEADER_BYTES) {
                     Some(len) => Received::Frame { header, len },

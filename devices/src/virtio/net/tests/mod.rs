@@ -10,6 +10,7 @@ mod commands;
 mod host;
 mod link;
 mod malformed;
+mod packets;
 mod properties;
 mod receiving;
 mod sending;
