@@ -51,7 +51,7 @@ impl Boot {
             image: Some(sepal_driver_guest::IMAGE),
             ..Self::default()
         };
-        boot.cmdline(format!("run={commands}")).memory_mib(64)
+        boot.cmdline(format!("run={commands}")).memory_mib(128)
     }
 
     /// Boots this ELF image or bzImage.

@@ -2,7 +2,7 @@
 //! this project's, and says on the serial port how each test went.
 //!
 //! [`IMAGE`] is an ELF64 file for PVH and Linux's 64-bit protocol, as the default guest's, and for QEMU's `-kernel`, so that the same
-//! guest measures both. It runs at CPL 3, at native speed also where KVM emulates CPL 0. Give it 32 MiB or more.
+//! guest measures both. It runs at CPL 3, at native speed also where KVM emulates CPL 0. Give it 128 MiB.
 //!
 //! # On the kernel command line
 //!
