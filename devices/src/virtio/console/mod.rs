@@ -9,13 +9,15 @@
 //!   control queues <--> control::Control: which ports there are, their names and sizes, who has them open
 //! ```
 //!
-//! Output never waits: a host end that does not read costs old output, which is counted, and never the guest's time. Input is never lost:
-//! until the guest opens the port and gives buffers, it waits in the socket, and so does its writer. Without VIRTIO_CONSOLE_F_MULTIPORT there
+//! A host end that does not read costs old output, which is counted, and not the guest's time. Of port 0, for whose driver Linux spins, output is
+//! never held back; the drivers of plain ports sleep, so theirs is, for [`PATIENCE`] after the host end last took something: then bulk data
+//! arrives whole, however fast the guest is, and a host end that has stopped reading delays the guest once. Input is never lost: until the guest opens the port and gives buffers, it waits in the socket, and so does its writer. Without VIRTIO_CONSOLE_F_MULTIPORT there
 //! is port 0 only, which is open as soon as the driver is ready.
 //!
 //! A reset of the device leaves both streams as they are: output that waits still goes out, input waits for the next driver.
 //!
-//! System calls of its thread beside those of [`dispatch`](crate::dispatch): `read`, `write` and `close` on the host ends, `ppoll` on stop.
+//! System calls of its thread beside those of [`dispatch`](crate::dispatch): `read`, `write` and `close` on the host ends, `timerfd_settime`,
+//! `ppoll` on stop.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -28,6 +30,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::device::{ConfigLayout, Context, DeviceKind, Fault, VirtioDevice};
 use super::violation::Violation;
+use crate::alarm::Alarm;
 use crate::dispatch::{DeviceError, DeviceEvent};
 use crate::interrupt::lock;
 use crate::stream::{HostEnd, Watch};
@@ -35,7 +38,7 @@ use crate::stream::{HostEnd, Watch};
 use control::{Control, HEADER, Size};
 use port::{CHUNK, Counters, Port, transmit_queue};
 
-pub use port::OUTPUT_CAPACITY;
+pub use port::{OUTPUT_CAPACITY, PATIENCE};
 
 mod control;
 mod port;
@@ -61,8 +64,10 @@ const QUEUE_SIZE: u16 = 64;
 /// Control messages taken before the loop looks at its other events.
 const MESSAGES_A_TURN: usize = 64;
 
-/// Token of the owner's doorbell; a port's is its number and 1.
+/// Tokens of the owner's doorbell and of the timer; a port's is its number and the first.
 const OWNER: u32 = 0;
+const ALARM: u32 = 1;
+const FIRST_PORT: u32 = 2;
 
 /// How one port is to be.
 #[derive(Debug, Default)]
@@ -188,7 +193,7 @@ impl Role {
 /// Token of a port's host end.
 fn token(port: usize) -> u32 {
     // At most 32 ports.
-    OWNER + 1 + port as u32
+    FIRST_PORT + port as u32
 }
 
 /// The device.
@@ -196,6 +201,8 @@ pub struct Console {
     ports: Vec<Port>,
     control: Control,
     shared: Arc<Shared>,
+    /// Goes off when output need not be held back any longer.
+    alarm: Alarm,
     /// What is being moved.
     chunk: Box<[u8; CHUNK]>,
 }
@@ -205,7 +212,7 @@ impl Console {
     ///
     /// # Errors
     ///
-    /// No ports or too many, a name that is too long, a host end that is not open, or the host gives no eventfd.
+    /// No ports or too many, a name that is too long, a host end that is not open, or the host gives no eventfd or timerfd.
     pub fn new(config: ConsoleConfig) -> io::Result<(Self, ConsoleHandle)> {
         let wrong = |what: String| Err(io::Error::new(io::ErrorKind::InvalidInput, what));
         let count = config.ports.len();
@@ -236,6 +243,7 @@ impl Console {
             ports,
             control: Control::new(known),
             shared: Arc::clone(&shared),
+            alarm: Alarm::new()?,
             chunk: Box::new([0; CHUNK]),
         };
         Ok((device, ConsoleHandle(shared)))
@@ -278,10 +286,23 @@ impl Console {
         }
         let change = port.watch_change(wants);
         match (change, port.host()) {
-            (Some(Watch::Modify(events)), Some(host)) => context.rewatch(host, token(index), events),
-            (Some(Watch::Remove), Some(host)) => context.unwatch(host),
-            _ => Ok(()),
+            (Some(Watch::Modify(events)), Some(host)) => context.rewatch(host, token(index), events)?,
+            (Some(Watch::Remove), Some(host)) => context.unwatch(host)?,
+            _ => {}
         }
+        let next = self.ports.iter().filter_map(Port::held_until).min();
+        Ok(self.alarm.set(next)?)
+    }
+
+    /// Goes on with output that was held back, of ports where that is over.
+    fn let_go(&mut self, context: &mut Context<'_>) -> Result<(), Fault> {
+        for index in 0..self.ports.len() {
+            if self.ports[index].let_go() {
+                self.output(index, context)?;
+                self.settle(index, context).map_err(Fault::Host)?;
+            }
+        }
+        Ok(())
     }
 
     /// Takes what the driver says.
@@ -398,6 +419,7 @@ impl VirtioDevice for Console {
 
     fn start(&mut self, context: &mut Context<'_>) -> Result<(), DeviceError> {
         context.watch(&self.shared.bell, OWNER, EventSet::IN)?;
+        context.watch(&self.alarm, ALARM, EventSet::IN)?;
         for (index, port) in self.ports.iter().enumerate() {
             if let Some(host) = port.host() {
                 context
@@ -430,7 +452,11 @@ impl VirtioDevice for Console {
             self.take_sizes(context);
             return self.tell(context);
         }
-        let index = (token - OWNER - 1) as usize;
+        if token == ALARM {
+            self.alarm.rang();
+            return self.let_go(context);
+        }
+        let index = (token - FIRST_PORT) as usize;
         // An earlier event of the same turn may have ended the watch.
         if self.ports.get(index).is_none_or(|port| port.watched().is_none()) {
             return Ok(());
@@ -446,6 +472,7 @@ impl VirtioDevice for Console {
         }
         self.input(index, context)?;
         self.settle(index, context).map_err(Fault::Host)?;
+        self.let_go(context)?;
         self.tell(context)
     }
 

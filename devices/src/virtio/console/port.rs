@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::super::chain::Chain;
 use super::super::device::{Context, Fault};
@@ -12,6 +12,9 @@ use crate::stream::{HostEnd, Life, OutputRing, Watch, Wrote};
 
 /// Bytes of output that wait for the host before the oldest are dropped.
 pub const OUTPUT_CAPACITY: usize = 256 * 1024;
+
+/// How long the output of a plain port is held back for a host end that takes no more, before the oldest is dropped.
+pub const PATIENCE: Duration = Duration::from_millis(200);
 
 /// Bytes moved by one system call, at most.
 pub(super) const CHUNK: usize = 64 * 1024;
@@ -37,6 +40,12 @@ pub(super) struct Port {
     ring: OutputRing,
     /// The host takes no more for now: it is watched for being writable.
     blocked: bool,
+    /// How long output is held back then.
+    patience: Duration,
+    /// Until when it is held back now. `None` while the host takes output, and after it has not done so in time.
+    held: Option<Instant>,
+    /// The host has taken something since it last took no more.
+    progress: bool,
     /// The host takes no more ever, which its owner has not been told yet.
     closed: bool,
     /// A chain of the transmit queue of which so many bytes have been taken.
@@ -67,6 +76,10 @@ impl Port {
             host,
             ring: OutputRing::new(OUTPUT_CAPACITY),
             blocked: false,
+            // The driver of a console spins until its output is taken, so that never waits.
+            patience: if index == 0 { Duration::ZERO } else { PATIENCE },
+            held: None,
+            progress: true,
             closed: false,
             sending: None,
             input: Vec::new(),
@@ -93,7 +106,7 @@ impl Port {
         let index = transmit_queue(self.index);
         let (mut bytes, mut chains) = (BYTES_A_TURN, CHAINS_A_TURN);
         while bytes > 0 && chains > 0 {
-            let Some(queue) = context.queue(index) else {
+            let Some(queue) = context.queue(index).filter(|_| !self.holds_back()) else {
                 return Ok(());
             };
             let mut taken = 0;
@@ -196,11 +209,36 @@ impl Port {
     /// Notes why nothing was written, if that is so: how many bytes were.
     fn note(&mut self, wrote: Wrote) -> usize {
         match wrote {
-            Wrote::Bytes(n) => return n,
-            Wrote::Blocked => self.blocked = true,
+            Wrote::Bytes(n) => {
+                self.progress = true;
+                return n;
+            }
+            Wrote::Blocked => {
+                // A host that has taken something has deserved patience anew.
+                if std::mem::take(&mut self.progress) && !self.patience.is_zero() {
+                    self.held = Instant::now().checked_add(self.patience);
+                }
+                self.blocked = true;
+            }
             Wrote::Closed => self.closed = true,
         }
         0
+    }
+
+    /// Whether the driver's output stays where it is for now, because the host end reads, but not as fast.
+    fn holds_back(&mut self) -> bool {
+        self.held = self.held_until().filter(|until| *until > Instant::now());
+        self.held.is_some()
+    }
+
+    /// Until when it does.
+    pub(super) fn held_until(&self) -> Option<Instant> {
+        self.held.filter(|_| self.blocked && self.host_writable())
+    }
+
+    /// Whether output can go on that was held back until now.
+    pub(super) fn let_go(&mut self) -> bool {
+        self.held.is_some() && !self.holds_back()
     }
 
     /// Gives the driver the host's input, by way of `chunk`, while it `wants` any and has room, or until the turn is over.
