@@ -3,6 +3,8 @@
 //! `tests/fuzz/run 5 elf` runs a target for five seconds, from its seeds and what earlier runs found; by hand, in
 //! `tests/`: `cargo +nightly fuzz run elf -- -max_total_time=5`.
 
+pub mod driver;
+
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::AtomicBool;
