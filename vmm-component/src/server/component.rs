@@ -4,16 +4,19 @@ use std::{os::fd::OwnedFd, rc::Rc};
 
 use capnp::capability::Rc as ServerRc;
 use sepal_schema::{
-    config::{File, GuestConfig, Handles},
+    config::{GuestConfig, Handles, device::MAX_CONSOLE_PORTS},
     error::{Error, write_completion},
+    file_capnp::fd_ref,
+    guest_capnp::event_sink,
     info::{GuestDescriptor, LayerInfo, write_layers},
-    lifecycle_capnp::{component, guest_lifecycle, host_setup},
+    lifecycle_capnp::{backends, component, guest_lifecycle, host_setup},
     transport::{FdTable, guard},
 };
 
 use super::{
     controller::{Controller, Creation},
-    guest,
+    devices::{Requests, descriptor},
+    guest::{self, Lent},
     vm::VmSpec,
 };
 use crate::machine::unassisted_cmdline;
@@ -51,7 +54,7 @@ impl ComponentServer {
             )
         })?;
         let initrd = descriptor("initrd", std::mem::take(&mut config.initrd))?;
-        refuse_devices(&config)?;
+        let devices = Requests::of(&mut config, host.consoles)?;
         let cmdline = config.full_cmdline();
         let descriptor = GuestDescriptor {
             cpus: config.cpus(),
@@ -62,7 +65,7 @@ impl ComponentServer {
                 true => unassisted_cmdline(&cmdline).unwrap_or_else(|_| cmdline.clone()),
                 false => cmdline.clone(),
             },
-            devices: DEVICES.map(String::from).to_vec(),
+            devices: DEVICES.into_iter().chain(devices.names()).map(String::from).collect(),
         };
         Ok(Creation {
             spec: VmSpec {
@@ -75,14 +78,29 @@ impl ComponentServer {
                 initrd,
                 unassisted: host.unassisted,
                 serial: host.serial,
+                devices,
             },
             descriptor,
-            events: host.events,
+            host: Lent {
+                events: host.events,
+                backends: host.backends,
+                fds: self.fds.clone(),
+            },
         })
     }
 
     fn host(&self, from: host_setup::Reader<'_>) -> Result<Host, Error> {
         use host_setup::serial::Which;
+        let ports = from.get_consoles()?;
+        if ports.len() > MAX_CONSOLE_PORTS.into() {
+            let message = format!(
+                "host.consoles has {} entries; a console has at most {MAX_CONSOLE_PORTS} ports",
+                ports.len()
+            );
+            return Err(Error::bad_config("host.consoles", message));
+        }
+        let take = |fd: fd_ref::Reader<'_>| Handles::take(&self.fds, fd.get_number());
+        let consoles: Vec<_> = ports.iter().map(take).collect();
         let serial = match from.get_serial().which().map_err(capnp::Error::from)? {
             Which::None(()) => None,
             Which::Stream(fd) => {
@@ -94,10 +112,17 @@ impl ComponentServer {
         } else {
             None
         };
+        let backends = match from.has_backends() {
+            true => Some(from.get_backends()?),
+            false => None,
+        };
+        let consoles = consoles.into_iter().collect::<Result<_, Error>>();
         Ok(Host {
             unassisted: from.get_unassisted(),
             serial,
             events,
+            consoles: consoles.map_err(|error| error.about("host.consoles"))?,
+            backends,
         })
     }
 }
@@ -105,30 +130,9 @@ impl ComponentServer {
 struct Host {
     unassisted: bool,
     serial: Option<OwnedFd>,
-    events: Option<sepal_schema::guest_capnp::event_sink::Client>,
-}
-
-fn descriptor(field: &str, file: File) -> Result<Option<OwnedFd>, Error> {
-    match file {
-        File::None => Ok(None),
-        File::Fd(fd) => Ok(Some(fd)),
-        File::Bytes(_) | File::Upload(_) | File::Path(_) => Err(Error::bad_config(
-            field,
-            format!("a component takes the {field} as an open descriptor only"),
-        )),
-    }
-}
-
-/// Refuses devices that the machine cannot have yet.
-fn refuse_devices(config: &GuestConfig) -> Result<(), Error> {
-    let others = config.watchdog.is_some() || config.generation_id || config.panic_device;
-    match config.bus_devices() > 0 || others {
-        true => Err(Error::not_supported(
-            "devices",
-            "virtio devices, a watchdog, a generation id and a panic device are not supported by this version",
-        )),
-        false => Ok(()),
-    }
+    events: Option<event_sink::Client>,
+    consoles: Vec<OwnedFd>,
+    backends: Option<backends::Client>,
 }
 
 impl Drop for ComponentServer {
@@ -157,11 +161,14 @@ impl guest_lifecycle::Server for ComponentServer {
         mut results: guest_lifecycle::BindResults,
     ) -> impl Future<Output = Result<(), capnp::Error>> + 'static {
         let guest = self.controller.bind();
+        let fds = self.fds.clone();
         async move {
             let state = guest
                 .await
                 .map_err(|error| capnp::Error::failed(format!("{}: {}", error.kind_name(), error.message)))?;
-            results.get().set_guest(guest::client(state, self.controller.clone()));
+            results
+                .get()
+                .set_guest(guest::client(state, self.controller.clone(), fds));
             Ok(())
         }
     }

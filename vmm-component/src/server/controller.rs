@@ -15,9 +15,9 @@ use futures::{
     StreamExt,
     channel::{mpsc, oneshot},
 };
+use sepal_devices::dispatch::DeviceEvent;
 use sepal_schema::{
     error::{Error, Kind},
-    guest_capnp::event_sink,
     info::GuestDescriptor,
     report::StopReport,
 };
@@ -25,8 +25,9 @@ use sepal_schema::{
 use sepal_schema::transport::Handle;
 
 use super::{
-    guest::GuestState,
-    jobs,
+    devices::Handles,
+    guest::{GuestState, Lent},
+    jobs, news,
     vm::{Builder, Vm, VmSpec},
 };
 use crate::{
@@ -48,7 +49,7 @@ pub(super) enum News {
 pub(super) struct Creation {
     pub(super) spec: VmSpec,
     pub(super) descriptor: GuestDescriptor,
-    pub(super) events: Option<event_sink::Client>,
+    pub(super) host: Lent,
 }
 
 /// Owns the lifecycle and the machine. Lives on the control loop.
@@ -164,6 +165,18 @@ impl Controller {
         }
     }
 
+    /// The devices of the machine of `generation`, from its creation to its end.
+    ///
+    /// # Errors
+    /// `NOT_RUNNING` if it is no more.
+    pub(super) fn devices(&self, generation: Generation) -> Result<Handles, Error> {
+        let inner = self.inner.borrow();
+        match (&inner.vm, &inner.guest) {
+            (Some(vm), Some(guest)) if guest.generation() == generation => Ok(vm.devices()),
+            _ => Err(Error::new(Kind::NotRunning, "the guest has ended")),
+        }
+    }
+
     fn ask(&self, request: impl FnOnce(&mut Inner, Token) -> Input) -> oneshot::Receiver<Reply> {
         let (sender, receiver) = oneshot::channel();
         let input = {
@@ -208,13 +221,11 @@ impl Controller {
             }
             Happening::DeviceFailed { device, reason } => {
                 tracing::error!("device {device} failed and is quarantined: {reason}");
-                if let Some(guest) = self.guest(generation) {
-                    guest.device_failed(&device, &reason);
-                }
+                self.device_reports(generation, DeviceEvent::Failed { device, reason });
                 return;
             }
             Happening::Device(event) => {
-                tracing::info!(?event, "device event");
+                self.device_reports(generation, event);
                 return;
             }
             Happening::Paused => {
@@ -229,6 +240,18 @@ impl Controller {
             }
         };
         self.feed(Input::Ended(generation, ending));
+    }
+
+    fn device_reports(&self, generation: Generation, event: DeviceEvent) {
+        let Some(guest) = self.guest(generation) else { return };
+        if let DeviceEvent::BackendLost { device, .. } = &event
+            && let Ok(devices) = self.devices(generation)
+        {
+            guest.reconnect(device, &devices);
+        }
+        if let Some(news) = news::translate(event) {
+            guest.device_news(news);
+        }
     }
 
     fn guest(&self, generation: Generation) -> Option<Rc<GuestState>> {
@@ -258,16 +281,10 @@ impl Controller {
             } => {
                 let replaced = inner.vm.take();
                 let creation = inner.creations.remove(&request).unwrap_or_else(|| Err(lost()));
-                let spec = creation.map(
-                    |Creation {
-                         spec,
-                         descriptor,
-                         events,
-                     }| {
-                        inner.guest = Some(GuestState::new(generation, descriptor, events, self.spawner.clone()));
-                        spec
-                    },
-                );
+                let spec = creation.map(|Creation { spec, descriptor, host }| {
+                    inner.guest = Some(GuestState::new(generation, descriptor, host, self.spawner.clone()));
+                    spec
+                });
                 inner.cancel = Arc::default();
                 let cancel = inner.cancel.clone();
                 jobs::build(

@@ -1,30 +1,58 @@
 //! One guest, from its creation to its end: what is known about it, and its facets for whoever bound it.
 
-use std::{cell::RefCell, rc::Rc, time::Instant};
+use std::{
+    cell::RefCell,
+    collections::HashSet,
+    os::fd::OwnedFd,
+    rc::Rc,
+    time::{Duration, Instant},
+};
 
 use capnp::capability::Rc as ServerRc;
 use futures::channel::oneshot;
 use sepal_schema::{
+    config,
     error::{Error, Kind, write_completion},
     guest_capnp::{event, event_sink, guest, observer, power, stats},
     info::{GuestDescriptor, GuestInfo, GuestStatus},
+    lifecycle_capnp::backends,
+    news::DeviceNews,
     report::{Reason, StopReport, now_ns},
-    transport::{Handle, guard},
+    transport::{FdTable, Handle, guard},
 };
 
-use super::controller::Controller;
+use super::{
+    controller::Controller,
+    devices::Handles,
+    facets::{self, ConsoleServer},
+    news::Pacer,
+    vm::Vm,
+};
 use crate::{
     lifecycle::{Ending, Generation},
     machine::{ExitReason, MachineStats},
 };
 
+/// How often at most the same is told of a device.
+const PACE: Duration = Duration::from_secs(1);
+
 /// What is known about one guest. Outlives the machine for as long as somebody holds the guest.
 pub(super) struct GuestState {
     generation: Generation,
     descriptor: GuestDescriptor,
-    events: Option<event_sink::Client>,
+    host: Lent,
     spawner: Handle,
     inner: RefCell<Inner>,
+}
+
+/// What the guest manager lends to a guest.
+pub(super) struct Lent {
+    /// Told what happens.
+    pub(super) events: Option<event_sink::Client>,
+    /// Asked for other processes behind vhost-user devices.
+    pub(super) backends: Option<backends::Client>,
+    /// The descriptors that travel with the messages.
+    pub(super) fds: FdTable,
 }
 
 #[derive(Default)]
@@ -36,20 +64,18 @@ struct Inner {
     waiting: Vec<oneshot::Sender<StopReport>>,
     /// Who waits for all vCPUs to have left the guest.
     pausing: Vec<oneshot::Sender<()>>,
+    pacer: Pacer,
+    /// Devices for which another process is awaited.
+    reconnecting: HashSet<String>,
 }
 
 impl GuestState {
-    /// A guest that is being created; `events` is told what happens to it.
-    pub(super) fn new(
-        generation: Generation,
-        descriptor: GuestDescriptor,
-        events: Option<event_sink::Client>,
-        spawner: Handle,
-    ) -> Rc<Self> {
+    /// A guest that is being created.
+    pub(super) fn new(generation: Generation, descriptor: GuestDescriptor, host: Lent, spawner: Handle) -> Rc<Self> {
         Rc::new(Self {
             generation,
             descriptor,
-            events,
+            host,
             spawner,
             inner: RefCell::default(),
         })
@@ -92,12 +118,47 @@ impl GuestState {
         self.emit(|mut event| event.set_resumed(()));
     }
 
-    /// A device broke; the guest goes on without it.
-    pub(super) fn device_failed(&self, device: &str, reason: &str) {
-        self.emit(|event| {
-            let mut failed = event.init_device_failed();
-            failed.set_device(device);
-            failed.set_reason(reason);
+    /// A device reports: told at once, or kept for a second where it reports too often.
+    pub(super) fn device_news(self: &Rc<Self>, news: DeviceNews) {
+        let Some((topic, news)) = self.inner.borrow_mut().pacer.report(news) else {
+            return;
+        };
+        self.emit(|event| news.write(event));
+        let (state, handle) = (Rc::downgrade(self), self.spawner.clone());
+        self.spawner.spawn(async move {
+            loop {
+                handle.sleep(PACE).await;
+                let Some(state) = state.upgrade() else { return };
+                let Some(news) = state.inner.borrow_mut().pacer.due(&topic) else {
+                    return;
+                };
+                state.emit(|event| news.write(event));
+            }
+        });
+    }
+
+    /// The process behind a device is gone: asks the guest manager for another, once at a time.
+    pub(super) fn reconnect(self: &Rc<Self>, device: &str, devices: &Handles) {
+        let found = devices.vhost_user.iter().find(|(name, _)| name == device);
+        let (Some(backends), Some((name, handle))) = (&self.host.backends, found) else {
+            return;
+        };
+        if !self.inner.borrow_mut().reconnecting.insert(name.clone()) {
+            return;
+        }
+        let mut request = backends.reconnect_request();
+        request.get().set_device(name);
+        let (name, handle, fds) = (name.clone(), handle.clone(), self.host.fds.clone());
+        let state = Rc::downgrade(self);
+        self.spawner.spawn(async move {
+            let socket = backend(request.send().promise, &fds).await;
+            if let Some(state) = state.upgrade() {
+                state.inner.borrow_mut().reconnecting.remove(&name);
+            }
+            match socket {
+                Ok(socket) => handle.reconnect(socket),
+                Err(error) => tracing::warn!("device {name} stays without its process: {error}"),
+            }
         });
     }
 
@@ -118,7 +179,7 @@ impl GuestState {
     }
 
     fn emit(&self, fill: impl FnOnce(event::Builder<'_>)) {
-        let Some(sink) = &self.events else { return };
+        let Some(sink) = &self.host.events else { return };
         let mut request = sink.event_request();
         let mut event = request.get().init_event();
         event.set_time_ns(now_ns());
@@ -193,6 +254,18 @@ fn enlist<T>(list: &mut Vec<oneshot::Sender<T>>, sender: oneshot::Sender<T>) {
     list.push(sender);
 }
 
+/// The socket that the guest manager answers with.
+async fn backend(answer: impl Future<Output = Reconnected>, fds: &FdTable) -> Result<OwnedFd, Error> {
+    use backends::reconnect_result::Which;
+    let answer = answer.await?;
+    match answer.get()?.which().map_err(capnp::Error::from)? {
+        Which::Fd(fd) => config::Handles::take(fds, fd?.get_number()),
+        Which::Error(error) => Err(Error::read(error?)?),
+    }
+}
+
+type Reconnected = Result<capnp::capability::Response<backends::reconnect_result::Owned>, capnp::Error>;
+
 /// How the guest ended, from what ended it.
 fn report(ending: &Result<Ending, Error>, uptime_ns: u64) -> StopReport {
     let (reason, detail) = match ending {
@@ -224,11 +297,13 @@ fn nanoseconds(duration: std::time::Duration) -> u64 {
 pub(super) struct GuestServer {
     state: Rc<GuestState>,
     controller: Rc<Controller>,
+    /// The descriptors that travel with the messages of whoever holds it.
+    pub(super) fds: FdTable,
 }
 
 /// A capability for the guest.
-pub(super) fn client(state: Rc<GuestState>, controller: Rc<Controller>) -> guest::Client {
-    guard::new_client(GuestServer { state, controller })
+pub(super) fn client(state: Rc<GuestState>, controller: Rc<Controller>, fds: FdTable) -> guest::Client {
+    guard::new_client(GuestServer { state, controller, fds })
 }
 
 impl GuestServer {
@@ -236,6 +311,31 @@ impl GuestServer {
         Self {
             state: self.state.clone(),
             controller: self.controller.clone(),
+            fds: self.fds.clone(),
+        }
+    }
+
+    /// The guest's devices.
+    ///
+    /// # Errors
+    /// `NOT_RUNNING`: it has ended.
+    pub(super) fn devices(&self) -> Result<Handles, Error> {
+        self.controller.devices(self.state.generation)
+    }
+
+    /// The control loop.
+    pub(super) fn spawner(&self) -> &Handle {
+        &self.state.spawner
+    }
+
+    /// A facet for a device that has to be there.
+    fn device_facet(&self, device: &str, there: impl FnOnce(&Handles) -> bool) -> Result<Self, Error> {
+        match there(&self.devices()?) {
+            true => Ok(self.facet()),
+            false => {
+                let message = format!("the guest has no {device}: its configuration left it out");
+                Err(Error::new(Kind::DeviceNotPresent, message).about(device))
+            }
         }
     }
 }
@@ -256,6 +356,83 @@ impl guest::Server for GuestServer {
         mut results: guest::ObserverResults,
     ) -> Result<(), capnp::Error> {
         results.get().set_observer(guard::new_client(self.facet()));
+        Ok(())
+    }
+
+    async fn console(
+        self: ServerRc<Self>,
+        params: guest::ConsoleParams,
+        mut results: guest::ConsoleResults,
+    ) -> Result<(), capnp::Error> {
+        // A port number that does not fit is one that is not there.
+        let port = usize::try_from(params.get()?.get_port()).unwrap_or(usize::MAX);
+        let has_port = |devices: &Handles| devices.console.as_ref().is_some_and(|console| port < console.ports());
+        match self.device_facet("console", has_port) {
+            Ok(guest) => results
+                .get()
+                .set_console(guard::new_client(ConsoleServer { guest, port })),
+            Err(error) => error.write(results.get().init_error()),
+        }
+        Ok(())
+    }
+
+    async fn balloon_controller(
+        self: ServerRc<Self>,
+        _: guest::BalloonControllerParams,
+        mut results: guest::BalloonControllerResults,
+    ) -> Result<(), capnp::Error> {
+        match self.device_facet("balloon", |devices| devices.balloon.is_some()) {
+            Ok(facet) => results.get().set_controller(guard::new_client(facet)),
+            Err(error) => error.write(results.get().init_error()),
+        }
+        Ok(())
+    }
+
+    async fn mem_controller(
+        self: ServerRc<Self>,
+        _: guest::MemControllerParams,
+        mut results: guest::MemControllerResults,
+    ) -> Result<(), capnp::Error> {
+        match self.device_facet("memory device", |devices| devices.memory.is_some()) {
+            Ok(facet) => results.get().set_controller(guard::new_client(facet)),
+            Err(error) => error.write(results.get().init_error()),
+        }
+        Ok(())
+    }
+
+    async fn disk_controller(
+        self: ServerRc<Self>,
+        _: guest::DiskControllerParams,
+        mut results: guest::DiskControllerResults,
+    ) -> Result<(), capnp::Error> {
+        match self.device_facet("disk", |devices| !devices.disks.is_empty()) {
+            Ok(facet) => results.get().set_controller(guard::new_client(facet)),
+            Err(error) => error.write(results.get().init_error()),
+        }
+        Ok(())
+    }
+
+    async fn net_controller(
+        self: ServerRc<Self>,
+        _: guest::NetControllerParams,
+        mut results: guest::NetControllerResults,
+    ) -> Result<(), capnp::Error> {
+        match self.device_facet("network device", |devices| !devices.networks.is_empty()) {
+            Ok(facet) => results.get().set_controller(guard::new_client(facet)),
+            Err(error) => error.write(results.get().init_error()),
+        }
+        Ok(())
+    }
+
+    async fn host_vsock_endpoint(
+        self: ServerRc<Self>,
+        _: guest::HostVsockEndpointParams,
+        mut results: guest::HostVsockEndpointResults,
+    ) -> Result<(), capnp::Error> {
+        match self.device_facet("vsock device", |devices| devices.vsock.is_some()) {
+            Ok(facet) => results.get().set_endpoint(guard::new_client(facet)),
+            Err(error) => error.write(results.get().init_error()),
+        }
         Ok(())
     }
 }
@@ -393,8 +570,13 @@ impl observer::Server for GuestServer {
         _: observer::StatsParams,
         mut results: observer::StatsResults,
     ) -> Result<(), capnp::Error> {
-        match self.controller.with_running(self.state.generation, |vm| Ok(vm.stats())) {
-            Ok(stats) => write_stats(&stats, results.get().init_stats()),
+        let ask = |vm: &mut dyn Vm| Ok((vm.stats(), vm.devices()));
+        match self.controller.with_running(self.state.generation, ask) {
+            Ok((stats, devices)) => {
+                let mut to = results.get().init_stats();
+                write_stats(&stats, to.reborrow());
+                facets::write_stats(&devices, to.init_devices());
+            }
             Err(error) => error.write(results.get().init_error()),
         }
         Ok(())

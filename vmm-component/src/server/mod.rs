@@ -2,20 +2,26 @@
 //!
 //! ```text
 //!   component.rs   GuestLifecycle: decodes, asks the controller, answers
-//!   guest.rs       Guest and its facets, for one generation
+//!   guest.rs       Guest and its facets, for one generation; facets.rs, vsock.rs: those of devices
 //!        |  requests, in the order in which they arrived
 //!   controller.rs  feeds the lifecycle, carries out its effects on the control loop
 //!        |  build, tear down: a thread each (jobs.rs), so that no request waits behind them
-//!   vm.rs          the machine, as the controller sees it
+//!   vm.rs          the machine, as the controller sees it; devices.rs: its devices, from the configuration
+//!        |  reports
+//!   news.rs        what devices tell, at a pace
 //! ```
 
 mod component;
 mod controller;
+pub mod devices;
+mod facets;
 mod guest;
 mod jobs;
+mod news;
 #[cfg(test)]
 mod tests;
 pub mod vm;
+mod vsock;
 
 pub use component::ComponentServer;
 pub use controller::Controller;

@@ -17,10 +17,10 @@ use sepal_schema::{config::MemoryBacking, error::Error};
 
 use sepal_runner::inner;
 
-use super::devices::{Handles, Requests};
+use super::devices::{Handles, Place, Requests};
 use crate::{
     lifecycle::Generation,
-    machine::{Hooks, HostKind, Machine, MachineConfig, MachineEvent, MachineStats, Spare, ThreadRole},
+    machine::{Hooks, HostKind, Machine, MachineConfig, MachineError, MachineEvent, MachineStats, Spare, ThreadRole},
     memory::{CustomRange, MIB, MemoryConfig},
 };
 
@@ -90,13 +90,20 @@ pub fn builder(kvm: Kvm) -> Builder {
         .spawn(move || Spare::new(&for_spare));
     let spare = Mutex::new(spare.ok());
     Arc::new(move |generation, spec, events, cancel| {
-        let (specs, devices) = spec.devices.make()?;
         let memory = MemoryConfig {
             size_bytes: u64::from(spec.memory_mib) * MIB,
             custom: spec.custom_memory.into_iter().map(custom_range).collect(),
             huge_pages: spec.huge_pages,
-            device_bytes: 0,
+            device_bytes: spec.devices.device_bytes(),
         };
+        let region = memory
+            .device_region()
+            .map_err(|error| MachineError::from(error).to_error())?;
+        let place = Place {
+            ram: memory.size_bytes,
+            device_region: region,
+        };
+        let (specs, devices) = spec.devices.make(&place)?;
         let config = MachineConfig {
             generation,
             memory,

@@ -33,6 +33,7 @@ use crate::{
     machine::{Happening, MachineEvent, MachineStats},
     server::{
         ComponentServer, Controller,
+        devices::Handles,
         vm::{Builder, Events, Vm},
     },
 };
@@ -102,6 +103,9 @@ impl Vm for PretendedVm {
     }
     fn stats(&self) -> MachineStats {
         MachineStats::default()
+    }
+    fn devices(&self) -> Handles {
+        Handles::default()
     }
     fn tear_down(self: Box<Self>) -> Result<(), String> {
         let held = self.world.hold_tear_down.lock().unwrap().take();
