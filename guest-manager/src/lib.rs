@@ -9,7 +9,7 @@
 //!     slot     who holds a name: one guest after the other, and a component
 //!       guest  one guest, from its creation to its end; serial is its port
 //!       life   the task that drives it
-//!       resources  what it holds of the host: files (images), cids, macs, backends
+//!       resources  what it holds of the host: files (images), network, cids, macs, backends
 //!     component  one process; starter starts it through the keeper
 //! ```
 //!
@@ -39,6 +39,7 @@ pub mod manager;
 pub mod manager_server;
 pub mod model;
 pub mod network;
+mod networks;
 pub mod problems;
 pub mod registry;
 mod resources;

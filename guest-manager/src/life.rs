@@ -38,7 +38,7 @@ use crate::{
     client::Client,
     component::{Component, Exit, StartRequest},
     guest::{Guest, StopCause},
-    model::{Ending, bounded_error, bounded_report, read_event},
+    model::{Ending, EventKind, bounded_error, bounded_report, read_event},
     resources::{self, Listening, Resources},
     serial::{Port, Wire},
     slot::Slot,
@@ -140,6 +140,7 @@ pub(crate) async fn live(guest: Rc<Guest>, slot: Rc<Slot>, config: GuestConfig, 
     // After the end of whoever writes to it.
     held.wires.iter().for_each(Wire::finish);
     guest.close_ports();
+    std::mem::take(&mut held.resources.networks).end().await;
     drop(held);
     let report = guest.set_ended(ending, uptime_ns);
     let (reason, detail) = (sepal_schema::report::reason_name(report.reason), &report.detail);
@@ -168,6 +169,12 @@ async fn conversation(
     let config = match select(pin!(prepared), pin!(guest.stop_wanted())).await {
         Either::Left((Ok((config, resources)), _)) => {
             held.resources = resources;
+            let told = Rc::downgrade(guest);
+            held.resources.networks.watch(move |news| {
+                if let Some(guest) = told.upgrade() {
+                    guest.happened(EventKind::Device(news));
+                }
+            });
             config
         }
         Either::Left((Err(error), _)) => return Some(Outcome::NotCreated(error)),

@@ -11,7 +11,7 @@ use std::rc::Rc;
 use sepal_schema::{
     config::{
         GuestConfig,
-        device::{Link, Listener, Vsock},
+        device::{Listener, Vsock},
     },
     error::{Error, Kind},
     transport::FdTable,
@@ -25,6 +25,7 @@ use crate::{
     files::{self, ImageUse, no_paths},
     guest::Guest,
     macs,
+    networks::Networks,
     vsock::{self, path::PathSocket},
 };
 
@@ -33,6 +34,7 @@ use crate::{
 pub(crate) struct Resources {
     _images: Vec<ImageUse>,
     _cid: Option<Cid>,
+    pub(crate) networks: Networks,
     /// Where the processes behind its devices are.
     pub(crate) backends: Paths,
     /// Who listens from the start.
@@ -66,12 +68,9 @@ pub(crate) async fn prepare(
     };
     for (i, network) in config.networks.iter_mut().enumerate() {
         network.mac.get_or_insert_with(|| macs::derive(&guest.name, i));
-        if let Link::User | Link::TapNamed(_) | Link::Bridge(_) = network.link {
-            let field = format!("networks[{i}]");
-            let message = format!("{field}: networks that the manager makes are not supported by this version");
-            return Err(Error::not_supported(field, message));
-        }
     }
+    let networks = std::mem::take(&mut config.networks);
+    (config.networks, resources.networks) = Networks::open(&manager.handle, networks, client.trusted).await?;
     if let Some(vsock) = &mut config.vsock {
         let cid = manager.cids.take(vsock.cid, &guest.name)?;
         vsock.cid = cid.number();

@@ -1,0 +1,115 @@
+//! The networks of a guest: made on worker threads, watched, and taken away again.
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use sepal_schema::{
+    config::device::{Link, Network},
+    error::{Error, Kind},
+    news::DeviceNews,
+    transport::{
+        Handle,
+        reactor::{Direction, Task},
+    },
+};
+
+use crate::network::{self, Guard};
+
+/// What serves the networks of a guest. [`Networks::end`] waits for its end, dropping it does not.
+#[derive(Default)]
+pub(crate) struct Networks {
+    handle: Option<Handle>,
+    guards: Vec<Guard>,
+    watches: Vec<Task>,
+}
+
+impl Networks {
+    /// Opens the other ends of `networks`. `trusted` tells whether the client has the manager's own authority, which names of taps and bridges
+    /// need.
+    ///
+    /// # Errors
+    /// With the field's name: what is lacking.
+    pub(crate) async fn open(
+        handle: &Handle,
+        networks: Vec<Network>,
+        trusted: bool,
+    ) -> Result<(Vec<Network>, Self), Error> {
+        for (i, network) in networks.iter().enumerate() {
+            let field = match network.link {
+                Link::TapNamed(_) => "tapNamed",
+                Link::Bridge(_) => "bridge",
+                Link::User | Link::Tap(_) | Link::Socket(_) => continue,
+            };
+            if !trusted {
+                let field = format!("networks[{i}].{field}");
+                let message =
+                    format!("{field}: only a client with the manager's own uid may have the manager make a tap");
+                return Err(Error::new(Kind::PermissionDenied, message).about(field));
+            }
+        }
+        if networks.is_empty() {
+            return Ok((networks, Self::default()));
+        }
+        let open = move || {
+            let opened = networks
+                .into_iter()
+                .enumerate()
+                .map(|(i, network)| network::open(i, network));
+            // Those that were opened go where the first failure is seen: here, on the worker.
+            opened.collect::<Result<Vec<_>, _>>()
+        };
+        let opened = handle.spawn_blocking(open).await;
+        let opened = opened.map_err(|error| Error::new(Kind::NoResources, format!("no network: {error}")))??;
+        let (networks, guards) = opened.into_iter().unzip();
+        let handle = Some(handle.clone());
+        Ok((
+            networks,
+            Self {
+                handle,
+                guards,
+                watches: Vec::new(),
+            },
+        ))
+    }
+
+    /// Tells when a process that serves a network has ended by itself.
+    pub(crate) fn watch(&mut self, tell: impl Fn(DeviceNews) + Clone + 'static) {
+        let Some(handle) = &self.handle else { return };
+        for (i, guard) in self.guards.iter().enumerate() {
+            let copy = guard.process().map(|process| process.try_clone_to_owned());
+            let Some(Ok(process)) = copy else { continue };
+            let Ok(process) = handle.register(process) else {
+                continue;
+            };
+            let tell = tell.clone();
+            self.watches.push(handle.spawn_owned(async move {
+                // A process's descriptor is readable when it has ended (pidfd_open(2)).
+                let ended = |process: &OwnedFd| is_readable(process);
+                if process.io(Direction::Read, ended).await.is_ok() {
+                    tell(DeviceNews::BackendLost {
+                        device: format!("net{i}"),
+                        reason: "the process that serves its network has ended".to_owned(),
+                    });
+                }
+            }));
+        }
+    }
+
+    /// Ends what serves the networks, and returns when it is gone.
+    pub(crate) async fn end(mut self) {
+        self.watches.clear();
+        let guards = std::mem::take(&mut self.guards);
+        if let Some(handle) = self.handle.take() {
+            // Without a thread they end all the same, unwaited for.
+            let _ = handle.spawn_blocking(move || drop(guards)).await;
+        }
+    }
+}
+
+fn is_readable(fd: &impl AsFd) -> std::io::Result<()> {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    match poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&now))? {
+        0 => Err(std::io::ErrorKind::WouldBlock.into()),
+        _ => Ok(()),
+    }
+}
