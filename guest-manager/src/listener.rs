@@ -174,7 +174,8 @@ impl Drop for Listening {
     }
 }
 
-fn bind(path: &Path) -> io::Result<UnixListener> {
+/// Listens at `path`, for this user alone (mode 0600).
+pub(crate) fn bind(path: &Path) -> io::Result<UnixListener> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket: OwnedFd = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
     rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;

@@ -6,13 +6,19 @@
 //!   client --VsockConnection----> Connection --------> component        open: as connect, once
 //!
 //!   path         the same as Unix sockets, for clients of other monitors
-//!   stream       for clients that receive no descriptors, and sockets joined to sockets
+//!     convention   who may wait how long, and how many
+//!       request      the line that a client begins with (pure)
+//!       bridge       bytes both ways between two sockets
+//!   stream       for clients that receive no descriptors
 //!   reservation  context ids that the host's kernel gives to nobody else
 //! ```
 //!
 //! No capability of the component's reaches a client: calls can be given up, and ends are told in words.
 
+mod bridge;
+mod convention;
 pub(crate) mod path;
+mod request;
 pub(crate) mod reservation;
 mod stream;
 

@@ -1,14 +1,12 @@
-//! Sockets as byte streams, and sockets joined to sockets.
+//! Sockets as byte streams, for clients that receive no descriptors.
 //!
 //! ```text
 //!   split:  socket --read--> from_guest.write ... end        (a task; ends with the socket's end of file)
 //!           to_guest.write --> socket; end --> shutdown(WR); dropped without end: both directions end at once
-//!   join:   a <--> b, each direction until its end of file, which is passed on by shutdown(WR)
 //! ```
 
 use std::{io, net::Shutdown, os::unix::net::UnixStream, rc::Rc};
 
-use futures::future::join;
 use rustix::net::{RecvFlags, SendFlags};
 use sepal_schema::{
     bytes_capnp::byte_stream,
@@ -23,12 +21,12 @@ const MAX_WRITE: usize = 64 * 1024;
 /// What is read at a time.
 const CHUNK: usize = 64 * 1024;
 
-pub(crate) async fn receive(socket: &AsyncFd<UnixStream>, buffer: &mut [u8]) -> io::Result<usize> {
+pub(super) async fn receive(socket: &AsyncFd<UnixStream>, buffer: &mut [u8]) -> io::Result<usize> {
     let receive = |socket: &UnixStream| Ok(rustix::net::recv(socket, &mut *buffer, RecvFlags::DONTWAIT)?.1);
     socket.io(Direction::Read, receive).await
 }
 
-pub(crate) async fn send_all(socket: &AsyncFd<UnixStream>, mut bytes: &[u8]) -> io::Result<()> {
+async fn send_all(socket: &AsyncFd<UnixStream>, mut bytes: &[u8]) -> io::Result<()> {
     let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
     while !bytes.is_empty() {
         let sent = socket
@@ -117,34 +115,6 @@ impl byte_stream::Server for Writer {
         write_completion(&outcome, results.get());
         Ok(())
     }
-}
-
-/// Copies between two sockets until both directions have ended.
-pub(crate) async fn join_sockets(a: &AsyncFd<UnixStream>, b: &AsyncFd<UnixStream>) {
-    join(copy(a, b), copy(b, a)).await;
-}
-
-/// Copies one way, and passes the end on. What fails ends both sockets: a connection that lost bytes is none.
-async fn copy(from: &AsyncFd<UnixStream>, to: &AsyncFd<UnixStream>) {
-    let mut buffer = vec![0; CHUNK];
-    let copied = async {
-        loop {
-            match receive(from, &mut buffer).await? {
-                0 => return Ok::<_, io::Error>(()),
-                count => send_all(to, &buffer[..count]).await?,
-            }
-            yield_now().await;
-        }
-    };
-    let how = match copied.await {
-        Ok(()) => Shutdown::Write,
-        Err(_) => {
-            let _ = from.get_ref().shutdown(Shutdown::Both);
-            Shutdown::Both
-        }
-    };
-    // Fails only if the other side is gone already.
-    let _ = to.get_ref().shutdown(how);
 }
 
 #[cfg(test)]
@@ -237,30 +207,6 @@ mod tests {
             let mut call = to_guest.write_request();
             call.get().set_bytes(&[9; MAX_WRITE + 1]);
             assert!(call.send().await.is_err());
-        });
-    }
-
-    #[test]
-    fn joined_sockets_pass_bytes_and_ends() {
-        run(async |handle| {
-            let ((mut left, a), (b, mut right)) = (UnixStream::pair().unwrap(), UnixStream::pair().unwrap());
-            let (a, b) = (handle.register(a).unwrap(), handle.register(b).unwrap());
-            let answer = handle.spawn_blocking(move || {
-                let mut all = Vec::new();
-                right.read_to_end(&mut all).unwrap();
-                right.write_all(b"answer").unwrap();
-                all
-            });
-            let question = handle.spawn_blocking(move || {
-                left.write_all(&[5; 300_000]).unwrap();
-                left.shutdown(Shutdown::Write).unwrap();
-                let mut all = Vec::new();
-                left.read_to_end(&mut all).unwrap();
-                all
-            });
-            join_sockets(&a, &b).await;
-            assert_eq!(answer.await.unwrap(), vec![5; 300_000]);
-            assert_eq!(question.await.unwrap(), b"answer");
         });
     }
 }
