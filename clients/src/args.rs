@@ -2,8 +2,11 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
+use sepal_schema::config::device::{Balloon, Console, MemoryDevice, Rng, WatchdogAction};
+
+use crate::specs::{self, DiskSpec, NetSpec, ShareSpec, VhostUserSpec, VsockSpec};
 
 /// Runs virtual machines, each in a jail of its own.
 ///
@@ -42,6 +45,8 @@ pub(crate) enum Command {
     Launch(Launch),
     /// Connect the terminal to a guest's serial port; Ctrl-] detaches
     Attach(Attach),
+    /// Connect the terminal to a port of a guest's virtio console; Ctrl-] detaches
+    Console(ConsoleAt),
     /// List the guests, those that have ended included
     List(List),
     /// Show what there is to know about a guest
@@ -52,6 +57,21 @@ pub(crate) enum Command {
     Wait(Wait),
     /// Print what a guest's serial port printed
     Logs(Logs),
+    /// Show and change how much memory a guest lends back to the host
+    #[command(subcommand)]
+    Balloon(BalloonCommand),
+    /// Show and change how much memory is plugged into a guest
+    #[command(subcommand)]
+    Mem(MemCommand),
+    /// Show and resize a guest's disks
+    #[command(subcommand)]
+    Disk(DiskCommand),
+    /// Show a guest's network devices, plug their cables in and out
+    #[command(subcommand)]
+    Net(NetCommand),
+    /// Connect standard input and output to a guest's vsock
+    #[command(subcommand)]
+    Vsock(VsockCommand),
     /// Forget a guest that has ended
     Remove {
         /// Name of the guest
@@ -108,6 +128,169 @@ pub(crate) struct Launch {
     /// Most threads that the component may have
     #[arg(long, value_name = "N")]
     pub(crate) limit_tasks: Option<u32>,
+    #[command(flatten)]
+    pub(crate) devices: Devices,
+}
+
+/// The devices of a guest to be launched. In a specification, a comma that belongs to a name is written twice.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Devices")]
+pub(crate) struct Devices {
+    /// A disk: FILE[,ro|rw|volatile][,id=ID][,format=raw|qcow2][,direct][,queues=N][,block-size=N][,bps=N][,iops=N][,burst-bytes=N]
+    /// [,burst-ops=N], and for qcow2 the files below it, nearest first: [,backing=FILE[,backing-format=raw|qcow2]]...
+    ///
+    /// rw is the default; with volatile, what the guest writes is forgotten when it stops. May be given several times.
+    #[arg(long = "disk", value_name = "FILE[,...]", value_parser = specs::parse_disk)]
+    pub(crate) disks: Vec<DiskSpec>,
+    /// A network device: user, tap, tap=NAME or bridge=NAME, then [,mac=ADDRESS][,mtu=N][,queues=N][,offloads=on|off][,link=up|down]
+    /// [,bps=N][,iops=N][,burst-bytes=N][,burst-ops=N]
+    ///
+    /// user needs no privilege: the guest reaches out, nobody reaches in. May be given several times.
+    #[arg(long = "net", value_name = "KIND[,...]", value_parser = specs::parse_net)]
+    pub(crate) networks: Vec<NetSpec>,
+    /// A virtio console, of one port or this many (1 to 32)
+    #[arg(long, value_name = "PORTS", num_args = 0..=1, require_equals = true, default_missing_value = "1", value_parser = specs::parse_console)]
+    pub(crate) console: Option<Console>,
+    /// An entropy source, of 1 MiB a second or [bps=N]
+    #[arg(long, value_name = "LIMIT", num_args = 0..=1, require_equals = true, default_missing_value = "", value_parser = specs::parse_rng)]
+    pub(crate) rng: Option<Rng>,
+    /// A balloon: [deflate-on-oom][,reporting]
+    #[arg(long, value_name = "FLAGS", num_args = 0..=1, require_equals = true, default_missing_value = "", value_parser = specs::parse_balloon)]
+    pub(crate) balloon: Option<Balloon>,
+    /// No balloon, which is the default
+    #[arg(long, conflicts_with = "balloon")]
+    pub(crate) no_balloon: bool,
+    /// A socket device (vsock): [CID][,socket=PATH]; PATH offers it as a Unix socket to clients that say "CONNECT <port>"
+    #[arg(long, value_name = "CID[,...]", num_args = 0..=1, require_equals = true, default_missing_value = "", value_parser = specs::parse_vsock)]
+    pub(crate) vsock: Option<VsockSpec>,
+    /// Do not talk to the agent in the guest, which is done over vsock where there is one
+    #[arg(long, requires = "vsock")]
+    pub(crate) no_agent: bool,
+    /// Memory that can be plugged while the guest runs: SIZE[,requested=SIZE][,block=SIZE]
+    #[arg(long, value_name = "SIZE[,...]", value_parser = specs::parse_memory_device)]
+    pub(crate) memory_device: Option<MemoryDevice>,
+    /// A folder that virtiofsd serves at SOCKET, and the guest mounts by TAG: TAG=SOCKET[,queues=N]; may be given several times
+    #[arg(long = "share", value_name = "TAG=SOCKET", value_parser = specs::parse_share)]
+    pub(crate) shares: Vec<ShareSpec>,
+    /// Another device that a process serves at SOCKET: TYPE=SOCKET[,queues=N][,queue-size=N]; may be given several times
+    #[arg(long = "vhost-user", value_name = "TYPE=SOCKET", value_parser = specs::parse_vhost_user)]
+    pub(crate) vhost_user: Vec<VhostUserSpec>,
+    /// A watchdog, and what it does when it expires: reset (the default), stop or none
+    #[arg(long, value_name = "ACTION", num_args = 0..=1, require_equals = true, default_missing_value = "reset", value_parser = specs::parse_watchdog)]
+    pub(crate) watchdog: Option<WatchdogAction>,
+    /// A device by which the guest's kernel tells that it has panicked
+    #[arg(long)]
+    pub(crate) panic_device: bool,
+    /// A device that tells the guest when it is not the same machine any more
+    #[arg(long)]
+    pub(crate) generation_id: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ConsoleAt {
+    /// Name of the guest, and of the port if it is not the first: NAME or NAME:PORT
+    #[arg(value_name = "NAME[:PORT]", value_parser = parse_console_at)]
+    pub(crate) at: (String, u32),
+}
+
+/// Reads a guest's name and a port of its console.
+fn parse_console_at(text: &str) -> Result<(String, u32), String> {
+    match text.split_once(':') {
+        None => Ok((text.to_owned(), 0)),
+        Some((name, port)) => match port.parse() {
+            Ok(port) => Ok((name.to_owned(), port)),
+            Err(_) => Err(format!("'{port}' is no port of a console; 0 to 31 are")),
+        },
+    }
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum BalloonCommand {
+    /// Ask a guest to lend this much memory back to the host
+    Set {
+        /// Name of the guest
+        name: String,
+        /// Bytes, or with a unit (64M, 1G); 0 gives all back to the guest
+        #[arg(value_parser = specs::parse_bytes)]
+        size: u64,
+    },
+    /// Show the balloon's size and what the guest says about its memory
+    Stats(Named),
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum MemCommand {
+    /// Show how much memory is plugged, requested and possible
+    Show(Named),
+    /// Ask a guest to have this much memory plugged
+    Request {
+        /// Name of the guest
+        name: String,
+        /// Bytes, or with a unit; a multiple of the block size
+        #[arg(value_parser = specs::parse_bytes)]
+        size: u64,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum DiskCommand {
+    /// List a guest's disks
+    List(Named),
+    /// Give a disk another size, and tell the guest
+    Resize {
+        /// Name of the guest
+        name: String,
+        /// The disk, by its name (disk0) or id
+        disk: String,
+        /// Bytes, or with a unit; 0 takes over the size that the image has by now
+        #[arg(value_parser = specs::parse_bytes)]
+        size: u64,
+    },
+    /// Show what the disks have read and written
+    Stats(Named),
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum NetCommand {
+    /// List a guest's network devices
+    List(Named),
+    /// Plug the cable of a network device in or out
+    Link {
+        /// Name of the guest
+        name: String,
+        /// The device: net0, ...
+        network: String,
+        /// What the link is to be
+        state: LinkState,
+    },
+    /// Show what the network devices have sent and received
+    Stats(Named),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LinkState {
+    /// Plugged in
+    Up,
+    /// Plugged out
+    Down,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum VsockCommand {
+    /// Connect to a port of the guest
+    Connect {
+        /// Name of the guest
+        name: String,
+        /// The guest's port
+        port: u32,
+    },
+    /// Wait until the guest connects to a port of the host, and serve that connection
+    Listen {
+        /// Name of the guest
+        name: String,
+        /// The host's port
+        port: u32,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -216,6 +399,57 @@ mod tests {
     fn the_command_line_is_consistent() {
         use clap::CommandFactory;
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn devices() {
+        let launch = |arguments: &[&str]| {
+            let all = ["guest", "launch"].iter().chain(arguments);
+            match Cli::try_parse_from(all).map(|cli| cli.command) {
+                Ok(Command::Launch(launch)) => Ok(launch.devices),
+                Ok(_) => panic!("another command"),
+                Err(error) => Err(error.to_string()),
+            }
+        };
+        let all = [
+            "--disk",
+            "a,ro",
+            "--disk",
+            "b",
+            "--net",
+            "user",
+            "--console",
+            "--rng",
+            "--balloon=reporting",
+            "--vsock",
+        ];
+        let devices = launch(&all).unwrap();
+        assert_eq!((devices.disks.len(), devices.networks.len()), (2, 1));
+        assert_eq!(devices.console, Some(Console { ports: 1 }));
+        assert!(devices.rng.is_some() && devices.vsock.is_some() && devices.watchdog.is_none());
+        assert_eq!(launch(&["--console=3"]).unwrap().console, Some(Console { ports: 3 }));
+        assert_eq!(
+            launch(&["--watchdog=stop"]).unwrap().watchdog,
+            Some(WatchdogAction::Stop)
+        );
+        assert!(
+            launch(&["--balloon", "--no-balloon"])
+                .unwrap_err()
+                .contains("cannot be used with")
+        );
+        assert!(launch(&["--no-agent"]).unwrap_err().contains("--vsock"));
+        assert!(
+            launch(&["--disk", "a,read-only"])
+                .unwrap_err()
+                .contains("'read-only' is not known here")
+        );
+    }
+
+    #[test]
+    fn console_ports() {
+        assert_eq!(parse_console_at("bee"), Ok(("bee".into(), 0)));
+        assert_eq!(parse_console_at("bee:3"), Ok(("bee".into(), 3)));
+        assert!(parse_console_at("bee:x").is_err());
     }
 
     #[test]

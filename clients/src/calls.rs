@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use anyhow::Result;
 use sepal_schema::{
-    error::Error,
-    guest_capnp::{guest, observer, output, power, serial},
+    error::{Error, read_completion},
+    guest_capnp::{console, guest, observer, output, power, serial},
     info::GuestInfo,
     manager_capnp::guest_manager,
     report::StopReport,
@@ -36,6 +36,26 @@ pub(crate) fn power(guest: &guest::Client) -> power::Client {
 /// The serial port.
 pub(crate) fn serial(guest: &guest::Client) -> serial::Client {
     guest.serial_request().send().pipeline.get_serial()
+}
+
+/// A port of the virtio console.
+pub(crate) async fn console(guest: &guest::Client, port: u32) -> Result<console::Client> {
+    use guest::console_result::Which;
+    let mut request = guest.console_request();
+    request.get().set_port(port);
+    let response = request.send().promise.await?;
+    match response.get()?.which()? {
+        Which::Console(console) => Ok(console?),
+        Which::Error(error) => Err(Error::read(error?)?.into()),
+    }
+}
+
+/// Tells a console the size of the terminal.
+pub(crate) async fn resize(console: &console::Client, columns: u16, rows: u16) -> Result<()> {
+    let mut request = console.resize_request();
+    request.get().set_columns(columns);
+    request.get().set_rows(rows);
+    Ok(read_completion(request.send().promise.await?.get()?)?)
 }
 
 /// What the serial port printed.

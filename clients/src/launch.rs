@@ -7,14 +7,23 @@ use std::{
 
 use anyhow::{Context, Result};
 use sepal_schema::{
-    config::{self, GuestConfig, Limits},
+    config::{
+        self, GuestConfig, Limits,
+        device::{Backend, Backing, Disk, DiskFormat, DiskMode, Link, Network, Share, VhostUser, Vsock},
+    },
     error::Error,
     guest_capnp::guest,
     manager_capnp::guest_manager,
     transport::Handle,
 };
 
-use crate::{args::Launch, manager::Manager, session, show, status};
+use crate::{
+    args::Launch,
+    manager::Manager,
+    session, show,
+    specs::{DiskSpec, LinkSpec, NetSpec, ShareSpec, VhostUserSpec, VsockSpec},
+    status,
+};
 
 /// What a Linux kernel needs to be told to print on the serial port.
 const LINUX_CONSOLE: &str = "console=ttyS0";
@@ -56,6 +65,8 @@ fn config(args: &Launch) -> Result<GuestConfig> {
         (None, None) => String::new(),
     };
     let megabytes = |size: Option<i32>| size.and_then(|mib| u64::try_from(mib).ok()).unwrap_or(0);
+    let devices = &args.devices;
+    let vsock = devices.vsock.as_ref();
     Ok(GuestConfig {
         name: args.name.clone().unwrap_or_default(),
         kernel: open("kernel", args.kernel.as_ref())?,
@@ -72,7 +83,20 @@ fn config(args: &Launch) -> Result<GuestConfig> {
             tasks: args.limit_tasks.unwrap_or(0),
         },
         waived_layers: args.waive_layer.clone(),
-        ..GuestConfig::default()
+        disks: devices.disks.iter().map(disk).collect::<Result<_>>()?,
+        networks: devices.networks.iter().map(network).collect(),
+        console: devices.console,
+        rng: devices.rng,
+        balloon: devices.balloon,
+        vsock: vsock.map(socket_device).transpose()?,
+        memory_device: devices.memory_device,
+        shares: devices.shares.iter().map(share).collect::<Result<_>>()?,
+        vhost_user: devices.vhost_user.iter().map(vhost_user).collect::<Result<_>>()?,
+        watchdog: devices.watchdog,
+        generation_id: devices.generation_id,
+        panic_device: devices.panic_device,
+        agent: vsock.is_some() && !devices.no_agent,
+        custom_memory: Vec::new(),
     })
 }
 
@@ -82,6 +106,82 @@ fn open(what: &str, path: Option<&PathBuf>) -> Result<config::File> {
     };
     let file = File::open(path).with_context(|| format!("opening the {what} {}", path.display()))?;
     Ok(config::File::Fd(file.into()))
+}
+
+fn disk(spec: &DiskSpec) -> Result<Disk> {
+    let open = |path: &PathBuf, write: bool| {
+        let file = File::options().read(true).write(write).open(path);
+        let how = if write { " for reading and writing" } else { "" };
+        let file = file.with_context(|| format!("opening the disk {}{how}", path.display()))?;
+        Ok::<_, anyhow::Error>(config::File::Fd(file.into()))
+    };
+    let below = |(path, format): &(PathBuf, DiskFormat)| {
+        Ok::<_, anyhow::Error>(Backing {
+            file: open(path, false)?,
+            format: *format,
+        })
+    };
+    Ok(Disk {
+        id: spec.id.clone(),
+        image: open(&spec.file, spec.mode == DiskMode::ReadWrite)?,
+        mode: spec.mode,
+        format: spec.format,
+        direct: spec.direct,
+        block_size: spec.block_size,
+        rate_limit: spec.rate_limit,
+        backing: spec.backing.iter().map(below).collect::<Result<_>>()?,
+        queues: spec.queues,
+    })
+}
+
+fn network(spec: &NetSpec) -> Network {
+    Network {
+        mac: spec.mac,
+        link: match &spec.link {
+            LinkSpec::User => Link::User,
+            LinkSpec::Tap(name) => Link::TapNamed(name.clone()),
+            LinkSpec::Bridge(name) => Link::Bridge(name.clone()),
+        },
+        mtu: spec.mtu,
+        rate_limit: spec.rate_limit,
+        queue_pairs: spec.queues,
+        offloads: spec.offloads,
+        link_down: spec.link_down,
+    }
+}
+
+/// A path as the manager needs it, whose own folder is another.
+fn absolute(path: &Path) -> Result<String> {
+    let path = std::path::absolute(path).with_context(|| format!("the path {}", path.display()))?;
+    let text = path
+        .to_str()
+        .with_context(|| format!("the path {} is not UTF-8", path.display()))?;
+    Ok(text.to_owned())
+}
+
+fn socket_device(spec: &VsockSpec) -> Result<Vsock> {
+    Ok(Vsock {
+        cid: spec.cid,
+        listeners: Vec::new(),
+        socket_path: spec.socket.as_deref().map(absolute).transpose()?.unwrap_or_default(),
+    })
+}
+
+fn share(spec: &ShareSpec) -> Result<Share> {
+    Ok(Share {
+        tag: spec.tag.clone(),
+        backend: Backend::Path(absolute(&spec.socket)?),
+        queues: spec.queues,
+    })
+}
+
+fn vhost_user(spec: &VhostUserSpec) -> Result<VhostUser> {
+    Ok(VhostUser {
+        device_type: spec.device_type,
+        backend: Backend::Path(absolute(&spec.socket)?),
+        queues: spec.queues,
+        queue_size: spec.queue_size,
+    })
 }
 
 async fn send(manager: &Manager, config: GuestConfig, detach: bool) -> Result<Launched> {

@@ -4,20 +4,24 @@
 //!   args      what can be said
 //!   manager   finds the guest manager, or starts one
 //!   calls     the protocol's calls, as Rust functions
-//!   launch, session, show, control   the commands
+//!   launch, session, show, control, devices, vsock   the commands
+//!   specs     what the options for devices mean
 //!   terminal, status, table          what the user sees
 //! ```
 
 mod args;
 mod calls;
 mod control;
+mod devices;
 mod launch;
 mod manager;
 mod session;
 mod show;
+mod specs;
 mod status;
 mod table;
 mod terminal;
+mod vsock;
 
 use std::process::ExitCode;
 
@@ -41,6 +45,12 @@ fn run(cli: &Cli) -> Result<u8> {
     let outcome = match &cli.command {
         Command::Launch(args) => reactor.run_until(launch::launch(&handle, socket, args)),
         Command::Attach(args) => reactor.run_until(session::attach(&handle, socket, args)),
+        Command::Console(args) => reactor.run_until(session::console(&handle, socket, args)),
+        Command::Balloon(args) => reactor.run_until(devices::balloon(&handle, socket, args)),
+        Command::Mem(args) => reactor.run_until(devices::mem(&handle, socket, args)),
+        Command::Disk(args) => reactor.run_until(devices::disk(&handle, socket, args)),
+        Command::Net(args) => reactor.run_until(devices::net(&handle, socket, args)),
+        Command::Vsock(args) => reactor.run_until(vsock::vsock(&handle, socket, args)),
         Command::List(args) => reactor.run_until(show::list(&handle, socket, args)),
         Command::Info(args) => reactor.run_until(show::info(&handle, socket, args)),
         Command::Logs(args) => reactor.run_until(show::logs(&handle, socket, args)),

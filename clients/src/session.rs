@@ -16,18 +16,19 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
+use capnp::capability::FromClientHook;
 use futures::{FutureExt, channel::oneshot, future, select};
 use sepal_schema::{
     config::Handles,
     error::{Error, Kind},
-    guest_capnp::{guest, serial},
+    guest_capnp::{guest, output, serial},
     info::{GuestInfo, GuestStatus},
     report::Reason,
     transport::Handle,
 };
 
 use crate::{
-    args::Attach,
+    args::{Attach, ConsoleAt},
     calls,
     manager::Manager,
     status,
@@ -54,6 +55,35 @@ pub(crate) async fn attach(handle: &Handle, socket: Option<&Path>, args: &Attach
     run(&manager, &guest, &args.name, Mode::Attached).await
 }
 
+/// Connects the terminal to a port of the console of a guest that runs.
+pub(crate) async fn console(handle: &Handle, socket: Option<&Path>, args: &ConsoleAt) -> Result<u8> {
+    let (name, port) = &args.at;
+    let manager = Manager::running(handle, socket)?;
+    let guest = calls::lookup(&manager.client, name).await?;
+    check_live(&calls::info(&calls::observer(&guest)).await?)?;
+    let console = calls::console(&guest, *port).await?;
+    let sizes = console.clone();
+    let resized = handle.spawn_owned({
+        let changes = terminal::size_changes(handle)?;
+        async move {
+            // Whoever has no terminal has no size; a guest that cannot be told does without.
+            if let Some((columns, rows)) = terminal::size() {
+                let _ = calls::resize(&sizes, columns, rows).await;
+            }
+            while changes.next().await.is_ok() {
+                if let Some((columns, rows)) = terminal::size() {
+                    let _ = calls::resize(&sizes, columns, rows).await;
+                }
+            }
+        }
+    });
+    let end = console.clone().cast_to::<output::Client>().end_request().send().promise;
+    let position = end.await?.get()?.get_position();
+    let ended = converse(&manager, &guest, name, Mode::Attached, console.cast_to(), position).await;
+    drop(resized);
+    ended
+}
+
 /// Whether there is something to connect to: a guest that has ended would give an empty session.
 fn check_live(info: &GuestInfo) -> Result<(), Error> {
     match (&info.stop, info.status) {
@@ -78,7 +108,20 @@ pub(crate) async fn run(manager: &Manager, guest: &guest::Client, name: &str, mo
             .get()?
             .get_position(),
     };
-    let stream = open(manager, &calls::serial(guest), position).await?;
+    converse(manager, guest, name, mode, calls::serial(guest), position).await
+}
+
+/// Copies between the terminal and a port, from `position` of its output on.
+async fn converse(
+    manager: &Manager,
+    guest: &guest::Client,
+    name: &str,
+    mode: Mode,
+    port: serial::Client,
+    position: u64,
+) -> Result<u8> {
+    let observer = calls::observer(guest);
+    let stream = open(manager, &port, position).await?;
     let raw = Raw::enter().context("making the terminal raw")?;
     let terminal = raw.is_some();
     if terminal {

@@ -2,12 +2,13 @@
 
 use std::{
     io::{self, BufRead, IsTerminal, Write},
-    os::fd::AsFd,
+    os::fd::{AsFd, FromRawFd, OwnedFd},
     sync::Mutex,
     thread::{self, JoinHandle},
 };
 
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
+use sepal_schema::transport::{AsyncFd, Handle, reactor::Direction};
 
 /// The byte that detaches: Ctrl-], as telnet and virsh have it.
 pub(crate) const ESCAPE: u8 = 0x1d;
@@ -81,6 +82,47 @@ pub(crate) fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> io::Res
     // SAFETY: pthread_sigmask has filled the set: it only fails for an unknown operation.
     unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, before.as_ptr(), std::ptr::null_mut()) };
     spawned
+}
+
+/// Columns and rows of the terminal, if standard input is one.
+pub(crate) fn size() -> Option<(u16, u16)> {
+    let size = rustix::termios::tcgetwinsize(io::stdin().as_fd()).ok()?;
+    Some((size.ws_col, size.ws_row))
+}
+
+/// Changes of the terminal's size.
+pub(crate) struct SizeChanges(AsyncFd<OwnedFd>);
+
+impl SizeChanges {
+    /// Waits for the next one.
+    ///
+    /// # Errors
+    /// They cannot be read any more.
+    pub(crate) async fn next(&self) -> io::Result<()> {
+        let take = |fd: &OwnedFd| Ok(rustix::io::read(fd, &mut [0; size_of::<libc::signalfd_siginfo>()])?);
+        self.0.io(Direction::Read, take).await.map(drop)
+    }
+}
+
+/// Watches for changes of the terminal's size from now on. Threads that are started later leave the signal alone.
+///
+/// # Errors
+/// The system gives no descriptor.
+pub(crate) fn size_changes(handle: &Handle) -> io::Result<SizeChanges> {
+    // SAFETY: the set is a local that the calls fill; the mask concerns this thread and those that it will make.
+    let fd = unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&raw mut set);
+        libc::sigaddset(&raw mut set, libc::SIGWINCH);
+        libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut());
+        libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK)
+    };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: fresh, and owned by nothing else.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    Ok(SizeChanges(handle.register(fd)?))
 }
 
 /// The signals that would end the program.

@@ -1,0 +1,497 @@
+//! What device options of the command line mean: `FILE,ro,id=root` and the like, read into values, with errors that say what is wrong.
+//!
+//! A specification is a list of words with commas between; a comma that belongs to a word is written twice. The first word is what the device is
+//! about, the others are flags or `key=value`.
+
+use std::path::PathBuf;
+
+use sepal_schema::config::device::{
+    Balloon, Console, DiskFormat, DiskMode, MAX_CONSOLE_PORTS, MemoryDevice, RateLimit, Rng, WatchdogAction,
+};
+
+/// A disk of the command line.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct DiskSpec {
+    pub(crate) file: PathBuf,
+    pub(crate) id: String,
+    pub(crate) mode: DiskMode,
+    pub(crate) format: DiskFormat,
+    pub(crate) direct: bool,
+    pub(crate) queues: u16,
+    pub(crate) block_size: u32,
+    pub(crate) rate_limit: RateLimit,
+    pub(crate) backing: Vec<(PathBuf, DiskFormat)>,
+}
+
+/// What is at the other end of a network device of the command line.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum LinkSpec {
+    User,
+    Tap(String),
+    Bridge(String),
+}
+
+/// A network device of the command line.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct NetSpec {
+    pub(crate) link: LinkSpec,
+    pub(crate) mac: Option<[u8; 6]>,
+    pub(crate) mtu: u16,
+    pub(crate) queues: u16,
+    pub(crate) offloads: Option<bool>,
+    pub(crate) link_down: bool,
+    pub(crate) rate_limit: RateLimit,
+}
+
+/// A socket device of the command line.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct VsockSpec {
+    pub(crate) cid: u32,
+    pub(crate) socket: Option<PathBuf>,
+}
+
+/// A share of the command line.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct ShareSpec {
+    pub(crate) tag: String,
+    pub(crate) socket: PathBuf,
+    pub(crate) queues: u16,
+}
+
+/// Another device that a process serves.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct VhostUserSpec {
+    pub(crate) device_type: u16,
+    pub(crate) socket: PathBuf,
+    pub(crate) queues: u16,
+    pub(crate) queue_size: u16,
+}
+
+/// The words of a specification.
+fn words(text: &str) -> Vec<String> {
+    let mut words = vec![String::new()];
+    let mut rest = text.chars().peekable();
+    while let Some(c) = rest.next() {
+        if c != ',' {
+            // There always is a last word.
+            words.last_mut().into_iter().for_each(|word| word.push(c));
+        } else if rest.next_if_eq(&',').is_some() {
+            words.last_mut().into_iter().for_each(|word| word.push(','));
+        } else {
+            words.push(String::new());
+        }
+    }
+    words
+}
+
+/// The first word, and the others as keys and values; flags have none.
+fn split(text: &str) -> (String, Vec<(String, Option<String>)>) {
+    let mut words = words(text).into_iter();
+    let first = words.next().unwrap_or_default();
+    let option = |word: String| match word.split_once('=') {
+        Some((key, value)) => (key.to_owned(), Some(value.to_owned())),
+        None => (word, None),
+    };
+    (first, words.map(option).collect())
+}
+
+fn number<T: std::str::FromStr>(key: &str, value: &str) -> Result<T, String> {
+    value
+        .parse()
+        .map_err(|_| format!("{key}={value}: a number is needed, and one that is not too large"))
+}
+
+fn unknown(key: &str, value: Option<&str>, known: &str) -> String {
+    match value {
+        Some(value) => format!("'{key}={value}' is not known here; known are {known}"),
+        None => format!("'{key}' is not known here; known are {known}"),
+    }
+}
+
+/// Reads a size in bytes: a number, or a number with one of the units K, M, G, T (of 1024).
+pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let shift = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 0,
+        "k" | "kb" | "kib" => 10,
+        "m" | "mb" | "mib" => 20,
+        "g" | "gb" | "gib" => 30,
+        "t" | "tb" | "tib" => 40,
+        _ => return Err(format!("'{unit}' is no unit; K, M, G and T are (KiB, MiB, GiB, TiB)")),
+    };
+    let number: u64 = number
+        .parse()
+        .map_err(|_| format!("'{text}' is no size: a size starts with a number, as 512M or 2G do"))?;
+    number
+        .checked_mul(1 << shift)
+        .ok_or_else(|| format!("{text} is more than can be said"))
+}
+
+/// Takes a rate limit's keys; whether `key` is one of them.
+fn rate(limit: &mut RateLimit, key: &str, value: Option<&str>) -> Result<bool, String> {
+    let to = match key {
+        "bps" => &mut limit.bytes_per_second,
+        "iops" => &mut limit.operations_per_second,
+        "burst-bytes" => &mut limit.burst_bytes,
+        "burst-ops" => &mut limit.burst_operations,
+        _ => return Ok(false),
+    };
+    let value = value.ok_or_else(|| format!("{key} needs a value: {key}=10M"))?;
+    *to = parse_bytes(value).map_err(|error| format!("{key}={value}: {error}"))?;
+    Ok(true)
+}
+
+fn format(value: &str) -> Result<DiskFormat, String> {
+    match value {
+        "raw" => Ok(DiskFormat::Raw),
+        "qcow2" => Ok(DiskFormat::Qcow2),
+        _ => Err(format!("'{value}' is no format of an image; raw and qcow2 are")),
+    }
+}
+
+/// Reads `FILE[,ro|rw|volatile][,id=..][,format=raw|qcow2][,direct][,queues=N][,block-size=N][,backing=FILE[,backing-format=..]]...[,bps=..]`.
+pub(crate) fn parse_disk(text: &str) -> Result<DiskSpec, String> {
+    const KNOWN: &str = "ro, rw, volatile, id=, format=, direct, queues=, block-size=, backing=, backing-format=, bps=, iops=, burst-bytes= \
+                         and burst-ops=";
+    let (file, options) = split(text);
+    if file.is_empty() {
+        return Err("a disk needs a file: FILE[,ro][,id=ID]...".into());
+    }
+    let mut disk = DiskSpec {
+        file: file.into(),
+        id: String::new(),
+        mode: DiskMode::ReadWrite,
+        format: DiskFormat::Unspecified,
+        direct: false,
+        queues: 0,
+        block_size: 0,
+        rate_limit: RateLimit::default(),
+        backing: Vec::new(),
+    };
+    for (key, value) in options {
+        match (key.as_str(), value.as_deref()) {
+            ("ro", None) => disk.mode = DiskMode::ReadOnly,
+            ("rw", None) => disk.mode = DiskMode::ReadWrite,
+            ("volatile", None) => disk.mode = DiskMode::VolatileWrite,
+            ("id", Some(id)) => disk.id = id.to_owned(),
+            ("format", Some(value)) => disk.format = format(value)?,
+            ("direct", None) => disk.direct = true,
+            ("queues", Some(value)) => disk.queues = number("queues", value)?,
+            ("block-size", Some(value)) => disk.block_size = number("block-size", value)?,
+            ("backing", Some(file)) => disk.backing.push((file.into(), DiskFormat::Unspecified)),
+            ("backing-format", Some(value)) => match disk.backing.last_mut() {
+                Some((_, of_last)) => *of_last = format(value)?,
+                None => return Err("backing-format= comes after the backing= that it is about".into()),
+            },
+            (key, value) if rate(&mut disk.rate_limit, key, value)? => {}
+            (key, value) => return Err(unknown(key, value, KNOWN)),
+        }
+    }
+    Ok(disk)
+}
+
+/// Reads six bytes in hexadecimal, with colons between.
+fn parse_mac(text: &str) -> Result<[u8; 6], String> {
+    let byte = |part: &str| match part.len() {
+        2 => u8::from_str_radix(part, 16).ok(),
+        _ => None,
+    };
+    let bytes: Option<Vec<u8>> = text.split(':').map(byte).collect();
+    bytes
+        .and_then(|bytes| bytes.try_into().ok())
+        .ok_or_else(|| format!("'{text}' is no address; one looks like 02:00:5e:10:00:01"))
+}
+
+/// Reads `user|tap[=NAME]|bridge=NAME[,mac=..][,mtu=N][,queues=N][,offloads=on|off][,link=up|down][,bps=..]`.
+pub(crate) fn parse_net(text: &str) -> Result<NetSpec, String> {
+    const KNOWN: &str = "mac=, mtu=, queues=, offloads=on|off, link=up|down, bps=, iops=, burst-bytes= and burst-ops=";
+    let (first, options) = split(text);
+    let link = match first.split_once('=') {
+        None if first == "user" => LinkSpec::User,
+        None if first == "tap" => LinkSpec::Tap(String::new()),
+        Some(("tap", name)) if !name.is_empty() => LinkSpec::Tap(name.to_owned()),
+        Some(("bridge", name)) if !name.is_empty() => LinkSpec::Bridge(name.to_owned()),
+        _ => {
+            return Err(format!(
+                "'{first}' is no network; user, tap, tap=NAME and bridge=NAME are"
+            ));
+        }
+    };
+    let mut net = NetSpec {
+        link,
+        mac: None,
+        mtu: 0,
+        queues: 0,
+        offloads: None,
+        link_down: false,
+        rate_limit: RateLimit::default(),
+    };
+    for (key, value) in options {
+        match (key.as_str(), value.as_deref()) {
+            ("mac", Some(value)) => net.mac = Some(parse_mac(value)?),
+            ("mtu", Some(value)) => net.mtu = number("mtu", value)?,
+            ("queues", Some(value)) => net.queues = number("queues", value)?,
+            ("offloads", Some("on")) => net.offloads = Some(true),
+            ("offloads", Some("off")) => net.offloads = Some(false),
+            ("link", Some("up")) => net.link_down = false,
+            ("link", Some("down")) => net.link_down = true,
+            (key, value) if rate(&mut net.rate_limit, key, value)? => {}
+            (key, value) => return Err(unknown(key, value, KNOWN)),
+        }
+    }
+    Ok(net)
+}
+
+/// Reads `[CID][,socket=PATH]`.
+pub(crate) fn parse_vsock(text: &str) -> Result<VsockSpec, String> {
+    let mut vsock = VsockSpec::default();
+    for (i, word) in words(text).iter().enumerate() {
+        match word.split_once('=') {
+            Some(("socket", path)) if !path.is_empty() => vsock.socket = Some(path.into()),
+            None if i == 0 && word.is_empty() => {}
+            None if i == 0 => {
+                vsock.cid = word
+                    .parse()
+                    .map_err(|_| format!("'{word}' is no context id; 3 to {} are", u32::MAX - 1))?;
+            }
+            _ => return Err(format!("'{word}' is not known here; CID and socket=PATH are")),
+        }
+    }
+    Ok(vsock)
+}
+
+/// Reads a number of console ports; none: one.
+pub(crate) fn parse_console(text: &str) -> Result<Console, String> {
+    let most = MAX_CONSOLE_PORTS;
+    match text.parse() {
+        Ok(ports) if (1..=most).contains(&ports) => Ok(Console { ports }),
+        _ => Err(format!("a console has 1 to {most} ports")),
+    }
+}
+
+/// Reads `[bps=BYTES]`.
+pub(crate) fn parse_rng(text: &str) -> Result<Rng, String> {
+    let mut rng = Rng::default();
+    for word in words(text).iter().filter(|word| !word.is_empty()) {
+        let (key, value) = word
+            .split_once('=')
+            .map_or((word.as_str(), None), |(key, value)| (key, Some(value)));
+        if !rate(&mut rng.rate_limit, key, value)? {
+            return Err(unknown(key, value, "bps=, iops=, burst-bytes= and burst-ops="));
+        }
+    }
+    Ok(rng)
+}
+
+/// Reads `[deflate-on-oom][,reporting]`.
+pub(crate) fn parse_balloon(text: &str) -> Result<Balloon, String> {
+    let mut balloon = Balloon::default();
+    for word in words(text).iter().filter(|word| !word.is_empty()) {
+        match word.as_str() {
+            "deflate-on-oom" => balloon.deflate_on_oom = true,
+            "reporting" => balloon.free_page_reporting = true,
+            _ => return Err(unknown(word, None, "deflate-on-oom and reporting")),
+        }
+    }
+    Ok(balloon)
+}
+
+/// Reads `SIZE[,requested=SIZE][,block=SIZE]`.
+pub(crate) fn parse_memory_device(text: &str) -> Result<MemoryDevice, String> {
+    let (size, options) = split(text);
+    let mut device = MemoryDevice {
+        region_size: parse_bytes(&size)?,
+        ..MemoryDevice::default()
+    };
+    for (key, value) in options {
+        match (key.as_str(), value.as_deref()) {
+            ("requested", Some(value)) => device.requested = parse_bytes(value)?,
+            ("block", Some(value)) => device.block_size = parse_bytes(value)?,
+            (key, value) => return Err(unknown(key, value, "requested= and block=")),
+        }
+    }
+    Ok(device)
+}
+
+/// Reads `TAG=SOCKET[,queues=N]`.
+pub(crate) fn parse_share(text: &str) -> Result<ShareSpec, String> {
+    let (first, options) = split(text);
+    let (tag, socket) = match first.split_once('=') {
+        Some((tag, socket)) if !tag.is_empty() && !socket.is_empty() => (tag.to_owned(), socket.into()),
+        _ => return Err("a share is TAG=SOCKET: what the guest mounts it by, and where virtiofsd listens".into()),
+    };
+    let mut share = ShareSpec { tag, socket, queues: 0 };
+    for (key, value) in options {
+        match (key.as_str(), value.as_deref()) {
+            ("queues", Some(value)) => share.queues = number("queues", value)?,
+            (key, value) => return Err(unknown(key, value, "queues=")),
+        }
+    }
+    Ok(share)
+}
+
+/// Reads `TYPE=SOCKET[,queues=N][,queue-size=N]`.
+pub(crate) fn parse_vhost_user(text: &str) -> Result<VhostUserSpec, String> {
+    let (first, options) = split(text);
+    let device_type = |name: &str| match name {
+        "net" => Some(1),
+        "block" => Some(2),
+        "gpu" => Some(16),
+        "sound" => Some(25),
+        "fs" => Some(26),
+        number => number.parse().ok(),
+    };
+    let device = first.split_once('=');
+    let Some((device_type, socket)) = device.and_then(|(name, socket)| Some((device_type(name)?, socket))) else {
+        return Err("a vhost-user device is TYPE=SOCKET; a type is net, block, gpu, sound, fs or a number".into());
+    };
+    let mut device = VhostUserSpec {
+        device_type,
+        socket: socket.into(),
+        queues: 0,
+        queue_size: 0,
+    };
+    for (key, value) in options {
+        match (key.as_str(), value.as_deref()) {
+            ("queues", Some(value)) => device.queues = number("queues", value)?,
+            ("queue-size", Some(value)) => device.queue_size = number("queue-size", value)?,
+            (key, value) => return Err(unknown(key, value, "queues= and queue-size=")),
+        }
+    }
+    Ok(device)
+}
+
+/// Reads what a watchdog does.
+pub(crate) fn parse_watchdog(text: &str) -> Result<WatchdogAction, String> {
+    match text {
+        "reset" => Ok(WatchdogAction::Reset),
+        "stop" => Ok(WatchdogAction::Stop),
+        "none" => Ok(WatchdogAction::None),
+        _ => Err(format!(
+            "'{text}' is nothing that a watchdog does; reset, stop and none are"
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn disks() {
+        let plain = parse_disk("/images/a,,b.img").unwrap();
+        assert_eq!(
+            (plain.file.to_str().unwrap(), plain.mode),
+            ("/images/a,b.img", DiskMode::ReadWrite)
+        );
+        let all = "disk.qcow2,volatile,id=root,format=qcow2,direct,queues=4,block-size=4096,bps=10M,iops=100,burst-bytes=20M,\
+                   backing=middle,backing-format=qcow2,backing=base";
+        let disk = parse_disk(all).unwrap();
+        assert_eq!(
+            (disk.mode, disk.format, disk.direct),
+            (DiskMode::VolatileWrite, DiskFormat::Qcow2, true)
+        );
+        assert_eq!((disk.id.as_str(), disk.queues, disk.block_size), ("root", 4, 4096));
+        assert_eq!(
+            (disk.rate_limit.bytes_per_second, disk.rate_limit.burst_bytes),
+            (10 << 20, 20 << 20)
+        );
+        let below = [
+            ("middle".into(), DiskFormat::Qcow2),
+            ("base".into(), DiskFormat::Unspecified),
+        ];
+        assert_eq!(disk.backing, below);
+        for (text, word) in [
+            ("", "needs a file"),
+            (",ro", "needs a file"),
+            ("a,read-only", "'read-only'"),
+            ("a,ro=yes", "'ro=yes'"),
+            ("a,format=vmdk", "vmdk"),
+            ("a,queues=many", "queues=many"),
+            ("a,queues=70000", "too large"),
+            ("a,backing-format=raw", "backing="),
+            ("a,bps", "bps needs a value"),
+            ("a,bps=1X", "no unit"),
+        ] {
+            let error = parse_disk(text).unwrap_err();
+            assert!(error.contains(word), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn networks() {
+        let net = parse_net("tap=tap0,mac=02:00:5e:10:00:01,mtu=9000,queues=2,offloads=off,link=down,bps=1M").unwrap();
+        assert_eq!(
+            (net.link, net.mac),
+            (LinkSpec::Tap("tap0".into()), Some([2, 0, 0x5e, 0x10, 0, 1]))
+        );
+        assert_eq!(
+            (net.mtu, net.queues, net.offloads, net.link_down),
+            (9000, 2, Some(false), true)
+        );
+        assert_eq!(parse_net("user").unwrap().link, LinkSpec::User);
+        assert_eq!(parse_net("tap").unwrap().link, LinkSpec::Tap(String::new()));
+        assert_eq!(parse_net("bridge=br0").unwrap().link, LinkSpec::Bridge("br0".into()));
+        for (text, word) in [
+            ("", "is no network"),
+            ("bridge", "is no network"),
+            ("bridge=", "is no network"),
+            ("user=x", "is no network"),
+            ("user,mac=1", "is no address"),
+            ("user,mac=02:00:5e:10:00:001", "is no address"),
+            ("user,mtu=70000", "too large"),
+            ("user,link=sideways", "sideways"),
+        ] {
+            let error = parse_net(text).unwrap_err();
+            assert!(error.contains(word), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn other_devices() {
+        assert_eq!(parse_vsock("").unwrap(), VsockSpec::default());
+        let vsock = parse_vsock("7,socket=/run/a").unwrap();
+        assert_eq!((vsock.cid, vsock.socket), (7, Some("/run/a".into())));
+        assert_eq!(parse_vsock(",socket=/run/a").unwrap().cid, 0);
+        assert!(parse_vsock("x").is_err() && parse_vsock("3,4").is_err() && parse_vsock("socket=").is_err());
+        assert_eq!(parse_console("3").unwrap().ports, 3);
+        assert!(parse_console("0").is_err() && parse_console("33").is_err());
+        assert_eq!(parse_rng("bps=64K").unwrap().rate_limit.bytes_per_second, 65536);
+        assert!(parse_rng("fast").is_err());
+        let balloon = parse_balloon("deflate-on-oom,reporting").unwrap();
+        assert!(balloon.deflate_on_oom && balloon.free_page_reporting && parse_balloon("air").is_err());
+        let memory = parse_memory_device("1G,requested=512M,block=4M").unwrap();
+        assert_eq!(
+            (memory.region_size, memory.requested, memory.block_size),
+            (1 << 30, 512 << 20, 4 << 20)
+        );
+        assert!(parse_memory_device("much").is_err());
+        let share = parse_share("home=/run/fs.sock,queues=2").unwrap();
+        assert_eq!((share.tag.as_str(), share.queues), ("home", 2));
+        assert!(parse_share("home").is_err() && parse_share("=x").is_err());
+        let device = parse_vhost_user("sound=/run/s,queues=4,queue-size=64").unwrap();
+        assert_eq!((device.device_type, device.queues, device.queue_size), (25, 4, 64));
+        assert_eq!(parse_vhost_user("41=/run/s").unwrap().device_type, 41);
+        assert!(parse_vhost_user("toaster=/run/s").is_err());
+        assert_eq!(parse_watchdog("stop").unwrap(), WatchdogAction::Stop);
+        assert!(parse_watchdog("bark").is_err());
+    }
+
+    #[test]
+    fn sizes() {
+        for (text, bytes) in [
+            ("0", 0),
+            ("512", 512),
+            ("4K", 4096),
+            ("1 MiB", 1 << 20),
+            ("2g", 2 << 30),
+            ("1T", 1 << 40),
+        ] {
+            assert_eq!(parse_bytes(text), Ok(bytes), "{text}");
+        }
+        for text in ["", "K", "-1", "1.5G", "1P", "99999999T"] {
+            assert!(parse_bytes(text).is_err(), "{text}");
+        }
+    }
+}
