@@ -262,8 +262,10 @@ impl Guest {
                 return Ok(found);
             }
             if self.ended {
+                let how = self.wait(PATIENCE)?;
                 return Err(HarnessError::Ended {
                     what: what.into(),
+                    how: how.detail,
                     output: self.tail(),
                 });
             }

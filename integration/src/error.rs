@@ -62,10 +62,12 @@ pub enum HarnessError {
         output: String,
     },
     /// The guest ended before.
-    #[error("the guest ended before {what}; its last output:\n{output}")]
+    #[error("the guest ended ({how}) before {what}; its last output:\n{output}")]
     Ended {
         /// What was waited for.
         what: String,
+        /// How it ended.
+        how: String,
         /// The end of the guest's output.
         output: String,
     },

@@ -244,6 +244,7 @@ impl Guest {
             if piece.get_ended() {
                 return Err(HarnessError::Ended {
                     what,
+                    how: self.wait(PATIENCE)?.detail,
                     output: self.output(),
                 });
             }

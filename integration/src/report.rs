@@ -8,7 +8,7 @@ pub struct Report(String);
 
 impl Report {
     /// Whether a line is the end of waiting for `name`: it reports on it, or says that the guest as a whole has failed.
-    pub(crate) fn is_about(name: &str, line: &[u8]) -> bool {
+    pub fn is_about(name: &str, line: &[u8]) -> bool {
         let line = String::from_utf8_lossy(line);
         let mut words = line.split_whitespace();
         match (words.next(), words.next()) {
@@ -19,7 +19,10 @@ impl Report {
     }
 
     /// Takes a line apart.
-    pub(crate) fn parse(line: &str) -> Result<Self, HarnessError> {
+    ///
+    /// # Errors
+    /// [`HarnessError::Failed`] if it reports a failure.
+    pub fn parse(line: &str) -> Result<Self, HarnessError> {
         match line.trim().strip_prefix("ok ") {
             Some(rest) => Ok(Self(rest.split_once(' ').map_or("", |(_, words)| words).to_owned())),
             None => Err(HarnessError::Failed(line.trim().to_owned())),
