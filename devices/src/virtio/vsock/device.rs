@@ -50,10 +50,18 @@ const SHARED_ROOM: u64 = 16 << 20;
 
 const BELL: u32 = 0;
 const TIMER: u32 = 1;
-/// Tokens of the connections' sockets, by slot.
-const FIRST_STREAM: u32 = 16;
+/// Tokens of the connections' sockets begin here.
+const FIRST_STREAM: u32 = 1 << SLOT_BITS;
 /// Connections that may be configured at most.
-pub const MAX_CONNECTIONS: u32 = 1 << 16;
+pub const MAX_CONNECTIONS: u32 = 1 << SLOT_BITS;
+const SLOT_BITS: u32 = 16;
+
+/// Token of the socket of the connection that has this [`Entry::id`](super::table::Entry::id): its slot, and some bits of what tells it from
+/// those that had the slot before, of which an event may still be under way.
+pub(super) fn token(id: u64) -> u32 {
+    let (number, slot) = ((id >> 32) as u32, id as u32 % MAX_CONNECTIONS);
+    FIRST_STREAM + ((number % (1 << 14)) << SLOT_BITS) + slot
+}
 
 /// How a socket device is to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -174,7 +182,10 @@ impl Vsock {
     /// Gives the connection its socket; it is reset if that cannot be watched.
     fn open(&mut self, slot: u32, socket: OwnedFd, context: &mut Context<'_>) -> Result<(), DeviceError> {
         let stream = Stream::new(socket);
-        let watched = context.watch(&stream, FIRST_STREAM + slot, WATCHED);
+        let Some(id) = self.table.get(slot).map(|entry| entry.id()) else {
+            return Ok(());
+        };
+        let watched = context.watch(&stream, token(id), WATCHED);
         match watched {
             Ok(()) => {
                 if let Some(entry) = self.table.get(slot) {
@@ -342,9 +353,13 @@ impl Vsock {
         self.resets.clear();
     }
 
-    /// A socket's event.
-    fn stream_event(&mut self, slot: u32, events: EventSet, context: &mut Context<'_>) {
+    /// An event of the socket that is watched with `watched`.
+    fn stream_event(&mut self, watched: u32, events: EventSet, context: &mut Context<'_>) {
+        let slot = watched % MAX_CONNECTIONS;
         let Some(entry) = self.table.get(slot) else { return };
+        if token(entry.id()) != watched {
+            return;
+        }
         let Some(stream) = &mut entry.stream else { return };
         stream.event(events);
         let gone = stream.flush();
@@ -428,11 +443,7 @@ impl VirtioDevice for Vsock {
         match token {
             BELL => self.mail(context),
             TIMER => self.expire(context),
-            _ => {
-                if let Some(slot) = token.checked_sub(FIRST_STREAM) {
-                    self.stream_event(slot, events, context);
-                }
-            }
+            _ => self.stream_event(token, events, context),
         }
         if context.active() {
             self.event(context)?;

@@ -89,21 +89,17 @@ pub type Sink = dyn Fn(Incoming) + Send + Sync;
 pub(super) struct Listening {
     id: u64,
     backlog: u32,
-    /// Requests that wait for an answer.
+    /// Requests that were handed out and not answered; also those that the guest has given up, since somebody still holds them.
     waiting: AtomicU32,
     sink: Box<Sink>,
 }
 
 /// A request of the guest that waits; ended by dropping it.
-pub(super) struct Offer {
-    listening: Arc<Listening>,
-    open: Arc<AtomicBool>,
-}
+pub(super) struct Offer(Arc<AtomicBool>);
 
 impl Drop for Offer {
     fn drop(&mut self) {
-        self.open.store(false, Ordering::Release);
-        self.listening.waiting.fetch_sub(1, Ordering::Relaxed);
+        self.0.store(false, Ordering::Release);
     }
 }
 
@@ -245,9 +241,10 @@ impl Listening {
                 id,
                 shared: shared.clone(),
                 open: open.clone(),
+                listening: self,
             }),
         };
-        (Offer { listening: self, open }, incoming)
+        (Offer(open), incoming)
     }
 
     pub(super) fn call(&self, incoming: Incoming) {
@@ -259,6 +256,19 @@ struct Request {
     id: u64,
     shared: Arc<Shared>,
     open: Arc<AtomicBool>,
+    listening: Arc<Listening>,
+}
+
+impl Request {
+    fn is_open(&self) -> bool {
+        self.open.load(Ordering::Acquire)
+    }
+
+    /// Answers it.
+    fn answer(&self, message: Message) -> Result<(), Message> {
+        self.listening.waiting.fetch_sub(1, Ordering::Relaxed);
+        self.shared.post(message)
+    }
 }
 
 /// A connection that the guest asks for. Dropping it refuses.
@@ -290,18 +300,14 @@ impl Incoming {
     ///
     /// The guest does not wait any more, or the host gives no socket.
     pub fn accept(mut self) -> Result<OwnedFd, AcceptError> {
-        let open = self
-            .request
-            .as_ref()
-            .is_some_and(|request| request.open.load(Ordering::Acquire));
-        if !open {
+        if !self.is_wanted() {
             return Err(AcceptError::Gone);
         }
         let Pair { ours, theirs } = Pair::new()?;
-        let Some(Request { id, shared, .. }) = self.request.take() else {
+        let Some(request) = self.request.take() else {
             return Err(AcceptError::Gone);
         };
-        match shared.post(Message::Accept { id, ours }) {
+        match request.answer(Message::Accept { id: request.id, ours }) {
             Ok(()) => Ok(theirs),
             Err(_) => Err(AcceptError::Gone),
         }
@@ -309,19 +315,15 @@ impl Incoming {
 
     /// Whether the guest still waits.
     pub fn is_wanted(&self) -> bool {
-        self.request
-            .as_ref()
-            .is_some_and(|request| request.open.load(Ordering::Acquire))
+        self.request.as_ref().is_some_and(Request::is_open)
     }
 }
 
 impl Drop for Incoming {
     fn drop(&mut self) {
-        if let Some(Request { id, shared, open }) = self.request.take()
-            && open.load(Ordering::Acquire)
-        {
-            // A device that is gone needs no refusal.
-            let _ = shared.post(Message::Refuse { id });
+        if let Some(request) = self.request.take() {
+            // A device that is gone needs no refusal, and one that has ended the request knows of none.
+            drop(request.answer(Message::Refuse { id: request.id }));
         }
     }
 }

@@ -2,7 +2,10 @@
 
 use std::net::Shutdown;
 
+use event_manager::EventSet;
+
 use super::*;
+use crate::virtio::device::VirtioDevice;
 use crate::virtio::vsock::packet::{NO_MORE_RECEIVING, NO_MORE_SENDING};
 
 const BOTH: u32 = NO_MORE_RECEIVING | NO_MORE_SENDING;
@@ -406,4 +409,43 @@ fn a_transport_reset_is_an_event_and_waits_for_a_buffer() {
     guest.handle.transport_reset();
     guest.settle();
     assert!(guest.rig.used(EVENTS).is_some());
+}
+
+#[test]
+fn requests_that_the_guest_gives_up_count_until_somebody_has_looked_at_them() {
+    let mut guest = Guest::new();
+    let (sender, requests) = channel();
+    let sink = move |incoming| drop(sender.send(incoming));
+    let _listener = guest.handle.listen(80, 3, sink).unwrap();
+    for port in 0..10 {
+        guest.send((80, port), Op::Request);
+        guest.send((80, port), Op::Reset);
+    }
+    let held: Vec<Incoming> = requests.try_iter().collect();
+    assert_eq!(held.len(), 3);
+    for port in 3..10 {
+        guest.expect((80, port), Op::Reset);
+    }
+    drop(held);
+    guest.expect_nothing();
+    guest.send((80, 1), Op::Request);
+    requests.recv().unwrap().accept().unwrap();
+    guest.expect((80, 1), Op::Response);
+}
+
+#[test]
+fn an_event_of_a_socket_that_is_gone_is_none_of_its_successor() {
+    let mut guest = Guest::new();
+    let ports = (1, 2);
+    let _first = guest.connected_by_guest(ports);
+    let old = super::super::device::token(guest.rig.device.table.get(0).unwrap().id());
+    guest.send(ports, Op::Reset);
+    let second = guest.connected_by_guest(ports);
+    let late = EventSet::HANG_UP | EventSet::IN;
+    guest
+        .rig
+        .call(|device, context| device.ready(old, late, context))
+        .unwrap();
+    second.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(guest.expect(ports, Op::Shutdown).flags, NO_MORE_SENDING);
 }
