@@ -18,8 +18,9 @@ pub const ECAM_BYTES: u64 = 1 << 20;
 const DATA: u64 = 4;
 /// Address register: the data register leads to configuration space.
 const ENABLE: u32 = 1 << 31;
-/// What the address register keeps: enable, bus, device and function, register.
-const ADDRESS_MASK: u32 = 0x80ff_fffc;
+/// What the address register keeps: enable, the register's high bits (as AMD's processors have them, and Linux uses there), bus, device and
+/// function, register.
+const ADDRESS_MASK: u32 = 0x8fff_fffc;
 
 /// Ports 0xcf8 to 0xcff: an address, then data. As on a PC, a guest must not use them on two processors at once.
 pub struct ConfigPorts {
@@ -41,7 +42,7 @@ impl ConfigPorts {
         let address = *lock(&self.address);
         let on_bus_0 = address & ENABLE != 0 && address & 0xff_0000 == 0;
         // An offset inside of the data register has two bits.
-        let register = (address & 0xfc) as u16 | (offset & 3) as u16;
+        let register = (address >> 16 & 0xf00) as u16 | (address & 0xfc) as u16 | (offset & 3) as u16;
         on_bus_0.then_some((PciAddress::from_devfn((address >> 8) as u8), register))
     }
 }

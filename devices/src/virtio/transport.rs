@@ -19,6 +19,7 @@ use vm_memory::GuestMemoryMmap;
 
 use super::device::{Reclaim, Transport as _, VirtioDevice};
 use super::link::Link;
+use super::queue::MAX_SIZE;
 use super::worker::VirtioWorker;
 use crate::interrupt::{InterruptLine, lock};
 use crate::pci::config_space::{BarWidth, ConfigError, ConfigSpace, Identity};
@@ -88,6 +89,14 @@ pub enum ConnectError {
     /// The device has more queues than there are doorbells.
     #[error("{0} queues are too many: {MAX_QUEUES} are possible")]
     Queues(usize),
+    /// A queue's size is not possible (virtio 2.7).
+    #[error("queue {queue}: a size of {size}; it has to be a power of two up to {MAX_SIZE}")]
+    QueueSize {
+        /// The queue's index.
+        queue: usize,
+        /// What the device wants.
+        size: u16,
+    },
     /// The device's configuration does not fit.
     #[error("{0} bytes of configuration are too many: {PART} are possible")]
     Config(usize),
@@ -109,9 +118,15 @@ pub fn connect(
     wiring: Wiring,
     interrupt_pin: u8,
 ) -> Result<(Arc<VirtioPci>, VirtioWorker), ConnectError> {
-    let queues = device.queue_sizes().len();
+    let sizes = device.queue_sizes();
+    let queues = sizes.len();
     if queues > MAX_QUEUES {
         return Err(ConnectError::Queues(queues));
+    }
+    let impossible = |size: &u16| !size.is_power_of_two() || *size > MAX_SIZE;
+    if let Some(queue) = sizes.iter().position(impossible) {
+        let size = sizes[queue];
+        return Err(ConnectError::QueueSize { queue, size });
     }
     let link = Arc::new(Link::new(&*device, wiring.vectors, wiring.line)?);
     let config = link.config_len();

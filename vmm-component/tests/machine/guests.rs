@@ -36,6 +36,7 @@ macro_rules! guest {
     };
 }
 
+#[allow(unused_imports, reason = "for those who make guests of their own")]
 pub(crate) use guest;
 
 guest!(

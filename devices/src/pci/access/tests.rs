@@ -31,7 +31,10 @@ fn the_ports_lead_where_the_address_says() {
     }
     // What cannot be written reads as 0.
     ports.write(0, &0xffff_ffff_u32.to_le_bytes());
-    assert_eq!(read(&*ports, 0, 4), 0x80ff_fffc);
+    assert_eq!(read(&*ports, 0, 4), 0x8fff_fffc);
+    // Extended space, which is empty.
+    ports.write(0, &0x8100_0000_u32.to_le_bytes());
+    assert_eq!(read(&*ports, 4, 4), 0);
 }
 
 #[test]

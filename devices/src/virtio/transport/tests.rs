@@ -2,6 +2,7 @@
 //! on it, with real dispatch loops and without KVM.
 
 mod driver;
+mod hostile;
 mod loopback;
 
 use std::sync::mpsc::channel;

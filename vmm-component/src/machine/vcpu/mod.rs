@@ -4,8 +4,8 @@
 //! KVM_RUN and, parked, its event manager: device models answer from memory. An idle guest's vCPU sleeps in KVM_RUN, and nothing of ours wakes it.
 //!
 //! System calls of the thread once it is confined, beside those of the allocator and locks (`futex`, `mmap`, `munmap`, `madvise`, `mprotect`, `brk`):
-//! `ioctl` with KVM_RUN, KVM_NMI, KVM_KVMCLOCK_CTRL, KVM_GET_REGS, KVM_GET_SREGS and KVM_TRANSLATE; for interrupts KVM_SIGNAL_MSI and
-//! KVM_SET_GSI_ROUTING; on hosts without hardware virtualization KVM_SET_REGS, KVM_SET_SREGS, KVM_GET_FPU, KVM_SET_FPU, KVM_GET_VCPU_EVENTS,
+//! `ioctl` with KVM_RUN, KVM_NMI, KVM_KVMCLOCK_CTRL, KVM_GET_REGS, KVM_GET_SREGS and KVM_TRANSLATE; for interrupts KVM_SIGNAL_MSI,
+//! KVM_SET_GSI_ROUTING and KVM_IRQFD, for doorbells KVM_IOEVENTFD, for both `eventfd2`; on hosts without hardware virtualization KVM_SET_REGS, KVM_SET_SREGS, KVM_GET_FPU, KVM_SET_FPU, KVM_GET_VCPU_EVENTS,
 //! KVM_SET_VCPU_EVENTS and KVM_SET_MSRS; `epoll_wait`, `read` and `write` on eventfds, `rt_sigreturn`; at its end `close`, `epoll_ctl`, `sigaltstack`,
 //! `rt_sigprocmask` and `exit`. Whoever kicks it needs `tgkill`, `getpid` and `rt_sigprocmask`.
 
