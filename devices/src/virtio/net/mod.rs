@@ -93,6 +93,8 @@ const SEND_LIMIT: u32 = 103;
 struct Port {
     /// There may be frames that were not read.
     readable: bool,
+    /// Nothing more comes after them.
+    hung_up: bool,
     /// What becomes of frames that the driver sends by it.
     flow: Flow,
 }
@@ -225,6 +227,9 @@ impl Net {
             match end {
                 receive::End::Drained => self.ports[port].readable = false,
                 receive::End::Turn => context.ring(index),
+                receive::End::NoRoom if self.ports[port].hung_up => {
+                    return self.lost("its other end was closed".into(), context);
+                }
                 receive::End::NoRoom | receive::End::Limited => return Ok(()),
                 receive::End::Lost(reason) => return self.lost(reason, context),
             }
@@ -551,8 +556,9 @@ impl VirtioDevice for Net {
                 let Some(state) = self.ports.get_mut(port) else {
                     return Ok(());
                 };
-                // Errors and hang-ups are found by reading.
+                // Errors and hang-ups are found by reading, as far as the driver has room for what came before.
                 state.readable |= events != EventSet::OUT;
+                state.hung_up |= events.intersects(EventSet::HANG_UP | EventSet::ERROR);
                 if events.contains(EventSet::OUT) && state.flow != Flow::Open {
                     self.flush(port, context)?;
                 }

@@ -109,6 +109,17 @@ fn a_host_side_that_goes_away_is_found_by_sending() {
 }
 
 #[test]
+fn a_host_side_that_goes_away_is_found_without_room_for_what_it_sent() {
+    let (mut rig, handle, mut peer) = active();
+    peer.send(&frame(1, 60));
+    rig.settle().unwrap();
+    drop(peer);
+    rig.settle().unwrap();
+    assert_eq!(rig.reports().len(), 1);
+    assert!(!handle.info().link_up);
+}
+
+#[test]
 fn a_host_side_that_goes_away_is_found_while_the_device_rests() {
     let (net, handle, peer) = net();
     let mut rig = Rig::new(net);
