@@ -23,6 +23,8 @@ use sepal_schema::{
     transport::{Connection, FdTable, Handle, Limits, guard, serve_with},
 };
 
+use crate::vsock;
+
 type Reply = Result<(), capnp::Error>;
 
 /// What a component does with a question.
@@ -109,9 +111,11 @@ impl ComponentStarter for Starter {
                 events: RefCell::default(),
                 serial: RefCell::default(),
                 config: RefCell::default(),
+                sockets: Rc::default(),
             });
-            let serve = |fds| {
+            let serve = |fds: FdTable| {
                 let process = process.clone();
+                process.sockets.set_fds(fds.clone());
                 guard::new_client::<component::Client, _>(Server { process, fds }).client
             };
             let connection = serve_with(&fake.handle, theirs, Limits::default(), serve).unwrap();
@@ -156,6 +160,8 @@ pub(crate) struct Process {
     events: RefCell<Option<event_sink::Client>>,
     serial: RefCell<Option<UnixStream>>,
     pub(crate) config: RefCell<Option<GuestConfig>>,
+    /// Its guest's.
+    pub(crate) sockets: Rc<vsock::Sockets>,
 }
 
 impl Process {
@@ -361,6 +367,21 @@ impl component::Server for Server {
 struct Machine(Rc<Process>);
 
 impl guest::Server for Machine {
+    fn host_vsock_endpoint(
+        self: Rc<Self>,
+        _: guest::HostVsockEndpointParams,
+        mut results: guest::HostVsockEndpointResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        let config = self.0.config.borrow();
+        if config.as_ref().is_some_and(|config| config.vsock.is_some()) {
+            let endpoint = vsock::Endpoint(self.0.sockets.clone());
+            results.get().set_endpoint(guard::new_client(endpoint));
+        } else {
+            Error::new(Kind::DeviceNotPresent, "there is none").write(results.get().init_error());
+        }
+        futures::future::ready(Ok(()))
+    }
+
     fn power(
         self: Rc<Self>,
         _: guest::PowerParams,

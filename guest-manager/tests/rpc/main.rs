@@ -8,4 +8,5 @@ mod files;
 mod launch;
 mod lifecycle;
 mod stopping;
+mod vsock;
 mod world;
