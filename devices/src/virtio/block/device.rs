@@ -1,14 +1,12 @@
-//! The device: takes requests, has them done, answers them.
-//!
-//! One pass of [`Block::service`] collects what the engine has done, takes a share of what each queue has, and tells the driver; passes follow each
-//! other while there is something to do. Then it looks out for a moment (see `poll`), asks for doorbells, and returns to the loop.
+//! The device: what it is made of, and what its transport and its owner ask of it. What it does with requests is in `service`.
+
+mod service;
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use event_manager::EventSet;
-use vm_memory::{Bytes, GuestAddress};
 
 use super::backend::Job;
 use super::buffers::Buffers;
@@ -20,27 +18,16 @@ use super::engine::{self, Done, Engine, Prepared};
 use super::handle::{BlockHandle, Resize, ResizeError, Shared};
 use super::image::{self, Image};
 use super::poll::Poll;
-use super::request::{self, ID_BYTES, IOERR, Limits, OK, Operation, Request, SECTOR};
-use crate::dispatch::{DeviceError, DeviceEvent};
+use super::request::{ID_BYTES, Limits, Operation, SECTOR};
+use crate::dispatch::DeviceError;
 use crate::rate::{RateLimit, RateLimiter, RateTimer};
 use crate::virtio::chain::Chain;
 use crate::virtio::device::{ConfigLayout, Context, DeviceKind, Fault, VirtioDevice};
-use crate::virtio::violation::Violation;
 
 const ENGINE: u32 = 0;
 const RATE: u32 = 1;
 const ORDERS: u32 = 2;
 
-/// Most requests that one queue has taken before the others, and the driver, have their turn.
-const SHARE: usize = 32;
-/// Longest that the loop is kept from its other events while there is work, in nanoseconds.
-const TURN: u128 = 1_000_000;
-/// Longest transfer, in bytes, that the loop's thread does itself: what a copy takes no longer than a switch of threads, some times over.
-const AT_ONCE: u64 = 256 << 10;
-/// A write that took longer than this found the page cache busy with storage.
-const SLOW_WRITE: Duration = Duration::from_millis(2);
-/// So many writes are left to the engine then.
-const WRITES_AFTER_SLOW: u32 = 64;
 /// Failures that are reported at once, and a second: a guest can make as many as it likes.
 const REPORTS: RateLimit = RateLimit {
     bytes_per_second: 0,
@@ -163,233 +150,6 @@ impl Block {
         Ok((block, BlockHandle(shared)))
     }
 
-    /// Does all there is to do, up to a turn's length.
-    fn service(&mut self, context: &mut Context<'_>) -> Result<(), Fault> {
-        if !context.active() {
-            return Ok(());
-        }
-        let begun = Instant::now();
-        if let Some(since) = self.idle_since.take() {
-            self.poll.came_after(nanoseconds(begun - since));
-        }
-        for queue in context.queues.iter_mut().flatten() {
-            queue.ignore_doorbell()?;
-        }
-        loop {
-            let mut worked = self.collect(context)?;
-            for queue in 0..self.queues {
-                worked |= self.take(queue, context)?;
-            }
-            if let Some(engine) = &mut self.engine {
-                engine.kick();
-            }
-            for queue in 0..self.queues {
-                context.interrupt(queue)?;
-            }
-            self.shared.counters.in_flight(self.flying.len() - self.free.len());
-            if worked {
-                if begun.elapsed().as_nanos() > TURN {
-                    // The first that is enabled will do: all are served.
-                    if let Some(queue) = context.queues.iter().flatten().next() {
-                        context.ring(queue.index());
-                    }
-                    return Ok(());
-                }
-            } else if !self.look_out(context)? && !self.sleep(context)? {
-                return Ok(());
-            }
-        }
-    }
-
-    /// Answers what the engine has done: whether there was anything.
-    fn collect(&mut self, context: &mut Context<'_>) -> Result<bool, Fault> {
-        let Some(engine) = self.engine.as_mut().filter(|engine| engine.pending()) else {
-            return Ok(false);
-        };
-        let mut all = std::mem::take(&mut self.done);
-        engine.completed(&mut all);
-        let any = !all.is_empty();
-        let mut finished = Ok(());
-        for Done { id, job, result } in all.drain(..) {
-            // All have landed, even if the rings turn out to be bad at the first.
-            if let Some(flying) = self.land(id)
-                && finished.is_ok()
-            {
-                finished = self.finish(flying.queue, flying.chain, job, result, context);
-            }
-        }
-        self.done = all;
-        finished.map(|()| any)
-    }
-
-    /// The engine does not have request `id` any more.
-    fn land(&mut self, id: u32) -> Option<Flying> {
-        let flying = self.flying.get_mut(id as usize)?.take()?;
-        self.free.push(id);
-        Some(flying)
-    }
-
-    /// Takes a share of what `queue` has: whether there was anything.
-    fn take(&mut self, queue: u16, context: &mut Context<'_>) -> Result<bool, Fault> {
-        for taken in 0..SHARE {
-            if self.held || self.free.is_empty() {
-                return Ok(taken > 0);
-            }
-            let Some(ring) = context.queue(queue) else {
-                return Ok(taken > 0);
-            };
-            let Some(chain) = ring.pop()? else {
-                return Ok(taken > 0);
-            };
-            if let Some(rate) = &mut self.rate
-                && !rate
-                    .admit(request::data_bytes(&chain))
-                    .map_err(|e| Fault::Host(e.into()))?
-            {
-                self.held = true;
-                ring.unpop(chain);
-                return Ok(taken > 0);
-            }
-            self.begin(queue, chain, context)?;
-        }
-        Ok(true)
-    }
-
-    /// Does a request, or gives it to the engine.
-    fn begin(&mut self, queue: u16, chain: Chain, context: &mut Context<'_>) -> Result<(), Fault> {
-        let room = self.room.take().unwrap_or_default();
-        let (operation, offset, len, buffers) = match request::parse(queue, &chain, context.memory, &self.limits, room)?
-        {
-            Request::Work {
-                operation,
-                offset,
-                len,
-                buffers,
-            } => (operation, offset, len, buffers),
-            Request::GetId => {
-                // The length was checked.
-                let _ = chain.writer(context.memory).write(&self.id);
-                self.shared.counters.told_id();
-                return Ok(answer(queue, chain, OK, context)?);
-            }
-            Request::Answer(status) => {
-                if status == IOERR {
-                    self.shared.counters.failed();
-                }
-                return Ok(answer(queue, chain, status, context)?);
-            }
-        };
-        let job = Job {
-            operation,
-            offset,
-            len,
-            buffers,
-            durable: self.write_through,
-        };
-        if let Some(result) = self.at_once(&job) {
-            return self.finish(queue, chain, job, result, context);
-        }
-        let (Some(engine), Some(id)) = (&mut self.engine, self.free.pop()) else {
-            return self.finish(queue, chain, job, Err(std::io::ErrorKind::ResourceBusy.into()), context);
-        };
-        self.flying[id as usize] = Some(Flying { queue, chain });
-        engine.submit(id, job, context.memory);
-        Ok(())
-    }
-
-    /// Does a job here and now if that takes no longer than to have it done; `None`: it may take longer.
-    fn at_once(&mut self, job: &Job) -> Option<std::io::Result<()>> {
-        if job.len > AT_ONCE {
-            return None;
-        }
-        if job.operation == Operation::Write && self.slow_writes > 0 {
-            self.slow_writes -= 1;
-            return None;
-        }
-        let begun = (job.operation == Operation::Write).then(Instant::now);
-        let result = job.run_at_once(&*self.image.backend);
-        if begun.is_some_and(|begun| begun.elapsed() > SLOW_WRITE) {
-            self.slow_writes = WRITES_AFTER_SLOW;
-        }
-        match result {
-            Ok(true) => Some(Ok(())),
-            Ok(false) => None,
-            Err(error) => Some(Err(error)),
-        }
-    }
-
-    /// Answers a request that was done.
-    fn finish(
-        &mut self,
-        queue: u16,
-        chain: Chain,
-        job: Job,
-        result: std::io::Result<()>,
-        context: &mut Context<'_>,
-    ) -> Result<(), Fault> {
-        let status = match result {
-            Ok(()) => {
-                self.shared.counters.succeeded(job.operation, job.len);
-                OK
-            }
-            Err(error) => {
-                self.shared.counters.failed();
-                let now = nanoseconds(self.started.elapsed());
-                if self.reports.take(now, 0).is_ok() {
-                    context.report(DeviceEvent::IoError {
-                        device: context.name().to_owned(),
-                        operation: job.operation.name(),
-                        reason: error.to_string(),
-                    });
-                }
-                IOERR
-            }
-        };
-        self.room = Some(job.buffers);
-        Ok(answer(queue, chain, status, context)?)
-    }
-
-    /// Looks out for work for as long as it is worth: whether there is some.
-    fn look_out(&mut self, context: &mut Context<'_>) -> Result<bool, Fault> {
-        let budget = self.poll.budget();
-        if budget == 0 || self.held {
-            return Ok(false);
-        }
-        let begun = Instant::now();
-        loop {
-            if self.engine.as_ref().is_some_and(|engine| engine.pending()) {
-                return Ok(true);
-            }
-            for queue in context.queues.iter().flatten() {
-                if queue.available()? > 0 {
-                    return Ok(true);
-                }
-            }
-            if nanoseconds(begun.elapsed()) > budget {
-                self.idle_since = Some(begun);
-                return Ok(false);
-            }
-            std::hint::spin_loop();
-        }
-    }
-
-    /// Asks to be woken for whatever comes next. True: something is there already.
-    fn sleep(&mut self, context: &mut Context<'_>) -> Result<bool, Fault> {
-        let mut more = self.engine.as_mut().is_some_and(|engine| engine.before_sleep());
-        // What is held back waits for the timer, not for a doorbell.
-        if !self.held {
-            for queue in context.queues.iter_mut().flatten() {
-                more |= queue.wait_for_doorbell()?;
-            }
-        }
-        if more {
-            self.idle_since = None;
-        } else {
-            self.idle_since.get_or_insert_with(Instant::now);
-        }
-        Ok(more)
-    }
-
     /// Waits for the requests that the engine has, of `queue` or of all, and gives them to `each`. False: the deadline came first.
     fn drain(
         &mut self,
@@ -455,20 +215,6 @@ impl Block {
         self.shared.change_info(|info| info.bytes = wanted);
         context.update_config(0, &(wanted / SECTOR).to_le_bytes());
         Ok(wanted)
-    }
-}
-
-/// Gives a chain back with its status, which is its last writable byte.
-fn answer(queue: u16, chain: Chain, status: u8, context: &mut Context<'_>) -> Result<(), Violation> {
-    if let Some(last) = chain.writable().iter().rev().find(|segment| segment.len > 0) {
-        let at = last.address + u64::from(last.len - 1);
-        // The buffer was in guest memory when the chain was taken.
-        let _ = context.memory.write_obj(status, GuestAddress(at));
-    }
-    let written = chain.writable_bytes();
-    match context.queue(queue) {
-        Some(ring) => ring.push(chain, written),
-        None => Ok(()),
     }
 }
 
