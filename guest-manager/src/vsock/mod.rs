@@ -257,8 +257,9 @@ impl vsock_acceptor::Server for Acceptor {
                 fds: self.fds.clone(),
             }));
         }
-        // The client answers when it likes: until then the component knows that it has not been heard.
-        call.send().promise.await?;
+        // Apart from this call: a component that does not wait for the answer must not take the question back.
+        let answer = call.send().promise;
+        self.guest.manager.handle.spawn(async move { drop(answer.await) });
         Ok(())
     }
 }

@@ -73,8 +73,8 @@ impl Sockets {
         call.get().set_port(port);
         call.get().set_source_port(5000);
         call.get().set_connection(guard::new_client(connection));
-        let answered = call.send().promise;
-        world.handle.spawn(async move { drop(answered.await) });
+        // A component may be content with having asked.
+        drop(call.send());
         let answer = |offered: &mut Offered| match std::mem::replace(offered, Offered::Waits) {
             Offered::Waits => None,
             Offered::Refused => Some(None),
@@ -190,6 +190,25 @@ impl vsock_acceptor::Server for Taker {
     }
 }
 
+/// A client that opens a connection before it answers.
+struct Opener {
+    fds: FdTable,
+    opened: Rc<Changed<Vec<UnixStream>>>,
+}
+
+impl vsock_acceptor::Server for Opener {
+    async fn accept(self: Rc<Self>, params: vsock_acceptor::AcceptParams, _: vsock_acceptor::AcceptResults) -> Reply {
+        let connection = params.get()?.get_connection()?;
+        let answer = connection.open_request().send().promise.await?;
+        let stream_result::Fd(fd) = answer.get()?.which()? else {
+            panic!("no socket")
+        };
+        let fd = Handles::take(&self.fds, fd?.get_number()).unwrap();
+        self.opened.change(|all| all.push(fd.into()));
+        Ok(())
+    }
+}
+
 /// Remembers what it is given.
 #[derive(Clone, Default)]
 struct Sink(Rc<Changed<(Vec<u8>, bool)>>);
@@ -253,11 +272,11 @@ async fn connect(
 async fn listen(
     endpoint: &host_vsock_endpoint::Client,
     port: u32,
-    taker: &Taker,
+    acceptor: impl vsock_acceptor::Server + 'static,
 ) -> Result<vsock_listener::Client, Error> {
     let mut call = endpoint.listen_request();
     call.get().set_port(port);
-    call.get().set_acceptor(guard::new_client(taker.clone()));
+    call.get().set_acceptor(guard::new_client(acceptor));
     let answer = call.send().promise.await?;
     match answer.get()?.which().unwrap() {
         listen_result::Listener(listener) => Ok(listener?),
@@ -341,8 +360,8 @@ fn a_client_listens_and_opens_each_connection_once() {
         let endpoint = endpoint(&launched.guest).await.unwrap();
         let sockets = world.fake.last().sockets.clone();
         let taker = Taker::default();
-        let listener = listen(&endpoint, 52, &taker).await.unwrap();
-        let taken = listen(&endpoint, 52, &taker).await.err().unwrap();
+        let listener = listen(&endpoint, 52, taker.clone()).await.unwrap();
+        let taken = listen(&endpoint, 52, taker.clone()).await.err().unwrap();
         assert_eq!((taken.kind, &taken.about[..]), (Kind::AlreadyBound, "port"));
         let open = async {
             let (port, source, connection) = taker.next().await;
@@ -362,7 +381,25 @@ fn a_client_listens_and_opens_each_connection_once() {
         assert!(guest.is_none());
         drop(listener);
         sockets.listeners.until(|all| all.is_empty().then_some(())).await;
-        listen(&endpoint, 52, &taker).await.unwrap();
+        listen(&endpoint, 52, taker.clone()).await.unwrap();
+    });
+}
+
+#[test]
+fn a_client_may_open_a_connection_before_it_answers() {
+    run(async |world| {
+        let caller = world.caller();
+        let launched = caller.launch_config(with_vsock(Vsock::default()), false).await.unwrap();
+        let endpoint = endpoint(&launched.guest).await.unwrap();
+        let opened = Rc::new(Changed::default());
+        let opener = Opener {
+            fds: caller.connection.fds(),
+            opened: opened.clone(),
+        };
+        let _listener = listen(&endpoint, 52, opener).await.unwrap();
+        let sockets = world.fake.last().sockets.clone();
+        let (guest, socket) = futures::join!(sockets.connect(&world, 52), opened.until(Vec::pop));
+        talk(&guest.unwrap(), &world.handle.register(socket).unwrap()).await;
     });
 }
 
