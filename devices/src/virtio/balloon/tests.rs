@@ -4,6 +4,7 @@ use std::sync::mpsc::{Receiver, channel};
 
 use super::super::malformed::every_shape_rests_and_recovers;
 use super::super::testing::{Buffer, MEMORY, Rig};
+use super::stats::MOST_WAITERS;
 use super::*;
 
 const INFLATE: u16 = 0;
