@@ -6,6 +6,7 @@
 //!   sepal-agent --fd FD                        one connection, then ends
 //! ```
 
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::process::ExitCode;
@@ -21,6 +22,8 @@ mod vsock;
 
 /// Operations under way at once; more are refused.
 const OPERATIONS_MAX: usize = 64;
+/// Refused connections that stay open until later ones take their places.
+const REFUSED_KEPT: usize = 16;
 
 const USAGE: &str = "usage: sepal-agent [--port PORT] [--no-ready] | --listen-fd FD | --fd FD";
 
@@ -105,6 +108,7 @@ fn say_ready() -> Option<OwnedFd> {
 /// Serves whoever connects and is `welcome`, for good.
 fn accept_all(listener: &OwnedFd, welcome: impl Fn(&OwnedFd) -> bool) -> io::Result<()> {
     let under_way = Arc::new(AtomicUsize::new(0));
+    let mut refused = VecDeque::new();
     loop {
         // The standard library would give the descriptor without the flag to programs that are started meanwhile.
         let socket = match rustix::net::accept_with(listener, rustix::net::SocketFlags::CLOEXEC) {
@@ -121,7 +125,11 @@ fn accept_all(listener: &OwnedFd, welcome: impl Fn(&OwnedFd) -> bool) -> io::Res
             continue;
         }
         if under_way.load(Ordering::Relaxed) >= OPERATIONS_MAX {
-            server::refuse(socket);
+            server::refuse(&socket);
+            refused.push_back(socket);
+            if refused.len() > REFUSED_KEPT {
+                refused.pop_front();
+            }
             continue;
         }
         let place = Place::take(&under_way);

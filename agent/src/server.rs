@@ -142,15 +142,17 @@ pub fn serve(socket: OwnedFd) {
     connection.linger();
 }
 
-/// Tells a host that there is no room for its operation.
-pub fn refuse(socket: OwnedFd) {
+/// Tells a host that there is no room for its operation, and that nothing follows. To be kept open for a while, as a socket that is closed with
+/// something unread resets its connection, and this answer with it.
+pub fn refuse(socket: &OwnedFd) {
     let busy = ToHost::Failed {
         kind: ErrorKind::Busy,
         message: "the agent has as many operations under way as it can".into(),
     };
     let bytes = [greeting(), busy.encode()].concat();
     // Fits into any socket's buffer; a host that is gone needs no answer.
-    let _ = rustix::net::send(&socket, &bytes, SendFlags::NOSIGNAL | SendFlags::DONTWAIT);
+    let _ = rustix::net::send(socket, &bytes, SendFlags::NOSIGNAL | SendFlags::DONTWAIT);
+    let _ = rustix::net::shutdown(socket, rustix::net::Shutdown::Write);
 }
 
 fn operate(connection: &mut Connection) -> Result<(), Trouble> {
