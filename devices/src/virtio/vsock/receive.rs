@@ -47,7 +47,7 @@ impl Vsock {
         context.interrupt(RECEIVE)
     }
 
-    /// Does what is due for one connection; how many buffers it took. There is at least one.
+    /// Does what is due for one connection; how many buffers it took. There is at least one spare.
     fn turn(&mut self, slot: u32, context: &mut Context<'_>) -> Result<u32, Violation> {
         let Some(entry) = self.table.get(slot) else {
             return Ok(0);
@@ -56,6 +56,9 @@ impl Vsock {
         match entry.connection.due(entry.host_has()) {
             None => Ok(0),
             Some(Due::Control(op, flags)) => {
+                let Some(chain) = self.spare.pop_front() else {
+                    return Ok(0);
+                };
                 let (buf_alloc, fwd_cnt) = entry.connection.tell_credit();
                 entry.connection.sent_control(op);
                 if entry.connection.state() == State::Closing && op == Op::Shutdown {
@@ -66,9 +69,6 @@ impl Vsock {
                     buf_alloc,
                     fwd_cnt,
                     ..self.header(ports, op)
-                };
-                let Some(chain) = self.buffer(context)? else {
-                    return Ok(0);
                 };
                 self.put(chain, &header, context)?;
                 Ok(1)
@@ -133,21 +133,23 @@ impl Vsock {
             }
             Read::Reset => reset = true,
         }
-        entry.connection.sent_data(bytes as u32);
-        let (buf_alloc, fwd_cnt) = entry.connection.tell_credit();
-        let mut header = Header {
-            buf_alloc,
-            fwd_cnt,
-            ..self.header(ports, Op::Data)
-        };
         let mut used = 0;
-        while bytes > 0 {
-            let Some((chain, fits)) = chains.pop_front() else { break };
-            let len = bytes.min(fits);
-            bytes -= len;
-            header.len = len as u32;
-            self.put(chain, &header, context)?;
-            used += 1;
+        if bytes > 0 {
+            entry.connection.sent_data(bytes as u32);
+            let (buf_alloc, fwd_cnt) = entry.connection.tell_credit();
+            let mut header = Header {
+                buf_alloc,
+                fwd_cnt,
+                ..self.header(ports, Op::Data)
+            };
+            while bytes > 0 {
+                let Some((chain, fits)) = chains.pop_front() else { break };
+                let len = bytes.min(fits);
+                bytes -= len;
+                header.len = len as u32;
+                self.put(chain, &header, context)?;
+                used += 1;
+            }
         }
         for (chain, _) in chains.into_iter().rev() {
             self.spare.push_front(chain);

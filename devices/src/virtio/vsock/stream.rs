@@ -94,7 +94,8 @@ impl Stream {
     pub(super) fn new(socket: OwnedFd) -> Self {
         Self {
             socket,
-            readable: true,
+            // What is there already is an event once it is watched.
+            readable: false,
             writable: true,
             ending: false,
             hung_up: false,

@@ -1,7 +1,11 @@
 //! Credit, and many bytes.
 
+use event_manager::EventSet;
+
 use super::*;
+use crate::virtio::device::VirtioDevice;
 use crate::virtio::vsock::credit::WINDOW;
+use crate::virtio::vsock::device::token;
 
 #[test]
 fn a_guest_without_room_gets_no_bytes_until_it_has_some() {
@@ -41,32 +45,30 @@ fn a_guest_that_lies_about_its_room_only_stalls_its_connection() {
     assert_eq!(guest.data((1, 3), 4), b"fine");
 }
 
-#[test]
-fn a_host_that_does_not_read_stops_the_guest_and_no_other_connection() {
-    let mut guest = Guest::new();
-    let slow = (1, 2);
-    let mut socket = guest.connected_by_guest(slow);
+/// Sends as long as there is credit, while nobody reads: how much it was.
+fn exhaust(guest: &mut Guest, ports: Ports) -> usize {
     let mut room = *WINDOW.end() as usize;
     let mut sent = 0;
-    // What a guest does: it sends as long as it has credit.
-    loop {
+    while room > 0 {
         let count = room.min(5000);
-        if count == 0 {
-            break;
-        }
-        guest.send_data(slow, &pattern(sent, count));
+        guest.send_data(ports, &pattern(sent, count));
         sent += count;
+        guest.send(ports, Op::CreditRequest);
         guest.settle();
         for (header, _) in guest.packets.drain(..) {
             assert_eq!(Op::new(header.op), Some(Op::CreditUpdate));
             room = header.buf_alloc as usize - (sent - header.fwd_cnt as usize);
         }
-        if guest.packets.is_empty() {
-            guest.send(slow, Op::CreditRequest);
-            let header = guest.expect(slow, Op::CreditUpdate);
-            room = header.buf_alloc as usize - (sent - header.fwd_cnt as usize);
-        }
     }
+    sent
+}
+
+#[test]
+fn a_host_that_does_not_read_stops_the_guest_and_no_other_connection() {
+    let mut guest = Guest::new();
+    let slow = (1, 2);
+    let mut socket = guest.connected_by_guest(slow);
+    let sent = exhaust(&mut guest, slow);
     // The socket's own room, and the window.
     assert!(sent > *WINDOW.end() as usize, "{sent}");
     let mut other = guest.connected_by_guest((1, 3));
@@ -243,4 +245,22 @@ fn connections_take_turns() {
         seen.insert(header.dst_port);
     }
     assert!(seen.len() > 1, "{seen:?}");
+}
+
+#[test]
+fn a_read_that_finds_nothing_does_not_swallow_what_the_guest_has_to_be_told() {
+    let mut guest = Guest::new();
+    let ports = (1, 2);
+    let mut socket = guest.connected_by_guest(ports);
+    let sent = exhaust(&mut guest, ports);
+    assert!(!read_now(&mut socket, 1 << 20).unwrap().is_empty());
+    let watched = token(guest.rig.device.table.get(0).unwrap().id());
+    // The socket has room again, and is said to have bytes.
+    let events = EventSet::IN | EventSet::OUT;
+    guest
+        .rig
+        .call(|device, context| device.ready(watched, events, context))
+        .unwrap();
+    let told = guest.expect(ports, Op::CreditUpdate);
+    assert!(sent - (told.fwd_cnt as usize) < *WINDOW.end() as usize);
 }
