@@ -42,7 +42,7 @@ pub(crate) enum Command {
     ///
     /// With no kernel, the small guest that is built in. On a terminal, Ctrl-] detaches or stops; with standard output
     /// redirected, it receives the guest's bytes and nothing else.
-    Launch(Launch),
+    Launch(Box<Launch>),
     /// Connect the terminal to a guest's serial port; Ctrl-] detaches
     Attach(Attach),
     /// Connect the terminal to a port of a guest's virtio console; Ctrl-] detaches
