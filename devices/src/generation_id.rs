@@ -18,8 +18,8 @@ use crate::interrupt::lock;
 
 /// Bytes of the id.
 pub const BYTES: u64 = 16;
-/// `_HID` in the DSDT.
-pub const HARDWARE_ID: &str = "QEMUVGID";
+/// `_HID` in the DSDT: of the form that ACPI 6.1.5 wants, and nobody else's; drivers go by [`COMPATIBLE_IDS`].
+pub const HARDWARE_ID: &str = "SEPL0001";
 /// `_CID` in the DSDT: the specification's, and the spellings that Linux looks for.
 pub const COMPATIBLE_IDS: [&str; 3] = ["VM_Gen_Counter", "VM_GEN_COUNTER", "VMGENCTR"];
 /// `_DDN` in the DSDT.
