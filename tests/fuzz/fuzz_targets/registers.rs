@@ -1,4 +1,4 @@
-//! The legacy devices behind their buses: any sequence of register accesses, interrupts and power-button presses.
+//! The legacy devices behind their buses, the panic port and the watchdog: any sequence of register accesses, interrupts and power-button presses.
 #![no_main]
 
 use std::sync::Arc;
@@ -7,6 +7,7 @@ use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
 use sepal_devices::{
     bus::Bus,
+    dispatch::{DeviceEvent, DeviceReporter},
     interrupt::{InterruptLine, Msi, MsiSink},
     legacy::{
         acpi_pm::{self, AcpiPm, PowerEvent, PowerSink},
@@ -15,6 +16,9 @@ use sepal_devices::{
         rtc::{self, HostClock, MemorySizes, Rtc},
         serial::{self, Serial},
     },
+    pci::PciFunction,
+    pvpanic::{self, PvPanic},
+    watchdog::{self, HostMonotonic, Watchdog, WatchdogAction, WatchdogSink},
 };
 use sepal_vmm_component::layout;
 
@@ -41,6 +45,14 @@ enum Step {
     },
     Eoi(u8),
     Press,
+    Watchdog {
+        in_config: bool,
+        offset: u8,
+        width: u8,
+        value: Option<u64>,
+    },
+    Feed,
+    Pause(bool),
 }
 
 /// Takes whatever the devices signal.
@@ -49,17 +61,24 @@ struct Nowhere;
 impl MsiSink for Nowhere {
     fn signal(&self, _: Msi) {}
 }
+impl DeviceReporter for Nowhere {
+    fn report(&self, _: DeviceEvent) {}
+}
+impl WatchdogSink for Nowhere {
+    fn expired(&self, _: WatchdogAction) {}
+}
 impl PowerSink for Nowhere {
     fn request(&self, _: PowerEvent) {}
 }
 
 /// Ports at which there is something, and some next to them.
-const PORTS: [u16; 6] = [
+const PORTS: [u16; 7] = [
     0x60,
     layout::RTC,
     0x80,
     layout::SERIAL,
     layout::ACPI_SLEEP_CONTROL,
+    pvpanic::PORT,
     0xffff,
 ];
 
@@ -71,6 +90,18 @@ fn access(bus: &Bus, address: u64, width: u8, value: Option<u64>) {
             let mut data = [0; 8];
             bus.read(address, &mut data[..width]);
         }
+    }
+}
+
+fn access_watchdog(watchdog: &Watchdog, in_config: bool, offset: u8, width: u8, value: Option<u64>) {
+    let width = usize::from(width % 8) + 1;
+    let mut data = value.unwrap_or_default().to_le_bytes();
+    let data = &mut data[..width];
+    match (in_config, value) {
+        (true, Some(_)) => watchdog.write_config(offset.into(), data),
+        (true, None) => watchdog.read_config(offset.into(), data),
+        (false, Some(_)) => watchdog.write_bar(watchdog::BAR, offset.into(), data),
+        (false, None) => watchdog.read_bar(watchdog::BAR, offset.into(), data),
     }
 }
 
@@ -101,9 +132,22 @@ fuzz_target!(|steps: Vec<Step>| {
             I8042::new(Arc::new(Nowhere)),
         ),
         pio.insert(layout::ACPI_SLEEP_CONTROL.into(), acpi_pm::PORTS, "acpi-pm", acpi),
+        pio.insert(
+            pvpanic::PORT.into(),
+            pvpanic::PORTS,
+            "panic",
+            PvPanic::new("panic", Arc::new(Nowhere)),
+        ),
         mmio.insert(layout::IOAPIC, ioapic::MMIO_LEN, "ioapic", ioapic.clone()),
     ];
     assert!(ranges.iter().all(Result::is_ok));
+    let (watchdog, _) = Watchdog::new(
+        WatchdogAction::Nothing,
+        Arc::new(Nowhere),
+        Arc::new(HostMonotonic),
+        false,
+    )
+    .expect("an eventfd");
 
     for step in steps.into_iter().take(1000) {
         match step {
@@ -121,6 +165,19 @@ fuzz_target!(|steps: Vec<Step>| {
             Step::Line { pin, asserted } => lines[usize::from(pin) % lines.len()].set(asserted),
             Step::Eoi(vector) => ioapic.eoi(vector),
             Step::Press => button.press(),
+            Step::Watchdog {
+                in_config,
+                offset,
+                width,
+                value,
+            } => access_watchdog(&watchdog, in_config, offset, width, value),
+            Step::Feed => {
+                for word in [0x80u16, 0x86, 0x100] {
+                    watchdog.write_bar(watchdog::BAR, 0xc, &word.to_le_bytes());
+                }
+            }
+            Step::Pause(true) => watchdog.pause(),
+            Step::Pause(false) => watchdog.resume(),
         }
     }
 });
