@@ -31,6 +31,8 @@ use crate::pci::{Bar, PciFunction};
 const VENDOR: u16 = 0x1af4;
 /// Device ids are this plus the device's number (virtio 4.1.2.1).
 const DEVICE_BASE: u16 = 0x1040;
+/// The largest number of a device for which there is an id.
+const MAX_NUMBER: u16 = 0x3f;
 /// Not a transitional device (virtio 4.1.2.1).
 const REVISION: u8 = 1;
 /// Any subsystem id from 0x40 on marks a device that is not transitional (virtio 4.1.2.1).
@@ -86,6 +88,9 @@ pub struct Wiring {
 /// Why a device cannot be connected.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
+    /// PCI has no id for the device's number (virtio 4.1.2).
+    #[error("a device of number {0}: PCI has ids up to {MAX_NUMBER}")]
+    Number(u16),
     /// The device has more queues than there are doorbells.
     #[error("{0} queues are too many: {MAX_QUEUES} are possible")]
     Queues(usize),
@@ -118,6 +123,10 @@ pub fn connect(
     wiring: Wiring,
     interrupt_pin: u8,
 ) -> Result<(Arc<VirtioPci>, VirtioWorker), ConnectError> {
+    let kind = device.kind();
+    if kind.id() > MAX_NUMBER {
+        return Err(ConnectError::Number(kind.id()));
+    }
     let sizes = device.queue_sizes();
     let queues = sizes.len();
     if queues > MAX_QUEUES {
@@ -133,7 +142,6 @@ pub fn connect(
     if config as u64 > PART {
         return Err(ConnectError::Config(config));
     }
-    let kind = device.kind();
     let mut space = ConfigSpace::new(&Identity {
         vendor: VENDOR,
         device: DEVICE_BASE + kind.id(),

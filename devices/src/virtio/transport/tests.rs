@@ -13,6 +13,7 @@ use super::*;
 use crate::dispatch::DeviceEvent;
 use crate::interrupt::Msi;
 use crate::pci::PciAddress;
+use crate::virtio::device::DeviceKind;
 use crate::virtio::{feature, status};
 
 fn place(slot: u8) -> PciAddress {
@@ -33,6 +34,32 @@ fn a_driver_finds_the_device_sets_it_up_and_is_answered_by_messages() {
     assert_eq!(driver.request(0, b"hello"), b"hello");
     assert_eq!(driver.request(1, b"other queue"), b"other queue");
     assert_eq!(driver.request(0, b"again"), b"again");
+}
+
+#[test]
+fn a_device_that_cannot_be_is_refused() {
+    let world = World::new(vec![]);
+    let refusal = |device: Loopback| match connect(Box::new(device), world.wiring(), 1) {
+        Ok(_) => panic!("it can be"),
+        Err(error) => error.to_string(),
+    };
+    assert_eq!(
+        refusal(Loopback::of(DeviceKind::Other(0x40), vec![8])),
+        "a device of number 64: PCI has ids up to 63"
+    );
+    for (sizes, reason) in [
+        (
+            vec![8, 0],
+            "queue 1: a size of 0; it has to be a power of two up to 32768",
+        ),
+        (
+            vec![12],
+            "queue 0: a size of 12; it has to be a power of two up to 32768",
+        ),
+        (vec![8; 1025], "1025 queues are too many: 1024 are possible"),
+    ] {
+        assert_eq!(refusal(Loopback::of(DeviceKind::Rng, sizes)), reason);
+    }
 }
 
 #[test]

@@ -11,8 +11,9 @@ pub(super) const FEATURE: u64 = 1;
 
 /// What the first byte of a request asks for: `!` a broken rule, `#` a panic, `%` a failure of the host, `~` to be held until the test lets go,
 /// `=` a change of the configuration.
-#[derive(Default)]
 pub(super) struct Loopback {
+    kind: DeviceKind,
+    sizes: Vec<u16>,
     written: Option<Sender<[u8; 8]>>,
     hold: Option<(Sender<()>, Receiver<()>)>,
     active: bool,
@@ -36,7 +37,25 @@ impl Hold {
     }
 }
 
+impl Default for Loopback {
+    fn default() -> Self {
+        Self::of(DeviceKind::Rng, vec![256, 16])
+    }
+}
+
 impl Loopback {
+    /// One that is, or says that it is, of this kind, with queues of these sizes.
+    pub(super) fn of(kind: DeviceKind, sizes: Vec<u16>) -> Self {
+        Self {
+            kind,
+            sizes,
+            written: None,
+            hold: None,
+            active: false,
+            tame: false,
+        }
+    }
+
     /// One that tells what the driver wrote to the configuration.
     pub(super) fn that_tells(written: Sender<[u8; 8]>) -> Self {
         Self {
@@ -66,7 +85,7 @@ impl Loopback {
 
 impl VirtioDevice for Loopback {
     fn kind(&self) -> DeviceKind {
-        DeviceKind::Rng
+        self.kind
     }
 
     fn features(&self) -> u64 {
@@ -74,7 +93,7 @@ impl VirtioDevice for Loopback {
     }
 
     fn queue_sizes(&self) -> Vec<u16> {
-        vec![256, 16]
+        self.sizes.clone()
     }
 
     fn config(&self) -> ConfigLayout {
