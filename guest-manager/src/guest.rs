@@ -109,6 +109,7 @@ pub struct Guest {
     /// Whether the agent in it is talked to.
     pub has_agent: bool,
     cid: Cell<u32>,
+    agent_ready: Changed<bool>,
     remote: RefCell<Option<Remote>>,
     state: Changed<State>,
 }
@@ -131,6 +132,7 @@ impl Guest {
             consoles,
             has_agent: creation.agent,
             cid: Cell::new(0),
+            agent_ready: Changed::default(),
             remote: RefCell::default(),
             state: Changed::new(state),
         })
@@ -252,6 +254,17 @@ impl Guest {
     /// Its context id; 0 if it has no socket device.
     pub fn cid(&self) -> u32 {
         self.cid.get()
+    }
+
+    /// Waits until the agent in it has said that it is there.
+    pub async fn agent_ready(&self) {
+        self.agent_ready.until(|ready| ready.then_some(())).await;
+    }
+
+    /// The agent in it is there, or is no more; whether that is news.
+    pub(crate) fn set_agent_ready(&self, ready: bool) -> bool {
+        self.agent_ready
+            .change(|known| std::mem::replace(known, ready) != ready)
     }
 
     /// It has a context id.

@@ -156,11 +156,10 @@ impl guest::Server for GuestServer {
         _: guest::AgentParams,
         mut results: guest::AgentResults,
     ) -> impl Future<Output = Reply> + 'static {
-        let error = match self.guest.has_agent {
-            true => Error::not_supported("agent", "talking to an agent is not supported by this version"),
-            false => facets::not_there("agent"),
-        };
-        error.write(results.get().init_error());
+        match self.guest.has_agent {
+            true => results.get().set_agent(crate::agent::new_client(self.guest.clone())),
+            false => facets::not_there("agent").write(results.get().init_error()),
+        }
         reply(Ok(()))
     }
 }

@@ -11,7 +11,7 @@ use std::rc::Rc;
 use sepal_schema::{
     config::{
         GuestConfig,
-        device::{Listener, Vsock},
+        device::{AGENT_PORT, Listener, Vsock},
     },
     error::{Error, Kind},
     transport::FdTable,
@@ -19,6 +19,7 @@ use sepal_schema::{
 };
 
 use crate::{
+    agent,
     backends::{self, Paths},
     cids::Cid,
     client::Client,
@@ -84,7 +85,7 @@ pub(crate) async fn prepare(
 async fn listening(guest: &Guest, vsock: &mut Vsock, client: &Client) -> Result<Option<Listening>, Error> {
     let path = std::mem::take(&mut vsock.socket_path);
     let listeners = std::mem::take(&mut vsock.listeners);
-    if path.is_empty() && listeners.is_empty() {
+    if path.is_empty() && listeners.is_empty() && !guest.has_agent {
         return Ok(None);
     }
     let path = match path.is_empty() {
@@ -114,6 +115,13 @@ impl Listening {
     /// What keeps somebody from listening.
     pub(crate) async fn begin(&mut self, guest: &Rc<Guest>) -> Result<(), Error> {
         let remote = vsock::remote(guest).await?;
+        // A client that listens there itself hears of the agent instead.
+        let taken = self.listeners.iter().any(|listener| listener.port == AGENT_PORT);
+        if guest.has_agent && !taken {
+            let acceptor = agent::ready_acceptor(guest);
+            self.held
+                .push(vsock::listen_here(guest, &remote, AGENT_PORT, acceptor).await?);
+        }
         for Listener { port, acceptor } in std::mem::take(&mut self.listeners) {
             let listener = vsock::listen(guest, &remote, port, acceptor, self.fds.clone()).await;
             self.held

@@ -240,12 +240,12 @@ impl Wire {
     }
 }
 
-async fn receive(socket: &AsyncFd<UnixStream>, buffer: &mut [u8]) -> io::Result<usize> {
+pub(crate) async fn receive(socket: &AsyncFd<UnixStream>, buffer: &mut [u8]) -> io::Result<usize> {
     let receive = |socket: &UnixStream| Ok(rustix::net::recv(socket, &mut *buffer, RecvFlags::DONTWAIT)?.1);
     socket.io(Direction::Read, receive).await
 }
 
-async fn send(socket: &AsyncFd<UnixStream>, bytes: &[u8]) -> io::Result<usize> {
+pub(crate) async fn send(socket: &AsyncFd<UnixStream>, bytes: &[u8]) -> io::Result<usize> {
     let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
     socket
         .io(Direction::Write, |socket| Ok(rustix::net::send(socket, bytes, flags)?))

@@ -1,0 +1,469 @@
+//! The agent in a guest, as a capability: one connection over vsock for each operation, driven by `sepal_agent::client`.
+//!
+//! ```text
+//!   Agent.exec, putFile, getFile --> Operation: socket <--> Client (state machine) --> byte streams of the caller
+//!                                     '- dropped with the Process or stream that stands for it: the connection ends, and what it was for
+//!   guest --connects to port 1024 of the host--> the agent is there (guestReady)
+//! ```
+
+use std::{os::unix::net::UnixStream, pin::pin, rc::Rc, time::Duration};
+
+use futures::future::{Either, select};
+use sepal_agent::{
+    client::{Client, ClientError, Event, Operation as Wish},
+    protocol::{Command, ErrorKind, Terminal},
+};
+use sepal_schema::{
+    agent_capnp::{agent, process},
+    bytes_capnp::byte_stream,
+    config::device::AGENT_PORT,
+    error::{Error, Kind, write_completion},
+    news::DeviceNews,
+    transport::{AsyncFd, guard, reactor::Task},
+    vsock_capnp::vsock_acceptor,
+};
+
+use crate::{
+    changed::Changed,
+    guest::Guest,
+    model::{EventKind, cut},
+    serial::{receive, send},
+    vsock,
+};
+
+type Reply = Result<(), capnp::Error>;
+
+/// How long an operation waits for an agent that is not there yet.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Longest sentence of an agent that is told, in bytes.
+const MAX_SENTENCE: usize = 512;
+/// What is sent at a time.
+const CHUNK: usize = 64 * 1024;
+
+/// Gives a client the agent of a guest.
+pub(crate) fn new_client(guest: Rc<Guest>) -> agent::Client {
+    guard::new_client(AgentServer(guest))
+}
+
+/// Hears from the guest that its agent is there.
+pub(crate) fn ready_acceptor(guest: &Rc<Guest>) -> vsock_acceptor::Client {
+    guard::new_client(Ready(guest.clone()))
+}
+
+struct Ready(Rc<Guest>);
+
+impl vsock_acceptor::Server for Ready {
+    async fn accept(self: Rc<Self>, params: vsock_acceptor::AcceptParams, _: vsock_acceptor::AcceptResults) -> Reply {
+        let connection = params.get()?.get_connection()?;
+        let guest = self.0.clone();
+        let handle = guest.manager.handle.clone();
+        let opened = vsock::open(&guest, &connection).await;
+        let Ok(Ok(socket)) = opened.map(|socket| handle.register(socket)) else {
+            return Ok(());
+        };
+        if guest.set_agent_ready(true) {
+            guest.happened(EventKind::Device(DeviceNews::GuestReady));
+        }
+        handle.spawn(async move {
+            // Its greeting says nothing that is needed here; the connection ends when the agent does.
+            let mut buffer = [0; 4096];
+            while let Ok(1..) = receive(&socket, &mut buffer).await {}
+            guest.set_agent_ready(false);
+        });
+        Ok(())
+    }
+}
+
+/// How an operation ended.
+#[derive(Debug, Clone)]
+enum Outcome {
+    Version(String),
+    Done(u64),
+    Exited(u8),
+    Killed(u8),
+}
+
+#[derive(Debug, Default)]
+struct Progress {
+    started: bool,
+    outcome: Option<Result<Outcome, Error>>,
+}
+
+/// One operation.
+struct Operation {
+    socket: AsyncFd<UnixStream>,
+    client: Changed<Client>,
+    progress: Changed<Progress>,
+}
+
+fn agent_error(kind: ErrorKind, message: &str) -> Error {
+    let kind = match kind {
+        ErrorKind::NotFound => Kind::NotFound,
+        ErrorKind::PermissionDenied => Kind::PermissionDenied,
+        ErrorKind::NoSpace => Kind::NoStorage,
+        ErrorKind::NotAFile | ErrorKind::BadRequest => Kind::BadConfig,
+        ErrorKind::Busy => Kind::NoResources,
+        ErrorKind::Other => Kind::InternalError,
+    };
+    Error::new(kind, format!("in the guest: {}", cut(message, MAX_SENTENCE))).about("agent")
+}
+
+fn client_error(error: &ClientError) -> Error {
+    Error::new(Kind::FailedServiceConnect, error.to_string()).about("agent")
+}
+
+/// Connects to the agent; with `patience`, waits that long for it to be there, else for as long as the guest runs.
+async fn connect(guest: &Guest, patience: Option<Duration>) -> Result<UnixStream, Error> {
+    let remote = vsock::remote(guest).await?;
+    let absent = |error: &Error| matches!(error.kind, Kind::ConnectionRefused | Kind::TimedOut);
+    match vsock::connect(guest, &remote, AGENT_PORT).await {
+        Err(error) if absent(&error) => {}
+        answer => return answer,
+    }
+    let ended = pin!(guest.ended());
+    let ready = pin!(guest.agent_ready());
+    let there = select(ready, ended);
+    let handle = &guest.manager.handle;
+    let waited = match patience {
+        Some(patience) => handle.timeout(patience, there).await,
+        None => Ok(there.await),
+    };
+    match waited {
+        Ok(Either::Left(_)) => vsock::connect(guest, &remote, AGENT_PORT).await,
+        Ok(Either::Right(_)) => Err(guest
+            .check_live()
+            .err()
+            .unwrap_or_else(|| Error::new(Kind::NotRunning, "the guest has ended"))),
+        Err(_) => {
+            let message = format!(
+                "no agent answers in guest \"{}\": sepal-agent has to run there",
+                guest.name
+            );
+            Err(Error::new(Kind::TimedOut, message).about("agent"))
+        }
+    }
+}
+
+impl Operation {
+    async fn begin(guest: &Guest, wish: Wish, patience: Option<Duration>) -> Result<Rc<Self>, Error> {
+        let client = Client::new(wish).map_err(|error| Error::bad_config("command", error.to_string()))?;
+        let socket = connect(guest, patience).await?;
+        let registered = guest.manager.handle.register(socket);
+        let socket = registered.map_err(|error| Error::new(Kind::NoResources, error.to_string()))?;
+        Ok(Rc::new(Self {
+            socket,
+            client: Changed::new(client),
+            progress: Changed::default(),
+        }))
+    }
+
+    /// Moves bytes to and fro until the operation is over; output goes to the streams.
+    async fn drive(&self, stdout: Option<byte_stream::Client>, stderr: Option<byte_stream::Client>) {
+        let outcome = {
+            let (sending, hearing) = (pin!(self.send()), pin!(self.hear(stdout.as_ref(), stderr.as_ref())));
+            match select(hearing, sending).await {
+                Either::Left((outcome, _)) => outcome,
+                // The agent may have said why it takes no more.
+                Either::Right(((), hearing)) => hearing.await,
+            }
+        };
+        for stream in [&stdout, &stderr].into_iter().flatten() {
+            // Whoever does not want to know the end needs no help.
+            let _ = stream.end_request().send().promise.await;
+        }
+        self.progress.change(|progress| progress.outcome = Some(outcome));
+    }
+
+    async fn send(&self) {
+        loop {
+            let next = |client: &mut Client| {
+                let outgoing = client.outgoing();
+                (!outgoing.is_empty()).then(|| outgoing[..outgoing.len().min(CHUNK)].to_vec())
+            };
+            let bytes = self.client.until(next).await;
+            let Ok(sent) = send(&self.socket, &bytes).await else {
+                return;
+            };
+            self.client.change(|client| client.sent(sent));
+        }
+    }
+
+    async fn hear(
+        &self,
+        stdout: Option<&byte_stream::Client>,
+        stderr: Option<&byte_stream::Client>,
+    ) -> Result<Outcome, Error> {
+        let mut buffer = vec![0; Client::READ];
+        loop {
+            let count = receive(&self.socket, &mut buffer).await.unwrap_or(0);
+            if count == 0 {
+                return Err(client_error(&ClientError::Ended));
+            }
+            self.client.change(|client| client.receive(&buffer[..count]));
+            while let Some(event) = self
+                .client
+                .change(Client::next_event)
+                .map_err(|error| client_error(&error))?
+            {
+                match event {
+                    Event::Hello(software) if self.client.look(Client::is_over) => {
+                        return Ok(Outcome::Version(cut(&software, MAX_SENTENCE)));
+                    }
+                    Event::Hello(_) | Event::Room => {}
+                    Event::Started | Event::File { .. } => {
+                        self.progress.change(|progress| progress.started = true);
+                    }
+                    Event::Data(bytes) | Event::Output(bytes) => pass(stdout, &bytes).await?,
+                    Event::Errors(bytes) => pass(stderr, &bytes).await?,
+                    Event::Finished { size } => return Ok(Outcome::Done(size)),
+                    Event::Exited(status) => return Ok(Outcome::Exited(status)),
+                    Event::Killed(signal) => return Ok(Outcome::Killed(signal)),
+                    Event::Failed { kind, message } => return Err(agent_error(kind, &message)),
+                }
+            }
+        }
+    }
+
+    /// Waits until it is under way.
+    async fn started(&self) -> Result<(), Error> {
+        let started = |progress: &mut Progress| match &progress.outcome {
+            Some(Err(error)) => Some(Err(error.clone())),
+            Some(Ok(_)) => Some(Ok(())),
+            None => progress.started.then_some(Ok(())),
+        };
+        self.progress.until(started).await
+    }
+
+    async fn outcome(&self) -> Result<Outcome, Error> {
+        self.progress.until(|progress| progress.outcome.clone()).await
+    }
+
+    /// Hands over input, all of it, as there is room.
+    async fn write(&self, mut bytes: &[u8]) -> Result<(), Error> {
+        while !bytes.is_empty() {
+            let room = |client: &mut Client| Some(client.write(bytes)).filter(|count| *count > 0);
+            match select(pin!(self.client.until(room)), pin!(self.outcome())).await {
+                Either::Left((count, _)) => bytes = &bytes[count..],
+                Either::Right((Err(error), _)) => return Err(error),
+                // A program that has ended takes no more input.
+                Either::Right((Ok(_), _)) => return Ok(()),
+            }
+            // Whoever sends looks again.
+            self.client.change(|_| ());
+        }
+        Ok(())
+    }
+}
+
+/// Hands output on; who is not there drops it.
+async fn pass(to: Option<&byte_stream::Client>, bytes: &[u8]) -> Result<(), Error> {
+    let Some(to) = to else { return Ok(()) };
+    let mut call = to.write_request();
+    call.get().set_bytes(bytes);
+    let sent = call.send().await;
+    sent.map_err(|error| Error::new(Kind::Cancelled, format!("nobody takes the output: {error}")))
+}
+
+/// Starts an operation on a task of its own, which ends when the task is dropped.
+fn start(
+    guest: &Guest,
+    operation: &Rc<Operation>,
+    stdout: Option<byte_stream::Client>,
+    stderr: Option<byte_stream::Client>,
+) -> Task {
+    let operation = operation.clone();
+    let drive = async move { operation.drive(stdout, stderr).await };
+    guest.manager.handle.spawn_owned(drive)
+}
+
+/// See `agent.capnp`.
+struct AgentServer(Rc<Guest>);
+
+fn strings(list: capnp::text_list::Reader<'_>) -> Result<Vec<Vec<u8>>, capnp::Error> {
+    list.iter().map(|text| Ok(text?.as_bytes().to_vec())).collect()
+}
+
+fn command(from: agent::command::Reader<'_>) -> Result<Command, capnp::Error> {
+    let terminal = match from.has_terminal() {
+        true => {
+            let size = from.get_terminal()?;
+            Some(Terminal {
+                columns: size.get_columns(),
+                rows: size.get_rows(),
+            })
+        }
+        false => None,
+    };
+    Ok(Command {
+        arguments: strings(from.get_arguments()?)?,
+        environment: strings(from.get_environment()?)?,
+        directory: from.get_directory()?.as_bytes().to_vec(),
+        terminal,
+    })
+}
+
+impl agent::Server for AgentServer {
+    async fn ready(self: Rc<Self>, _: agent::ReadyParams, mut results: agent::ReadyResults) -> Reply {
+        let greet = async {
+            let operation = Operation::begin(&self.0, Wish::Greet, None).await?;
+            operation.drive(None, None).await;
+            operation.outcome().await
+        };
+        match greet.await {
+            Ok(Outcome::Version(version)) => results.get().set_version(&version),
+            Ok(_) => client_error(&ClientError::Turn("another end")).write(results.get().init_error()),
+            Err(error) => error.write(results.get().init_error()),
+        }
+        Ok(())
+    }
+
+    async fn put_file(self: Rc<Self>, params: agent::PutFileParams, mut results: agent::PutFileResults) -> Reply {
+        let wish = {
+            let params = params.get()?;
+            Wish::Put {
+                path: params.get_path()?.as_bytes().to_vec(),
+                mode: params.get_mode(),
+            }
+        };
+        let begin = async {
+            let operation = Operation::begin(&self.0, wish, Some(PATIENCE)).await?;
+            let task = start(&self.0, &operation, None, None);
+            operation.started().await?;
+            Ok::<_, Error>(Input {
+                operation,
+                task: Some(task).into(),
+                is_file: true,
+            })
+        };
+        match begin.await {
+            Ok(sink) => results.get().set_sink(guard::new_client(sink)),
+            Err(error) => error.write(results.get().init_error()),
+        }
+        Ok(())
+    }
+
+    async fn get_file(self: Rc<Self>, params: agent::GetFileParams, mut results: agent::GetFileResults) -> Reply {
+        let (wish, sink) = {
+            let params = params.get()?;
+            let path = params.get_path()?.as_bytes().to_vec();
+            (Wish::Get { path }, params.get_sink()?)
+        };
+        let get = async {
+            let operation = Operation::begin(&self.0, wish, Some(PATIENCE)).await?;
+            operation.drive(Some(sink), None).await;
+            operation.outcome().await
+        };
+        match get.await {
+            Ok(Outcome::Done(size)) => results.get().set_size(size),
+            Ok(_) => client_error(&ClientError::Turn("another end")).write(results.get().init_error()),
+            Err(error) => error.write(results.get().init_error()),
+        }
+        Ok(())
+    }
+
+    async fn exec(self: Rc<Self>, params: agent::ExecParams, mut results: agent::ExecResults) -> Reply {
+        let (wish, stdout, stderr) = {
+            let params = params.get()?;
+            let stdout = params.has_stdout().then(|| params.get_stdout()).transpose()?;
+            let stderr = params.has_stderr().then(|| params.get_stderr()).transpose()?;
+            (Wish::Exec(command(params.get_command()?)?), stdout, stderr)
+        };
+        let begin = async {
+            let operation = Operation::begin(&self.0, wish, Some(PATIENCE)).await?;
+            let task = start(&self.0, &operation, stdout, stderr);
+            operation.started().await?;
+            Ok::<_, Error>(Running { operation, _task: task })
+        };
+        match begin.await {
+            Ok(running) => results.get().set_process(guard::new_client(running)),
+            Err(error) => error.write(results.get().init_error()),
+        }
+        Ok(())
+    }
+}
+
+/// The input of an operation. Dropping it before its end ends a file's operation, and a program's input.
+struct Input {
+    operation: Rc<Operation>,
+    /// Of a file: what drives it.
+    task: std::cell::RefCell<Option<Task>>,
+    is_file: bool,
+}
+
+impl Drop for Input {
+    fn drop(&mut self) {
+        drop(self.task.take());
+        if !self.is_file {
+            self.operation.client.change(Client::end_input);
+        }
+    }
+}
+
+impl byte_stream::Server for Input {
+    async fn write(self: Rc<Self>, params: byte_stream::WriteParams) -> Reply {
+        let bytes = params.get()?.get_bytes()?;
+        if bytes.len() > CHUNK {
+            let length = bytes.len();
+            let message = format!("{length} bytes were written at once; at most {CHUNK} are allowed");
+            return Err(capnp::Error::failed(message));
+        }
+        let written = self.operation.write(bytes).await;
+        written.map_err(|error| capnp::Error::failed(error.message))
+    }
+
+    async fn end(self: Rc<Self>, _: byte_stream::EndParams, mut results: byte_stream::EndResults) -> Reply {
+        self.operation.client.change(Client::end_input);
+        let outcome = match self.is_file {
+            true => self.operation.outcome().await.map(drop),
+            false => Ok(()),
+        };
+        write_completion(&outcome, results.get());
+        Ok(())
+    }
+}
+
+/// A program that runs. Dropping it ends the connection, which kills the program.
+struct Running {
+    operation: Rc<Operation>,
+    _task: Task,
+}
+
+impl process::Server for Running {
+    async fn stdin(self: Rc<Self>, _: process::StdinParams, mut results: process::StdinResults) -> Reply {
+        let input = Input {
+            operation: self.operation.clone(),
+            task: None.into(),
+            is_file: false,
+        };
+        results.get().set_stdin(guard::new_client(input));
+        Ok(())
+    }
+
+    async fn resize(self: Rc<Self>, params: process::ResizeParams, mut results: process::ResizeResults) -> Reply {
+        let params = params.get()?;
+        let terminal = Terminal {
+            columns: params.get_columns(),
+            rows: params.get_rows(),
+        };
+        self.operation.client.change(|client| client.resize(terminal));
+        write_completion(&Ok(()), results.get());
+        Ok(())
+    }
+
+    async fn signal(self: Rc<Self>, params: process::SignalParams, mut results: process::SignalResults) -> Reply {
+        let number = params.get()?.get_number();
+        self.operation.client.change(|client| client.signal(number));
+        write_completion(&Ok(()), results.get());
+        Ok(())
+    }
+
+    async fn wait(self: Rc<Self>, _: process::WaitParams, mut results: process::WaitResults) -> Reply {
+        match self.operation.outcome().await {
+            Ok(Outcome::Exited(status)) => results.get().set_exited(status),
+            Ok(Outcome::Killed(signal)) => results.get().set_killed(signal),
+            Ok(_) => client_error(&ClientError::Turn("another end")).write(results.get().init_error()),
+            Err(error) => error.write(results.get().init_error()),
+        }
+        Ok(())
+    }
+}
