@@ -120,6 +120,20 @@ fn a_host_side_that_goes_away_is_found_without_room_for_what_it_sent() {
 }
 
 #[test]
+fn a_host_side_that_goes_away_is_found_though_a_ring_is_broken() {
+    let (net, handle, peer) = net();
+    let mut rig = Rig::new(net);
+    rig.activate(!crate::virtio::feature::EVENT_IDX).unwrap();
+    rig.add(RX, &[Buffer::Out(vec![0; 20])]);
+    drop(peer);
+    assert!(matches!(rig.settle(), Err(Fault::Violation(_))));
+    rig.activate(u64::MAX).unwrap();
+    rig.settle().unwrap();
+    assert_eq!(rig.reports().len(), 1);
+    assert!(!handle.info().link_up);
+}
+
+#[test]
 fn a_host_side_that_goes_away_is_found_while_the_device_rests() {
     let (net, handle, peer) = net();
     let mut rig = Rig::new(net);
