@@ -44,6 +44,8 @@ struct Surroundings {
 impl Transport for Surroundings {
     fn interrupt(&self, _: u16) {}
     fn update_config(&self, _: usize, _: &[u8]) {}
+    fn set_config(&self, _: usize, _: &[u8]) {}
+
     fn read_config(&self, _: usize, _: &mut [u8]) {}
     fn ring(&self, _: u16) {
         self.again.store(true, Ordering::Relaxed);
@@ -87,8 +89,16 @@ impl WatchList for Watched<'_> {
     }
 }
 
+/// Keeps the calling thread on one processor: the two threads would else meet on one, on a busy host, and wait for each other.
+fn stay_on(cpu: usize) -> Outcome<()> {
+    let mut set = rustix::thread::CpuSet::new();
+    set.set(cpu);
+    Ok(rustix::thread::sched_setaffinity(None, &set)?)
+}
+
 /// The device's thread, until `stop`.
 fn serve(mut block: Block, memory: &GuestMemoryMmap, doorbell: &EventFd, stop: &AtomicBool) -> Outcome<()> {
+    stay_on(1)?;
     let around = Surroundings {
         epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
         again: AtomicBool::new(false),
@@ -309,6 +319,7 @@ fn measure(what: &str, config: BlockConfig) -> Outcome<()> {
 }
 
 fn main() -> Outcome<()> {
+    stay_on(0)?;
     let given = std::env::args_os().nth(1).map(PathBuf::from);
     let path = given
         .clone()

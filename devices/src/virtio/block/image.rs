@@ -32,11 +32,15 @@ impl Image {
             image,
             backing,
             scratch,
+            block_size,
+            mode,
+            format,
+            direct,
             ..
         } = config;
-        let write = config.mode == DiskMode::ReadWrite;
-        let file = open_file(image, FileRole::Image, write, config.direct)?;
-        let (lower, file, bytes): (Arc<dyn Backend>, _, _) = match config.format {
+        let write = mode == DiskMode::ReadWrite;
+        let file = open_file(image, FileRole::Image, write, direct)?;
+        let (lower, file, bytes): (Arc<dyn Backend>, _, _) = match format {
             DiskFormat::Raw => {
                 if !backing.is_empty() {
                     return Err(BlockError::BackingUnused {
@@ -44,6 +48,7 @@ impl Image {
                         used: 0,
                     });
                 }
+                check_alignment(file.alignment().map_or(1, |alignment| alignment.offset), block_size)?;
                 let bytes = size(&file, FileRole::Image)?;
                 let file = Arc::new(file);
                 (file.clone(), Some(file), bytes)
@@ -54,8 +59,8 @@ impl Image {
                 (Arc::new(image), None, bytes)
             }
         };
-        check_size(bytes, config.block_size)?;
-        if config.mode != DiskMode::Volatile {
+        check_size(bytes, block_size)?;
+        if mode != DiskMode::Volatile {
             return Ok(Self {
                 backend: lower,
                 file,
@@ -98,6 +103,15 @@ pub(super) fn size(file: &HostFile, role: FileRole) -> Result<u64, BlockError> {
     file.size().map_err(|error| host(role, "lseek", error))
 }
 
+/// A raw image is read and written at whatever block the driver names.
+fn check_alignment(needed: u32, block_size: u32) -> Result<(), BlockError> {
+    if needed > block_size {
+        Err(BlockError::DirectAlignment { needed, block_size })
+    } else {
+        Ok(())
+    }
+}
+
 fn check_size(bytes: u64, block_size: u32) -> Result<(), BlockError> {
     if bytes == 0 {
         Err(BlockError::Empty)
@@ -108,5 +122,19 @@ fn check_size(bytes: u64, block_size: u32) -> Result<(), BlockError> {
         })
     } else {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn large_blocks_of_storage_need_large_blocks_of_the_disk() {
+        for (needed, block_size) in [(1, 512), (512, 512), (512, 4096), (4096, 4096)] {
+            assert!(check_alignment(needed, block_size).is_ok());
+        }
+        let error = check_alignment(4096, 512).unwrap_err();
+        assert!(error.to_string().contains("at least 4096 bytes"), "{error}");
     }
 }

@@ -17,8 +17,11 @@ use super::buffers::{Bounce, Buffers, MAX_VECTORS};
 const PIECE: u64 = 1 << 20;
 /// Bytes of zeroes that are written again and again where a file cannot zero a range.
 const ZEROES: usize = 64 << 10;
-/// What most storage asks of memory, positions and lengths of direct transfers, where the kernel does not tell.
-const USUAL_ALIGNMENT: u32 = 4096;
+/// What direct transfers are aligned to where the kernel does not tell: pages of memory will do for any storage, and sectors for most.
+const USUAL_ALIGNMENT: Alignment = Alignment {
+    memory: 4096,
+    offset: 512,
+};
 
 /// RWF_DSYNC: this write survives the host when it returns.
 pub(super) const RWF_DSYNC: i32 = 2;
@@ -342,17 +345,13 @@ fn transfer(call: i64, fd: &OwnedFd, offset: u64, vectors: &[libc::iovec], flags
 
 /// What direct transfers of this file have to be aligned to.
 fn direct_alignment(fd: &OwnedFd) -> Alignment {
-    let usual = Alignment {
-        memory: USUAL_ALIGNMENT,
-        offset: USUAL_ALIGNMENT,
-    };
     let mask = rustix::fs::StatxFlags::from_bits_retain(libc::STATX_DIOALIGN);
     let Ok(status) = rustix::fs::statx(fd, c"", rustix::fs::AtFlags::EMPTY_PATH, mask) else {
-        return usual;
+        return USUAL_ALIGNMENT;
     };
     let (memory, offset) = (status.stx_dio_mem_align, status.stx_dio_offset_align);
     if status.stx_mask & libc::STATX_DIOALIGN == 0 || !memory.is_power_of_two() || !offset.is_power_of_two() {
-        return usual;
+        return USUAL_ALIGNMENT;
     }
     Alignment { memory, offset }
 }

@@ -6,9 +6,9 @@
 //! An eventfd wakes the loop, and is silent while the loop is awake. (A ring whose completions are deferred to its thread does not make its own
 //! descriptor readable when a kernel thread has done something.)
 //!
-//! System calls: `io_uring_setup`, `mmap`, and `io_uring_register` with IORING_REGISTER_FILES, IORING_REGISTER_EVENTFD,
-//! IORING_REGISTER_RESTRICTIONS and IORING_REGISTER_ENABLE_RINGS once; then `io_uring_enter`, `read` of the eventfd, and `poll` while a reset or stop
-//! waits.
+//! System calls of the thread that makes the device: `io_uring_setup`, `mmap`, `eventfd2`, and `io_uring_register` with IORING_REGISTER_FILES,
+//! IORING_REGISTER_EVENTFD and IORING_REGISTER_RESTRICTIONS. Of the device's own thread: `io_uring_register` with IORING_REGISTER_ENABLE_RINGS once;
+//! then `io_uring_enter`, `read` of the eventfd, and `poll` while a reset or stop waits.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
@@ -30,6 +30,8 @@ use crate::virtio::block::request::Operation;
 
 /// Entries of the submission queue: what is handed over at once.
 const SUBMISSIONS: u32 = 256;
+/// Times that a full submission queue is handed over before a job is done without it.
+const PUSHES: u32 = 3;
 /// The registered file.
 const IMAGE: Fixed = Fixed(0);
 
@@ -109,20 +111,21 @@ impl Ring {
         self.ring.submitter().register_enable_rings()
     }
 
-    /// Puts `job` into the submission queue.
-    fn push(&mut self, id: u32, job: Job) {
+    /// Puts `job` into the submission queue; gives it back if the kernel does not take what is there.
+    fn push(&mut self, id: u32, job: Job) -> Result<(), Job> {
         let entry = entry(&job).user_data(id.into());
-        loop {
+        for _ in 0..PUSHES {
             // SAFETY: the job's vectors and the file live until the completion: `jobs` and `self.file` keep them (the kernel copies the vectors
             // when they are submitted, in any case). The buffers lie in guest memory that `memory` keeps mapped, for ever if this is dropped
             // with jobs under way.
             if unsafe { self.ring.submission().push(&entry) }.is_ok() {
-                break;
+                self.jobs[id as usize] = Some(job);
+                self.under_way += 1;
+                return Ok(());
             }
             self.kick();
         }
-        self.jobs[id as usize] = Some(job);
-        self.under_way += 1;
+        Err(job)
     }
 
     /// What the kernel said about job `id`.
@@ -150,17 +153,10 @@ impl Ring {
     }
 
     fn submit_job(&mut self, id: u32, job: Job, done: &mut Vec<Done>) {
-        let nothing = job.len == 0 && job.operation != Operation::Flush;
-        if nothing {
-            done.push(Done {
-                id,
-                job,
-                result: Ok(()),
-            });
-        } else if self.file.takes(&job.buffers) && direct_range(&self.file, &job) {
-            self.push(id, job);
-        } else {
-            // Not aligned as O_DIRECT needs it: through a buffer of our own. Drivers align what they care about.
+        // What is not aligned as O_DIRECT needs it goes through a buffer of our own. Drivers align what they care about.
+        let fits = self.file.takes(&job.buffers) && direct_range(&self.file, &job);
+        let pushed = if fits { self.push(id, job) } else { Err(job) };
+        if let Err(job) = pushed {
             let result = job.run(&*self.file);
             done.push(Done { id, job, result });
         }
