@@ -169,7 +169,7 @@ impl Block {
         if job.len > AT_ONCE {
             return None;
         }
-        if job.operation == Operation::Write && self.slow_writes > 0 {
+        if job.operation == Operation::Write && job.len > 0 && self.slow_writes > 0 {
             self.slow_writes -= 1;
             return None;
         }
@@ -183,6 +183,12 @@ impl Block {
             Ok(false) => None,
             Err(error) => Some(Err(error)),
         }
+    }
+
+    /// As if a write had just found the page cache busy.
+    #[cfg(test)]
+    pub(in crate::virtio::block) fn storage_is_busy(&mut self) {
+        self.slow_writes = WRITES_AFTER_SLOW;
     }
 
     /// Answers a request that was done.

@@ -19,6 +19,21 @@ fn reads_and_writes_reach_the_file() {
 }
 
 #[test]
+fn writes_are_left_to_the_engine_while_storage_is_busy() {
+    for engine in ENGINES {
+        let file = image(64 << 10);
+        let mut rig = rig(&file, |config| config.io_uring = engine);
+        rig.device.storage_is_busy();
+        for n in 0..80 {
+            assert_eq!(write(&mut rig, n, &pattern(512, n as u8)), OK);
+            assert_eq!(write(&mut rig, n, &[]), OK);
+            assert_eq!(read(&mut rig, n, 512), (OK, pattern(512, n as u8)));
+        }
+        assert!(rig.reports().is_empty());
+    }
+}
+
+#[test]
 fn the_configuration_space_says_what_the_disk_is() {
     let file = image(1 << 20);
     let (block, _) = Block::new(BlockConfig {
