@@ -72,6 +72,17 @@ pub(crate) enum Command {
     /// Connect standard input and output to a guest's vsock
     #[command(subcommand)]
     Vsock(VsockCommand),
+    /// Run a program in a guest that has an agent
+    ///
+    /// The exit status is the program's; 128 and its number if a signal killed it.
+    Exec(Exec),
+    /// Copy a file into a guest that has an agent, or out of it
+    Cp {
+        /// The file: PATH here, or NAME:PATH in a guest
+        from: String,
+        /// Where to: NAME:PATH in a guest, or PATH here
+        to: String,
+    },
     /// Forget a guest that has ended
     Remove {
         /// Name of the guest
@@ -184,6 +195,24 @@ pub(crate) struct Devices {
     /// A device that tells the guest when it is not the same machine any more
     #[arg(long)]
     pub(crate) generation_id: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Exec {
+    /// Run it on a terminal of its own
+    #[arg(long, short)]
+    pub(crate) tty: bool,
+    /// Added to its environment; may be given several times
+    #[arg(long, value_name = "NAME=VALUE")]
+    pub(crate) env: Vec<String>,
+    /// Where to run it
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) cwd: Option<String>,
+    /// Name of the guest
+    pub(crate) name: String,
+    /// The program and its arguments
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    pub(crate) command: Vec<String>,
 }
 
 #[derive(Debug, Args)]

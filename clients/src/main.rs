@@ -4,11 +4,12 @@
 //!   args      what can be said
 //!   manager   finds the guest manager, or starts one
 //!   calls     the protocol's calls, as Rust functions
-//!   launch, session, show, control, devices, vsock   the commands
+//!   launch, session, show, control, devices, vsock, agent   the commands
 //!   specs     what the options for devices mean
 //!   terminal, status, table          what the user sees
 //! ```
 
+mod agent;
 mod args;
 mod calls;
 mod control;
@@ -51,6 +52,8 @@ fn run(cli: &Cli) -> Result<u8> {
         Command::Disk(args) => reactor.run_until(devices::disk(&handle, socket, args)),
         Command::Net(args) => reactor.run_until(devices::net(&handle, socket, args)),
         Command::Vsock(args) => reactor.run_until(vsock::vsock(&handle, socket, args)),
+        Command::Exec(args) => reactor.run_until(agent::exec(&handle, socket, args)),
+        Command::Cp { from, to } => reactor.run_until(agent::cp(&handle, socket, from, to)),
         Command::List(args) => reactor.run_until(show::list(&handle, socket, args)),
         Command::Info(args) => reactor.run_until(show::info(&handle, socket, args)),
         Command::Logs(args) => reactor.run_until(show::logs(&handle, socket, args)),
