@@ -4,7 +4,10 @@ use std::{os::fd::OwnedFd, rc::Rc};
 
 use capnp::capability::Rc as ServerRc;
 use sepal_schema::{
-    config::{GuestConfig, Handles, device::MAX_CONSOLE_PORTS},
+    config::{
+        GuestConfig, Handles,
+        device::{MAX_CONSOLE_PORTS, WatchdogAction},
+    },
     error::{Error, write_completion},
     file_capnp::fd_ref,
     guest_capnp::event_sink,
@@ -85,6 +88,11 @@ impl ComponentServer {
                 events: host.events,
                 backends: host.backends,
                 fds: self.fds.clone(),
+                watchdog: match config.watchdog {
+                    Some(WatchdogAction::Reset) => "reset",
+                    Some(WatchdogAction::Stop) => "stop",
+                    Some(WatchdogAction::None) | None => "none",
+                },
             },
         })
     }

@@ -53,6 +53,8 @@ pub(super) struct Lent {
     pub(super) backends: Option<backends::Client>,
     /// The descriptors that travel with the messages.
     pub(super) fds: FdTable,
+    /// What is done when a watchdog expires.
+    pub(super) watchdog: &'static str,
 }
 
 #[derive(Default)]
@@ -119,7 +121,10 @@ impl GuestState {
     }
 
     /// A device reports: told at once, or kept for a second where it reports too often.
-    pub(super) fn device_news(self: &Rc<Self>, news: DeviceNews) {
+    pub(super) fn device_news(self: &Rc<Self>, mut news: DeviceNews) {
+        if let DeviceNews::WatchdogExpired { action } = &mut news {
+            *action = self.host.watchdog.to_owned();
+        }
         let Some((topic, news)) = self.inner.borrow_mut().pacer.report(news) else {
             return;
         };

@@ -46,6 +46,8 @@ pub(super) fn translate(event: DeviceEvent) -> Option<DeviceNews> {
             true => Panic::CrashLoaded,
             false => Panic::Panicked,
         }),
+        // Who knows the configuration says what is done about it.
+        DeviceEvent::WatchdogExpired { .. } => DeviceNews::WatchdogExpired { action: String::new() },
         // The end of a console's socket, which the guest manager knows better, and what later devices report.
         _ => return None,
     })
