@@ -43,6 +43,10 @@ impl Transport for Surroundings {
     }
 
     fn update_config(&self, offset: usize, bytes: &[u8]) {
+        self.set_config(offset, bytes);
+    }
+
+    fn set_config(&self, offset: usize, bytes: &[u8]) {
         let mut config = self.config.borrow_mut();
         for (place, byte) in config.iter_mut().skip(offset).zip(bytes) {
             *place = *byte;
@@ -130,6 +134,12 @@ pub struct Bench {
     queues: Vec<Option<Virtqueue>>,
     features: u64,
     events: Loop,
+    requests: Requests,
+}
+
+/// A driver's side of the rings.
+pub(super) struct Requests {
+    memory: GuestMemoryMmap,
     /// Requests made and taken back, by queue.
     made: Vec<u16>,
     used: Vec<u16>,
@@ -145,8 +155,10 @@ impl Bench {
     pub fn new(device: VhostUser, lends: bool) -> Self {
         let count = device.queue_sizes().len();
         let config = device.config().bytes;
+        let memory = memory();
         let mut bench = Self {
-            memory: memory(),
+            requests: Requests::new(memory.clone(), count),
+            memory,
             around: Surroundings {
                 bells: lends.then(|| {
                     let bell = || EventFd::new(EFD_NONBLOCK).expect("an eventfd");
@@ -162,8 +174,6 @@ impl Bench {
                 tokens: BTreeMap::new(),
                 reports: RefCell::default(),
             },
-            made: vec![0; count],
-            used: vec![0; count],
             device,
         };
         bench
@@ -203,13 +213,10 @@ impl Bench {
 
     /// The driver sets up a queue, empty.
     fn enable(&mut self, queue: u16) {
-        let setup = Self::setup(queue);
-        self.memory
-            .write_slice(&[0; RINGS as usize], GuestAddress(setup.descriptors))
-            .expect("in memory");
-        let n = usize::from(queue);
-        (self.made[n], self.used[n]) = (0, 0);
-        self.queues[n] = Some(Virtqueue::new(queue, setup, self.features, self.memory.clone()).expect("a queue"));
+        let setup = self.requests.set_up(queue);
+        let queue = Virtqueue::new(queue, setup, self.features, self.memory.clone()).expect("a queue");
+        let n = usize::from(queue.index());
+        self.queues[n] = Some(queue);
     }
 
     fn notify(&mut self, queue: u16) {
@@ -244,46 +251,13 @@ impl Bench {
             .expect("no fault");
     }
 
-    fn setup(queue: u16) -> QueueSetup {
-        let base = RINGS * (1 + u64::from(queue));
-        QueueSetup {
-            size: ENTRIES,
-            descriptors: base,
-            available: base + 0x400,
-            used: base + 0x800,
-        }
-    }
-
     /// The driver makes a request of `out` with room for `room` bytes of answer, in the second piece of memory, and rings.
     ///
     /// # Panics
     ///
     /// It does not fit.
     pub fn request(&mut self, queue: u16, out: &[u8], room: u32) {
-        let n = usize::from(queue);
-        let (setup, slot) = (Self::setup(queue), self.made[n] % (ENTRIES / 2));
-        let (out_at, in_at) = Self::buffers(queue, slot);
-        let write = |bytes: &[u8], at: u64| {
-            self.memory.write_slice(bytes, GuestAddress(at)).expect("in memory");
-        };
-        write(out, out_at);
-        let descriptor = |address: u64, len: u32, flags: u16, next: u16| {
-            [
-                &address.to_le_bytes()[..],
-                &len.to_le_bytes(),
-                &flags.to_le_bytes(),
-                &next.to_le_bytes(),
-            ]
-            .concat()
-        };
-        let head = slot * 2;
-        let at = setup.descriptors + 16 * u64::from(head);
-        write(&descriptor(out_at, out.len() as u32, 1, head + 1), at);
-        write(&descriptor(in_at, room, 2, 0), at + 16);
-        let entry = setup.available + 4 + 2 * u64::from(self.made[n] % ENTRIES);
-        write(&head.to_le_bytes(), entry);
-        self.made[n] = self.made[n].wrapping_add(1);
-        write(&self.made[n].to_le_bytes(), setup.available + 2);
+        self.requests.make(queue, out, room);
         if self.around.bells.is_some() {
             self.around.ring(queue);
         } else {
@@ -297,29 +271,7 @@ impl Bench {
     ///
     /// It used what was not given to it.
     pub fn answer(&mut self, queue: u16) -> Option<Vec<u8>> {
-        let n = usize::from(queue);
-        let setup = Self::setup(queue);
-        let read_u16 = |at: u64| self.memory.read_obj::<u16>(GuestAddress(at)).expect("in memory");
-        if read_u16(setup.used + 2) == self.used[n] {
-            return None;
-        }
-        let at = setup.used + 4 + 8 * u64::from(self.used[n] % ENTRIES);
-        let (head, written) = (read_u16(at), read_u16(at + 4));
-        assert_eq!(head % 2, 0, "a chain begins at an even descriptor");
-        self.used[n] = self.used[n].wrapping_add(1);
-        let mut bytes = vec![0; usize::from(written)];
-        let (_, in_at) = Self::buffers(queue, head / 2);
-        self.memory
-            .read_slice(&mut bytes, GuestAddress(in_at))
-            .expect("in memory");
-        Some(bytes)
-    }
-
-    /// Where a request's buffers are: 8 KiB each, in the second piece.
-    fn buffers(queue: u16, slot: u16) -> (u64, u64) {
-        let place = u64::from(queue) * u64::from(ENTRIES / 2) + u64::from(slot);
-        let at = SECOND + place * 0x4000;
-        (at, at + 0x2000)
+        self.requests.answer(queue)
     }
 
     /// Interrupts for `queue` that came through the loop since the last call.
@@ -366,8 +318,98 @@ impl Bench {
     }
 }
 
+#[expect(clippy::expect_used, reason = "a driver without memory is no driver")]
+impl Requests {
+    pub(super) fn new(memory: GuestMemoryMmap, queues: usize) -> Self {
+        Self {
+            memory,
+            made: vec![0; queues],
+            used: vec![0; queues],
+        }
+    }
+
+    /// Makes the rings of a queue empty, and says where they are.
+    pub(super) fn set_up(&mut self, queue: u16) -> QueueSetup {
+        let setup = Self::setup(queue);
+        self.memory
+            .write_slice(&[0; RINGS as usize], GuestAddress(setup.descriptors))
+            .expect("in memory");
+        let n = usize::from(queue);
+        (self.made[n], self.used[n]) = (0, 0);
+        setup
+    }
+
+    fn setup(queue: u16) -> QueueSetup {
+        let base = RINGS * (1 + u64::from(queue));
+        QueueSetup {
+            size: ENTRIES,
+            descriptors: base,
+            available: base + 0x400,
+            used: base + 0x800,
+        }
+    }
+
+    /// Makes a request of `out` with room for `room` bytes of answer, without ringing.
+    pub(super) fn make(&mut self, queue: u16, out: &[u8], room: u32) {
+        let n = usize::from(queue);
+        let (setup, slot) = (Self::setup(queue), self.made[n] % (ENTRIES / 2));
+        let (out_at, in_at) = Self::buffers(queue, slot);
+        let write = |bytes: &[u8], at: u64| {
+            self.memory.write_slice(bytes, GuestAddress(at)).expect("in memory");
+        };
+        write(out, out_at);
+        let descriptor = |address: u64, len: u32, flags: u16, next: u16| {
+            [
+                &address.to_le_bytes()[..],
+                &len.to_le_bytes(),
+                &flags.to_le_bytes(),
+                &next.to_le_bytes(),
+            ]
+            .concat()
+        };
+        let head = slot * 2;
+        let at = setup.descriptors + 16 * u64::from(head);
+        write(&descriptor(out_at, out.len() as u32, 1, head + 1), at);
+        write(&descriptor(in_at, room, 2, 0), at + 16);
+        // With VIRTIO_F_EVENT_IDX: wants to be told of the next one.
+        let used_event = setup.available + 4 + 2 * u64::from(ENTRIES);
+        write(&self.used[n].to_le_bytes(), used_event);
+        let entry = setup.available + 4 + 2 * u64::from(self.made[n] % ENTRIES);
+        write(&head.to_le_bytes(), entry);
+        self.made[n] = self.made[n].wrapping_add(1);
+        write(&self.made[n].to_le_bytes(), setup.available + 2);
+    }
+
+    /// What the device answered to the oldest request, if it did.
+    pub(super) fn answer(&mut self, queue: u16) -> Option<Vec<u8>> {
+        let n = usize::from(queue);
+        let setup = Self::setup(queue);
+        let read_u16 = |at: u64| self.memory.read_obj::<u16>(GuestAddress(at)).expect("in memory");
+        if read_u16(setup.used + 2) == self.used[n] {
+            return None;
+        }
+        let at = setup.used + 4 + 8 * u64::from(self.used[n] % ENTRIES);
+        let (head, written) = (read_u16(at), read_u16(at + 4));
+        assert_eq!(head % 2, 0, "a chain begins at an even descriptor");
+        self.used[n] = self.used[n].wrapping_add(1);
+        let mut bytes = vec![0; usize::from(written)];
+        let (_, in_at) = Self::buffers(queue, head / 2);
+        self.memory
+            .read_slice(&mut bytes, GuestAddress(in_at))
+            .expect("in memory");
+        Some(bytes)
+    }
+
+    /// Where a request's buffers are: 8 KiB each, in the second piece.
+    fn buffers(queue: u16, slot: u16) -> (u64, u64) {
+        let place = u64::from(queue) * u64::from(ENTRIES / 2) + u64::from(slot);
+        let at = SECOND + place * 0x4000;
+        (at, at + 0x2000)
+    }
+}
+
 #[expect(clippy::expect_used, reason = "a bench without memory is no bench")]
-fn memory() -> GuestMemoryMmap {
+pub(super) fn memory() -> GuestMemoryMmap {
     let file = rustix::fs::memfd_create(c"guest", rustix::fs::MemfdFlags::CLOEXEC).expect("a memfd");
     let file = Arc::new(File::from(file));
     file.set_len(2 * PIECE as u64).expect("a file of this size");

@@ -10,6 +10,7 @@ use crate::vhost_user::testing::Bench;
 
 mod echo;
 mod scripted;
+mod transport;
 mod virtiofsd;
 
 use echo::Echo;
