@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use kvm_ioctls::Kvm;
 use sepal_devices::virtio::rng::{Rng, RngConfig};
-use sepal_vmm_component::machine::{DeviceSpec, Hooks, HostKind, Machine, MachineConfig};
+use sepal_vmm_component::machine::{DeviceSpec, Guards, Hooks, HostKind, Machine, MachineConfig};
 use sepal_vmm_component::memory::{MIB, MemoryConfig};
 
 fn main() {
@@ -59,6 +59,7 @@ fn main() {
         cmdline: words.join(" "),
         serial: Some(guest_end.into()),
         host,
+        guards: Guards::default(),
         devices: (0..number("rng", 0))
             .map(|n| DeviceSpec {
                 name: format!("rng{n}"),

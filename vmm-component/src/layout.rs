@@ -42,6 +42,8 @@ pub const SYSCALL_TRAMPOLINE_SIZE: u64 = 0x4000;
 pub const ACPI: u64 = 0xe_0000;
 /// Bytes reserved for the ACPI tables.
 pub const ACPI_SIZE: u64 = 0x2_0000;
+/// The generation id, 16 bytes in a page of its own at the end of what is reserved for the ACPI tables.
+pub const GENERATION_ID: u64 = ACPI + ACPI_SIZE - 0x1000;
 /// Start of memory above 1 MiB.
 pub const HIGH_MEMORY: u64 = 0x10_0000;
 

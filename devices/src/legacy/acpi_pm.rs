@@ -6,7 +6,7 @@
 //! | 0 | 1 | sleep control: SLP_EN is bit 5, SLP_TYP bits 2-4 | writing SLP_EN with type 5 (S5): shutdown; reads 0 |
 //! | 1 | 1 | sleep status: WAK_STS is bit 7 | never set, as there is no state to wake from |
 //! | 2 | 1 | reset: writing 1 | reset; reads 0 |
-//! | 4 | 4 | event status of the generic event device: bit 0 power button | reading byte 0 clears; writes are ignored |
+//! | 4 | 4 | event status of the generic event device: bit 0 power button, bit 1 generation id | reading byte 0 clears; writes are ignored |
 //!
 //! The DSDT names offset 4 in the generic event device's `_EVT` method, which reads it to learn what happened.
 
@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use crate::bus::ByteDevice;
+use crate::generation_id::GenerationSink;
 use crate::interrupt::InterruptLine;
 
 /// Ports of the device.
@@ -34,6 +35,8 @@ pub const RESET_VALUE: u8 = 1;
 pub const S5: u8 = 5;
 /// Event status bit of the power button.
 pub const EVENT_POWER_BUTTON: u8 = 1 << 0;
+/// Event status bit of a generation id that has changed.
+pub const EVENT_GENERATION_ID: u8 = 1 << 1;
 
 const SLP_EN: u8 = 1 << 5;
 const SLP_TYP_SHIFT: u32 = 2;
@@ -76,6 +79,12 @@ impl AcpiPm {
     pub fn power_button(self: &Arc<Self>) -> PowerButton {
         PowerButton(Arc::clone(self))
     }
+
+    /// An event for the guest: each is an edge of its own, so one that got lost because the guest had the interrupt masked holds nothing up.
+    fn tell(&self, event: u8) {
+        self.events.fetch_or(event, Ordering::AcqRel);
+        self.line.pulse();
+    }
 }
 
 impl ByteDevice for AcpiPm {
@@ -105,11 +114,14 @@ pub struct PowerButton(Arc<AcpiPm>);
 
 impl PowerButton {
     /// Presses the button once. What comes of it is the guest's choice; without a driver for the generic event device, nothing.
-    ///
-    /// Each press is an edge of its own, so one that got lost because the guest had the interrupt masked holds nothing up.
     pub fn press(&self) {
-        self.0.events.fetch_or(EVENT_POWER_BUTTON, Ordering::AcqRel);
-        self.0.line.pulse();
+        self.0.tell(EVENT_POWER_BUTTON);
+    }
+}
+
+impl GenerationSink for AcpiPm {
+    fn changed(&self) {
+        self.tell(EVENT_GENERATION_ID);
     }
 }
 
@@ -184,8 +196,10 @@ mod tests {
         pm.read(EVENT_STATUS, &mut status);
         assert_eq!(status, [0; 4]);
         pm.power_button().press();
-        pm.power_button().press();
+        pm.changed();
         assert_eq!(lock(&recorder.levels).len(), 6);
+        pm.read(EVENT_STATUS, &mut status);
+        assert_eq!(status, [EVENT_POWER_BUTTON | EVENT_GENERATION_ID, 0, 0, 0]);
     }
 
     proptest! {

@@ -7,6 +7,7 @@ use acpi_tables::aml::{
 };
 use acpi_tables::sdt::Sdt;
 use sepal_devices::legacy::acpi_pm;
+use sepal_devices::{generation_id, pvpanic};
 
 use super::{AcpiConfig, OEM_ID, OEM_REVISION, OEM_TABLE_ID, bytes, pci};
 use crate::layout;
@@ -30,13 +31,19 @@ pub(super) fn build(config: &AcpiConfig) -> Sdt {
         serial(),
         clock(),
         power_button(),
-        event_device(),
+        event_device(config.generation_id),
         processors(config.vcpus),
         pci::ecam(),
         pci::root(config),
     ];
     for device in devices {
         dsdt.append_slice(&device);
+    }
+    if config.panic_device {
+        dsdt.append_slice(&panic_device());
+    }
+    if config.generation_id {
+        dsdt.append_slice(&generation_id());
     }
     dsdt
 }
@@ -97,7 +104,7 @@ fn power_button() -> Vec<u8> {
 
 /// The generic event device: its interrupt runs `_EVT`, which reads (and so clears) the status once and notifies
 /// whatever has happened.
-fn event_device() -> Vec<u8> {
+fn event_device(generation_id: bool) -> Vec<u8> {
     let port = layout::ACPI_GED;
     let region = OpRegion::new("EREG".into(), OpRegionSpace::SystemIO, &port, &GED_PORTS);
     let field = Field::new(
@@ -113,13 +120,41 @@ fn event_device() -> Vec<u8> {
     let button = Path::new("\\_SB_.PWRB");
     let notify = Notify::new(&button, &NOTIFY_PRESSED);
     let if_pressed = If::new(&pressed, vec![&notify]);
-    let handler = Method::new("_EVT".into(), 1, true, vec![&read, &mask, &if_pressed]);
+    let changed = Local(2);
+    let id_mask = And::new(&changed, &seen, &acpi_pm::EVENT_GENERATION_ID);
+    let id = Path::new("\\_SB_.VGEN");
+    let notify_id = Notify::new(&id, &generation_id::NOTIFY_CHANGED);
+    let if_changed = If::new(&changed, vec![&notify_id]);
+    let mut steps: Vec<&dyn Aml> = vec![&read, &mask, &if_pressed];
+    if generation_id {
+        steps.extend([&id_mask as &dyn Aml, &if_changed]);
+    }
+    let handler = Method::new("_EVT".into(), 1, true, steps);
     device(
         "GED_",
         &"ACPI0013",
         0,
         &[&resources(None, layout::GED_GSI), &region, &field, &handler],
     )
+}
+
+/// The port for panics; Linux looks at `_STA` before it uses it.
+fn panic_device() -> Vec<u8> {
+    let port = IO::new(pvpanic::PORT, pvpanic::PORT, 1, pvpanic::PORTS as u8);
+    let resources = Name::new("_CRS".into(), &ResourceTemplate::new(vec![&port]));
+    // Present, enabled, shown, working (ACPI 6.3.7).
+    let status = Name::new("_STA".into(), &0x0f_u8);
+    device("PEVT", &pvpanic::HARDWARE_ID, 0, &[&resources, &status])
+}
+
+/// The generation id: where it lies.
+fn generation_id() -> Vec<u8> {
+    let [first, second, third] = generation_id::COMPATIBLE_IDS;
+    let compatible = Name::new("_CID".into(), &Package::new(vec![&first, &second, &third]));
+    let name = Name::new("_DDN".into(), &generation_id::DOS_NAME);
+    let (low, high) = (layout::GENERATION_ID as u32, (layout::GENERATION_ID >> 32) as u32);
+    let address = Name::new("ADDR".into(), &Package::new(vec![&low, &high]));
+    device("VGEN", &generation_id::HARDWARE_ID, 0, &[&compatible, &name, &address])
 }
 
 /// A device for each vCPU; `_UID` is the one in the MADT.

@@ -54,6 +54,9 @@ const MADT_OVERRIDE_LENGTH: u8 = 10;
 /// MPS INTI flags (ACPI table 5.26): active high, edge-triggered.
 const EDGE_HIGH: u16 = 0b01 | 0b01 << 2;
 
+/// Bytes for all tables: up to the generation id.
+const TABLES_SIZE: u64 = layout::GENERATION_ID - layout::ACPI;
+
 /// What the tables describe.
 #[derive(Clone, Debug, Default)]
 pub struct AcpiConfig {
@@ -63,6 +66,10 @@ pub struct AcpiConfig {
     pub pci_window_64: Option<Range<u64>>,
     /// The PCI functions, whose interrupt pins lead to [`layout::pci_gsi`].
     pub pci_functions: Vec<PciAddress>,
+    /// There is a port for panics (pvpanic).
+    pub panic_device: bool,
+    /// There is a generation id at [`layout::GENERATION_ID`].
+    pub generation_id: bool,
 }
 
 /// Why the tables could not be written.
@@ -72,7 +79,7 @@ pub enum AcpiError {
     #[error("ACPI tables: {0} vCPUs, 1 to {most} are possible", most = layout::MAX_VCPUS)]
     Vcpus(u8),
     /// The tables need more than the place that is reserved for them.
-    #[error("ACPI tables: {size} bytes, {most} are reserved", most = layout::ACPI_SIZE)]
+    #[error("ACPI tables: {size} bytes, {most} are reserved", most = TABLES_SIZE)]
     TooLarge {
         /// Bytes of all tables.
         size: u64,
@@ -108,7 +115,7 @@ fn build(config: &AcpiConfig) -> Result<Vec<u8>, AcpiError> {
     let xsdt = tables.add(&xsdt);
     tables.bytes[..Rsdp::len()].copy_from_slice(&bytes(&Rsdp::new(OEM_ID, xsdt)));
     let size = tables.bytes.len() as u64;
-    if size > layout::ACPI_SIZE {
+    if size > TABLES_SIZE {
         Err(AcpiError::TooLarge { size })
     } else {
         Ok(tables.bytes)

@@ -12,6 +12,8 @@ fn config(vcpus: u8) -> AcpiConfig {
         vcpus,
         pci_window_64: layout::pci_window_64(6 << 30, 40),
         pci_functions: (0..62).filter_map(|n| PciAddress::spread(n, 62)).collect(),
+        panic_device: true,
+        generation_id: true,
     }
 }
 

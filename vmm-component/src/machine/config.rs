@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use sepal_devices::virtio::device::{DeviceKind, VirtioDevice};
+use sepal_devices::watchdog::WatchdogAction;
 
 use super::event::MachineEvent;
 use crate::memory::MemoryConfig;
@@ -40,6 +41,19 @@ pub struct MachineConfig {
     pub host: HostKind,
     /// Devices on the PCI bus, in the order in which the guest finds them.
     pub devices: Vec<DeviceSpec>,
+    /// Which of the devices it has that watch over a guest.
+    pub guards: Guards,
+}
+
+/// Devices by which a guest tells how it is, and is told who it is.
+#[derive(Debug, Clone, Default)]
+pub struct Guards {
+    /// A port for its kernel's panics (pvpanic).
+    pub panic_device: bool,
+    /// The number that is different for each machine that is made from the same state (VM generation id).
+    pub generation_id: Option<[u8; 16]>,
+    /// A watchdog, and what it does when it expires.
+    pub watchdog: Option<WatchdogAction>,
 }
 
 /// A device on the PCI bus.

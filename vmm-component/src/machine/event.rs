@@ -24,6 +24,8 @@ pub enum Happening {
         /// By which way.
         how: ResetCause,
     },
+    /// The guest did not feed its watchdog, whose action is to stop it.
+    WatchdogStop,
     /// A vCPU can't go on.
     VcpuFailed {
         /// Its index.
@@ -50,7 +52,10 @@ pub enum Happening {
 impl Happening {
     /// Whether the guest is over: nothing but [`Machine::join`](super::Machine::join) makes sense then.
     pub fn ends(&self) -> bool {
-        matches!(self, Self::Shutdown | Self::Reset { .. } | Self::VcpuFailed { .. })
+        matches!(
+            self,
+            Self::Shutdown | Self::Reset { .. } | Self::WatchdogStop | Self::VcpuFailed { .. }
+        )
     }
 }
 
@@ -65,6 +70,8 @@ pub enum ResetCause {
     TripleFault,
     /// A system event of the hypervisor interface.
     Hypervisor,
+    /// The guest did not feed its watchdog.
+    Watchdog,
 }
 
 /// A vCPU's registers at one moment.

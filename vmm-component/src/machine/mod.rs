@@ -18,6 +18,7 @@ mod config;
 mod cpuid;
 mod error;
 mod event;
+mod guards;
 mod msi;
 mod pause;
 mod pci;
@@ -39,7 +40,7 @@ use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Kvm, VmFd};
 
 use self::pause::PauseLedger;
-use self::platform::Platform;
+use self::platform::{Platform, Wishes};
 use self::report::Reporter;
 use self::stats::VcpuCounters;
 use self::threads::VcpuThreads;
@@ -51,7 +52,7 @@ use crate::layout;
 use crate::memory::{GuestRam, MemoryMap};
 use crate::unassisted::{self, Assist};
 
-pub use self::config::{DeviceSpec, EventSink, Hooks, HostKind, MachineConfig, ThreadRole, ThreadSetup};
+pub use self::config::{DeviceSpec, EventSink, Guards, Hooks, HostKind, MachineConfig, ThreadRole, ThreadSetup};
 pub use self::error::MachineError;
 pub use self::event::{Happening, MachineEvent, RegisterDump, ResetCause};
 pub use self::stats::{ExitReason, MachineStats, VcpuStats};
@@ -121,7 +122,14 @@ impl Machine {
         go_on(cancel)?;
         let reporter = Arc::new(Reporter::new(config.generation, Arc::clone(&hooks.events)));
         let window = layout::pci_window_64(ram.end(), cpuid::physical_bits(&spare.cpuid));
-        let platform = Platform::new(&vm, &ram, config.serial, config.devices, window.clone(), &reporter)?;
+        let guards = config.guards.clone();
+        let wishes = Wishes {
+            serial: config.serial,
+            devices: config.devices,
+            guards: config.guards,
+            window_64: window.clone(),
+        };
+        let platform = Platform::new(&vm, &ram, wishes, &reporter)?;
         let platform = Arc::new(platform);
         let (assist, cmdline) = match config.host {
             HostKind::Hardware => (None, config.cmdline),
@@ -135,6 +143,8 @@ impl Machine {
             vcpus: config.vcpus,
             pci_window_64: window,
             pci_functions: platform.pci_functions().to_vec(),
+            panic_device: guards.panic_device,
+            generation_id: guards.generation_id.is_some(),
         };
         let rsdp = acpi::write(ram.memory(), &tables)?;
         let request = BootRequest {
@@ -206,6 +216,7 @@ impl Machine {
 
     /// Asks all vCPUs to leave the guest; [`Happening::Paused`] tells when the last one has. Time goes on for the guest.
     pub fn pause(&self) {
+        self.platform.pause();
         let all_out = self.shared.ledger.want(true);
         self.threads.order_all(|orders| orders.pause = true);
         if all_out && !self.shared.reporter.is_over() {
@@ -236,6 +247,7 @@ impl Machine {
 
     /// Lets the vCPUs go on.
     pub fn resume(&self) {
+        self.platform.resume();
         self.shared.ledger.want(false);
         self.threads.order_parked(|orders| orders.pause = false);
     }

@@ -15,12 +15,14 @@ use sepal_devices::pci::{PciAddress, PciBus};
 use sepal_devices::virtio::device::{DeviceKind, Reclaim};
 use sepal_devices::virtio::transport::{self, BAR_BYTES, Wiring};
 use sepal_devices::virtio::worker::VirtioWorker;
+use sepal_devices::watchdog::Watchdog;
 use vm_memory::GuestMemoryMmap;
 
 use super::config::DeviceSpec;
 use super::error::MachineError;
+use super::guards::WATCHDOG;
 use super::msi::{KvmDoorbells, KvmVectors};
-use super::platform::insert;
+use super::platform::{init, insert};
 use super::routes::Routes;
 use crate::layout;
 
@@ -52,19 +54,27 @@ pub(super) struct Pci {
 }
 
 impl Pci {
-    /// Makes the bus with `devices`.
-    pub(super) fn new(parts: Parts, devices: Vec<DeviceSpec>) -> Result<Self, MachineError> {
+    /// Makes the bus with `devices`, and after them the watchdog.
+    pub(super) fn new(
+        parts: Parts,
+        devices: Vec<DeviceSpec>,
+        watchdog: Option<&Arc<Watchdog>>,
+    ) -> Result<Self, MachineError> {
         let windows = std::iter::once(layout::PCI_WINDOW).chain(parts.window_64).collect();
         let bus = PciBus::new(windows, parts.reporter);
         let vectors = Arc::new(KvmVectors::new(Arc::clone(&parts.vm), parts.routes));
         let doorbells = Arc::new(KvmDoorbells::new(parts.vm));
-        let count = devices.len();
-        let (mut functions, mut pending) = (Vec::with_capacity(count), Vec::with_capacity(count));
-        for (index, DeviceSpec { name, device }) in devices.into_iter().enumerate() {
-            let place = PciAddress::spread(index, count).ok_or_else(|| MachineError::BadConfig {
+        let (virtio, count) = (devices.len(), devices.len() + usize::from(watchdog.is_some()));
+        let place_of = |index| {
+            PciAddress::spread(index, count).ok_or_else(|| MachineError::BadConfig {
                 field: "devices",
                 reason: format!("{count} devices do not fit on the bus"),
-            })?;
+            })
+        };
+        let memory_of = |index| layout::PCI_WINDOW.start + BAR_BYTES * index as u64;
+        let (mut functions, mut pending) = (Vec::with_capacity(count), Vec::with_capacity(count));
+        for (index, DeviceSpec { name, device }) in devices.into_iter().enumerate() {
+            let place = place_of(index)?;
             let wiring = Wiring {
                 memory: parts.memory.clone(),
                 reclaim: Arc::clone(&parts.reclaim),
@@ -79,11 +89,19 @@ impl Pci {
             };
             let (function, worker) =
                 transport::connect(device, wiring, place.interrupt_pin()).map_err(|e| failed(e.to_string()))?;
-            function.place(layout::PCI_WINDOW.start + BAR_BYTES * index as u64);
+            function.place(memory_of(index));
             bus.insert(place, name.clone(), function)
                 .map_err(|e| failed(e.to_string()))?;
             functions.push(place);
             pending.push(Pending { name, kind, worker });
+        }
+        if let Some(watchdog) = watchdog {
+            let place = place_of(virtio)?;
+            // The window is below 4 GiB.
+            watchdog.place(memory_of(virtio) as u32);
+            bus.insert(place, WATCHDOG.to_owned(), Arc::clone(watchdog) as _)
+                .map_err(|e| init(WATCHDOG)(e))?;
+            functions.push(place);
         }
         Ok(Self {
             bus,

@@ -20,10 +20,12 @@ use sepal_devices::legacy::ioapic::{self, IoApic};
 use sepal_devices::legacy::rtc::{self, HostClock, MemorySizes, Rtc, RtcLoop};
 use sepal_devices::legacy::serial::{self, Serial, SerialLoop};
 use sepal_devices::pci::PciAddress;
+use sepal_devices::watchdog::WatchdogLoop;
 
-use super::config::{DeviceSpec, Hooks, ThreadRole};
+use super::config::{DeviceSpec, Guards, Hooks, ThreadRole};
 use super::error::MachineError;
 use super::event::{Happening, ResetCause};
+use super::guards;
 use super::pci::{Parts, Pci, Pending};
 use super::report::Reporter;
 use super::routes::Routes;
@@ -44,7 +46,19 @@ pub(super) struct Platform {
     power_button: PowerButton,
     port: Arc<Serial>,
     pci_functions: Vec<PciAddress>,
+    guards: guards::Made,
     loops: Mutex<Loops>,
+}
+
+/// What its configuration asks of the platform.
+pub(super) struct Wishes {
+    /// Where the serial port leads.
+    pub(super) serial: Option<OwnedFd>,
+    /// What is on the PCI bus.
+    pub(super) devices: Vec<DeviceSpec>,
+    pub(super) guards: Guards,
+    /// The PCI window above all memory, if there is one.
+    pub(super) window_64: Option<Range<u64>>,
 }
 
 /// The devices' loops.
@@ -56,17 +70,17 @@ struct Loops {
     rtc: Option<RtcLoop>,
     /// Not yet started.
     virtio: Vec<Pending>,
+    /// Not yet started.
+    watchdog: Option<WatchdogLoop>,
     running: Vec<DispatchLoop>,
 }
 
 impl Platform {
-    /// Makes the devices of `vm`, whose serial port leads to `serial`, with `devices` on its PCI bus.
+    /// Makes the devices of `vm`.
     pub(super) fn new(
         vm: &Arc<kvm_ioctls::VmFd>,
         ram: &GuestRam,
-        serial: Option<OwnedFd>,
-        devices: Vec<DeviceSpec>,
-        window_64: Option<Range<u64>>,
+        wishes: Wishes,
         reporter: &Arc<Reporter>,
     ) -> Result<Self, MachineError> {
         let device_reporter: Arc<dyn DeviceReporter> = Arc::clone(reporter) as _;
@@ -93,7 +107,8 @@ impl Platform {
         };
 
         let port = Serial::new(line(layout::SERIAL_GSI), serial::DEFAULT_OUTPUT_CAPACITY).map_err(init(SERIAL))?;
-        let serial_loop = serial
+        let serial_loop = wishes
+            .serial
             .map(|host| port.host_loop(host))
             .transpose()
             .map_err(init(SERIAL))?;
@@ -114,7 +129,15 @@ impl Platform {
 
         let acpi = AcpiPm::new(power(ResetCause::Acpi), line(layout::GED_GSI));
         let power_button = acpi.power_button();
-        insert(&pio, layout::ACPI_PM.into(), acpi_pm::PORTS, "acpi-pm", acpi)?;
+        insert(
+            &pio,
+            layout::ACPI_PM.into(),
+            acpi_pm::PORTS,
+            "acpi-pm",
+            Arc::clone(&acpi) as _,
+        )?;
+
+        let (guards, watchdog_loop) = guards::make(&wishes.guards, &pio, ram.memory(), acpi, reporter)?;
 
         let parts = Parts {
             vm: Arc::clone(vm),
@@ -122,10 +145,10 @@ impl Platform {
             ioapic: Arc::clone(&ioapic),
             memory: ram.memory().clone(),
             reclaim: Arc::new(ram.discard()),
-            window_64,
+            window_64: wishes.window_64,
             reporter: device_reporter,
         };
-        let pci = Pci::new(parts, devices)?;
+        let pci = Pci::new(parts, wishes.devices, guards.watchdog.as_ref())?;
         pci.connect(&pio, &mmio)?;
 
         check_memory(&mmio, ram)?;
@@ -136,10 +159,12 @@ impl Platform {
             ioapic,
             power_button,
             port,
+            guards,
             loops: Mutex::new(Loops {
                 serial: serial_loop,
                 rtc: Some(clock_loop),
                 virtio: pci.pending,
+                watchdog: watchdog_loop,
                 running: Vec::new(),
             }),
         })
@@ -161,6 +186,12 @@ impl Platform {
             let role = ThreadRole::Device(RTC);
             loops.running.push(spawn(RTC, role, device, reporter, hooks)?);
         }
+        if let Some(device) = loops.watchdog.take() {
+            let role = ThreadRole::Device(guards::WATCHDOG);
+            loops
+                .running
+                .push(spawn(guards::WATCHDOG, role, device, reporter, hooks)?);
+        }
         for Pending { name, kind, worker } in std::mem::take(&mut loops.virtio) {
             let role = ThreadRole::Virtio(kind);
             loops.running.push(spawn(&name, role, worker, reporter, hooks)?);
@@ -172,7 +203,7 @@ impl Platform {
     pub(super) fn stop(&self, deadline: Instant) -> Vec<String> {
         let mut loops = self.loops();
         // One that never ran has nothing to bring out.
-        (loops.serial, loops.rtc) = (None, None);
+        (loops.serial, loops.rtc, loops.watchdog) = (None, None, None);
         loops.virtio.clear();
         let running = std::mem::take(&mut loops.running);
         drop(loops);
@@ -195,6 +226,20 @@ impl Platform {
     /// Places of the devices on the PCI bus.
     pub(super) fn pci_functions(&self) -> &[PciAddress] {
         &self.pci_functions
+    }
+
+    /// Time stands still for the guest.
+    pub(super) fn pause(&self) {
+        if let Some(watchdog) = &self.guards.watchdog {
+            watchdog.pause();
+        }
+    }
+
+    /// Time goes on for the guest.
+    pub(super) fn resume(&self) {
+        if let Some(watchdog) = &self.guards.watchdog {
+            watchdog.resume();
+        }
     }
 
     /// Presses the power button.
@@ -302,7 +347,7 @@ fn memory_sizes(ram: &GuestRam) -> MemorySizes {
     }
 }
 
-fn init<E: std::fmt::Display>(device: &'static str) -> impl FnOnce(E) -> MachineError {
+pub(super) fn init<E: std::fmt::Display>(device: &'static str) -> impl FnOnce(E) -> MachineError {
     move |error| MachineError::DeviceInit {
         device: device.to_owned(),
         reason: error.to_string(),

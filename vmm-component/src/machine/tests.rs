@@ -49,6 +49,7 @@ fn machine(code: &[u8], vcpus: u8) -> Option<(Machine, Receiver<MachineEvent>)> 
         serial: None,
         host: HostKind::Hardware,
         devices: Vec::new(),
+        guards: Guards::default(),
     };
     let machine = Machine::create(&Kvm::new().unwrap(), config, hooks, &AtomicBool::new(false)).unwrap();
     Some((machine, events))

@@ -207,6 +207,11 @@ impl Controller {
         let ending = match event.what {
             Happening::Shutdown => Ok(Ending::Shutdown),
             Happening::Reset { how } => Ok(Ending::Reset(reset_in_words(how).into())),
+            Happening::WatchdogStop => Err(Error::new(
+                Kind::ControllerForcedHalt,
+                "the guest did not feed its watchdog, which stops it",
+            )
+            .about("watchdog")),
             Happening::VcpuFailed {
                 vcpu,
                 reason,
@@ -345,6 +350,7 @@ fn reset_in_words(how: ResetCause) -> &'static str {
         ResetCause::Acpi => "the guest reset itself through ACPI",
         ResetCause::I8042 => "the guest reset itself through the keyboard controller",
         ResetCause::Hypervisor => "the guest was reset by KVM",
+        ResetCause::Watchdog => "the guest did not feed its watchdog, which reset it",
         ResetCause::TripleFault => "the guest reset itself by a triple fault",
     }
 }

@@ -8,6 +8,7 @@
 
 use std::{ops::Range, os::fd::OwnedFd};
 
+use rustix::rand::GetRandomFlags;
 use sepal_devices::{
     rate::RateLimit,
     vhost_user::{self, VhostUser, VhostUserHandle},
@@ -21,6 +22,7 @@ use sepal_devices::{
         rng::{Rng, RngConfig},
         vsock::{Vsock, VsockConfig, VsockHandle},
     },
+    watchdog::WatchdogAction,
 };
 use sepal_schema::{
     config::{
@@ -30,16 +32,20 @@ use sepal_schema::{
     error::{Error, Kind},
 };
 
-use crate::machine::DeviceSpec;
+use crate::machine::{DeviceSpec, Guards};
 
 /// The device types of virtio that have a name of their own here.
 const FILE_SYSTEM: u16 = 26;
 /// Bytes of a balloon's page.
 const PAGE: u64 = 4096;
 
-/// The devices that a machine is to have, in the order in which the guest finds them.
+/// The devices that a machine is to have.
 #[derive(Default)]
-pub struct Requests(Vec<Request>);
+pub struct Requests {
+    /// Those on the PCI bus, in the order in which the guest finds them.
+    pci: Vec<Request>,
+    guards: Guards,
+}
 
 struct Request {
     name: String,
@@ -94,13 +100,20 @@ pub(super) struct DiskHandle {
 }
 
 impl Requests {
+    /// Those that watch over the guest.
+    pub(super) fn guards(&self) -> Guards {
+        self.guards.clone()
+    }
+
     /// What `config` asks for; its files and sockets are taken out of it. `consoles` are the sockets of the console's ports.
     ///
     /// # Errors
     /// `BAD_CONFIG` naming the field: something is left to be opened, which a component never does. `NOT_SUPPORTED`.
     pub(super) fn of(config: &mut GuestConfig, consoles: Vec<OwnedFd>) -> Result<Self, Error> {
-        refuse_unbuilt(config)?;
-        let mut requests = Self::default();
+        let mut requests = Self {
+            guards: guards(config)?,
+            ..Self::default()
+        };
         for (i, disk) in std::mem::take(&mut config.disks).into_iter().enumerate() {
             requests.push(format!("disk{i}"), block(i, disk)?);
         }
@@ -147,12 +160,12 @@ impl Requests {
     }
 
     fn push(&mut self, name: String, what: What) {
-        self.0.push(Request { name, what });
+        self.pci.push(Request { name, what });
     }
 
     /// Bytes of memory that a memory device needs; 0 without one.
     pub(super) fn device_bytes(&self) -> u64 {
-        let memory = self.0.iter().find_map(|request| match &request.what {
+        let memory = self.pci.iter().find_map(|request| match &request.what {
             What::Memory(memory) => Some(memory),
             _ => None,
         });
@@ -161,7 +174,7 @@ impl Requests {
 
     /// What the devices are called.
     pub(super) fn names(&self) -> impl Iterator<Item = &str> {
-        self.0.iter().map(|request| request.name.as_str())
+        self.pci.iter().map(|request| request.name.as_str())
     }
 
     /// Makes the devices. Reads images and greets other processes, so it may take its time.
@@ -170,7 +183,7 @@ impl Requests {
     /// `DEVICE_INITIALIZATION_FAILURE` or, for a process that does not serve, `FAILED_SERVICE_CONNECT`, naming the device.
     pub(super) fn make(self, place: &Place) -> Result<(Vec<DeviceSpec>, Handles), Error> {
         let (mut specs, mut handles) = (Vec::new(), Handles::default());
-        for Request { name, what } in self.0 {
+        for Request { name, what } in self.pci {
             let device = make(&name, what, place, &mut handles)?;
             specs.push(DeviceSpec { name, device });
         }
@@ -234,20 +247,25 @@ fn failed(name: &str, error: &dyn std::error::Error) -> Error {
     Error::new(Kind::DeviceInitializationFailure, format!("{name}: {error}")).about(name)
 }
 
-/// Refuses what the machine cannot have.
-fn refuse_unbuilt(config: &GuestConfig) -> Result<(), Error> {
-    let unbuilt = [
-        ("watchdog", config.watchdog.is_some()),
-        ("generationId", config.generation_id),
-        ("panicDevice", config.panic_device),
-    ];
-    match unbuilt.into_iter().find(|(_, wanted)| *wanted) {
-        Some((field, _)) => Err(Error::not_supported(
-            field,
-            format!("{field} is not supported by this version"),
-        )),
-        None => Ok(()),
-    }
+/// The devices that watch over a guest.
+fn guards(config: &GuestConfig) -> Result<Guards, Error> {
+    let id = config.generation_id.then(|| {
+        let mut id = [0; 16];
+        rustix::rand::getrandom(&mut id, GetRandomFlags::empty()).map(|_| id)
+    });
+    let id = id.transpose().map_err(|error| {
+        let message = format!("the host gives no random number for the generation id: {error}");
+        Error::new(Kind::DeviceInitializationFailure, message).about("generationId")
+    })?;
+    Ok(Guards {
+        panic_device: config.panic_device,
+        generation_id: id,
+        watchdog: config.watchdog.map(|action| match action {
+            device::WatchdogAction::Reset => WatchdogAction::Reset,
+            device::WatchdogAction::Stop => WatchdogAction::Stop,
+            device::WatchdogAction::None => WatchdogAction::Nothing,
+        }),
+    })
 }
 
 fn rate(limit: device::RateLimit) -> RateLimit {

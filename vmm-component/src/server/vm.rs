@@ -103,6 +103,7 @@ pub fn builder(kvm: Kvm) -> Builder {
             ram: memory.size_bytes,
             device_region: region,
         };
+        let guards = spec.devices.guards();
         let (specs, devices) = spec.devices.make(&place)?;
         let config = MachineConfig {
             generation,
@@ -118,6 +119,7 @@ pub fn builder(kvm: Kvm) -> Builder {
                 HostKind::Hardware
             },
             devices: specs,
+            guards,
         };
         let hooks = Hooks {
             thread_setup: Arc::new(narrow),

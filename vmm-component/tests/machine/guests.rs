@@ -3,15 +3,13 @@
 //! Each is entered in 64-bit mode at [`BASE`] with 4 GiB mapped one to one, interrupts off and no interrupt table. They are short because some hosts
 //! emulate every instruction. They end by the i8042 reset unless they say otherwise.
 
-use std::arch::global_asm;
-
 /// Where guests are linked, and entered.
 pub(crate) const BASE: u64 = 0x10_0000;
 
 /// Makes the code between two labels a function that returns its bytes.
 macro_rules! guest {
     ($(#[$doc:meta])* $name:ident, $start:literal, $end:literal, [$($line:literal),* $(,)?]) => {
-        global_asm!(
+        std::arch::global_asm!(
             ".pushsection .rodata.guests, \"a\"",
             concat!($start, ":"),
             $($line,)*

@@ -2,6 +2,7 @@
 
 #![allow(clippy::expect_used, reason = "what is not as expected fails the program")]
 
+mod guards;
 #[allow(
     dead_code,
     reason = "shared with the other tests of the machine, which use all of it"

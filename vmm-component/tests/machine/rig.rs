@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use kvm_ioctls::Kvm;
 use sepal_vmm_component::machine::{
-    Happening, Hooks, HostKind, Machine, MachineConfig, MachineError, MachineEvent, Stopped, ThreadRole,
+    Guards, Happening, Hooks, HostKind, Machine, MachineConfig, MachineError, MachineEvent, Stopped, ThreadRole,
 };
 use sepal_vmm_component::memory::{MIB, MemoryConfig};
 
@@ -66,6 +66,7 @@ pub(crate) fn config(code: &[u8], vcpus: u8, serial: Option<OwnedFd>) -> Machine
         serial,
         host: host(),
         devices: Vec::new(),
+        guards: Guards::default(),
     }
 }
 

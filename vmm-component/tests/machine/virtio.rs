@@ -10,7 +10,6 @@
 //! The driver first writes what its script says, which the test makes: address, value and width, line by line. Then it makes one request after
 //! the other and waits for the interrupt of each. The handler ends the guest with the first byte that the device wrote.
 
-use std::arch::global_asm;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
