@@ -217,6 +217,9 @@ pub trait Transport {
     /// Changes the configuration space and tells the driver, unless nothing is different.
     fn update_config(&self, offset: usize, bytes: &[u8]);
 
+    /// Changes the configuration space without telling the driver, for fields that it looks at by itself.
+    fn set_config(&self, offset: usize, bytes: &[u8]);
+
     /// Copies from the configuration space; bytes beyond its end are 0.
     fn read_config(&self, offset: usize, bytes: &mut [u8]);
 
@@ -313,6 +316,12 @@ impl Context<'_> {
     /// Changes the configuration space from `offset` on and tells the driver, unless nothing is different. What goes past the end is dropped.
     pub fn update_config(&self, offset: usize, bytes: &[u8]) {
         self.transport.update_config(offset, bytes);
+    }
+
+    /// Changes the configuration space from `offset` on without telling the driver: for fields that it looks at by itself. What goes past the
+    /// end is dropped.
+    pub fn set_config(&self, offset: usize, bytes: &[u8]) {
+        self.transport.set_config(offset, bytes);
     }
 
     /// Copies from the configuration space, also what the driver wrote.

@@ -40,6 +40,21 @@ struct State {
     generation: u8,
 }
 
+impl State {
+    /// Changes the configuration as the device sees fit; whether anything is different. What goes past the end is dropped.
+    fn change_config(&mut self, offset: usize, bytes: &[u8]) -> bool {
+        let mut changed = false;
+        for (place, byte) in self.config.iter_mut().skip(offset).zip(bytes) {
+            changed |= *place != *byte;
+            *place = *byte;
+        }
+        if changed {
+            self.generation = self.generation.wrapping_add(1);
+        }
+        changed
+    }
+}
+
 /// The interrupt pin and its cause.
 struct Pin {
     isr: u8,
@@ -335,20 +350,17 @@ impl Transport for Link {
     }
 
     fn update_config(&self, offset: usize, bytes: &[u8]) {
-        let mut state = lock(&self.state);
-        let mut changed = false;
-        for (place, byte) in state.config.iter_mut().skip(offset).zip(bytes) {
-            changed |= *place != *byte;
-            *place = *byte;
-        }
-        if changed {
-            state.generation = state.generation.wrapping_add(1);
-        }
-        let tell = changed && state.registers.driver_ok();
-        drop(state);
+        let tell = {
+            let mut state = lock(&self.state);
+            state.change_config(offset, bytes) && state.registers.driver_ok()
+        };
         if tell {
             self.interrupt_config();
         }
+    }
+
+    fn set_config(&self, offset: usize, bytes: &[u8]) {
+        lock(&self.state).change_config(offset, bytes);
     }
 
     fn read_config(&self, offset: usize, bytes: &mut [u8]) {

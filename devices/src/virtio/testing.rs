@@ -142,13 +142,16 @@ impl Transport for Bench {
     }
 
     fn update_config(&self, offset: usize, bytes: &[u8]) {
-        let mut config = self.config.borrow_mut();
-        let end = config.len().min(offset.saturating_add(bytes.len()));
-        if let Some(place) = config.get_mut(offset..end)
-            && place != &bytes[..place.len()]
-        {
-            place.copy_from_slice(&bytes[..place.len()]);
+        let before = self.config();
+        self.set_config(offset, bytes);
+        if *self.config.borrow() != before {
             self.config_changes.set(self.config_changes.get() + 1);
+        }
+    }
+
+    fn set_config(&self, offset: usize, bytes: &[u8]) {
+        for (place, byte) in self.config.borrow_mut().iter_mut().skip(offset).zip(bytes) {
+            *place = *byte;
         }
     }
 

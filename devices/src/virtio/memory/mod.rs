@@ -262,7 +262,8 @@ impl MemoryDevice {
         self.blocks.done(&decision);
         let plugged = self.blocks.plugged_size();
         lock(&self.shared.sizes).plugged = plugged;
-        context.update_config(PLUGGED_SIZE, &plugged.to_le_bytes());
+        // Not a reason to interrupt the driver (virtio 5.15.4): it knows, and would look for work.
+        context.set_config(PLUGGED_SIZE, &plugged.to_le_bytes());
         self.pace.changed();
         Response::Ack
     }
