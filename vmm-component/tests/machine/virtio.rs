@@ -293,8 +293,9 @@ fn the_pin_interrupts_a_guest_without_msi_x() {
         script.write(layout::IOAPIC, index, 4);
         script.write(layout::IOAPIC + 0x10, value, 4);
     }
-    // One for each interrupt: the ISR register.
-    check(&script.kernel(BAR, REQUESTS), REQUESTS + 100);
+    // One for each interrupt: the ISR register. Hosts without hardware virtualization may interrupt once more than the level asks for, if the
+    // vCPU's thread was preempted just then.
+    check(&script.kernel(BAR, REQUESTS), 2 * REQUESTS);
 }
 
 #[test]
