@@ -110,6 +110,7 @@ impl ComponentStarter for Starter {
                 state: Changed::default(),
                 events: RefCell::default(),
                 serial: RefCell::default(),
+                consoles: RefCell::default(),
                 config: RefCell::default(),
                 sockets: Rc::default(),
             });
@@ -159,6 +160,8 @@ pub(crate) struct Process {
     state: Changed<State>,
     events: RefCell<Option<event_sink::Client>>,
     serial: RefCell<Option<UnixStream>>,
+    /// Its ends of the console's ports.
+    pub(crate) consoles: RefCell<Vec<UnixStream>>,
     pub(crate) config: RefCell<Option<GuestConfig>>,
     /// Its guest's.
     pub(crate) sockets: Rc<vsock::Sockets>,
@@ -174,6 +177,7 @@ impl Process {
         let told = self.exit.borrow_mut().take();
         drop(self.connection.borrow_mut().take());
         drop(self.serial.borrow_mut().take());
+        self.consoles.borrow_mut().clear();
         drop(self.events.borrow_mut().take());
         if let Some(told) = told {
             let _ = told.send(exit);
@@ -277,6 +281,9 @@ impl guest_lifecycle::Server for Server {
             );
             let host = params.get_host().unwrap();
             *process.serial.borrow_mut() = Some(self.take_serial(host));
+            let take =
+                |fd: sepal_schema::file_capnp::fd_ref::Reader<'_>| self.fds.take(fd.get_number()).unwrap().into();
+            *process.consoles.borrow_mut() = host.get_consoles().unwrap().iter().map(take).collect();
             *process.events.borrow_mut() = Some(host.get_events().unwrap());
             *process.config.borrow_mut() = Some(config);
         }
