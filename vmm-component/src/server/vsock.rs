@@ -107,6 +107,7 @@ impl host_vsock_endpoint::Server for GuestServer {
         match listening {
             Ok(listener) => {
                 let fds = self.fds.clone();
+                let spawner = self.spawner().clone();
                 self.spawner().spawn(async move {
                     while let Some(incoming) = requests.next().await {
                         let mut call = acceptor.accept_request();
@@ -117,8 +118,12 @@ impl host_vsock_endpoint::Server for GuestServer {
                             incoming: Cell::new(Some(incoming)),
                             fds: fds.clone(),
                         }));
-                        // Its answer says nothing that the connection does not: an acceptor that is gone drops that.
-                        drop(call.send());
+                        // Its answer says nothing that the connection does not: an acceptor that is gone drops that. But a call that nobody waits for
+                        // would be cancelled.
+                        let answer = call.send().promise;
+                        spawner.spawn(async move {
+                            let _ = answer.await;
+                        });
                     }
                 });
                 results
