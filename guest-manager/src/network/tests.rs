@@ -3,6 +3,7 @@
 use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::{Mutex, PoisonError};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::thread::{CapabilitySet, set_capabilities};
@@ -10,8 +11,11 @@ use rustix::thread::{CapabilitySet, set_capabilities};
 use super::interface::Interfaces;
 use super::*;
 
-/// Runs `test` on a thread of its own, so that the namespace goes with it.
+/// Runs `test` on a thread of its own, so that the namespace goes with it, and while no other test here starts a process: until that process
+/// has become another program, it holds the descriptors of all tests, and their taps stay.
 fn alone(test: impl FnOnce() + Send) {
+    static TURN: Mutex<()> = Mutex::new(());
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     if let Err(panic) = std::thread::scope(|scope| scope.spawn(test).join()) {
         std::panic::resume_unwind(panic);
     }
@@ -197,18 +201,22 @@ fn the_privilege_that_is_lacking_is_named() {
 
 #[test]
 fn a_missing_passt_names_its_package() {
-    let error = passt::start("/nonexistent/passt", 1500, None).err().unwrap();
-    assert!(
-        error.to_string().ends_with("does not have: install the package passt"),
-        "{error}"
-    );
-    assert_eq!(error.kind(), Kind::FailedServiceConnect);
+    alone(|| {
+        let error = passt::start("/nonexistent/passt", 1500, None).err().unwrap();
+        assert!(
+            error.to_string().ends_with("does not have: install the package passt"),
+            "{error}"
+        );
+        assert_eq!(error.kind(), Kind::FailedServiceConnect);
+    });
 }
 
 #[test]
 fn a_program_that_is_not_passt_does_not_pass_for_it() {
-    let error = passt::start("/bin/false", 1500, None).err().unwrap();
-    assert!(matches!(error, NetworkError::PasstFailed(_)), "{error}");
+    alone(|| {
+        let error = passt::start("/bin/false", 1500, None).err().unwrap();
+        assert!(matches!(error, NetworkError::PasstFailed(_)), "{error}");
+    });
 }
 
 /// A namespace in which passt works: with a default route, over a tap. `None`, and it says so, where that cannot be.
