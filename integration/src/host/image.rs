@@ -106,7 +106,7 @@ pub fn check_ext4(image: &Path) -> Result<(), HarnessError> {
 ///
 /// # Errors
 /// [`HarnessError::Command`].
-pub fn read_ext4(image: &Path, file: &str) -> Result<String, HarnessError> {
+pub fn read_ext4(image: &Path, file: &str) -> Result<Vec<u8>, HarnessError> {
     run("debugfs", &["-R", &format!("cat {file}"), &image.to_string_lossy()])
 }
 

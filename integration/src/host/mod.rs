@@ -17,7 +17,7 @@ use std::process::Command;
 use crate::HarnessError;
 
 /// Runs a program; what it printed.
-pub(crate) fn run(program: &str, arguments: &[&str]) -> Result<String, HarnessError> {
+pub(crate) fn run(program: &str, arguments: &[&str]) -> Result<Vec<u8>, HarnessError> {
     let output = Command::new(program).args(arguments).output();
     let command = || format!("{program} {}", arguments.join(" "));
     let output = output.map_err(|error| HarnessError::Command {
@@ -36,5 +36,5 @@ pub(crate) fn run(program: &str, arguments: &[&str]) -> Result<String, HarnessEr
             ),
         });
     }
-    Ok(printed(&output.stdout))
+    Ok(output.stdout)
 }

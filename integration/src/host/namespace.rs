@@ -70,11 +70,11 @@ impl Namespace {
         }
     }
 
-    /// Runs a program inside the namespace; what it printed.
+    /// Runs a program inside the namespace; what it printed, in bytes.
     ///
     /// # Errors
     /// [`HarnessError::Command`].
-    pub fn command(&self, program: &str, arguments: &[&str]) -> Result<String, HarnessError> {
+    pub fn command(&self, program: &str, arguments: &[&str]) -> Result<Vec<u8>, HarnessError> {
         self.enter(|| run(program, arguments))?
     }
 
