@@ -5,6 +5,7 @@
     reason = "helpers of tests: a failure is a panic with a message"
 )]
 
+mod devices;
 mod endings;
 mod help;
 mod looking;
