@@ -174,7 +174,13 @@ impl Requests {
 
     /// What the devices are called.
     pub(super) fn names(&self) -> impl Iterator<Item = &str> {
-        self.pci.iter().map(|request| request.name.as_str())
+        let guards = [
+            (self.guards.watchdog.is_some(), "watchdog"),
+            (self.guards.generation_id.is_some(), "generation-id"),
+            (self.guards.panic_device, "panic"),
+        ];
+        let guards = guards.into_iter().filter(|(there, _)| *there).map(|(_, name)| name);
+        self.pci.iter().map(|request| request.name.as_str()).chain(guards)
     }
 
     /// Makes the devices. Reads images and greets other processes, so it may take its time.
