@@ -44,6 +44,10 @@ struct Descriptor {
 // SAFETY: four integers without padding (8 + 4 + 2 + 2 = 16 bytes), for which every pattern of bits is a value.
 unsafe impl ByteValued for Descriptor {}
 
+/// Bytes of the flags and the index in front of the used ring's entries.
+const USED_HEADER_BYTES: u64 = 4;
+/// Bytes of an entry of the used ring: a chain's first descriptor and what was written, 4 each.
+const USED_ELEMENT_BYTES: u64 = 8;
 const DESCRIPTOR_BYTES: u64 = size_of::<Descriptor>() as u64;
 
 /// Where a driver put a queue, and how large it made it.
@@ -70,7 +74,7 @@ pub struct Virtqueue {
     /// Chains taken and not yet given back.
     in_flight: u16,
     /// Chains given back since the driver was last told.
-    unannounced: bool,
+    unannounced: u16,
     rooms: Vec<Vec<Segment>>,
 }
 
@@ -129,7 +133,7 @@ impl Virtqueue {
             event_idx,
             indirect: features & super::feature::INDIRECT_DESC != 0,
             in_flight: 0,
-            unannounced: false,
+            unannounced: 0,
             rooms: Vec::new(),
         })
     }
@@ -214,13 +218,35 @@ impl Virtqueue {
     ///
     /// A [`Violation`] if the used ring is not where it was.
     pub fn push(&mut self, chain: Chain, written: u32) -> Result<(), Violation> {
-        let head = chain.head();
-        self.keep(chain);
-        self.in_flight = self.in_flight.saturating_sub(1);
-        self.unannounced = true;
-        self.queue
-            .add_used(&self.memory, head, written)
-            .map_err(|e| self.lost(&e))
+        self.push_all([(chain, written)])
+    }
+
+    /// Gives chains back as [`push`](Self::push) does, so that the driver sees all of them or none: what belongs together, as the buffers of one
+    /// received frame do (virtio 5.1.6.4), must not be seen in part by a driver that looks at the same time.
+    ///
+    /// # Errors
+    ///
+    /// A [`Violation`] if the used ring is not where it was.
+    pub fn push_all(&mut self, chains: impl IntoIterator<Item = (Chain, u32)>) -> Result<(), Violation> {
+        let mut next = Wrapping(self.queue.next_used());
+        for (chain, written) in chains {
+            let slot = u64::from(next.0 % self.setup.size);
+            let at = self.setup.used + USED_HEADER_BYTES + USED_ELEMENT_BYTES * slot;
+            let element = [u32::from(chain.head()).to_le(), written.to_le()];
+            self.memory
+                .write_obj(element, GuestAddress(at))
+                .map_err(|_| self.outside(at, USED_ELEMENT_BYTES))?;
+            self.keep(chain);
+            self.in_flight = self.in_flight.saturating_sub(1);
+            self.unannounced = self.unannounced.saturating_add(1);
+            next += 1;
+        }
+        self.queue.set_next_used(next.0);
+        let index = self.setup.used + 2;
+        // Released: whoever sees the index sees the entries.
+        self.memory
+            .store(next.0.to_le(), GuestAddress(index), Ordering::Release)
+            .map_err(|_| self.outside(index, 2))
     }
 
     /// Whether the driver wants to be told of what was pushed since the last call. [`Context::interrupt`](super::device::Context::interrupt)
@@ -230,16 +256,20 @@ impl Virtqueue {
     ///
     /// A [`Violation`] if the rings are not where they were.
     pub fn needs_interrupt(&mut self) -> Result<bool, Violation> {
-        if !std::mem::take(&mut self.unannounced) {
+        let pushed = std::mem::take(&mut self.unannounced);
+        if pushed == 0 {
             return Ok(false);
         }
-        let needed = self.queue.needs_notification(&self.memory).map_err(|e| self.lost(&e))?;
-        if self.event_idx {
-            return Ok(needed);
+        // The used index is written before what the driver says is read.
+        fence(Ordering::SeqCst);
+        if !self.event_idx {
+            let flags: u16 = self.load(self.setup.available)?;
+            return Ok(u16::from_le(flags) & NO_INTERRUPT == 0);
         }
-        // The crate does not know of this flag. It fenced after the used index was written.
-        let flags: u16 = self.load(self.setup.available)?;
-        Ok(u16::from_le(flags) & NO_INTERRUPT == 0)
+        // The field `used_event`, after the available ring: the driver wants to be told when that entry is written (virtio 2.7.7.2).
+        let event = u16::from_le(self.load(self.setup.available + 4 + 2 * u64::from(self.setup.size))?);
+        let since_event = Wrapping(self.queue.next_used()) - Wrapping(event) - Wrapping(1);
+        Ok(since_event.0 < pushed)
     }
 
     /// Tells the driver that its doorbell is not needed for now: the device is going to look by itself.
@@ -383,11 +413,15 @@ impl Virtqueue {
     fn load(&self, address: u64) -> Result<u16, Violation> {
         self.memory
             .load(GuestAddress(address), Ordering::Acquire)
-            .map_err(|_| Violation::Address {
-                queue: self.index,
-                address,
-                len: 2,
-            })
+            .map_err(|_| self.outside(address, 2))
+    }
+
+    fn outside(&self, address: u64, len: u64) -> Violation {
+        Violation::Address {
+            queue: self.index,
+            address,
+            len,
+        }
     }
 
     fn lost(&self, error: &virtio_queue::Error) -> Violation {

@@ -396,18 +396,15 @@ impl<'t, 'm> Turn<'t, 'm> {
         header.set_buffers(chains);
         scatter(&self.slices[self.first..], 0, &header.0);
         let mut left = total;
-        for _ in 0..chains {
-            let (Some(chain), Some(count)) = (self.receiver.held.pop_front(), self.counts.pop_front()) else {
-                break;
-            };
-            let room = chain.writable_bytes() as usize;
-            let written = left.min(room);
+        let used = self.receiver.held.drain(..usize::from(chains)).map(|chain| {
+            let written = left.min(chain.writable_bytes() as usize);
             left -= written;
-            self.room -= room;
-            self.first += count;
             // At most a chain's bytes.
-            self.queue.push(chain, written as u32)?;
-        }
-        Ok(())
+            (chain, written as u32)
+        });
+        self.room -= bytes;
+        self.first += self.counts.drain(..usize::from(chains)).sum::<usize>();
+        // A driver that sees the first of them looks for the others at once.
+        self.queue.push_all(used)
     }
 }

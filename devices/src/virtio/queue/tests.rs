@@ -1,6 +1,7 @@
 //! Rings by the rules, rings that break them, and a model of both.
 
 use std::collections::VecDeque;
+use std::sync::atomic::AtomicBool;
 
 use proptest::prelude::*;
 
@@ -103,6 +104,44 @@ fn chains_given_back_in_another_order_keep_their_heads() {
     });
     let back: Vec<u16> = std::iter::from_fn(|| rig.used(0)).map(|used| used.head).collect();
     assert_eq!(back, heads.into_iter().rev().collect::<Vec<_>>());
+}
+
+#[test]
+fn chains_given_back_together_are_seen_together() {
+    let mut rig = Rig::active(Echo {
+        hold: true,
+        ..Echo::default()
+    });
+    let used_index = GuestAddress(rig.drivers[0].setup.used + 2);
+    let (memory, done) = (rig.memory.clone(), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        // A driver that looks all the time.
+        let looking = scope.spawn(|| {
+            let mut seen = Vec::new();
+            while !done.load(Ordering::Acquire) {
+                let index: u16 = memory.load(used_index, Ordering::Acquire).unwrap();
+                if seen.last() != Some(&index) {
+                    seen.push(index);
+                }
+            }
+            seen
+        });
+        for _ in 0..2000 {
+            for _ in 0..4 {
+                rig.add(0, &[Buffer::In(16)]);
+            }
+            rig.kick(0);
+            rig.call(|device, context| {
+                let chains = device.held.drain(..).map(|chain| (chain, 16));
+                context.queue(0).unwrap().push_all(chains)
+            })
+            .unwrap();
+            assert_eq!((0..4).filter_map(|_| rig.used(0)).count(), 4);
+        }
+        done.store(true, Ordering::Release);
+        let seen = looking.join().unwrap();
+        assert!(seen.iter().all(|index| index.is_multiple_of(4)), "{seen:?}");
+    });
 }
 
 #[test]
