@@ -141,9 +141,9 @@ const SOCKET_OPTIONS: &[&[Argument]] = &[
     &[is(1, libc::SOL_SOCKET), is(2, libc::SO_RCVBUF)],
 ];
 
-/// What is registered with a ring before its first use: IORING_REGISTER_FILES, IORING_REGISTER_RESTRICTIONS, IORING_REGISTER_ENABLE_RINGS
-/// (linux/io_uring.h). A ring that was restricted takes nothing after that.
-const RING_SETUP: &[&[Argument]] = &[&[is(1, 2)], &[is(1, 11)], &[is(1, 12)]];
+/// What is registered with a ring before its first use: IORING_REGISTER_FILES, IORING_REGISTER_EVENTFD, IORING_REGISTER_RESTRICTIONS,
+/// IORING_REGISTER_ENABLE_RINGS (linux/io_uring.h). A ring that was restricted takes nothing after that.
+const RING_SETUP: &[&[Argument]] = &[&[is(1, 2)], &[is(1, 4)], &[is(1, 11)], &[is(1, 12)]];
 
 pub(super) const CALLS: &[Call] = &[
     // Descriptors that a thread has.
