@@ -24,7 +24,6 @@ use std::io;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use rustix::time::{ClockId, clock_gettime};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::interrupt::lock;
@@ -83,7 +82,10 @@ pub struct HostMonotonic;
 
 impl MonotonicClock for HostMonotonic {
     fn now(&self) -> Duration {
-        let now = clock_gettime(ClockId::Monotonic);
+        let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // Not rustix's, which at its first call looks for the vDSO in ways that a jailed process has not.
+        // SAFETY: `now` is a timespec that the call fills.
+        unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
         // Never negative, and nanoseconds are below 10^9.
         Duration::new(now.tv_sec.unsigned_abs(), u32::try_from(now.tv_nsec).unwrap_or(0))
     }
