@@ -169,6 +169,10 @@ pub(crate) fn parse_disk(text: &str) -> Result<DiskSpec, String> {
         rate_limit: RateLimit::default(),
         backing: Vec::new(),
     };
+    let modes = |(key, _): &&(String, Option<String>)| matches!(key.as_str(), "ro" | "rw" | "volatile");
+    if let [(first, _), (second, _), ..] = options.iter().filter(modes).collect::<Vec<_>>()[..] {
+        return Err(format!("'{first}' and '{second}': a disk has one mode"));
+    }
     for (key, value) in options {
         match (key.as_str(), value.as_deref()) {
             ("ro", None) => disk.mode = DiskMode::ReadOnly,
@@ -404,6 +408,7 @@ mod tests {
         assert_eq!(disk.backing, below);
         for (text, word) in [
             ("", "needs a file"),
+            ("a.img,ro,volatile", "one mode"),
             (",ro", "needs a file"),
             ("a,read-only", "'read-only'"),
             ("a,ro=yes", "'ro=yes'"),
