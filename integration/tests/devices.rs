@@ -25,8 +25,12 @@ use sepal_schema::{
 const BOOT: Duration = Duration::from_secs(400);
 const STEP: Duration = Duration::from_secs(400);
 const MIB: u64 = 1 << 20;
-/// What goes over the tap in each direction.
-const BULK: usize = 50 << 20;
+/// What goes over the tap in each direction: 50 MB, or 2 where the guest's kernel is emulated, which copies every byte several times at less than a
+/// megabyte a second.
+fn bulk_bytes() -> usize {
+    let emulated = Path::new("/sys/module/kvm_pvm").exists();
+    if emulated { 2 << 20 } else { 50 << 20 }
+}
 /// Largest packet of the tap device.
 const MTU: u16 = 65520;
 /// Pages of 4096 bytes that the balloon takes for a time.
@@ -83,7 +87,8 @@ rm /bulk
 ip addr add 10.0.2.15/24 dev eth1
 step user-up ip link set eth1 up
 ip route add default via 10.0.2.2
-step user-get sh -c "nc $SERVER </dev/null"
+# The end of input has to come after the answer: older passt forgets a connection whose guest is the first to close its side.
+step user-get sh -c "sleep 5 | nc $SERVER"
 
 step vsock-connect sh -c 'echo to the host | vsock connect 5003'
 step vsock-echo vsock echo 5004
@@ -115,7 +120,7 @@ fn linux_uses_every_virtio_device() {
             .enter(|| TcpListener::bind(("198.18.0.1", port)).unwrap())
             .unwrap()
     };
-    let bulk = noise(1, BULK);
+    let bulk = noise(1, bulk_bytes());
     let (download, upload) = (serve_once(listen(5001), bulk.clone()), receive_all(listen(5002)));
     let server = TcpListener::bind((host_address(), 0)).unwrap();
     let address = server.local_addr().unwrap();
@@ -179,11 +184,11 @@ fn linux_uses_every_virtio_device() {
 
     steps(&mut guest, &["tap-up", "tap-ping"]);
     let received = guest.wait_for_report("tap-received", STEP).unwrap();
-    assert_eq!(received.value("bytes"), BULK.to_string());
+    assert_eq!(received.value("bytes"), bulk.len().to_string());
     download.join().unwrap().unwrap();
     guest.wait_for_report("tap-sent", STEP).unwrap();
     // What went to the guest and came back is what it was.
-    assert!(upload.join().unwrap().unwrap() == bulk, "50 MB came back differently");
+    assert!(upload.join().unwrap().unwrap() == bulk, "the bytes came back differently");
 
     guest.wait_for_report("user-up", STEP).unwrap();
     assert_eq!(
