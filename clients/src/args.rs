@@ -147,14 +147,14 @@ pub(crate) struct Launch {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Devices")]
 pub(crate) struct Devices {
-    /// A disk: FILE[,ro|rw|volatile][,id=ID][,format=raw|qcow2][,direct][,queues=N][,block-size=N][,bps=N][,iops=N][,burst-bytes=N]
-    /// [,burst-ops=N], and for qcow2 the files below it, nearest first: [,backing=FILE[,backing-format=raw|qcow2]]...
+    /// A disk: FILE, then ro, rw or volatile; id=ID, format=raw or format=qcow2, direct, queues=N, block-size=N, bps=N, iops=N, burst-bytes=N,
+    /// burst-ops=N; and for qcow2 the files below it, nearest first: backing=FILE and backing-format=FORMAT
     ///
-    /// rw is the default; with volatile, what the guest writes is forgotten when it stops. May be given several times.
+    /// All with commas between. rw is the default; with volatile, what the guest writes is forgotten when it stops. May be given several times.
     #[arg(long = "disk", value_name = "FILE[,...]", value_parser = specs::parse_disk)]
     pub(crate) disks: Vec<DiskSpec>,
-    /// A network device: user, tap, tap=NAME or bridge=NAME, then [,mac=ADDRESS][,mtu=N][,queues=N][,offloads=on|off][,link=up|down]
-    /// [,bps=N][,iops=N][,burst-bytes=N][,burst-ops=N]
+    /// A network device: user, tap, tap=NAME or bridge=NAME, then mac=ADDRESS, mtu=N, queues=N, offloads=on or off, link=up or down, bps=N,
+    /// iops=N, burst-bytes=N, burst-ops=N, with commas between
     ///
     /// user needs no privilege: the guest reaches out, nobody reaches in. May be given several times.
     #[arg(long = "net", value_name = "KIND[,...]", value_parser = specs::parse_net)]
