@@ -146,7 +146,7 @@ fn it_can_match_on_errors() {
         ("instance id", "badConfig about 'instanceId'"),
         ("kernel", "kernelLoadFailure"),
         ("memory", "guestInitializationFailure"),
-        ("disk", "notSupported about 'disks'"),
+        ("disk", "badConfig about 'disks[0].image'"),
         ("taken", "alreadyRunning"),
         ("remove", "notFound"),
         ("force", "notRunning"),

@@ -1,3 +1,5 @@
+//! Buckets by hand and by property: never more than the limit allows, and never less than it promises.
+
 use proptest::prelude::*;
 
 use super::*;
