@@ -47,12 +47,18 @@ impl Alarm {
         Ok(())
     }
 
-    /// Makes the descriptor unreadable again; to be called when it was readable.
-    pub(crate) fn rang(&mut self) {
-        // EAGAIN: it has been set anew meanwhile.
-        if rustix::io::read(&self.timer, &mut [0; 8]).is_ok() {
+    /// Whether it is going to go off.
+    pub(crate) fn is_set(&self) -> bool {
+        self.at.is_some()
+    }
+
+    /// Makes the descriptor unreadable again; to be called when it was readable. False: it has been set anew meanwhile.
+    pub(crate) fn rang(&mut self) -> bool {
+        let rang = rustix::io::read(&self.timer, &mut [0; 8]).is_ok();
+        if rang {
             self.at = None;
         }
+        rang
     }
 }
 

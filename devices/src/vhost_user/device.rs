@@ -23,15 +23,13 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use event_manager::EventSet;
-use rustix::time::{
-    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
-};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::connection::{Answer, Connection, Lost};
 use super::greeting::{Greeting, Settled};
 use super::message::{Inflight, Reply, Request, protocol};
 use super::settings::{BadSettings, ConfigSource, Settings, config_layout};
+use crate::alarm::Alarm;
 use crate::dispatch::{DeviceError, DeviceEvent, HANG_GRACE};
 use crate::interrupt::lock;
 use crate::virtio::device::{ConfigLayout, Context, DeviceKind, Fault, VirtioDevice};
@@ -117,9 +115,8 @@ pub struct VhostUser {
     inflight: Option<(Inflight, OwnedFd)>,
     /// A back end was lost, and its successor has not been reported.
     bereft: bool,
-    timer: OwnedFd,
-    /// The timer runs.
-    timed: bool,
+    /// Set while the back end has something to answer.
+    timer: Alarm,
     /// The socket is watched for room to send, too.
     watched_for_room: bool,
     shared: Arc<Shared>,
@@ -142,11 +139,7 @@ impl VhostUser {
             doorbell: new_eventfd()?,
             connected: AtomicBool::new(true),
         });
-        let timer = timerfd_create(
-            TimerfdClockId::Monotonic,
-            TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC,
-        )
-        .map_err(io::Error::from)?;
+        let timer = Alarm::new()?;
         let mut device = Self {
             rings: settings.queue_sizes.iter().map(|_| Ring::default()).collect(),
             settled: Settled {
@@ -160,7 +153,6 @@ impl VhostUser {
             inflight: None,
             bereft: false,
             timer,
-            timed: false,
             watched_for_room: false,
             shared: Arc::clone(&shared),
             layout,
@@ -381,28 +373,16 @@ impl VhostUser {
     /// Gives the back end its time from when it has something to answer until it has answered everything.
     fn give_time(&mut self) {
         let wanted = self.connection.as_ref().is_some_and(|connection| !connection.is_idle());
-        if wanted == self.timed {
-            return;
+        if wanted != self.timer.is_set() {
+            // Cannot fail with a time like this.
+            let _ = self.timer.set(wanted.then(|| Instant::now() + PATIENCE));
         }
-        self.timed = wanted;
-        let within = if wanted { PATIENCE } else { Duration::ZERO };
-        let times = Itimerspec {
-            it_interval: Timespec { tv_sec: 0, tv_nsec: 0 },
-            it_value: Timespec {
-                tv_sec: within.as_secs().cast_signed(),
-                tv_nsec: within.subsec_nanos().into(),
-            },
-        };
-        // Cannot fail with a time like this.
-        let _ = timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &times);
     }
 
     fn look_at_time(&mut self, context: &mut Context<'_>) {
-        // An error says that the time is not up after all.
-        if rustix::io::read(&self.timer, &mut [0; 8]).is_err() {
+        if !self.timer.rang() {
             return;
         }
-        self.timed = false;
         if let Some(connection) = &self.connection
             && !connection.is_idle()
         {

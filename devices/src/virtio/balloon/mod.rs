@@ -430,7 +430,9 @@ impl VirtioDevice for Balloon {
     fn ready(&mut self, token: u32, _: EventSet, context: &mut Context<'_>) -> Result<(), Fault> {
         match token {
             OWNER => self.take_orders(context)?,
-            _ => self.alarm.rang(),
+            _ => {
+                self.alarm.rang();
+            }
         }
         self.settle(context)
     }

@@ -338,7 +338,9 @@ impl VirtioDevice for MemoryDevice {
     fn ready(&mut self, token: u32, _: EventSet, context: &mut Context<'_>) -> Result<(), Fault> {
         match token {
             OWNER => self.take_orders(context),
-            _ => self.alarm.rang(),
+            _ => {
+                self.alarm.rang();
+            }
         }
         self.settle(context)
     }

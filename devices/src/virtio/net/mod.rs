@@ -21,17 +21,14 @@
 use std::io;
 use std::iter::StepBy;
 use std::ops::Range;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
 use event_manager::EventSet;
-use rustix::time::{
-    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
-};
 
 use super::device::{ConfigLayout, Context, DeviceKind, Fault, VirtioDevice};
 use super::violation::Violation;
+use crate::alarm::Alarm;
 use crate::dispatch::{DeviceError, DeviceEvent};
 use crate::rate::RateLimit;
 
@@ -115,7 +112,7 @@ pub struct Net {
     link_up: bool,
     receive_limit: Limit,
     send_limit: Limit,
-    flow_timer: OwnedFd,
+    flow_timer: Alarm,
     spill: Vec<u8>,
     shared: Arc<Shared>,
 }
@@ -171,11 +168,7 @@ impl Net {
             link_up: config.link_up,
             receive_limit: limit(&config.receive_limit)?,
             send_limit: limit(&config.send_limit)?,
-            flow_timer: timerfd_create(
-                TimerfdClockId::Monotonic,
-                TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK,
-            )
-            .map_err(|error| NetError::Resources(error.into()))?,
+            flow_timer: Alarm::new().map_err(NetError::Resources)?,
             spill: vec![0; SPILL],
             shared,
         };
@@ -283,21 +276,11 @@ impl Net {
     }
 
     /// Sets the timer to the first of the flows' deadlines.
-    fn set_flow_timer(&self) -> io::Result<()> {
+    fn set_flow_timer(&mut self) -> io::Result<()> {
         let Some(first) = self.ports.iter().filter_map(|port| port.flow.deadline()).min() else {
             return Ok(());
         };
-        let wait = first.saturating_duration_since(Instant::now());
-        let once = Itimerspec {
-            it_interval: Timespec { tv_sec: 0, tv_nsec: 0 },
-            it_value: Timespec {
-                tv_sec: wait.as_secs() as i64,
-                // A time of 0 would stop the timer.
-                tv_nsec: i64::from(wait.subsec_nanos().max(1)),
-            },
-        };
-        timerfd_settime(&self.flow_timer, TimerfdTimerFlags::empty(), &once)?;
-        Ok(())
+        self.flow_timer.set(Some(first))
     }
 
     /// Brings out what is staged for a port that has room again; then the driver's next frames.
@@ -534,7 +517,7 @@ impl VirtioDevice for Net {
                 self.follow_link(context)
             }
             FLOW_TIMER => {
-                let _ = rustix::io::read(&self.flow_timer, &mut [0; 8]);
+                self.flow_timer.rang();
                 let now = Instant::now();
                 for pair in 0..self.ports.len() {
                     if self.ports[pair].flow.pass(now) {

@@ -19,7 +19,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use event_manager::EventSet;
-use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::connection::{Connection, Ended, State};
@@ -27,6 +26,7 @@ use super::handle::{ConnectError, Message, Shared, VsockHandle};
 use super::packet::{FIRST_GUEST_CID, HOST_CID, Header, LAST_GUEST_CID, Op, STREAM};
 use super::stream::{Stream, WATCHED};
 use super::table::{Ports, Table, Waiting};
+use crate::alarm::Alarm;
 use crate::dispatch::DeviceError;
 use crate::virtio::chain::Chain;
 use crate::virtio::device::{ConfigLayout, Context, DeviceKind, Fault, VirtioDevice};
@@ -119,7 +119,7 @@ pub struct Vsock {
     /// Packets of the guest are left where they are until there are fewer resets.
     pub(super) stalled: bool,
     event_due: bool,
-    timer: OwnedFd,
+    timer: Alarm,
 }
 
 impl Vsock {
@@ -135,8 +135,7 @@ impl Vsock {
         if !(1..=MAX_CONNECTIONS).contains(&config.max_connections) {
             return Err(VsockError::Connections(config.max_connections));
         }
-        let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
-        let timer = rustix::time::timerfd_create(TimerfdClockId::Monotonic, flags).map_err(io::Error::from)?;
+        let timer = Alarm::new()?;
         let shared = Shared::new(config.cid, EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
         let device = Self {
             config,
@@ -259,30 +258,18 @@ impl Vsock {
     }
 
     /// Sets the timer for the first deadline.
-    fn arm(&self, context: &Context<'_>) {
+    fn arm(&mut self, context: &Context<'_>) {
         let Some(first) = self.table.first_deadline() else {
             return;
         };
-        // A time of 0 would turn the timer off.
-        let within = first
-            .saturating_duration_since(Instant::now())
-            .max(Duration::from_nanos(1));
-        let once = Itimerspec {
-            it_interval: Timespec::default(),
-            it_value: within.try_into().unwrap_or(Timespec {
-                tv_sec: i64::MAX,
-                tv_nsec: 0,
-            }),
-        };
-        if let Err(error) = rustix::time::timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &once) {
+        if let Err(error) = self.timer.set(Some(first)) {
             tracing::warn!(device = context.name(), "the timer cannot be set: {error}");
         }
     }
 
     fn expire(&mut self, context: &mut Context<'_>) {
-        let mut count = [0; 8];
         // Only to clear it; the deadlines say what is due.
-        let _ = rustix::io::read(&self.timer, &mut count);
+        self.timer.rang();
         let now = Instant::now();
         while let Some(slot) = self.table.expired(now) {
             self.reset_connection(slot, ConnectError::TimedOut, context);
