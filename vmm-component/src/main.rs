@@ -36,7 +36,6 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<()> {
-    bound_arenas();
     let mut handles = StartupHandles::take().context("taking the startup handles")?;
     let control = UnixStream::from(handles.remove(startup::CONTROL)?);
     let kvm = kvm(handles.remove(startup::KVM)?);
@@ -63,17 +62,6 @@ fn run() -> Result<()> {
     // Resolves after the last machine is gone, or fails if nobody is left who could say so.
     let _ = reactor.run_until(exited).context("running the control loop")?;
     Ok(())
-}
-
-/// Bounds the heaps of the C library's allocator. Where it has to choose how many there may be, it counts the host's CPUs in
-/// `/sys/devices/system/cpu/online` as soon as there are more than eight threads (glibc `malloc/arena.c`, `arena_get2`), which would kill a sealed
-/// process. A component's threads allocate little, and each heap costs memory.
-fn bound_arenas() {
-    #[cfg(target_env = "gnu")]
-    // SAFETY: sets a number in the allocator; this is the only thread.
-    unsafe {
-        libc::mallopt(libc::M_ARENA_MAX, 4);
-    }
 }
 
 fn kvm(fd: OwnedFd) -> Kvm {

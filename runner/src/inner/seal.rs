@@ -200,12 +200,15 @@ pub fn seal(spec: &SealSpec) -> Result<Vec<LayerStatus>, SealError> {
 
 /// Keeps the C library's allocator from giving memory of a thread's heap back: the first time it does, it reads
 /// `/proc/sys/vm/overcommit_memory` (glibc `malloc/arena.c`, `shrink_heap`), which would kill a sealed process. Large blocks
-/// are mappings of their own, and go back as ever.
+/// are mappings of their own, and go back as ever. And bounds the number of heaps: where it has to choose how many there may be, it counts the
+/// host's CPUs in `/sys/devices/system/cpu/online` as soon as there are more than eight threads (`arena_get2`). A component's threads
+/// allocate little, and each heap costs memory.
 fn keep_allocator_from_files() {
     #[cfg(target_env = "gnu")]
-    // SAFETY: sets a number in the allocator; this is the only thread.
+    // SAFETY: sets numbers in the allocator; this is the only thread.
     unsafe {
         libc::mallopt(libc::M_TRIM_THRESHOLD, libc::c_int::MAX);
+        libc::mallopt(libc::M_ARENA_MAX, 4);
     }
 }
 
