@@ -164,6 +164,10 @@ struct GuestConfig {
     backingFormat @9 :List(Format);
     # The format of each of `backing`, in the same order; missing ones are unspecified, as at `format`.
 
+    scratch @10 :File;
+    # Where a volatileWrite disk keeps what is written: an empty regular file, open for reading and writing; never `bytes` nor `upload`. None:
+    # the manager makes one without a name in its folder for such files. BAD_CONFIG for the other modes.
+
     enum Mode {
       readWrite @0;
       readOnly @1;

@@ -131,6 +131,7 @@ fn disk(spec: &DiskSpec) -> Result<Disk> {
         rate_limit: spec.rate_limit,
         backing: spec.backing.iter().map(below).collect::<Result<_>>()?,
         queues: spec.queues,
+        scratch: config::File::None,
     })
 }
 

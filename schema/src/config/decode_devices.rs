@@ -189,7 +189,8 @@ fn disk(i: usize, from: disk::Reader<'_>, handles: &dyn Handles) -> Result<Disk,
     let at = |name: &str| format!("disks[{i}].{name}");
     let image = file(&at("image"), from.get_image()?, handles);
     let backing = backing(i, from, handles);
-    let (image, backing) = (image?, backing?);
+    let scratch = file(&at("scratch"), from.get_scratch()?, handles);
+    let (image, backing, scratch) = (image?, backing?, scratch?);
     let mode = from.get_mode().map_err(|_| unknown(&at("mode")))?;
     match &image {
         File::None => {
@@ -204,6 +205,18 @@ fn disk(i: usize, from: disk::Reader<'_>, handles: &dyn Handles) -> Result<Disk,
             return Err(bad(at("image"), message));
         }
         _ => {}
+    }
+    match &scratch {
+        File::None => {}
+        _ if mode != DiskMode::VolatileWrite => {
+            let message = format!("{} is set, but only a volatileWrite disk has one", at("scratch"));
+            return Err(bad(at("scratch"), message));
+        }
+        File::Bytes(_) | File::Upload(_) => {
+            let message = format!("{} is given by its content; it has to be an empty file", at("scratch"));
+            return Err(bad(at("scratch"), message));
+        }
+        File::Fd(_) | File::Path(_) => {}
     }
     let format = from.get_format().map_err(|_| unknown(&at("format")))?;
     if !backing.is_empty() && format != DiskFormat::Qcow2 {
@@ -225,6 +238,7 @@ fn disk(i: usize, from: disk::Reader<'_>, handles: &dyn Handles) -> Result<Disk,
         rate_limit: rate(&at("rateLimit"), from.get_rate_limit()?)?,
         backing,
         queues: bounded(at("queues"), from.get_queues(), MAX_QUEUES)?,
+        scratch,
     })
 }
 

@@ -92,6 +92,8 @@ pub struct Disk {
     pub backing: Vec<Backing>,
     /// Request queues, 0 for the default.
     pub queues: u16,
+    /// Where a volatile disk keeps what is written; none: the manager finds a place.
+    pub scratch: File,
 }
 
 /// A file below a qcow2 image.
@@ -115,6 +117,7 @@ impl Disk {
             rate_limit: RateLimit::default(),
             backing: Vec::new(),
             queues: 0,
+            scratch: File::None,
         }
     }
 

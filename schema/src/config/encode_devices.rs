@@ -24,6 +24,7 @@ pub(super) fn disks(disks: Vec<Disk>, to: guest_config::Builder<'_>, handles: &d
 fn write_disk(disk: Disk, mut to: disk::Builder<'_>, handles: &dyn Handles) -> Result<(), Error> {
     to.set_id(&disk.id);
     file(disk.image, to.reborrow().init_image(), handles)?;
+    file(disk.scratch, to.reborrow().init_scratch(), handles)?;
     to.set_mode(disk.mode);
     to.set_format(disk.format);
     to.set_direct(disk.direct);

@@ -323,6 +323,7 @@ fn block(i: usize, disk: Disk) -> Result<What, Error> {
         block_size,
         queues,
         rate_limit: rate(disk.rate_limit),
+        scratch: descriptor(&field("scratch"), disk.scratch)?,
         ..BlockConfig::new(disk.id, needed(field("image"), disk.image)?)
     };
     let format = match disk.format {

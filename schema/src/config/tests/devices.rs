@@ -58,6 +58,7 @@ fn everything() -> GuestConfig {
             format: DiskFormat::Raw,
         },
     ];
+    qcow2.scratch = File::Fd(some_fd());
     let mut tap = Network::new(Link::Tap(vec![some_fd(), some_fd()]));
     tap.mac = Some([2, 0, 0, 0, 0, 1]);
     tap.mtu = 9000;
@@ -235,6 +236,11 @@ fn disks_are_refused_by_name() {
     });
     refused(Kind::BadConfig, "disks[0].image", |c, _| {
         c.init_disks(1).get(0).init_image().set_bytes(b"content");
+    });
+    disk("disks[0].scratch", |d, t| d.init_scratch().init_fd().set_number(number(t)));
+    disk("disks[0].scratch", |mut d, _| {
+        d.set_mode(DiskMode::VolatileWrite);
+        d.init_scratch().set_bytes(b"content");
     });
     refused(Kind::BadConfig, "disks[1].id", |c, t| {
         let mut disks = c.init_disks(2);
