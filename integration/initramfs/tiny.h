@@ -15,7 +15,7 @@ static long system_call(long number, long a, long b, long c)
 	return result;
 }
 
-static void say(const char *text)
+__attribute__((unused)) static void say(const char *text)
 {
 	long length = 0;
 
