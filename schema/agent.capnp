@@ -4,10 +4,12 @@
 using import "error.capnp".Error;
 using import "error.capnp".Completion;
 using import "bytes.capnp".ByteStream;
+using import "facet.capnp".Facet;
 
-interface Agent {
+interface Agent extends (Facet) {
   # The agent of one guest. Whoever holds it can do in the guest whatever the agent can, which runs as root as a rule. All methods wait for the
-  # agent to be ready, up to 10 s (TIMED_OUT), but `ready`, which waits for as long as the guest runs.
+  # agent to be ready, up to 10 s (TIMED_OUT), but `ready`, which waits for as long as the guest runs. Needs the right `agent`; programs end, and
+  # files in transfer break off, with the capability that they were started through.
 
   ready @0 () -> ReadyResult;
   # Returns when the agent has answered: the guest is up.

@@ -97,7 +97,7 @@ struct GuestConfig {
   # Host folders that the guest can mount, each served by a vhost-user file system back end, at most 16.
 
   onReset @26 :OnReset;
-  # What happens when the guest resets itself.
+  # What happens when the guest resets itself (its watchdog included).
 
   limits @27 :Limits;
   # What the host lets the component use at most.
@@ -123,6 +123,20 @@ struct GuestConfig {
   agent @34 :Toggle;
   # Whether `Guest.agent` talks to an agent in the guest, over vsock port 1024: needs `vsock`, and BAD_CONFIG if that is off. On by default
   # where there is a vsock device.
+
+  onPanic @35 :OnPanic;
+  # What happens when the guest's kernel tells that it has panicked; BAD_CONFIG without `panicDevice`, unless leave.
+
+  enum OnPanic {
+    leave @0;
+    # Whatever the guest does about it: halt, reboot, write a dump.
+    stop @1;
+    # It is stopped by force; the reason is crash.
+    restart @2;
+    # It is created and run again, as by Power.reset.
+    pause @3;
+    # It is paused, to be looked into.
+  }
 
   enum WatchdogAction {
     reset @0;
@@ -341,6 +355,8 @@ struct GuestConfig {
     stop @0;
     # The guest is stopped, and the reason says that it had reset itself.
     restart @1;
-    # The guest is created and run again from the same configuration. Not supported yet.
+    # The guest is created and run again from the same configuration, under the same capabilities.
+    pause @2;
+    # The same, but paused before its first instruction.
   }
 }

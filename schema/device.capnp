@@ -3,9 +3,11 @@
 
 using import "error.capnp".Error;
 using import "error.capnp".Completion;
+using import "facet.capnp".Facet;
 using Config = import "config.capnp".GuestConfig;
 
-interface BalloonController {
+interface BalloonController extends (Facet) {
+  # Looking needs the right `observe`, setting the right `balloon`.
   # How much memory the guest lends back to the host. In pages of 4096 bytes, as Fuchsia's BalloonController.
 
   getBalloonSize @0 () -> SizeResult;
@@ -43,7 +45,8 @@ interface BalloonController {
   }
 }
 
-interface MemController {
+interface MemController extends (Facet) {
+  # Looking needs the right `observe`, setting the right `memory`.
   # Memory that is plugged into the guest and out of it.
 
   getMemSize @0 () -> SizeResult;
@@ -69,7 +72,8 @@ interface MemController {
   }
 }
 
-interface DiskController {
+interface DiskController extends (Facet) {
+  # Looking needs the right `observe`, resizing the right `disk`.
   list @0 () -> ListResult;
   # The disks in the order of the configuration.
 
@@ -99,7 +103,8 @@ interface DiskController {
   }
 }
 
-interface NetController {
+interface NetController extends (Facet) {
+  # Looking needs the right `observe`, setting the right `network`.
   list @0 () -> ListResult;
   # The network devices in the order of the configuration.
 

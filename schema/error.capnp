@@ -74,6 +74,8 @@ struct Error {
     # The guest's component ended unexpectedly (Fuchsia's VMM_UNEXPECTED_TERMINATION); the message says how.
     alreadyBound @26;
     # Somebody has that port, context id or name already.
+    revoked @27;
+    # The capability, or one that it was derived from, was revoked or has expired. Nothing brings it back.
   }
 }
 

@@ -11,6 +11,9 @@ using import "device.capnp".NetController;
 using import "device.capnp".DeviceStats;
 using import "vsock.capnp".HostVsockEndpoint;
 using import "agent.capnp".Agent;
+using import "debug.capnp".Debug;
+using import "facet.capnp".Facet;
+using import "facet.capnp".Share;
 
 enum GuestStatus {
   # Fuchsia's GuestStatus.
@@ -34,6 +37,21 @@ struct StopReport {
   # Nanoseconds from the start of the vCPUs to the end; 0 if they never ran.
   timeNs @4 :UInt64;
   # When it ended: nanoseconds since 1970-01-01 UTC.
+  about @5 :Text;
+  # The vCPU ("vcpu1") or device ("watchdog") that it ended by; empty where there is none.
+  rung @6 :Rung;
+  # Which rung of the ladder ended it, if it was made to stop.
+
+  enum Rung {
+    none @0;
+    # It ended by itself.
+    asked @1;
+    # It was asked to shut down, and did.
+    forced @2;
+    # Its component stopped the machine.
+    killed @3;
+    # Its component did not, and was killed.
+  }
 
   enum Reason {
     unknown @0;
@@ -148,6 +166,8 @@ struct Event {
       message @19 :Text;
       count @20 :UInt64;
       # How many errors this event stands for, from 1.
+      noSpace @31 :Bool;
+      # The host's file system is full (ENOSPC, EDQUOT).
     }
     balloonChanged :group {
       # The guest or its owner changed the balloon. In pages of 4096 bytes; at most one event a second.
@@ -172,6 +192,10 @@ struct Event {
     # The guest did not keep its watchdog from expiring; what is done about it: "reset", "stop", "none".
     guestReady @30 :Void;
     # The agent in the guest has answered for the first time.
+    restarting @32 :StopReport;
+    # It has ended so, and is created again under the same capabilities, because it was reset or its configuration says so.
+    crashed @33 :StopReport;
+    # A vCPU or the component failed. What becomes of the guest is told by the event that follows: stopped, restarting.
   }
 
   enum Panic {
@@ -203,22 +227,25 @@ struct ReadResult {
   # Bytes that were asked for but are no longer kept.
   ended @3 :Bool;
   # The guest is gone, and there is nothing after these bytes.
+  error @4 :Error;
+  # Null, unless nothing could be read: REVOKED, PERMISSION_DENIED.
 }
 
-interface Output {
-  # What a serial port or console printed: a bounded history that readers share without disturbing each other or the guest.
+interface Output extends (Facet) {
+  # What a serial port or console printed: a bounded history that readers share without disturbing each other or the guest. Needs the
+  # right `output`.
 
   read @0 (position :UInt64, maxBytes :UInt32, wait :Bool = true) -> ReadResult;
   # Bytes from `position` on, at most `maxBytes` (0: 65536, which is also the most). Waits for at least one byte, unless `wait` is false or
   # the output has ended. Position 0 is the beginning: a reader that wants only news starts from what `end` returned.
   # The next position to read is position + the length of bytes.
 
-  end @1 () -> (position :UInt64);
-  # The position after the last byte printed so far.
+  end @1 () -> (position :UInt64, error :Error);
+  # The position after the last byte printed so far; `error` is null if that can be told.
 }
 
 interface Serial extends (Output) {
-  # The first serial port, both ways. Any number of clients may hold one.
+  # The first serial port, both ways. Any number of clients may hold one. Typing needs the right `input`.
 
   write @0 (bytes :Data) -> stream;
   # Types into the guest; at most 64 KiB a call. Flow-controlled: completes when the guest's side has taken the bytes or they are queued
@@ -226,7 +253,8 @@ interface Serial extends (Output) {
 
   open @1 (position :UInt64) -> OpenResult;
   # One end of a stream socket: output from `position` on arrives there, what is written to it is typed into the guest. End of file means
-  # that the guest is gone. A reader that does not keep up loses the oldest output, never stalls the guest.
+  # that the guest is gone. A reader that does not keep up loses the oldest output, never stalls the guest. Without the right `input` what is
+  # written is discarded; without `output` nothing arrives; at least one of them is needed.
 
   struct OpenResult {
     union {
@@ -243,27 +271,31 @@ interface Console extends (Serial) {
   # Tells the guest the size of the terminal at the other end. The latest of several clients counts.
 }
 
-interface Power {
+interface Power extends (Facet) {
   # Everything that changes whether the guest runs.
 
   shutdown @0 () -> Completion;
-  # Presses the power button and returns at once; what the guest makes of it is its own affair.
+  # Presses the power button and returns at once; what the guest makes of it is its own affair. Needs the right `shutdown`.
 
   stop @1 (timeoutMs :UInt64, force :Bool) -> StopResult;
-  # The ladder: ask, wait for `timeoutMs` (0: 30 s), then stop by force if `force` is set, else return TIMED_OUT and leave the guest as it is.
-  # Returns after the guest's threads and processes are gone. Dropping the call ends the waiting, not the asking.
+  # The ladder: ask by the power button, and by the agent if the guest runs one and has not begun by half the time; wait for `timeoutMs`
+  # (0: 30 s); then stop by force if `force` is set, else return TIMED_OUT and leave the guest as it is. Returns after the guest's threads and
+  # processes are gone; the report says which rung it took. Dropping the call ends the waiting, not the asking. Needs the right `shutdown`,
+  # and with `force` the right `kill`.
 
   kill @2 () -> StopResult;
-  # Stops by force at once. Always completes.
+  # Stops by force at once. Always completes. Needs the right `kill`.
 
   pause @3 () -> Completion;
-  # All vCPUs leave the guest before it returns.
+  # All vCPUs leave the guest before it returns. Needs the right `pause`.
   resume @4 () -> Completion;
+  # Needs the right `pause`.
 
   reset @5 () -> Completion;
-  # Not supported yet.
+  # Begins the guest again as at its start, from the same configuration and under the same capabilities, whatever `onReset` says; returns when
+  # its vCPUs run again. What it held in memory is lost, as by the button of a PC. Needs the right `reset`.
   nmi @6 () -> Completion;
-  # A non-maskable interrupt for every vCPU.
+  # A non-maskable interrupt for every vCPU. Needs the right `nmi`.
 
   struct StopResult {
     union {
@@ -273,22 +305,52 @@ interface Power {
   }
 }
 
-interface Observer {
-  # Read-only.
+interface Observer extends (Facet) {
+  # Read-only: all needs the right `observe`.
 
-  info @0 () -> (info :GuestInfo);
+  info @0 () -> InfoResult;
   # Never waits for the guest or its component.
 
-  wait @1 () -> StopReport;
+  wait @1 () -> WaitResult;
   # Returns when the guest has ended, at once if it has already. Dropping the call ends the waiting.
 
   output @2 () -> (output :Output);
   # What the serial port printed.
 
-  subscribe @3 (sink :EventSink) -> (subscription :Subscription);
-  # The events of this guest from now on.
+  subscribe @3 (sink :EventSink, replay :UInt32) -> SubscribeResult;
+  # The events of this guest from now on, after the last `replay` of them that are kept. When this is revoked, the sink is dropped.
 
-  stats @4 () -> StatsResult;
+  stats @4 () -> Statistics.StatsResult;
+  # As Statistics.get.
+
+  struct InfoResult {
+    union {
+      info @0 :GuestInfo;
+      error @1 :Error;
+    }
+  }
+
+  struct WaitResult {
+    union {
+      report @0 :StopReport;
+      error @1 :Error;
+    }
+  }
+
+  struct SubscribeResult {
+    union {
+      subscription @0 :Subscription;
+      error @1 :Error;
+    }
+  }
+}
+
+interface Statistics extends (Facet) {
+  # The figures of a guest alone. Needs the right `observe`.
+
+  get @0 () -> StatsResult;
+  # Answers within a few milliseconds: what the component does not tell in that time is what it told last, and `ageNs` says how long ago.
+  # TIMED_OUT if it has never told anything, NOT_RUNNING for a guest that ended before it did.
 
   struct StatsResult {
     union {
@@ -300,6 +362,9 @@ interface Observer {
 
 struct Stats {
   # Counters since the guest's creation, taken without waking an idle guest.
+
+  ageNs @3 :UInt64;
+  # How old they are: nanoseconds since the component told them; 0 if it has just done so.
   vcpus @0 :List(Vcpu);
   serialDropped @1 :UInt64;
   # Bytes of serial output that were lost because nobody drained them.
@@ -319,9 +384,9 @@ struct Stats {
   }
 }
 
-interface Guest {
+interface Guest extends (Facet) {
   # One guest, from its creation to its end. When the guest ends, calls to its facets fail with NOT_RUNNING, but the read-only ones still
-  # answer as long as the manager remembers the guest.
+  # answer as long as the manager remembers the guest. A facet permits what the Guest does that it was asked of.
 
   serial @0 () -> (serial :Serial);
   power @1 () -> (power :Power);
@@ -338,6 +403,22 @@ interface Guest {
   agent @9 () -> AgentResult;
   # The agent in the guest; DEVICE_NOT_PRESENT without vsock, or if the configuration has it off. That it is there says nothing about whether
   # the guest runs one.
+
+  statistics @10 () -> (statistics :Statistics);
+  debug @11 () -> (debug :Debug);
+
+  shares @12 () -> SharesResult;
+  # What was shared of this guest and can still be redeemed or used, oldest first. Needs the right `share`.
+
+  revokeShare @13 (id :UInt64) -> Completion;
+  # Takes a share back, and all that was made of it; 0: all shares. NOT_FOUND. Needs the right `share`.
+
+  struct SharesResult {
+    union {
+      shares @0 :List(Share);
+      error @1 :Error;
+    }
+  }
 
   struct ConsoleResult {
     union {

@@ -7,11 +7,27 @@ using import "file.capnp".Upload;
 using import "config.capnp".GuestConfig;
 using import "lifecycle.capnp".GuestLifecycle;
 using Guests = import "guest.capnp";
+using Facets = import "facet.capnp";
 
 const protocolVersion :UInt32 = 1;
 # Grows when a client could need to know; fields and methods are only ever added.
 
+enum Role {
+  # What a client of the manager may do, by who it is: the manager's configuration gives a user or group one of these.
+  none @0;
+  # Redeem tokens, nothing else.
+  observe @1;
+  # See all guests: list, lookup, events; the guests that it finds permit `observe` and `output`.
+  operate @2;
+  # Do everything to all guests that are there, but debug, and launch guests of its own from files that it passes as descriptors or bytes.
+  admin @3;
+  # Everything: name paths, use networks, hand over backends, end the manager. The manager's own user and root have it.
+}
+
 interface GuestManager {
+  # Calls that the caller's role does not permit are PERMISSION_DENIED, naming the role that they need: operate for what changes something,
+  # observe for the rest.
+
   version @0 () -> (version :Text, protocol :UInt32, pid :UInt32);
 
   newGuest @1 (name :Text) -> NewGuestResult;
@@ -44,7 +60,26 @@ interface GuestManager {
   # upload, and 16 uploads a connection: else NO_RESOURCES.
 
   shutdown @9 () -> Completion;
-  # Stops all guests by force, then ends the manager. PERMISSION_DENIED unless the caller has the manager's uid or is root.
+  # Stops all guests by force, then ends the manager. Needs the role admin.
+
+  redeem @10 (token :Text) -> RedeemResult;
+  # The capability that a token stands for (Facet.share). NOT_FOUND for what is none, was used up or has been revoked.
+
+  whoAmI @11 () -> (uid :UInt32, gid :UInt32, role :Role, readOnly :Bool);
+  # How the manager sees the caller. `readOnly`: it came by the read-only socket, where nobody has more than the role observe.
+
+  struct RedeemResult {
+    union {
+      redeemed :group {
+        facet @0 :Facets.Facet;
+        # To be cast to what `kind` says.
+        kind @1 :Facets.FacetKind;
+        guest @2 :Text;
+        # The guest's name.
+      }
+      error @3 :Error;
+    }
+  }
 
   struct NewGuestResult {
     union {

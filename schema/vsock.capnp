@@ -4,9 +4,11 @@
 using import "error.capnp".Error;
 using import "file.capnp".FdRef;
 using import "bytes.capnp".ByteStream;
+using import "facet.capnp".Facet;
 
-interface HostVsockEndpoint {
-  # The host's side of a guest's vsock device. The host's context id is 2.
+interface HostVsockEndpoint extends (Facet) {
+  # The host's side of a guest's vsock device. The host's context id is 2. Needs the rights `connect` and `listen`; connections end with the
+  # capability that they were made through.
 
   listen @0 (port :UInt32, acceptor :VsockAcceptor) -> ListenResult;
   # Offers a port to the guest, until the listener is dropped; 2^32-1 (VMADDR_PORT_ANY) stands for every port that has no listener of its own.
@@ -19,8 +21,8 @@ interface HostVsockEndpoint {
   connectStream @2 (port :UInt32, fromGuest :ByteStream) -> ByteStreamResult;
   # The same for clients that receive no descriptors: what the guest sends goes to `fromGuest`, which is ended when the guest ends it.
 
-  address @3 () -> (cid :UInt32);
-  # The guest's context id.
+  address @3 () -> (cid :UInt32, error :Error);
+  # The guest's context id; `error` is null if it can be told.
 
   struct ListenResult {
     union {

@@ -66,13 +66,13 @@ pub(crate) fn output(observer: &observer::Client) -> output::Client {
 /// What there is to know about a guest.
 pub(crate) async fn info(observer: &observer::Client) -> Result<GuestInfo> {
     let response = observer.info_request().send().promise.await?;
-    Ok(GuestInfo::read(response.get()?.get_info()?)?)
+    Ok(GuestInfo::read_result(response.get()?)?)
 }
 
 /// Waits for the guest's end.
 pub(crate) async fn wait(observer: &observer::Client) -> Result<StopReport> {
     let response = observer.wait_request().send().promise.await?;
-    Ok(StopReport::read(response.get()?)?)
+    Ok(StopReport::read_result(response.get()?)?)
 }
 
 /// Stops by force at once.

@@ -10,7 +10,7 @@ use sepal_schema::{
     },
     device_capnp::{balloon_controller, device_stats, disk_controller, mem_controller, net_controller},
     error::{Error, Kind, read_completion},
-    guest_capnp::{guest, observer},
+    guest_capnp::{guest, statistics},
     transport::Handle,
 };
 use serde::Serialize;
@@ -307,14 +307,14 @@ async fn list_disks(disks: &disk_controller::Client, json: bool) -> Result<()> {
 }
 
 /// What the devices of a guest have counted.
-async fn stats(guest: &guest::Client) -> Result<capnp::capability::Response<observer::stats_result::Owned>> {
+async fn stats(guest: &guest::Client) -> Result<capnp::capability::Response<statistics::stats_result::Owned>> {
     Ok(calls::observer(guest).stats_request().send().promise.await?)
 }
 
 fn devices<'a>(
-    response: &'a capnp::capability::Response<observer::stats_result::Owned>,
+    response: &'a capnp::capability::Response<statistics::stats_result::Owned>,
 ) -> Result<device_stats::Reader<'a>> {
-    use observer::stats_result::Which;
+    use statistics::stats_result::Which;
     match response.get()?.which()? {
         Which::Stats(stats) => Ok(stats?.get_devices()?),
         Which::Error(error) => Err(Error::read(error?)?.into()),

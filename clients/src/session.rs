@@ -260,6 +260,8 @@ mod tests {
             error: None,
             uptime_ns: 0,
             time_ns: 0,
+            about: String::new(),
+            rung: sepal_schema::report::Rung::None,
         };
         let mut info = GuestInfo {
             name: "bee".into(),

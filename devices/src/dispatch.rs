@@ -79,6 +79,8 @@ pub enum DeviceEvent {
         operation: &'static str,
         /// What the host said.
         reason: String,
+        /// The host's file system is full.
+        no_space: bool,
     },
     /// The guest holds this many bytes in its balloon now.
     BalloonChanged {

@@ -302,6 +302,8 @@ fn command(from: agent::command::Reader<'_>) -> Result<Command, capnp::Error> {
     })
 }
 
+impl sepal_schema::facet_capnp::facet::Server for AgentServer {}
+
 impl agent::Server for AgentServer {
     async fn ready(self: Rc<Self>, _: agent::ReadyParams, mut results: agent::ReadyResults) -> Reply {
         let greet = async {

@@ -6,6 +6,7 @@ use capnp::capability::{Promise, Response};
 use sepal_schema::{
     error::{Error, Kind, read_completion, write_completion},
     error_capnp::completion,
+    facet_capnp::facet,
     guest_capnp::{console, guest, observer, output, power, serial},
     report::StopReport,
     transport::guard,
@@ -31,6 +32,8 @@ impl GuestServer {
         guard::new_client(Self { client, guest })
     }
 }
+
+impl facet::Server for GuestServer {}
 
 impl guest::Server for GuestServer {
     fn serial(
@@ -204,6 +207,8 @@ fn end(port: Rc<Port>, mut results: output::EndResults) -> impl Future<Output = 
     reply(Ok(()))
 }
 
+impl facet::Server for OutputServer {}
+
 impl output::Server for OutputServer {
     fn read(
         self: Rc<Self>,
@@ -217,6 +222,8 @@ impl output::Server for OutputServer {
         end(self.0.clone(), results)
     }
 }
+
+impl facet::Server for PortServer {}
 
 impl output::Server for PortServer {
     fn read(
@@ -297,6 +304,8 @@ fn write_stopped(outcome: Result<StopReport, Error>, to: power::stop_result::Bui
     }
 }
 
+impl facet::Server for PowerServer {}
+
 impl power::Server for PowerServer {
     async fn shutdown(self: Rc<Self>, _: power::ShutdownParams, mut results: power::ShutdownResults) -> Reply {
         let outcome = ladder::press(&self.0).await;
@@ -356,6 +365,8 @@ impl power::Server for PowerServer {
 /// Read-only.
 struct ObserverServer(Rc<Guest>);
 
+impl facet::Server for ObserverServer {}
+
 impl observer::Server for ObserverServer {
     fn info(
         self: Rc<Self>,
@@ -367,7 +378,7 @@ impl observer::Server for ObserverServer {
     }
 
     async fn wait(self: Rc<Self>, _: observer::WaitParams, mut results: observer::WaitResults) -> Reply {
-        self.0.ended().await.write(results.get());
+        self.0.ended().await.write(results.get().init_report());
         Ok(())
     }
 

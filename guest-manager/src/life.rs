@@ -26,7 +26,7 @@ use sepal_schema::{
     config::{GuestConfig, Handles},
     error::{Error, Kind, read_completion},
     guest_capnp::{event_sink, guest as component_guest},
-    info::GuestDescriptor,
+    info::GuestInfo,
     lifecycle_capnp::guest_lifecycle::{self, run_result},
     report::{Reason, StopReport},
     transport::guard,
@@ -387,8 +387,9 @@ impl Talk {
 async fn describe(guest: Weak<Guest>, remote: component_guest::Client) {
     let observer = remote.observer_request().send().pipeline.get_observer();
     let info = observer.info_request().send().promise;
-    let descriptor = async { GuestDescriptor::read(info.await?.get()?.get_info()?.get_descriptor()?) };
-    if let (Ok(descriptor), Some(guest)) = (descriptor.await, guest.upgrade()) {
+    let info = async { GuestInfo::read_result(info.await?.get()?) };
+    let descriptor = info.await.ok().and_then(|info| info.descriptor);
+    if let (Some(descriptor), Some(guest)) = (descriptor, guest.upgrade()) {
         guest.describe(&descriptor);
     }
 }
@@ -433,6 +434,8 @@ mod tests {
             error: None,
             uptime_ns: 5,
             time_ns: 0,
+            about: String::new(),
+            rung: sepal_schema::report::Rung::None,
         };
         let cause = StopCause::Killed("by hand".into());
         for cause in [None, Some(&cause)] {

@@ -84,6 +84,8 @@ mod tests {
                 error: Some(error),
                 uptime_ns: 1,
                 time_ns: 1,
+                about: String::new(),
+                rung: sepal_schema::report::Rung::None,
             }),
             problems: vec![text(); 8],
             layers: vec![layer; 15],

@@ -7,7 +7,7 @@ use sepal_schema::{
     guest_capnp::event,
     info::LayerInfo,
     news::DeviceNews,
-    report::{Reason, StopReport},
+    report::{Reason, Rung, StopReport},
 };
 
 /// Most entries that are kept of a list that a component sends: layers, devices.
@@ -72,6 +72,8 @@ impl Ending {
             error: self.error,
             uptime_ns,
             time_ns: now.unix_ns,
+            about: String::new(),
+            rung: Rung::None,
         }
     }
 
@@ -228,6 +230,8 @@ mod tests {
             error: None,
             uptime_ns: 17,
             time_ns: 23,
+            about: String::new(),
+            rung: sepal_schema::report::Rung::None,
         };
         let plain = [
             EventKind::Defined,
@@ -269,6 +273,8 @@ mod tests {
             error: None,
             uptime_ns: 0,
             time_ns: 0,
+            about: String::new(),
+            rung: sepal_schema::report::Rung::None,
         };
         assert_eq!(bounded_report(report).detail.len(), 1024);
         assert_eq!(bounded_names(vec![String::new(); 100]).len(), 32);

@@ -317,7 +317,7 @@ impl Guest {
         let asked = self.observer().wait_request().send().promise;
         let answer = self.manager.within(PATIENCE, asked)?;
         let answer = answer.ok_or_else(|| self.timed_out("the report of the guest's end", patience))??;
-        Ok(StopReport::read(answer.get()?)?)
+        Ok(StopReport::read_result(answer.get()?)?)
     }
 
     /// Waits for the guest's end and checks its reason.
@@ -345,7 +345,7 @@ impl Guest {
         let asked = self.observer().info_request().send().promise;
         let answer = self.manager.within(PATIENCE, asked)?;
         let answer = answer.ok_or_else(|| self.timed_out("the guest's information", PATIENCE))??;
-        Ok(GuestInfo::read(answer.get()?.get_info()?)?)
+        Ok(GuestInfo::read_result(answer.get()?)?)
     }
 
     /// Everything that the guest printed so far and a wait has collected.

@@ -123,6 +123,7 @@ pub fn kind_name(kind: Kind) -> &'static str {
         Kind::Cancelled => "CANCELLED",
         Kind::VmmTerminated => "VMM_TERMINATED",
         Kind::AlreadyBound => "ALREADY_BOUND",
+        Kind::Revoked => "REVOKED",
     }
 }
 

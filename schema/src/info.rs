@@ -1,6 +1,10 @@
 //! What there is to know about a guest, as a Rust value.
 
-use crate::{error::cut, guest_capnp, report::StopReport};
+use crate::{
+    error::{Error, cut},
+    guest_capnp,
+    report::StopReport,
+};
 
 pub use guest_capnp::{GuestStatus, layer_info::State as LayerState};
 
@@ -61,6 +65,18 @@ pub struct GuestInfo {
 pub const MAX_PROBLEMS: usize = 8;
 
 impl GuestInfo {
+    /// Reads what an observer answers to `info`.
+    ///
+    /// # Errors
+    /// What kept the observer from answering.
+    pub fn read_result(from: guest_capnp::observer::info_result::Reader<'_>) -> Result<Self, Error> {
+        use guest_capnp::observer::info_result::Which;
+        match from.which().map_err(capnp::Error::from)? {
+            Which::Info(info) => Ok(Self::read(info?)?),
+            Which::Error(error) => Err(Error::read(error?)?),
+        }
+    }
+
     /// Writes the information into a message; problems past [`MAX_PROBLEMS`] are left out.
     pub fn write(&self, mut to: guest_capnp::guest_info::Builder<'_>) {
         to.set_name(&self.name);
@@ -188,7 +204,7 @@ fn length(of: usize) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::Reason;
+    use crate::report::{Reason, Rung};
 
     #[test]
     fn a_jail_of_countless_layers_is_cut() {
@@ -224,6 +240,8 @@ mod tests {
                 error: None,
                 uptime_ns: 1,
                 time_ns: 2,
+                about: String::new(),
+                rung: Rung::None,
             }),
             problems: vec!["a layer of the jail is waived".into()],
             layers: vec![LayerInfo {

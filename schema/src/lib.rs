@@ -4,12 +4,14 @@
 //!   *.capnp --(capnp compile, checked in)--> generated     the messages
 //!   config  GuestConfig as a Rust value, decoded with limits and errors that name the field
 //!   error   typed errors: what a method answers when an expected thing goes wrong
+//!   facet   what a capability permits: rights and bounds
 //!   report  how a guest ended;  info  what there is to know about a guest;  news  what happens to its devices
 //!   transport  messages and file descriptors over Unix sockets, on one event loop a thread
 //! ```
 
 pub mod config;
 pub mod error;
+pub mod facet;
 #[expect(missing_docs, unreachable_pub, reason = "generated from the .capnp files, which carry the documentation")]
 #[allow(clippy::all, clippy::undocumented_unsafe_blocks, clippy::unwrap_used, clippy::expect_used)]
 #[rustfmt::skip]
@@ -21,6 +23,6 @@ pub mod socket;
 pub mod transport;
 
 pub use generated::{
-    agent_capnp, bytes_capnp, config_capnp, device_capnp, error_capnp, file_capnp, guest_capnp, lifecycle_capnp,
-    manager_capnp, vsock_capnp,
+    agent_capnp, bytes_capnp, config_capnp, debug_capnp, device_capnp, error_capnp, facet_capnp, file_capnp,
+    guest_capnp, lifecycle_capnp, manager_capnp, vsock_capnp,
 };

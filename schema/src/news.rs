@@ -39,6 +39,8 @@ pub enum DeviceNews {
         message: String,
         /// How many errors this stands for.
         count: u64,
+        /// The host's file system is full.
+        no_space: bool,
     },
     /// The balloon is changed.
     Balloon {
@@ -97,12 +99,14 @@ impl DeviceNews {
                 operation,
                 message,
                 count,
+                no_space,
             } => {
                 let mut to = to.init_io_error();
                 to.set_device(cut(device));
                 to.set_operation(cut(operation));
                 to.set_message(cut(message));
                 to.set_count(*count);
+                to.set_no_space(*no_space);
             }
             Self::Balloon {
                 current_pages,
@@ -154,6 +158,7 @@ impl DeviceNews {
                 operation: text(from.get_operation())?,
                 message: text(from.get_message())?,
                 count: from.get_count(),
+                no_space: from.get_no_space(),
             },
             Which::BalloonChanged(from) => Self::Balloon {
                 current_pages: from.get_current_pages(),
@@ -171,7 +176,9 @@ impl DeviceNews {
             Which::GuestPanicked(how) => Self::GuestPanicked(how.unwrap_or(Panic::Panicked)),
             Which::WatchdogExpired(action) => Self::WatchdogExpired { action: text(action)? },
             Which::GuestReady(()) => Self::GuestReady,
-            Which::Defined(())
+            Which::Restarting(_)
+            | Which::Crashed(_)
+            | Which::Defined(())
             | Which::Starting(())
             | Which::Started(())
             | Which::Paused(())
@@ -229,6 +236,7 @@ pub fn examples() -> Vec<DeviceNews> {
             operation: "read".into(),
             message: "Input/output error".into(),
             count: 3,
+            no_space: true,
         },
         DeviceNews::Balloon {
             current_pages: 1,

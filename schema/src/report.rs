@@ -5,7 +5,7 @@ use crate::{
     guest_capnp,
 };
 
-pub use guest_capnp::stop_report::Reason;
+pub use guest_capnp::stop_report::{Reason, Rung};
 
 /// How a guest ended; the fields are documented in `guest.capnp`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -20,6 +20,10 @@ pub struct StopReport {
     pub uptime_ns: u64,
     /// When it ended, in nanoseconds since 1970-01-01 UTC.
     pub time_ns: u64,
+    /// The vCPU or device that it ended by; empty where there is none.
+    pub about: String,
+    /// Which rung of the ladder ended it.
+    pub rung: Rung,
 }
 
 impl StopReport {
@@ -32,6 +36,20 @@ impl StopReport {
         }
         to.set_uptime_ns(self.uptime_ns);
         to.set_time_ns(self.time_ns);
+        to.set_about(cut(&self.about));
+        to.set_rung(self.rung);
+    }
+
+    /// Reads what [`guest_capnp::observer`] answers to those who wait.
+    ///
+    /// # Errors
+    /// What kept the observer from answering.
+    pub fn read_result(from: guest_capnp::observer::wait_result::Reader<'_>) -> Result<Self, Error> {
+        use guest_capnp::observer::wait_result::Which;
+        match from.which().map_err(capnp::Error::from)? {
+            Which::Report(report) => Ok(Self::read(report?)?),
+            Which::Error(error) => Err(Error::read(error?)?),
+        }
     }
 
     /// Reads a report out of a message. A reason that this version does not know reads as [`Reason::Unknown`], with the text kept.
@@ -46,6 +64,8 @@ impl StopReport {
             },
             uptime_ns: from.get_uptime_ns(),
             time_ns: from.get_time_ns(),
+            about: cut(from.get_about()?.to_str()?).to_owned(),
+            rung: from.get_rung().unwrap_or(Rung::None),
         })
     }
 }
@@ -61,6 +81,16 @@ pub fn reason_name(reason: Reason) -> &'static str {
         Reason::StartFailed => "start-failed",
         Reason::Hangup => "hangup",
         Reason::VmmTerminated => "vmm-terminated",
+    }
+}
+
+/// The rung as it is written on command lines and in JSON: `asked`.
+pub fn rung_name(rung: Rung) -> &'static str {
+    match rung {
+        Rung::None => "none",
+        Rung::Asked => "asked",
+        Rung::Forced => "forced",
+        Rung::Killed => "killed",
     }
 }
 
@@ -105,6 +135,8 @@ mod tests {
                 error,
                 uptime_ns: 5,
                 time_ns: now_ns(),
+                about: "vcpu1".into(),
+                rung: Rung::Forced,
             };
             let mut message = capnp::message::Builder::new_default();
             report.write(message.init_root());

@@ -5,10 +5,12 @@
 
 use std::{fs, path::Path, process::Command};
 
-const SCHEMAS: [&str; 11] = [
+const SCHEMAS: [&str; 13] = [
     "error.capnp",
     "file.capnp",
     "bytes.capnp",
+    "facet.capnp",
+    "debug.capnp",
     "vsock.capnp",
     "device.capnp",
     "agent.capnp",

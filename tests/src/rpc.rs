@@ -202,7 +202,7 @@ impl Rpc {
         let response = self
             .wait("info", observer(guest).info_request().send().promise)
             .unwrap();
-        GuestInfo::read(response.get().unwrap().get_info().unwrap()).unwrap()
+        GuestInfo::read_result(response.get().unwrap()).unwrap()
     }
 
     /// Reads a guest's serial output from its beginning until `text` is in it, or it ends. Returns all of it.

@@ -13,6 +13,7 @@ use sepal_schema::{
     device_capnp::{balloon_controller, disk_controller, mem_controller, net_controller},
     error::{Error, Kind, read_completion, write_completion},
     error_capnp::completion,
+    facet_capnp,
     guest_capnp::{console, guest as component_guest},
     transport::guard,
 };
@@ -101,6 +102,8 @@ facet_of!(
 facet_of!(mem_controller_request, mem_controller, mem_controller_result);
 facet_of!(disk_controller_request, disk_controller, disk_controller_result);
 facet_of!(net_controller_request, net_controller, net_controller_result);
+
+impl<C: 'static> facet_capnp::facet::Server for Facet<C> {}
 
 impl balloon_controller::Server for Facet<balloon_controller::Client> {
     async fn get_balloon_size(

@@ -185,6 +185,8 @@ fn hand_over_streams(
     }
 }
 
+impl sepal_schema::facet_capnp::facet::Server for Endpoint {}
+
 impl host_vsock_endpoint::Server for Endpoint {
     async fn listen(
         self: Rc<Self>,

@@ -19,7 +19,7 @@ use sepal_schema::{
     guest_capnp::{event_sink, guest, observer, power},
     info::{GuestDescriptor, LayerInfo, LayerState, write_layers},
     lifecycle_capnp::{component, guest_lifecycle, host_setup},
-    report::{Reason, StopReport},
+    report::{Reason, Rung, StopReport},
     transport::{Connection, FdTable, Handle, Limits, guard, serve_with},
 };
 
@@ -207,6 +207,8 @@ impl Process {
             error: None,
             uptime_ns: 7,
             time_ns: 0,
+            about: String::new(),
+            rung: Rung::None,
         };
         self.finish(Ok(report));
     }
@@ -373,6 +375,8 @@ impl component::Server for Server {
 
 struct Machine(Rc<Process>);
 
+impl sepal_schema::facet_capnp::facet::Server for Machine {}
+
 impl guest::Server for Machine {
     fn host_vsock_endpoint(
         self: Rc<Self>,
@@ -411,6 +415,8 @@ impl guest::Server for Machine {
 }
 
 struct Button(Rc<Process>);
+
+impl sepal_schema::facet_capnp::facet::Server for Button {}
 
 impl power::Server for Button {
     fn shutdown(
@@ -460,6 +466,8 @@ impl power::Server for Button {
 }
 
 struct Eye(Weak<Process>);
+
+impl sepal_schema::facet_capnp::facet::Server for Eye {}
 
 impl observer::Server for Eye {
     fn info(

@@ -367,7 +367,7 @@ fn pausing_is_seen() {
 
 #[test]
 fn counters_come_from_the_component() {
-    use sepal_schema::guest_capnp::observer::stats_result;
+    use sepal_schema::guest_capnp::statistics::stats_result;
     run(async |world| {
         let caller = world.caller();
         let launched = caller.launch("web").await.unwrap();

@@ -134,6 +134,8 @@ impl Drop for Listening {
     }
 }
 
+impl sepal_schema::facet_capnp::facet::Server for Endpoint {}
+
 impl host_vsock_endpoint::Server for Endpoint {
     async fn listen(
         self: Rc<Self>,

@@ -196,12 +196,12 @@ pub(crate) async fn stop(guest: &guest::Client, timeout_ms: u64, force: bool) ->
 
 pub(crate) async fn wait(guest: &guest::Client) -> StopReport {
     let answer = observer(guest).wait_request().send().promise.await.unwrap();
-    StopReport::read(answer.get().unwrap()).unwrap()
+    StopReport::read_result(answer.get().unwrap()).unwrap()
 }
 
 pub(crate) async fn info(guest: &guest::Client) -> GuestInfo {
     let answer = observer(guest).info_request().send().promise.await.unwrap();
-    GuestInfo::read(answer.get().unwrap().get_info().unwrap()).unwrap()
+    GuestInfo::read_result(answer.get().unwrap()).unwrap()
 }
 
 pub(crate) async fn status(guest: &guest::Client) -> GuestStatus {

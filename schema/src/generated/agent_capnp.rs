@@ -78,7 +78,7 @@ pub mod agent {
             self.client.new_call(_private::TYPE_ID, 3, ::core::option::Option::None)
         }
     }
-    pub trait Server<> : 'static  {
+    pub trait Server<> : crate::generated::facet_capnp::facet::Server + 'static  {
         fn ready(self: ::capnp::capability::Rc<Self>, _: ReadyParams<>, _: ReadyResults<>) -> impl ::core::future::Future<Output = Result<(), ::capnp::Error>> + 'static { ::core::future::ready(Err(::capnp::Error::unimplemented("method agent::Server::ready not implemented".to_string()))) }
         fn put_file(self: ::capnp::capability::Rc<Self>, _: PutFileParams<>, _: PutFileResults<>) -> impl ::core::future::Future<Output = Result<(), ::capnp::Error>> + 'static { ::core::future::ready(Err(::capnp::Error::unimplemented("method agent::Server::put_file not implemented".to_string()))) }
         fn get_file(self: ::capnp::capability::Rc<Self>, _: GetFileParams<>, _: GetFileResults<>) -> impl ::core::future::Future<Output = Result<(), ::capnp::Error>> + 'static { ::core::future::ready(Err(::capnp::Error::unimplemented("method agent::Server::get_file not implemented".to_string()))) }
@@ -104,6 +104,7 @@ pub mod agent {
         fn dispatch_call(self, interface_id: u64, method_id: u16, params: ::capnp::capability::Params<::capnp::any_pointer::Owned>, results: ::capnp::capability::Results<::capnp::any_pointer::Owned>) -> ::capnp::capability::DispatchCallResult {
             match interface_id {
                 _private::TYPE_ID => Self::dispatch_call_internal(self.server, method_id, params, results),
+                0xcac3d8e905985364 => crate::generated::facet_capnp::facet::ServerDispatch::<_T>::dispatch_call_internal(self.server, method_id, params, results),
                 _ => { ::capnp::capability::DispatchCallResult::new(::capnp::capability::Promise::err(::capnp::Error::unimplemented("Method not implemented.".to_string())), false) }
             }
         }

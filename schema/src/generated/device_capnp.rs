@@ -73,7 +73,7 @@ pub mod balloon_controller {
             self.client.new_call(_private::TYPE_ID, 2, ::core::option::Option::None)
         }
     }
-    pub trait Server<> : 'static  {
+    pub trait Server<> : crate::generated::facet_capnp::facet::Server + 'static  {
         fn get_balloon_size(self: ::capnp::capability::Rc<Self>, _: GetBalloonSizeParams<>, _: GetBalloonSizeResults<>) -> impl ::core::future::Future<Output = Result<(), ::capnp::Error>> + 'static { ::core::future::ready(Err(::capnp::Error::unimplemented("method balloon_controller::Server::get_balloon_size not implemented".to_string()))) }
         fn request_balloon_size(self: ::capnp::capability::Rc<Self>, _: RequestBalloonSizeParams<>, _: RequestBalloonSizeResults<>) -> impl ::core::future::Future<Output = Result<(), ::capnp::Error>> + 'static { ::core::future::ready(Err(::capnp::Error::unimplemented("method balloon_controller::Server::request_balloon_size not implemented".to_string()))) }
         fn get_mem_stats(self: ::capnp::capability::Rc<Self>, _: GetMemStatsParams<>, _: GetMemStatsResults<>) -> impl ::core::future::Future<Output = Result<(), ::capnp::Error>> + 'static { ::core::future::ready(Err(::capnp::Error::unimplemented("method balloon_controller::Server::get_mem_stats not implemented".to_string()))) }
@@ -98,6 +98,7 @@ pub mod balloon_controller {
         fn dispatch_call(self, interface_id: u64, method_id: u16, params: ::capnp::capability::Params<::capnp::any_pointer::Owned>, results: ::capnp::capability::Results<::capnp::any_pointer::Owned>) -> ::capnp::capability::DispatchCallResult {
             match interface_id {
                 _private::TYPE_ID => Self::dispatch_call_internal(self.server, method_id, params, results),
+                0xcac3d8e905985364 => crate::generated::facet_capnp::facet::ServerDispatch::<_T>::dispatch_call_internal(self.server, method_id, params, results),
                 _ => { ::capnp::capability::DispatchCallResult::new(::capnp::capability::Promise::err(::capnp::Error::unimplemented("Method not implemented.".to_string())), false) }
             }
         }
@@ -1714,7 +1715,7 @@ pub mod mem_controller {
             self.client.new_call(_private::TYPE_ID, 1, ::core::option::Option::None)
         }
     }
-    pub trait Server<> : 'static  {
+    pub trait Server<> : crate::generated::facet_capnp::facet::Server + 'static  {
         fn get_mem_size(self: ::capnp::capability::Rc<Self>, _: GetMemSizeParams<>, _: GetMemSizeResults<>) -> impl ::core::future::Future<Output = Result<(), ::capnp::Error>> + 'static { ::core::future::ready(Err(::capnp::Error::unimplemented("method mem_controller::Server::get_mem_size not implemented".to_string()))) }
         fn request_size(self: ::capnp::capability::Rc<Self>, _: RequestSizeParams<>, _: RequestSizeResults<>) -> impl ::core::future::Future<Output = Result<(), ::capnp::Error>> + 'static { ::core::future::ready(Err(::capnp::Error::unimplemented("method mem_controller::Server::request_size not implemented".to_string()))) }
     }
@@ -1738,6 +1739,7 @@ pub mod mem_controller {
         fn dispatch_call(self, interface_id: u64, method_id: u16, params: ::capnp::capability::Params<::capnp::any_pointer::Owned>, results: ::capnp::capability::Results<::capnp::any_pointer::Owned>) -> ::capnp::capability::DispatchCallResult {
             match interface_id {
                 _private::TYPE_ID => Self::dispatch_call_internal(self.server, method_id, params, results),
+                0xcac3d8e905985364 => crate::generated::facet_capnp::facet::ServerDispatch::<_T>::dispatch_call_internal(self.server, method_id, params, results),
                 _ => { ::capnp::capability::DispatchCallResult::new(::capnp::capability::Promise::err(::capnp::Error::unimplemented("Method not implemented.".to_string())), false) }
             }
         }
@@ -2778,7 +2780,7 @@ pub mod disk_controller {
             self.client.new_call(_private::TYPE_ID, 1, ::core::option::Option::None)
         }
     }
-    pub trait Server<> : 'static  {
+    pub trait Server<> : crate::generated::facet_capnp::facet::Server + 'static  {
         fn list(self: ::capnp::capability::Rc<Self>, _: ListParams<>, _: ListResults<>) -> impl ::core::future::Future<Output = Result<(), ::capnp::Error>> + 'static { ::core::future::ready(Err(::capnp::Error::unimplemented("method disk_controller::Server::list not implemented".to_string()))) }
         fn resize(self: ::capnp::capability::Rc<Self>, _: ResizeParams<>, _: ResizeResults<>) -> impl ::core::future::Future<Output = Result<(), ::capnp::Error>> + 'static { ::core::future::ready(Err(::capnp::Error::unimplemented("method disk_controller::Server::resize not implemented".to_string()))) }
     }
@@ -2802,6 +2804,7 @@ pub mod disk_controller {
         fn dispatch_call(self, interface_id: u64, method_id: u16, params: ::capnp::capability::Params<::capnp::any_pointer::Owned>, results: ::capnp::capability::Results<::capnp::any_pointer::Owned>) -> ::capnp::capability::DispatchCallResult {
             match interface_id {
                 _private::TYPE_ID => Self::dispatch_call_internal(self.server, method_id, params, results),
+                0xcac3d8e905985364 => crate::generated::facet_capnp::facet::ServerDispatch::<_T>::dispatch_call_internal(self.server, method_id, params, results),
                 _ => { ::capnp::capability::DispatchCallResult::new(::capnp::capability::Promise::err(::capnp::Error::unimplemented("Method not implemented.".to_string())), false) }
             }
         }
@@ -3989,7 +3992,7 @@ pub mod net_controller {
             self.client.new_call(_private::TYPE_ID, 1, ::core::option::Option::None)
         }
     }
-    pub trait Server<> : 'static  {
+    pub trait Server<> : crate::generated::facet_capnp::facet::Server + 'static  {
         fn list(self: ::capnp::capability::Rc<Self>, _: ListParams<>, _: ListResults<>) -> impl ::core::future::Future<Output = Result<(), ::capnp::Error>> + 'static { ::core::future::ready(Err(::capnp::Error::unimplemented("method net_controller::Server::list not implemented".to_string()))) }
         fn set_link(self: ::capnp::capability::Rc<Self>, _: SetLinkParams<>, _: SetLinkResults<>) -> impl ::core::future::Future<Output = Result<(), ::capnp::Error>> + 'static { ::core::future::ready(Err(::capnp::Error::unimplemented("method net_controller::Server::set_link not implemented".to_string()))) }
     }
@@ -4013,6 +4016,7 @@ pub mod net_controller {
         fn dispatch_call(self, interface_id: u64, method_id: u16, params: ::capnp::capability::Params<::capnp::any_pointer::Owned>, results: ::capnp::capability::Results<::capnp::any_pointer::Owned>) -> ::capnp::capability::DispatchCallResult {
             match interface_id {
                 _private::TYPE_ID => Self::dispatch_call_internal(self.server, method_id, params, results),
+                0xcac3d8e905985364 => crate::generated::facet_capnp::facet::ServerDispatch::<_T>::dispatch_call_internal(self.server, method_id, params, results),
                 _ => { ::capnp::capability::DispatchCallResult::new(::capnp::capability::Promise::err(::capnp::Error::unimplemented("Method not implemented.".to_string())), false) }
             }
         }

@@ -3,8 +3,10 @@
 pub mod agent_capnp;
 pub mod bytes_capnp;
 pub mod config_capnp;
+pub mod debug_capnp;
 pub mod device_capnp;
 pub mod error_capnp;
+pub mod facet_capnp;
 pub mod file_capnp;
 pub mod guest_capnp;
 pub mod lifecycle_capnp;

@@ -40,13 +40,13 @@ fn killed(mut scene: Scene) {
         let report = other
             .wait("wait", observer(&guest).wait_request().send().promise)
             .unwrap();
-        let report = report.get().unwrap();
+        let report = sepal_schema::report::StopReport::read_result(report.get().unwrap()).unwrap();
         let expected = if scene.state == State::Stopped {
             Reason::Shutdown
         } else {
             Reason::Killed
         };
-        assert!(report.get_reason().unwrap() == expected, "{report:?}");
+        assert!(report.reason == expected, "{report:?}");
     }
     scene.lifecycle = other.new_guest(NAME).unwrap();
     scene.driver = other;

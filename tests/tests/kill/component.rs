@@ -70,7 +70,9 @@ pub(crate) fn check_and_go_on(mut scene: Scene, words: &str) {
             .driver
             .wait("wait", observer(&guest).wait_request().send().promise)
             .unwrap();
-        let told = report.get().unwrap().get_reason().unwrap();
+        let told = sepal_schema::report::StopReport::read_result(report.get().unwrap())
+            .unwrap()
+            .reason;
         assert!(told == reason, "{told:?}");
         // What it printed is still to be had.
         let output = scene.driver.read_until(&guest, PROMPT);

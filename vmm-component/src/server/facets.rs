@@ -16,6 +16,7 @@ use sepal_schema::{
     config::device::DiskMode,
     device_capnp::{balloon_controller, device_stats, disk_controller, mem_controller, net_controller},
     error::{Error, Kind, write_completion},
+    facet_capnp::facet,
     guest_capnp::{console, output, serial},
 };
 
@@ -296,6 +297,8 @@ pub(super) struct ConsoleServer {
     pub(super) guest: GuestServer,
     pub(super) port: usize,
 }
+
+impl facet::Server for ConsoleServer {}
 
 impl output::Server for ConsoleServer {}
 

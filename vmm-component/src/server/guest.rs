@@ -13,11 +13,12 @@ use futures::channel::oneshot;
 use sepal_schema::{
     config,
     error::{Error, Kind, write_completion},
+    facet_capnp::facet,
     guest_capnp::{event, event_sink, guest, observer, power, stats},
     info::{GuestDescriptor, GuestInfo, GuestStatus},
     lifecycle_capnp::backends,
     news::DeviceNews,
-    report::{Reason, StopReport, now_ns},
+    report::{Reason, Rung, StopReport, now_ns},
     transport::{FdTable, Handle, guard},
 };
 
@@ -291,6 +292,8 @@ fn report(ending: &Result<Ending, Error>, uptime_ns: u64) -> StopReport {
         error: ending.clone().err(),
         uptime_ns,
         time_ns: now_ns(),
+        about: String::new(),
+        rung: Rung::None,
     }
 }
 
@@ -344,6 +347,9 @@ impl GuestServer {
         }
     }
 }
+
+/// Narrowing and sharing are policy, and the guest manager's.
+impl facet::Server for GuestServer {}
 
 impl guest::Server for GuestServer {
     async fn power(
@@ -566,7 +572,7 @@ impl observer::Server for GuestServer {
         let report = self.state.wait().await;
         report
             .ok_or_else(|| capnp::Error::disconnected("the component is ending".into()))?
-            .write(results.get());
+            .write(results.get().init_report());
         Ok(())
     }
 

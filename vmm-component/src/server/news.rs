@@ -29,11 +29,13 @@ pub(super) fn translate(event: DeviceEvent) -> Option<DeviceNews> {
             device,
             operation,
             reason,
+            no_space,
         } => DeviceNews::IoError {
             device,
             operation: operation.to_owned(),
             message: reason,
             count: 1,
+            no_space,
         },
         DeviceEvent::BalloonChanged { actual, requested, .. } => DeviceNews::Balloon {
             current_pages: pages(actual),
@@ -130,11 +132,13 @@ fn merge(earlier: Option<DeviceNews>, later: DeviceNews) -> DeviceNews {
             operation,
             message,
             count,
+            no_space,
         } => DeviceNews::IoError {
             device,
             operation,
             message,
             count: count.saturating_add(before),
+            no_space,
         },
         later => later,
     }
@@ -152,6 +156,7 @@ mod tests {
             operation: operation.into(),
             message: "Input/output error".into(),
             count: 1,
+            no_space: false,
         }
     }
 

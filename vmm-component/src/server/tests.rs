@@ -109,7 +109,7 @@ fn stop_answers_for_a_guest_that_never_ran() {
 
 async fn ending(observer: &observer::Client) -> StopReport {
     let answer = observer.wait_request().send().promise.await.unwrap();
-    StopReport::read(answer.get().unwrap()).unwrap()
+    StopReport::read_result(answer.get().unwrap()).unwrap()
 }
 
 #[test]
@@ -296,7 +296,10 @@ fn create_bind_run_and_stop_in_one_round_trip() {
         stop.unwrap();
         // Bound to the guest that was stopped, or broken because there never was one.
         if let Ok(answer) = observer.wait_request().send().promise.await {
-            assert_eq!(StopReport::read(answer.get().unwrap()).unwrap().reason, Reason::Killed);
+            assert_eq!(
+                StopReport::read_result(answer.get().unwrap()).unwrap().reason,
+                Reason::Killed
+            );
         }
     });
 }
@@ -367,7 +370,7 @@ fn power_is_for_a_guest_that_runs() {
         let paused = power.pause_request().send().promise.await.unwrap();
         read_completion(paused.get().unwrap()).unwrap();
         let info = bench.observer().info_request().send().promise.await.unwrap();
-        assert!(info.get().unwrap().get_info().unwrap().get_paused());
+        assert!(GuestInfo::read_result(info.get().unwrap()).unwrap().paused);
         let resumed = power.resume_request().send().promise.await.unwrap();
         read_completion(resumed.get().unwrap()).unwrap();
         power.kill_request().send().promise.await.unwrap();
@@ -393,7 +396,7 @@ fn a_guest_that_ends_while_it_is_paused_is_not_paused_any_more() {
         read_completion(paused.get().unwrap()).unwrap();
         power.kill_request().send().promise.await.unwrap();
         let info = observer.info_request().send().promise.await.unwrap();
-        assert!(!info.get().unwrap().get_info().unwrap().get_paused());
+        assert!(!GuestInfo::read_result(info.get().unwrap()).unwrap().paused);
     });
 }
 
@@ -419,7 +422,7 @@ fn news_of_a_pause_that_a_resume_overtook_are_old() {
         );
         receiver.await.unwrap();
         let info = bench.observer().info_request().send().promise.await.unwrap();
-        assert!(!info.get().unwrap().get_info().unwrap().get_paused(), "it runs");
+        assert!(!GuestInfo::read_result(info.get().unwrap()).unwrap().paused, "it runs");
     });
 }
 

@@ -248,6 +248,7 @@ impl Balloon {
                             device: context.name().into(),
                             operation: "discard",
                             reason: error.to_string(),
+                            no_space: false,
                         });
                     }
                 }

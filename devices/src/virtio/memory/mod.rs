@@ -254,6 +254,7 @@ impl MemoryDevice {
                         device: context.name().into(),
                         operation: "discard",
                         reason: error.to_string(),
+                        no_space: false,
                     });
                     return Response::Busy;
                 }

@@ -237,7 +237,9 @@ fn disks_are_refused_by_name() {
     refused(Kind::BadConfig, "disks[0].image", |c, _| {
         c.init_disks(1).get(0).init_image().set_bytes(b"content");
     });
-    disk("disks[0].scratch", |d, t| d.init_scratch().init_fd().set_number(number(t)));
+    disk("disks[0].scratch", |d, t| {
+        d.init_scratch().init_fd().set_number(number(t))
+    });
     disk("disks[0].scratch", |mut d, _| {
         d.set_mode(DiskMode::VolatileWrite);
         d.init_scratch().set_bytes(b"content");

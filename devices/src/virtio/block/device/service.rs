@@ -3,6 +3,7 @@
 //! One pass of [`Block::service`] collects what the engine has done, takes a share of what each queue has, and tells the driver; passes follow each
 //! other while there is something to do. Then it looks out for a moment (see `poll`), asks for doorbells, and returns to the loop.
 
+use std::io::ErrorKind;
 use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress};
@@ -213,6 +214,7 @@ impl Block {
                         device: context.name().to_owned(),
                         operation: job.operation.name(),
                         reason: error.to_string(),
+                        no_space: matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded),
                     });
                 }
                 IOERR
