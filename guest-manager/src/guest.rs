@@ -109,6 +109,7 @@ pub struct Guest {
     /// Whether the agent in it is talked to.
     pub has_agent: bool,
     cid: Cell<u32>,
+    notes: RefCell<Vec<String>>,
     agent_ready: Changed<bool>,
     remote: RefCell<Option<Remote>>,
     state: Changed<State>,
@@ -132,6 +133,7 @@ impl Guest {
             consoles,
             has_agent: creation.agent,
             cid: Cell::new(0),
+            notes: RefCell::default(),
             agent_ready: Changed::default(),
             remote: RefCell::default(),
             state: Changed::new(state),
@@ -270,6 +272,16 @@ impl Guest {
     /// It has a context id.
     pub(crate) fn set_cid(&self, cid: u32) {
         self.cid.set(cid);
+    }
+
+    /// Sentences for a person about what it got from the host.
+    pub fn notes(&self) -> Vec<String> {
+        self.notes.borrow().clone()
+    }
+
+    /// What it got from the host is not as it should be.
+    pub(crate) fn set_notes(&self, notes: Vec<String>) {
+        self.notes.replace(notes);
     }
 
     /// Its power button and brakes.

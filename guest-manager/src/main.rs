@@ -52,6 +52,10 @@ struct Arguments {
     #[arg(long, value_name = "DIR")]
     libexec: Option<PathBuf>,
 
+    /// Folder that keeps what guests write to volatile disks, in files without names. Default: $TMPDIR, or /var/tmp
+    #[arg(long, value_name = "DIR")]
+    scratch: Option<PathBuf>,
+
     /// How to write the log, to standard error; RUST_LOG says how much
     #[arg(long, value_name = "FORMAT", default_value = "text")]
     log_format: LogFormat,
@@ -119,9 +123,11 @@ fn run(arguments: &Arguments, signals: OwnedFd, socket: Option<&Path>, caller: &
     if host.unassisted {
         tracing::info!("the host's CPU gives KVM no hardware virtualization: guests get help, and run slowly");
     }
+    let defaults = Settings::default();
     let settings = Settings {
         host,
-        ..Settings::default()
+        scratch: arguments.scratch.clone().unwrap_or(defaults.scratch),
+        ..defaults
     };
     let manager = Manager::new(handle.clone(), settings, Box::new(starter.clone()))?;
 

@@ -1,6 +1,6 @@
 //! What all of the manager shares: the registry, the guests' holders, how to start components, the settings.
 
-use std::{cell::RefCell, collections::HashMap, os::fd::OwnedFd, rc::Rc, time::Duration};
+use std::{cell::RefCell, collections::HashMap, os::fd::OwnedFd, path::PathBuf, rc::Rc, time::Duration};
 
 use event_listener::{Event, EventListener};
 use sepal_schema::{error::Error, info::GuestInfo, transport::Handle};
@@ -32,10 +32,13 @@ pub struct Settings {
     pub force_after: Duration,
     /// How long a power button may take where the caller names no deadline.
     pub default_deadline: Duration,
+    /// Folder of the files, without names, that keep what is written to volatile disks.
+    pub scratch: PathBuf,
 }
 
 impl Default for Settings {
-    /// An ordinary host; 256 KiB of history; 5 s to stop by force; 30 s to shut down.
+    /// An ordinary host; 256 KiB of history; 5 s to stop by force; 30 s to shut down; `$TMPDIR`, or
+    /// /var/tmp, for what is written to volatile disks.
     fn default() -> Self {
         Self {
             host: Host::default(),
@@ -43,6 +46,7 @@ impl Default for Settings {
             limits: Limits::default(),
             force_after: Duration::from_secs(5),
             default_deadline: Duration::from_secs(30),
+            scratch: files::default_scratch(),
         }
     }
 }
@@ -130,16 +134,16 @@ impl Manager {
 
     /// All that is known about a guest, problems included; none if its name was let go of. `available_mib` as the host said last.
     pub fn info(&self, id: GuestId, available_mib: Option<u64>) -> Option<GuestInfo> {
-        let output_lost = self
-            .slot(id)
-            .and_then(|slot| slot.current())
-            .map_or(0, |guest| guest.port.lost());
+        let guest = self.slot(id).and_then(|slot| slot.current());
+        let output_lost = guest.as_ref().map_or(0, |guest| guest.port.lost());
+        let notes = guest.map_or_else(Vec::new, |guest| guest.notes());
         let registry = self.registry.borrow();
         let mut info = registry.info(id, Moment::now())?;
         let host = self.settings.host;
         info.problems = problems(&Facts {
             info: &info,
             failures: registry.failures(id),
+            notes: &notes,
             host,
             available_mib,
             output_lost,

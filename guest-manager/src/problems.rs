@@ -11,6 +11,8 @@ pub struct Facts<'a> {
     pub info: &'a GuestInfo,
     /// Devices that broke in this generation, each with its reason.
     pub failures: &'a [(String, String)],
+    /// What it got from the host and is not as it should be, in whole sentences.
+    pub notes: &'a [String],
     /// The host.
     pub host: Host,
     /// Memory that the host can give away, in MiB; none where it does not say.
@@ -48,6 +50,9 @@ pub fn problems(facts: &Facts<'_>) -> Vec<String> {
     }
     if live && info.paused {
         found.push("The guest is paused: its vCPUs wait to be resumed.".to_owned());
+    }
+    if live {
+        found.extend_from_slice(facts.notes);
     }
     let memory = info.descriptor.as_ref().map(|descriptor| descriptor.memory_mib);
     if let (true, Some(memory), Some(available)) = (live, memory, facts.available_mib)
@@ -100,6 +105,7 @@ mod tests {
         let mut facts = Facts {
             info,
             failures: &[],
+            notes: &[],
             host: Host::default(),
             available_mib: Some(1024),
             output_lost: 0,
@@ -127,8 +133,10 @@ mod tests {
             ..guest()
         };
         let failures = [("rng".to_owned(), "a descriptor loop".to_owned())];
+        let notes = ["What it writes is kept in memory.".to_owned()];
         let told = of(&info, |facts| {
             facts.failures = &failures;
+            facts.notes = &notes;
             facts.host.unassisted = true;
             facts.available_mib = Some(100);
             facts.output_lost = 17;
@@ -137,6 +145,7 @@ mod tests {
             "cgroup",
             "rng",
             "paused",
+            "kept in memory",
             "100 MiB",
             "17 bytes",
             "hardware virtualization",
@@ -155,7 +164,9 @@ mod tests {
             paused: true,
             ..guest()
         };
+        let notes = ["What it writes is kept in memory.".to_owned()];
         let told = of(&info, |facts| {
+            facts.notes = &notes;
             facts.host.unassisted = true;
             facts.available_mib = Some(1);
         });

@@ -61,7 +61,12 @@ pub(crate) async fn prepare(
     client: &Client,
 ) -> Result<(GuestConfig, Resources), Error> {
     let manager = &guest.manager;
-    let (mut config, images) = files::open(manager, &guest.name, config, client.trusted).await?;
+    let files::Opened {
+        mut config,
+        images,
+        notes,
+    } = files::open(manager, &guest.name, config, client.trusted).await?;
+    guest.set_notes(notes);
     let mut resources = Resources {
         _images: images,
         backends: backends::connect(&manager.handle, &mut config, client.trusted).await?,

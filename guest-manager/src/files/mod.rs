@@ -1,10 +1,11 @@
 //! Files of a configuration: named in whichever way a client can, handed to the component as descriptors that are fit to be read.
 //!
 //! Whatever may block (opening a path on dead storage, asking about a file) happens on worker threads. `disks` knows what an image must be,
-//! `images` which guest uses which.
+//! `images` which guest uses which, `scratch` where volatile disks keep what is written.
 
 mod disks;
 mod images;
+mod scratch;
 
 use std::{
     fs::OpenOptions,
@@ -14,16 +15,28 @@ use std::{
 
 use rustix::fs::{MemfdFlags, OFlags, SealFlags};
 use sepal_schema::{
-    config::{File, GuestConfig, MemoryBacking},
+    config::{File, GuestConfig, MemoryBacking, device::DiskMode},
     error::{Error, Kind},
     transport::file::{FileKind, Requirements, check},
 };
 
 use self::disks::DiskJob;
 pub use self::images::{ImageUse, Images};
+use self::scratch::Scratch;
+pub(crate) use self::scratch::default_folder as default_scratch;
 use crate::{host, manager::Manager};
 
-/// A configuration that names its files by descriptors only, and what the guest holds of its images until its end.
+/// What became of a configuration's files.
+pub struct Opened {
+    /// The configuration, which names its files by descriptors only.
+    pub config: GuestConfig,
+    /// What the guest holds of its images until its end.
+    pub images: Vec<ImageUse>,
+    /// Sentences for a person about what is not as it should be.
+    pub notes: Vec<String>,
+}
+
+/// Opens the files of a configuration.
 ///
 /// # Errors
 /// `BAD_CONFIG`, `NOT_FOUND` or `PERMISSION_DENIED` with the field's name for a file that cannot be used; `ALREADY_RUNNING` for an image that
@@ -33,7 +46,7 @@ pub async fn open(
     guest: &str,
     mut config: GuestConfig,
     may_name_paths: bool,
-) -> Result<(GuestConfig, Vec<ImageUse>), Error> {
+) -> Result<Opened, Error> {
     let memory_mib = config.memory_mib();
     let way = |field: &str, file| way(manager, field.to_owned(), file, may_name_paths);
     let kernel = match std::mem::take(&mut config.kernel) {
@@ -52,7 +65,12 @@ pub async fn open(
             let field = format!("disks[{i}].backing[{j}]");
             backing.push(way(&field, std::mem::take(&mut below.file)).await?);
         }
-        jobs.push(DiskJob::new(i, disk, image, backing));
+        let scratch = match std::mem::take(&mut disk.scratch) {
+            _ if disk.mode != DiskMode::VolatileWrite => Scratch::Unneeded,
+            File::None => Scratch::In(manager.settings.scratch.clone()),
+            file => Scratch::Given(way(&format!("disks[{i}].scratch"), file).await?),
+        };
+        jobs.push((DiskJob::new(i, disk, image, backing), scratch));
     }
     let custom_memory = std::mem::take(&mut config.custom_memory);
     let (guest, images) = (guest.to_owned(), manager.images.clone());
@@ -63,25 +81,28 @@ pub async fn open(
         for (i, range) in custom_memory.iter().enumerate() {
             check_backing(i, range)?;
         }
-        let mut uses = Vec::new();
-        let open = |job: DiskJob| job.open(&guest, &images, &mut uses);
-        let disks = jobs.into_iter().map(open).collect::<Result<Vec<_>, _>>()?;
-        Ok::<_, Error>((kernel, initrd, custom_memory, disks, uses))
+        let (mut uses, mut notes) = (Vec::new(), Vec::new());
+        let open = |(i, (job, scratch)): (usize, (DiskJob, Scratch))| {
+            Ok::<_, Error>((job.open(&guest, &images, &mut uses)?, scratch.open(i, &mut notes)?))
+        };
+        let disks = jobs.into_iter().enumerate().map(open).collect::<Result<Vec<_>, _>>()?;
+        Ok::<_, Error>((kernel, initrd, custom_memory, disks, uses, notes))
     };
     let done = manager.handle.spawn_blocking(work).await;
-    let (kernel, initrd, custom_memory, disks, uses) =
+    let (kernel, initrd, custom_memory, disks, images, notes) =
         done.map_err(|error| Error::new(Kind::NoResources, format!("the files cannot be opened: {error}")))??;
     config.kernel = File::Fd(kernel);
     config.initrd = initrd.map_or(File::None, File::Fd);
     config.custom_memory = custom_memory;
-    for (disk, files) in config.disks.iter_mut().zip(disks) {
+    for (disk, (files, scratch)) in config.disks.iter_mut().zip(disks) {
         let mut files = files.into_iter().map(File::Fd);
         disk.image = files.next().unwrap_or_default();
         for (below, file) in disk.backing.iter_mut().zip(files) {
             below.file = file;
         }
+        disk.scratch = scratch.map_or(File::None, File::Fd);
     }
-    Ok((config, uses))
+    Ok(Opened { config, images, notes })
 }
 
 /// How to come by a file.

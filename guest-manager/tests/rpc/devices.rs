@@ -3,6 +3,7 @@
 use std::{fs, io::Write, os::fd::OwnedFd, path::Path};
 
 use rustix::fs::OFlags;
+use sepal_guest_manager::manager::Settings;
 use sepal_schema::{
     config::{
         File, GuestConfig,
@@ -13,7 +14,7 @@ use sepal_schema::{
     report::Reason,
 };
 
-use crate::world::{Caller, World, info, kill, named, run, wait};
+use crate::world::{Caller, World, info, kill, named, run, wait, with};
 
 fn disk(path: &Path, mode: DiskMode) -> Disk {
     Disk::new(File::Path(path.to_str().unwrap().to_owned()), mode)
@@ -77,6 +78,48 @@ fn images_are_opened_for_what_the_disk_may_do_and_used_by_one_who_writes() {
         world.fake.processes.borrow()[0].config.take();
         let again = with_disks("web", vec![disk(&data, DiskMode::ReadWrite)]);
         caller.launch_config(again, false).await.unwrap();
+    });
+}
+
+#[test]
+fn volatile_disks_get_a_file_without_a_name_and_memory_where_there_is_none() {
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("image");
+    fs::write(&image, [0; 4096]).unwrap();
+    let modes = [DiskMode::VolatileWrite, DiskMode::ReadOnly];
+    let config = || with_disks("web", modes.map(|mode| disk(&image, mode)).into());
+    let with_scratch = |scratch: &Path, test: &dyn Fn(Vec<File>, Vec<String>)| {
+        let settings = Settings {
+            scratch: scratch.to_owned(),
+            ..Settings::default()
+        };
+        with(settings, async |world| {
+            let caller = world.caller();
+            caller.launch_config(config(), true).await.unwrap();
+            let seen = world.fake.last().config.take().unwrap();
+            let files = seen.disks.into_iter().map(|disk| disk.scratch).collect();
+            test(files, caller.list().await[0].problems.clone());
+        });
+    };
+
+    with_scratch(folder.path(), &|files, problems| {
+        let [File::Fd(kept), File::None] = &files[..] else {
+            panic!("only the volatile disk has one");
+        };
+        let status = rustix::fs::fstat(kept).unwrap();
+        assert_eq!((status.st_nlink, status.st_size), (0, 0));
+        assert_eq!(rustix::fs::fcntl_getfl(kept).unwrap() & OFlags::ACCMODE, OFlags::RDWR);
+        let told = problems.iter().any(|problem| problem.contains("in memory"));
+        assert!(!told, "{problems:?}");
+    });
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+
+    with_scratch(&folder.path().join("missing"), &|files, problems| {
+        assert!(files.iter().all(File::is_none));
+        let told = problems
+            .iter()
+            .any(|problem| problem.contains("disks[0] is kept in memory"));
+        assert!(told, "{problems:?}");
     });
 }
 
