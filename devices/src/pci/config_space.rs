@@ -257,6 +257,11 @@ impl ConfigSpace {
         self.command() & command::INTERRUPT_DISABLE == 0
     }
 
+    /// Whether the guest lets the function reach memory by itself, which messages are, too (PCI 6.2.2).
+    pub fn bus_master(&self) -> bool {
+        self.command() & command::BUS_MASTER != 0
+    }
+
     /// Shows in the status register whether the function has an interrupt to tell by its pin.
     pub fn set_interrupt_status(&mut self, pending: bool) {
         let low = self.half(offset::STATUS) as u8;

@@ -47,6 +47,13 @@ pub trait MsiVector: Send + Sync {
     /// What somebody else (a device in another process) can write to instead, if there is such a thing.
     fn event_fd(&self) -> Option<&EventFd>;
 
+    /// What somebody else writes stays where it is from now on, or goes out again; what was written meanwhile goes out, too, as one message. On
+    /// vCPUs' threads only.
+    fn hold(&self, held: bool);
+
+    /// Whether somebody else wrote while it was held. Forgets that.
+    fn take_held(&self) -> bool;
+
     /// Its number among the machine's interrupts (GSI).
     fn gsi(&self) -> u32;
 }

@@ -3,7 +3,7 @@
 //! ```text
 //!                      vCPU: writes the table or the capability        device: trigger(vector)
 //!                                     |                                        |
-//!   per vector:   open <---- enabled, neither mask set ----> closed            v
+//!   per vector:   open <- enabled, bus master, no mask set -> closed            v
 //!                  |  route set before it opens               |        open: the vector's eventfd
 //!                  '-- a pending message goes out             '-- message pending
 //! ```
@@ -11,6 +11,9 @@
 //! [`Table`] is pure. [`Msix`] puts effects to it: vCPUs change it one at a time, and a device's thread sees of it one atomic gate a vector, so that
 //! an interrupt costs a load and the eventfd's write. A message that was on its way when its vector was masked may still arrive just after, as on
 //! a real bus.
+//!
+//! A way that was lent to another process goes round its gate. So it is held back by the machine while the gate is closed, and what was written to it
+//! meanwhile counts as pending; that costs a system call for each mask, which vectors that nobody was lent are spared.
 //!
 //! A vector gets its way into the guest when it is first opened, since most vectors of most devices never are; and a new message is routed
 //! when its vector opens, not when it is written, since a route costs a system call and guests write the three parts of a message one by one.
@@ -63,10 +66,11 @@ pub struct Table {
     entries: Vec<Entry>,
     enabled: bool,
     function_masked: bool,
+    bus_master: bool,
 }
 
 impl Table {
-    /// A table of `vectors` entries as after a reset: MSI-X is off, all vectors are masked.
+    /// A table of `vectors` entries as after a reset: MSI-X is off, all vectors are masked, and the function is no bus master.
     pub fn new(vectors: u16) -> Self {
         let entry = Entry {
             words: [0, 0, 0, MASKED],
@@ -75,6 +79,7 @@ impl Table {
             entries: vec![entry; usize::from(vectors.min(MAX_VECTORS))],
             enabled: false,
             function_masked: false,
+            bus_master: false,
         }
     }
 
@@ -120,10 +125,15 @@ impl Table {
         self.function_masked = control & FUNCTION_MASK != 0;
     }
 
-    /// The message that `vector` may send now; `None` while it is masked, MSI-X is off, or there is no such vector.
+    /// The function may write to memory, which is what sending a message is, or not.
+    pub fn set_bus_master(&mut self, bus_master: bool) {
+        self.bus_master = bus_master;
+    }
+
+    /// The message that `vector` may send now; `None` while it is masked, MSI-X or bus mastering is off, or there is no such vector.
     pub fn open(&self, vector: u16) -> Option<Msi> {
         let entry = self.entries.get(usize::from(vector))?;
-        (self.enabled && !self.function_masked && entry.words[3] & MASKED == 0).then(|| entry.msi())
+        (self.enabled && self.bus_master && !self.function_masked && entry.words[3] & MASKED == 0).then(|| entry.msi())
     }
 
     fn word(&self, offset: u64) -> Option<u32> {
@@ -147,6 +157,8 @@ struct Gate {
     state: AtomicU8,
     /// There when the gate first opens.
     way: OnceLock<Arc<dyn MsiVector>>,
+    /// Somebody else writes to the way's eventfd.
+    lent: AtomicBool,
 }
 
 impl Gate {
@@ -174,6 +186,13 @@ impl Gate {
         self.state.fetch_and(!OPEN, Ordering::SeqCst);
     }
 
+    /// Keeps what somebody else wrote while the way was held back: as pending.
+    fn keep_held(&self) {
+        if self.way.get().is_some_and(|way| way.take_held()) {
+            self.state.fetch_or(PENDING, Ordering::SeqCst);
+        }
+    }
+
     fn send(&self) {
         if let Some(way) = self.way.get() {
             way.trigger();
@@ -186,6 +205,8 @@ struct Control {
     table: Table,
     /// The message that each vector's way was last given.
     routed: Vec<Option<Msi>>,
+    /// Whether each vector's way is held back.
+    held: Vec<bool>,
 }
 
 /// The MSI-X capability of a function (see the module's head).
@@ -205,6 +226,7 @@ impl Msix {
             control: Mutex::new(Control {
                 table: Table::new(count),
                 routed: vec![None; count.into()],
+                held: vec![false; count.into()],
             }),
             enabled: AtomicBool::new(false),
             gates: (0..count).map(|_| Gate::default()).collect(),
@@ -243,14 +265,16 @@ impl Msix {
         space.add_capability(CAPABILITY, &body, &(ENABLE | FUNCTION_MASK).to_le_bytes())
     }
 
-    /// The guest wrote configuration space, where the capability is at `capability`: follows the control register.
+    /// The guest wrote configuration space, where the capability is at `capability`: follows the control register and bus mastering.
     pub fn follow_control(&self, space: &ConfigSpace, capability: u16) {
         let value = space.half(capability + CONTROL);
         let mut control = lock(&self.control);
         let Control { table, .. } = &mut *control;
-        let before = (table.enabled, table.function_masked);
+        let seen = |table: &Table| (table.enabled, table.function_masked, table.bus_master);
+        let before = seen(table);
         table.set_control(value);
-        if before == (table.enabled, table.function_masked) {
+        table.set_bus_master(space.bus_master());
+        if before == seen(table) {
             return;
         }
         let enabled = table.enabled;
@@ -262,7 +286,10 @@ impl Msix {
             self.enabled.store(true, Ordering::SeqCst);
         } else {
             // Whatever was pending is told by the pin, or forgotten with the queues.
-            for gate in &self.gates {
+            for (gate, held) in self.gates.iter().zip(&control.held) {
+                if *held {
+                    gate.keep_held();
+                }
                 gate.state.store(0, Ordering::SeqCst);
             }
         }
@@ -292,9 +319,14 @@ impl Msix {
         if !is_register(offset, data.len()) {
             return;
         }
+        let control = lock(&self.control);
+        let gates: Vec<_> = self.gates.iter().zip(&control.held).collect();
         for (n, byte) in data.iter_mut().enumerate() {
             let first = (offset as usize + n) * 8;
-            for (bit, gate) in self.gates.iter().skip(first).take(8).enumerate() {
+            for (bit, (gate, held)) in gates.iter().skip(first).take(8).enumerate() {
+                if **held {
+                    gate.keep_held();
+                }
                 let pending = gate.state.load(Ordering::SeqCst) & PENDING != 0;
                 *byte |= u8::from(pending) << bit;
             }
@@ -308,25 +340,43 @@ impl Msix {
         }
     }
 
-    /// The way of `vector` into the guest, if it is open: for a device in another process.
-    pub fn way(&self, vector: u16) -> Option<Arc<dyn MsiVector>> {
+    /// The way of `vector` into the guest, if it is open: for a device in another process. From then on it is held back while the vector is masked.
+    pub fn lend(&self, vector: u16) -> Option<Arc<dyn MsiVector>> {
         let gate = self.gates.get(usize::from(vector))?;
-        (gate.state.load(Ordering::SeqCst) & OPEN != 0).then(|| gate.way.get().cloned())?
+        // First: whoever closes the gate after it was seen open has to see that it is lent.
+        let before = gate.lent.swap(true, Ordering::SeqCst);
+        if gate.state.load(Ordering::SeqCst) & OPEN == 0 {
+            gate.lent.store(before, Ordering::SeqCst);
+            return None;
+        }
+        gate.way.get().cloned()
+    }
+
+    /// Nobody else writes to a way any more.
+    pub fn take_back(&self) {
+        for gate in &self.gates {
+            gate.lent.store(false, Ordering::SeqCst);
+        }
     }
 
     /// Opens and closes gates as the table says now; routes come first, all in one go.
     fn update(&self, control: &mut Control, vectors: std::ops::Range<u16>) {
         let mut routes: Vec<(Arc<dyn MsiVector>, Msi)> = Vec::new();
         let mut opening = Vec::new();
+        let Control { table, routed, held } = control;
         for vector in vectors {
-            let (Some(gate), Some(routed)) = (
-                self.gates.get(usize::from(vector)),
-                control.routed.get_mut(usize::from(vector)),
-            ) else {
+            let n = usize::from(vector);
+            let (Some(gate), Some(routed), Some(held)) = (self.gates.get(n), routed.get_mut(n), held.get_mut(n)) else {
                 continue;
             };
-            let Some(msi) = control.table.open(vector) else {
+            let Some(msi) = table.open(vector) else {
                 gate.close();
+                if let Some(way) = gate.way.get()
+                    && gate.lent.load(Ordering::SeqCst)
+                    && !std::mem::replace(held, true)
+                {
+                    way.hold(true);
+                }
                 continue;
             };
             if gate.way.get().is_none() {
@@ -341,12 +391,16 @@ impl Msix {
                 *routed = Some(msi);
                 routes.push((Arc::clone(way), msi));
             }
-            opening.push(gate);
+            opening.push((gate, way, std::mem::take(held)));
         }
         if !routes.is_empty() {
             self.vectors.route(&routes);
         }
-        for gate in opening {
+        for (gate, way, held) in opening {
+            if held {
+                gate.keep_held();
+                way.hold(false);
+            }
             gate.open();
         }
     }

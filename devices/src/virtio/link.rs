@@ -199,6 +199,11 @@ impl Link {
         self.move_pin(pin);
     }
 
+    /// The guest let the function reach memory by itself, or took that away (see [`Registers::set_bus_master`]).
+    pub(super) fn set_bus_master(&self, bus_master: bool) {
+        self.change(|registers| registers.set_bus_master(bus_master));
+    }
+
     /// Whether the device has something to tell by its pin, allowed or not: the interrupt status of configuration space.
     pub(super) fn pin_pending(&self) -> bool {
         lock(&self.pin).isr != 0 && !self.msix.enabled()
@@ -254,11 +259,12 @@ impl Link {
         self.lending.swap(false, Ordering::SeqCst)
     }
 
-    /// Nobody else listens to bells any more.
+    /// Nobody else listens to bells any more, nor interrupts.
     pub(super) fn take_back(&self) {
         for shared in &self.queues {
             shared.lent.store(false, Ordering::SeqCst);
         }
+        self.msix.take_back();
     }
 
     // Both.
@@ -382,7 +388,7 @@ impl Transport for Link {
         shared.lent.store(bell.is_some(), Ordering::SeqCst);
         self.lending.store(true, Ordering::SeqCst);
         // The descriptor stays open with its vector, which stays with this link.
-        let way = self.msix.way(shared.vector.load(Ordering::SeqCst));
+        let way = self.msix.lend(shared.vector.load(Ordering::SeqCst));
         let interrupt = way.and_then(|way| way.event_fd().map(AsRawFd::as_raw_fd));
         (bell, interrupt.filter(|_| self.msix.enabled()))
     }

@@ -10,6 +10,9 @@
 //!   0x5000  MSI-X pending bits
 //! ```
 //!
+//! Without bus mastering (PCI 6.2.2) the device sends no message, and starts only when it gets that; one that it is taken from while it works has
+//! to be reset, since requests are under way that cannot be finished any more.
+//!
 //! [`connect`] makes the two halves: [`VirtioPci`] goes on the bus, [`VirtioWorker`] into a dispatch loop.
 
 use std::io;
@@ -317,6 +320,7 @@ impl PciFunction for VirtioPci {
             space.write(offset, data);
             self.link.msix().follow_control(&space, self.msix);
             self.link.allow_pin(space.pin_enabled());
+            self.link.set_bus_master(space.bus_master());
             let target = self
                 .window_target(&space)
                 .filter(|_| self.meets_window(offset, data.len()));

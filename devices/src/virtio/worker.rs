@@ -3,6 +3,7 @@
 //!
 //! ```text
 //!   mailbox: reset ------> device.reset, queues dropped, link.reset_done
+//!            stop -------> as a broken rule
 //!            activate ---> Virtqueue::new for each queue, device.activate, notify for each
 //!            queue reset -> device.reset_queue, queue dropped, link.queue_reset_done
 //!   bell n ------------> device.notify(n)               Fault::Violation -> device.reset, link.broken, NeedsReset
@@ -25,6 +26,9 @@ use crate::dispatch::{DeviceError, DeviceEvent, DispatchDevice, Watches};
 /// Token of the mailbox; bells follow, by queue.
 const MAILBOX: u32 = FIRST_TRANSPORT_TOKEN;
 const FIRST_BELL: u32 = FIRST_TRANSPORT_TOKEN + 1;
+
+/// Why a device stops that may not reach memory any more.
+const LOST_BUS: &str = "the driver took bus mastering away while the device was in use";
 
 /// See the module's head.
 pub struct VirtioWorker {
@@ -98,14 +102,19 @@ impl VirtioWorker {
             Fault::Violation(violation) => violation,
             Fault::Host(error) => return Err(error),
         };
+        self.give_up(violation.to_string(), watches);
+        Ok(())
+    }
+
+    /// Nothing more happens until the driver resets the device.
+    fn give_up(&mut self, reason: String, watches: &mut Watches<'_, '_>) {
         self.rest(watches);
         self.broken = true;
         self.link.broken();
         watches.report(DeviceEvent::NeedsReset {
             device: watches.device().to_owned(),
-            reason: violation.to_string(),
+            reason,
         });
-        Ok(())
     }
 
     /// Quiesces the device: when this returns, nothing of it touches guest memory.
@@ -122,6 +131,7 @@ impl VirtioWorker {
     fn obey(&mut self, watches: &mut Watches<'_, '_>) -> Result<(), DeviceError> {
         let Orders {
             reset,
+            stop,
             activate,
             queues,
             config_written,
@@ -129,6 +139,9 @@ impl VirtioWorker {
         if reset {
             self.rest(watches);
             self.link.reset_done();
+        }
+        if stop {
+            self.give_up(LOST_BUS.to_owned(), watches);
         }
         if let Some(activation) = activate {
             self.activate(activation, watches)?;

@@ -1,15 +1,18 @@
 //! The registers through which a driver sets a device up (virtio 3.1, 4.1.4.3), without effects.
 //!
 //! ```text
-//!               DRIVER_OK                      status 0
+//!         DRIVER_OK, bus master                status 0
 //!   Resting ---------------> Active --------------------------> Resetting
 //!    ^  ^                      |                                    |
-//!    |  |  status 0            | a rule was broken, the loop        | the loop has quiesced the device
-//!    |  '------------ Broken <-'  has quiesced the device           |
+//!    |  |  status 0            | a rule was broken, or bus          | the loop has quiesced the device
+//!    |  |                      | mastering was taken away: the      |
+//!    |  '------------ Broken <-' loop has quiesced the device       |
 //!    '--------------------------------------------------------------'
 //!
 //!   any ---- the loop is gone ----> Dead: status 0 works at once, DRIVER_OK gives DEVICE_NEEDS_RESET
 //! ```
+//!
+//! Without bus mastering (PCI 6.2.2) an active device is known to the loop only when it gets that.
 //!
 //! What the device's loop is to do is left in [`Orders`], of which each kind is there at most once: a driver cannot fill a queue with them.
 
@@ -78,6 +81,8 @@ pub(in crate::virtio) struct Activation {
 pub(in crate::virtio) struct Orders {
     /// Quiesce the device, then tell by [`Registers::reset_done`].
     pub(in crate::virtio) reset: bool,
+    /// The device may not reach memory any more: quiesce it, then tell by [`Registers::broken`].
+    pub(in crate::virtio) stop: bool,
     /// Start the device.
     pub(in crate::virtio) activate: Option<Activation>,
     /// Change queues of an active device.
@@ -145,6 +150,7 @@ pub(super) struct Registers {
     queue_select: u16,
     pub(super) queues: Vec<QueueRegisters>,
     phase: Phase,
+    bus_master: bool,
     /// The loop has not yet seen that the device is to be activated.
     activate: bool,
     reset: bool,
@@ -165,9 +171,20 @@ impl Registers {
             queue_select: 0,
             queues: queue_sizes.iter().map(|&max| QueueRegisters::new(max)).collect(),
             phase: Phase::Resting,
+            bus_master: false,
             activate: false,
             reset: false,
             config_written: false,
+        }
+    }
+
+    /// The device may reach memory by itself, or may not any more: it is activated when it may, and has to stop when it may not. A loop that did not
+    /// look in between notices nothing of a short while without.
+    pub(super) fn set_bus_master(&mut self, bus_master: bool) -> Effect {
+        let changed = std::mem::replace(&mut self.bus_master, bus_master) != bus_master;
+        Effect {
+            ring: changed && self.phase == Phase::Active,
+            ..Effect::default()
         }
     }
 
@@ -448,7 +465,9 @@ impl Registers {
 
     /// Takes what the loop is to do.
     pub(super) fn take_orders(&mut self) -> Orders {
-        let activate = std::mem::take(&mut self.activate).then(|| Activation {
+        let stop = self.phase == Phase::Active && !self.bus_master && !self.activate;
+        let may_start = self.bus_master && std::mem::take(&mut self.activate);
+        let activate = may_start.then(|| Activation {
             features: self.accepted,
             queues: self
                 .queues
@@ -466,6 +485,7 @@ impl Registers {
         Orders {
             // Stays until it is done.
             reset: self.reset,
+            stop,
             activate,
             queues: orders
                 .filter_map(|(index, queue)| Some((index, queue.order.take()?)))

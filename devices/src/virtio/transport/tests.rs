@@ -1,13 +1,16 @@
 //! The whole way that a driver goes, from the first look at configuration space to the message of a request given back, and all that can go wrong
 //! on it, with real dispatch loops and without KVM.
 
+mod bus_master;
 mod driver;
 mod hostile;
 mod loopback;
 
 use std::sync::mpsc::channel;
 
-use self::driver::{Driver, PATIENCE, WINDOW, WINDOW_64, World, message};
+use self::driver::{
+    BUS_MASTER_ONLY, Driver, MEMORY_AND_BUS_MASTER, MEMORY_ONLY, PATIENCE, WINDOW, WINDOW_64, World, message,
+};
 use self::loopback::Loopback;
 use super::*;
 use crate::dispatch::DeviceEvent;
@@ -222,10 +225,10 @@ fn the_bar_moves_and_its_doorbells_with_it() {
     driver.move_bar(old);
     assert_eq!(driver.request(1, b"back"), b"back");
     // Memory off: gone. On: there.
-    world.write_config(place(1), 4, &[0]);
+    world.write_config(place(1), 4, &[BUS_MASTER_ONLY]);
     assert_eq!(world.read_memory::<4>(old), [0xff; 4]);
     assert!(lock(&world.board.bells).is_empty());
-    world.write_config(place(1), 4, &[2]);
+    world.write_config(place(1), 4, &[MEMORY_AND_BUS_MASTER]);
     assert_eq!(driver.request(1, b"on"), b"on");
 }
 

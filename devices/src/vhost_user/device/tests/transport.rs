@@ -2,6 +2,8 @@
 
 use std::sync::mpsc::{Receiver, Sender, channel};
 
+use vmm_sys_util::eventfd::EFD_NONBLOCK;
+
 use super::*;
 use crate::dispatch::{DeviceReporter, DispatchLoop};
 use crate::interrupt::{InterruptLine, Msi};
@@ -16,15 +18,39 @@ use crate::virtio::{feature, status};
 #[derive(Default)]
 struct Machine(Mutex<Vec<Arc<Vector>>>);
 
-struct Vector(EventFd);
+struct Vector {
+    bell: EventFd,
+    held: AtomicBool,
+}
+
+impl Vector {
+    /// Waits until it is written to.
+    fn wait(&self) {
+        let mut polled = libc::pollfd {
+            fd: self.bell.as_raw_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        // SAFETY: one entry, which lives until the call returns.
+        assert_eq!(unsafe { libc::poll(&mut polled, 1, -1) }, 1);
+    }
+}
 
 impl MsiVector for Vector {
     fn trigger(&self) {
-        let _ = self.0.write(1);
+        let _ = self.bell.write(1);
     }
 
     fn event_fd(&self) -> Option<&EventFd> {
-        Some(&self.0)
+        Some(&self.bell)
+    }
+
+    fn hold(&self, held: bool) {
+        self.held.store(held, Ordering::SeqCst);
+    }
+
+    fn take_held(&self) -> bool {
+        self.bell.read().is_ok()
     }
 
     fn gsi(&self) -> u32 {
@@ -34,7 +60,10 @@ impl MsiVector for Vector {
 
 impl MsiVectors for Machine {
     fn allocate(&self) -> io::Result<Arc<dyn MsiVector>> {
-        let vector = Arc::new(Vector(EventFd::new(0)?));
+        let vector = Arc::new(Vector {
+            bell: EventFd::new(EFD_NONBLOCK)?,
+            held: AtomicBool::new(false),
+        });
         lock(&self.0).push(Arc::clone(&vector));
         Ok(vector)
     }
@@ -105,6 +134,8 @@ impl Driver {
             at = [capability[1]];
         }
         self.function.write_config(u16::from(at[0]) + 2, &[0, 0x80]);
+        // A bus master, which answers to memory accesses.
+        self.function.write_config(4, &[0b110]);
         for vector in [0, 1] {
             let entry = 0x4000 + vector * msix::ENTRY_BYTES;
             self.write(entry, 0xfee0_0000_u64, 8);
@@ -140,11 +171,24 @@ impl Driver {
         self.write(0x3000 + 4 * u64::from(queue), queue, 2);
         loop {
             let vector = Arc::clone(&lock(&self.machine.0)[usize::from(queue)]);
-            vector.0.read().unwrap();
+            vector.wait();
+            vector.bell.read().unwrap();
             if let Some(answer) = self.requests.answer(queue) {
                 return answer;
             }
         }
+    }
+
+    /// Masks the vector of `queue`, or unmasks it.
+    fn mask(&self, queue: u16, masked: bool) {
+        let entry = 0x4000 + u64::from(queue) * msix::ENTRY_BYTES;
+        self.write(entry + 12, u64::from(masked), 4);
+    }
+
+    fn pending(&self) -> u64 {
+        let mut bits = [0; 8];
+        self.function.read_bar(0, 0x5000, &mut bits);
+        u64::from_le_bytes(bits)
     }
 }
 
@@ -189,5 +233,28 @@ fn a_driver_and_a_back_end_talk_without_the_loop() {
     handle.reconnect(second.connect().into());
     assert!(matches!(events.recv(), Ok(DeviceEvent::BackendRestored { .. })));
     assert_eq!(driver.ask(1, b"again"), b"niaga");
+    running.stop(Duration::from_secs(60)).unwrap();
+}
+
+#[test]
+fn a_masked_vector_keeps_what_the_back_end_wrote() {
+    let back_end = Echo::start();
+    let (device, _handle) = connect(back_end.connect());
+    let (mut driver, running, _events) = machine(device);
+    driver.start();
+    assert_eq!(driver.ask(1, b"open"), b"nepo");
+    driver.mask(1, true);
+    let vector = Arc::clone(&lock(&driver.machine.0)[1]);
+    assert!(vector.held.load(Ordering::SeqCst));
+    driver.requests.make(1, b"closed", 4096);
+    driver.write(0x3000 + 4, 1_u16, 2);
+    vector.wait();
+    assert_eq!((driver.pending(), driver.pending()), (2, 2));
+    assert!(vector.bell.read().is_err(), "it is pending instead");
+    driver.mask(1, false);
+    assert!(!vector.held.load(Ordering::SeqCst));
+    assert_eq!((vector.bell.read().unwrap(), driver.pending()), (1, 0));
+    assert_eq!(driver.requests.answer(1).unwrap(), b"desolc");
+    assert_eq!(driver.ask(1, b"open"), b"nepo");
     running.stop(Duration::from_secs(60)).unwrap();
 }

@@ -10,7 +10,9 @@ const OFFERED: u64 = feature::TRANSPORT | 1;
 const QUEUES: u16 = 3;
 
 fn registers() -> Registers {
-    Registers::new(OFFERED, &[256, 128, 64], QUEUES + 1)
+    let mut registers = Registers::new(OFFERED, &[256, 128, 64], QUEUES + 1);
+    registers.set_bus_master(true);
+    registers
 }
 
 /// The loop's side, which knows what it was told and no more.
@@ -32,6 +34,11 @@ impl Worker {
             *self = Self::default();
             registers.reset_done();
         }
+        if orders.stop {
+            assert!(self.active.is_some() && orders.activate.is_none());
+            *self = Self::default();
+            registers.broken();
+        }
         if let Some(Activation { features, queues }) = orders.activate {
             assert!(self.active.is_none(), "activated twice");
             assert_eq!(features & !OFFERED, 0);
@@ -41,6 +48,8 @@ impl Worker {
         }
         for (queue, order) in orders.queues {
             match order {
+                // It was enabled before the device stopped.
+                QueueOrder::Enable(_) if self.active.is_none() => {}
                 QueueOrder::Enable(setup) => {
                     assert!(self.active.is_some_and(|features| features & feature::RING_RESET != 0));
                     assert!(self.queues.insert(queue, setup).is_none(), "enabled twice");
@@ -58,6 +67,7 @@ impl Worker {
 enum Step {
     Write(u64, Vec<u8>),
     Obey,
+    BusMaster(bool),
     Broken,
     Dead,
 }
@@ -76,6 +86,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => any::<u16>().prop_map(move |n| write(field::QUEUE_SIZE, &n.to_le_bytes())),
         2 => (0_u64..0x40, prop::collection::vec(any::<u8>(), 1..9)).prop_map(|(at, data)| Step::Write(at, data)),
         12 => Just(Step::Obey),
+        2 => any::<bool>().prop_map(Step::BusMaster),
         2 => Just(Step::Broken),
         1 => Just(Step::Dead),
     ]
@@ -98,6 +109,7 @@ proptest! {
     fn registers_and_loop_agree_whatever_a_driver_writes(steps in prop::collection::vec(step(), 0..300)) {
         let mut registers = registers();
         let mut worker = Worker::default();
+        let mut bus_master = true;
         for step in steps {
             if registers.status() == 3 {
                 accept_all(&mut registers);
@@ -110,7 +122,15 @@ proptest! {
                     // Only a reset clears bits.
                     prop_assert!(status == 0 || before & !status == 0);
                 }
-                Step::Obey => worker.obey(&mut registers),
+                Step::Obey => {
+                    worker.obey(&mut registers);
+                    prop_assert!(bus_master || worker.active.is_none(), "it may not reach memory");
+                }
+                Step::BusMaster(on) => {
+                    let ring = registers.set_bus_master(on).ring;
+                    prop_assert_eq!(ring, on != bus_master && registers.phase() == Phase::Active);
+                    bus_master = on;
+                }
                 // The loop finds a broken rule only while the device works.
                 Step::Broken if worker.active.is_some() && !worker.dead => {
                     worker = Worker::default();
@@ -138,6 +158,7 @@ proptest! {
             }
         }
         // Once the loop has caught up, both know the same queues.
+        registers.set_bus_master(true);
         worker.obey(&mut registers);
         if registers.phase() == Phase::Active {
             for queue in 0..QUEUES {
@@ -178,6 +199,26 @@ fn a_reset_before_the_loop_has_looked_never_activates() {
     assert!(orders.reset && orders.activate.is_none());
     registers.reset_done();
     assert_eq!(registers.status(), 0);
+}
+
+#[test]
+fn a_device_starts_when_it_becomes_a_bus_master_and_stops_when_it_is_none() {
+    let mut registers = Registers::new(OFFERED, &[256], 2);
+    registers.write(field::STATUS, &[3]);
+    accept_all(&mut registers);
+    registers.write(field::STATUS, &[11]);
+    registers.write(field::QUEUE_ENABLE, &[1, 0]);
+    registers.write(field::STATUS, &[15]);
+    assert_eq!(registers.take_orders(), Orders::default());
+    assert!(registers.set_bus_master(true).ring);
+    let orders = registers.take_orders();
+    assert!(orders.activate.is_some_and(|activation| activation.queues[0].is_some()));
+
+    assert!(registers.set_bus_master(false).ring);
+    assert!(registers.take_orders().stop);
+    registers.broken();
+    assert!(!registers.set_bus_master(true).ring, "it waits for a reset");
+    assert_eq!(registers.status(), 15 | status::DEVICE_NEEDS_RESET);
 }
 
 #[test]

@@ -20,6 +20,11 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(60);
 /// The windows for BARs.
 pub(super) const WINDOW: std::ops::Range<u64> = 0xc000_0000..0xd000_0000;
 pub(super) const WINDOW_64: std::ops::Range<u64> = 0x1_0000_0000..0x2_0000_0000;
+/// The command register's low byte as a driver has it.
+pub(super) const MEMORY_AND_BUS_MASTER: u8 = 0b110;
+/// Halves of that.
+pub(super) const MEMORY_ONLY: u8 = 0b010;
+pub(super) const BUS_MASTER_ONLY: u8 = 0b100;
 /// Bytes of guest memory.
 const MEMORY: usize = 16 << 20;
 
@@ -94,6 +99,14 @@ impl MsiVector for Vector {
 
     fn event_fd(&self) -> Option<&EventFd> {
         Some(&self.fd)
+    }
+
+    fn hold(&self, _: bool) {
+        panic!("nothing was lent");
+    }
+
+    fn take_held(&self) -> bool {
+        false
     }
 
     fn gsi(&self) -> u32 {
@@ -294,6 +307,7 @@ impl<'w> Driver<'w> {
             }
             next = link;
         }
+        world.write_config(place, 4, &[MEMORY_AND_BUS_MASTER]);
         let count = 64 << 10;
         Self {
             world,
