@@ -174,3 +174,21 @@ fn it_is_called_back_and_a_dropped_lease_stops_the_guest() {
     let expected = ["defined", "starting", "started", "shuttingDown", "stopped", "removed"];
     assert_eq!(events, expected.map(|event| format!("adder {event} 0")));
 }
+
+#[test]
+fn a_console_that_it_holds_is_revoked() {
+    let Some(lines) = run("capabilities") else { return };
+    let value = |what| value(&lines, what);
+    assert_eq!(value("event"), "boa started");
+    assert_eq!((value("read"), value("rights")), ("True", "output"));
+    assert_eq!(value("write"), "PERMISSION_DENIED");
+    assert_eq!((value("token"), value("redeemed")), ("serial", "serial of boa"));
+    assert_eq!((value("typed"), value("again")), ("True", "notFound"));
+    for what in ["revoke", "revoke the first"] {
+        assert_eq!(value(what), "ok");
+    }
+    for what in ["waiting", "read again", "open", "first"] {
+        assert_eq!(value(what), "revoked", "{what}");
+    }
+    assert_eq!(value("own"), "works");
+}

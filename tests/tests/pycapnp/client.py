@@ -127,18 +127,86 @@ async def events(manager):
     observer = (await launched.launched.guest.observer()).observer
     guest, lease = launched.launched.guest, launched.launched.lease
     del guest, lease, launched
-    report = await observer.wait()
-    told("ended", report.reason)
+    told("ended", (await observer.wait()).report.reason)
     expect_ok("remove", await manager.remove("adder"))
     await sink.gone.wait()
     del subscription
 
 
-async def main():
+class Watcher(guest_capnp.EventSink.Server):
+    """Remembers that a guest has started."""
+
+    def __init__(self):
+        self.started = asyncio.Event()
+
+    async def event(self, event, dropped, **kwargs):
+        if event.which() == "started":
+            told("event", f"{event.guest} started")
+            self.started.set()
+
+
+async def capabilities(manager):
+    """A console that is handed to another client, and taken back."""
+    watcher = Watcher()
+    subscription = (await manager.subscribe(sink=watcher, replay=0)).subscription
+    launched = (await manager.launch(config={"name": "boa", "memoryMib": 16, "cmdline": "quiet"})).launched
+    await watcher.started.wait()
+    serial = (await launched.guest.serial()).serial
+
+    # Handed on over this connection: reading only.
+    narrowed = (await serial.narrow(bounds={"only": ["output"]})).narrowed
+    reader = narrowed.facet.cast_as(guest_capnp.Serial)
+    seen, position = await read_until(reader, PROMPT, 0)
+    told("read", PROMPT.decode() in seen.decode())
+    described = (await reader.describe()).description
+    told("rights", ",".join(str(right) for right in described.rights))
+    try:
+        await reader.write(bytes=b"info\r")
+        await reader.end()
+        told("write", "worked")
+    except capnp.KjException as error:
+        told("write", "PERMISSION_DENIED" if "PERMISSION_DENIED" in error.description else error.description)
+
+    # Handed to somebody else, by a token.
+    shared = (await serial.share(bounds={"only": ["output", "input"]}, terms={"once": True, "label": "python"})).shared
+    told("token", shared.token.split(".")[0])
+    other = await connect()
+    redeemed = (await other.redeem(shared.token)).redeemed
+    told("redeemed", f"{redeemed.kind} of {redeemed.guest}")
+    theirs = redeemed.facet.cast_as(guest_capnp.Serial)
+    await theirs.write(bytes=b"info\r")
+    seen, position = await read_until(theirs, PROMPT, position)
+    told("typed", "memory: " in seen.decode())
+    told("again", (await other.redeem(shared.token)).error.kind)
+
+    # A read that waits for output ends when its capability is taken back; so does everything after it.
+    waiting = theirs.read(position=position)
+    expect_ok("revoke", await shared.revoker.revoke())
+    told("waiting", (await waiting).error.kind)
+    told("read again", (await theirs.read(position=0)).error.kind)
+    told("open", (await theirs.open()).error.kind)
+    expect_ok("revoke the first", await narrowed.revoker.revoke())
+    told("first", (await reader.read(position=0)).error.kind)
+    # What it was derived from goes on.
+    piece = await serial.read(position=0)
+    told("own", "works" if len(piece.bytes) > 0 else "nothing")
+    del subscription
+
+
+async def connect():
+    """The manager, over a connection of its own."""
     stream = await capnp.AsyncIoStream.create_unix_connection(sys.argv[2])
     client = capnp.TwoPartyClient(stream)
-    manager = client.bootstrap().cast_as(manager_capnp.GuestManager)
-    await {"lifecycle": lifecycle, "errors": errors, "events": events}[sys.argv[3]](manager)
+    connections.append(client)
+    return client.bootstrap().cast_as(manager_capnp.GuestManager)
+
+
+connections = []
+
+
+async def main():
+    scenarios = {"lifecycle": lifecycle, "errors": errors, "events": events, "capabilities": capabilities}
+    await scenarios[sys.argv[3]](await connect())
     told("done", sys.argv[3])
 
 
