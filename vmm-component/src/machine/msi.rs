@@ -47,6 +47,7 @@ impl MsiVectors for KvmVectors {
         })?;
         // Gives the number back if the next step fails.
         let vector = KvmVector {
+            vm: Arc::clone(&self.vm),
             bell,
             gsi,
             pool: Arc::clone(&self.pool),
@@ -78,6 +79,7 @@ impl Pool {
 /// One of them. KVM lets go of the eventfd by itself when it is closed, and the route that is left leads from nowhere; so dropping one needs no
 /// system call that a device's thread may not make.
 struct KvmVector {
+    vm: Arc<VmFd>,
     bell: EventFd,
     gsi: u32,
     pool: Arc<Pool>,
@@ -91,6 +93,22 @@ impl MsiVector for KvmVector {
 
     fn event_fd(&self) -> Option<&EventFd> {
         Some(&self.bell)
+    }
+
+    /// KVM looks at an eventfd that it is given, so what was written before is not lost.
+    fn hold(&self, held: bool) {
+        let result = if held {
+            self.vm.unregister_irqfd(&self.bell, self.gsi)
+        } else {
+            self.vm.register_irqfd(&self.bell, self.gsi)
+        };
+        if let Err(error) = result {
+            tracing::warn!(%error, gsi = self.gsi, held, "a message's eventfd could not be held back or let go");
+        }
+    }
+
+    fn take_held(&self) -> bool {
+        self.bell.read().is_ok()
     }
 
     fn gsi(&self) -> u32 {
@@ -132,3 +150,6 @@ impl Doorbells for KvmDoorbells {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
