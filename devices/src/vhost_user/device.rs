@@ -401,6 +401,10 @@ impl VirtioDevice for VhostUser {
         self.settled.offered()
     }
 
+    fn transport_features(&self) -> u64 {
+        self.settled.offered_transport()
+    }
+
     fn queue_sizes(&self) -> Vec<u16> {
         self.settings.queue_sizes.clone()
     }

@@ -7,6 +7,8 @@
 //!   [protocol] -- SET_PROTOCOL_FEATURES, GET_QUEUE_NUM, GET_CONFIG -> [queues] -> [config] -> [done]
 //! ```
 //!
+//! Of the features of rings a back end needs only VIRTIO_F_VERSION_1: the driver is offered what both sides have.
+//!
 //! A back end that comes after another has to offer whatever was settled with the first, since the driver counts on it.
 
 use super::message::{FEATURE_PROTOCOL, Reply, Request, protocol};
@@ -34,6 +36,11 @@ impl Settled {
         self.features & DEVICE_FEATURES
     }
 
+    /// The features of rings and transport that the device offers. Single queues are taken back by the front end itself.
+    pub(super) fn offered_transport(&self) -> u64 {
+        feature::TRANSPORT & (self.features | feature::RING_RESET)
+    }
+
     /// Whether all of the protocol features in `bits` are in use.
     pub(super) fn uses(&self, bits: u64) -> bool {
         self.protocol & bits == bits
@@ -43,9 +50,9 @@ impl Settled {
 /// Why a back end cannot serve the device.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
-    /// It cannot use rings as the transport lets the driver use them.
-    #[error("it lacks the virtio features {0:#x}, which every driver here may use")]
-    Rings(u64),
+    /// It serves drivers from before virtio 1.0 only, whose rings are laid out in another way.
+    #[error("it lacks the virtio feature VIRTIO_F_VERSION_1, without which no driver here works")]
+    Legacy,
     /// It lacks what the driver counts on since it spoke to the one before.
     #[error("it lacks the virtio features {0:#x}, which the one before had")]
     Features(u64),
@@ -142,10 +149,8 @@ impl Greeting {
     }
 
     fn take_features(&mut self, features: u64) -> Result<Vec<Request>, Refusal> {
-        // The front end itself takes back single queues.
-        let missing = feature::TRANSPORT & !feature::RING_RESET & !features;
-        if missing != 0 {
-            return Err(Refusal::Rings(missing));
+        if features & feature::VERSION_1 == 0 {
+            return Err(Refusal::Legacy);
         }
         let has_protocol = features & FEATURE_PROTOCOL != 0;
         if let Some(before) = &self.required {
@@ -238,6 +243,7 @@ mod tests {
         assert_eq!(settled.config, Some(vec![9; 40]));
         // Neither logging nor packed rings are the driver's to see.
         assert_eq!(settled.offered(), 1 << 5);
+        assert_eq!(settled.offered_transport(), feature::TRANSPORT);
     }
 
     #[test]
@@ -249,13 +255,16 @@ mod tests {
     }
 
     #[test]
-    fn a_back_end_that_cannot_use_the_rings_is_refused() {
+    fn the_driver_is_offered_what_the_back_end_does_with_rings() {
+        for extra in [0, feature::INDIRECT_DESC, feature::EVENT_IDX] {
+            let mut greeting = Greeting::new(2, 0, None);
+            greeting.take(Reply::Value(feature::VERSION_1 | extra)).unwrap();
+            let offered = greeting.done().unwrap().offered_transport();
+            assert_eq!(offered, feature::VERSION_1 | feature::RING_RESET | extra);
+        }
         let mut greeting = Greeting::new(2, 0, None);
-        let refused = greeting.take(Reply::Value(feature::VERSION_1));
-        assert_eq!(
-            refused,
-            Err(Refusal::Rings(feature::INDIRECT_DESC | feature::EVENT_IDX))
-        );
+        let refused = greeting.take(Reply::Value(feature::INDIRECT_DESC | feature::EVENT_IDX));
+        assert_eq!(refused, Err(Refusal::Legacy));
     }
 
     #[test]
@@ -319,7 +328,8 @@ mod tests {
             if let Some(settled) = greeting.done() {
                 prop_assert_eq!(settled.offered() & (feature::TRANSPORT | FEATURE_PROTOCOL), 0);
                 prop_assert_eq!(settled.protocol & !protocol::WANTED, 0);
-                prop_assert_eq!(settled.features & RINGS, RINGS);
+                prop_assert_eq!(settled.offered_transport() & !settled.features, feature::RING_RESET & !settled.features);
+                prop_assert!(settled.offered_transport() & feature::VERSION_1 != 0);
             }
         }
     }

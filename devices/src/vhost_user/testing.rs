@@ -16,7 +16,6 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::VhostUser;
 use crate::dispatch::{DeviceError, DeviceEvent};
 use crate::virtio::device::{Context, Reclaim, Transport, VirtioDevice, WatchList};
-use crate::virtio::feature;
 use crate::virtio::queue::{QueueSetup, Virtqueue};
 
 /// Bytes of guest memory, in two pieces of this size.
@@ -201,7 +200,7 @@ impl Bench {
     ///
     /// The device has a fault, which a vhost-user device never has.
     pub fn activate(&mut self) {
-        self.features = self.device.features() | feature::TRANSPORT;
+        self.features = self.device.features() | self.device.transport_features();
         for queue in 0..self.queues.len() as u16 {
             self.enable(queue);
         }

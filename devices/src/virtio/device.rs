@@ -22,6 +22,7 @@ use std::time::Instant;
 use event_manager::EventSet;
 use vm_memory::GuestMemoryMmap;
 
+use super::feature;
 use super::queue::Virtqueue;
 use super::violation::Violation;
 use crate::dispatch::{DeviceError, DeviceEvent};
@@ -123,8 +124,14 @@ pub trait VirtioDevice: Send {
     /// What it is.
     fn kind(&self) -> DeviceKind;
 
-    /// Features of its own kind that it offers; the transport adds [`feature::TRANSPORT`](super::feature::TRANSPORT).
+    /// Features of its own kind that it offers; the transport adds [`transport_features`](Self::transport_features).
     fn features(&self) -> u64;
+
+    /// Features of rings and transport that it offers: all of [`feature::TRANSPORT`], or those of them that its rings can be
+    /// used with, where it does not use them by [`Virtqueue`] alone. [`feature::VERSION_1`] has to be among them.
+    fn transport_features(&self) -> u64 {
+        feature::TRANSPORT
+    }
 
     /// The largest size of each of its queues, powers of two up to [`MAX_SIZE`](super::queue::MAX_SIZE). Their number is fixed.
     fn queue_sizes(&self) -> Vec<u16>;

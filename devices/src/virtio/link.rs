@@ -100,7 +100,7 @@ impl Link {
         let ConfigLayout { bytes, writable } = device.config();
         // One a queue and one for the configuration; drivers share them if there are fewer.
         let count = u16::try_from(sizes.len() + 1).unwrap_or(MAX_VECTORS).min(MAX_VECTORS);
-        let offered = device.features() | feature::TRANSPORT;
+        let offered = device.features() | device.transport_features() & feature::TRANSPORT;
         let queue = |_: &u16| Shared {
             vector: AtomicU16::new(NO_VECTOR),
             bell: OnceLock::new(),

@@ -10,13 +10,13 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use super::*;
 
 /// Feature bits of a back end without anything of its own.
-const FEATURES: u64 = 1 << 28 | 1 << 29 | 1 << 30 | 1 << 32;
+pub(super) const FEATURES: u64 = 1 << 28 | 1 << 29 | 1 << 30 | 1 << 32;
 
 /// Requests that came, with their payloads.
-type Requests = Vec<(u32, Vec<u8>)>;
+pub(super) type Requests = Vec<(u32, Vec<u8>)>;
 
 /// What a scripted back end does with a request.
-enum Act {
+pub(super) enum Act {
     /// As a well-behaved one.
     Well,
     /// Sends these bytes instead.
@@ -27,7 +27,7 @@ enum Act {
     HangUp,
 }
 
-fn reply(request: u32, payload: &[u8]) -> Vec<u8> {
+pub(super) fn reply(request: u32, payload: &[u8]) -> Vec<u8> {
     let words = [request, 5, payload.len() as u32];
     let mut bytes: Vec<u8> = words.into_iter().flat_map(u32::to_le_bytes).collect();
     bytes.extend_from_slice(payload);
@@ -36,7 +36,10 @@ fn reply(request: u32, payload: &[u8]) -> Vec<u8> {
 
 /// A back end with these protocol features, on a thread: `act` decides on each request. Returns the requests that came, with their payloads, when
 /// the front end has hung up.
-fn back_end(protocol: u64, mut act: impl FnMut(u32) -> Act + Send + 'static) -> (UnixStream, JoinHandle<Requests>) {
+pub(super) fn back_end(
+    protocol: u64,
+    mut act: impl FnMut(u32) -> Act + Send + 'static,
+) -> (UnixStream, JoinHandle<Requests>) {
     let (ours, mut theirs) = UnixStream::pair().unwrap();
     let thread = std::thread::spawn(move || {
         let mut requests = Vec::new();
@@ -85,7 +88,7 @@ fn back_end(protocol: u64, mut act: impl FnMut(u32) -> Act + Send + 'static) -> 
     (ours, thread)
 }
 
-fn plain() -> Settings {
+pub(super) fn plain() -> Settings {
     Settings {
         kind: DeviceKind::FileSystem,
         queue_sizes: vec![64, 64],
@@ -121,7 +124,7 @@ fn a_back_end_that_breaks_the_protocol_makes_no_device() {
     );
     assert_eq!(
         misbehave(1, reply(1, &[0; 8])),
-        "the back end cannot serve this device: it lacks the virtio features 0x130000000, which every driver here may use"
+        "the back end cannot serve this device: it lacks the virtio feature VIRTIO_F_VERSION_1, without which no driver here works"
     );
     assert_eq!(
         misbehave(17, reply(17, &1u64.to_le_bytes())),
@@ -253,4 +256,45 @@ fn the_next_back_end_gets_what_was_under_way_and_where_to_go_on() {
     assert_eq!(payload(&first, 32), payload(&second, 32));
     assert_eq!(payload(&first, 10), [0; 8]);
     assert_eq!(payload(&second, 10), [0, 0, 0, 0, 3, 0, 0, 0]);
+}
+
+#[test]
+fn a_back_end_is_held_to_what_it_does_with_rings() {
+    let simple = 1u64 << 30 | 1 << 32;
+    let with = |features: u64| {
+        move |request| match request {
+            1 => Act::Bytes(reply(1, &features.to_le_bytes())),
+            18 => Act::HangUp,
+            _ => Act::Well,
+        }
+    };
+    let (socket, first) = back_end(protocol::MQ, with(simple));
+    let (device, handle) = VhostUser::connect(socket.into(), plain()).unwrap();
+    let mut bench = Bench::new(device, false);
+    bench.activate();
+    assert_eq!(reports(&mut bench, 1), [lost("the back end closed the connection")]);
+    // One that could do more does as much.
+    let (socket, second) = back_end(protocol::MQ, |_| Act::Well);
+    handle.reconnect(socket.into());
+    assert_eq!(reports(&mut bench, 1), [restored()]);
+    drop(bench);
+    for thread in [first, second] {
+        let requests = thread.join().unwrap();
+        let set = requests.iter().find(|(number, _)| *number == 2);
+        assert_eq!(set.unwrap().1, simple.to_le_bytes());
+    }
+
+    // The driver counts on what the first one did.
+    let (socket, first) = back_end(protocol::MQ, with(FEATURES));
+    let (device, handle) = VhostUser::connect(socket.into(), plain()).unwrap();
+    let mut bench = Bench::new(device, false);
+    bench.activate();
+    assert_eq!(reports(&mut bench, 1), [lost("the back end closed the connection")]);
+    let (socket, second) = back_end(protocol::MQ, with(simple));
+    handle.reconnect(socket.into());
+    let refused =
+        "the back end cannot serve this device: it lacks the virtio features 0x30000000, which the one before had";
+    assert_eq!(reports(&mut bench, 1), [lost(refused)]);
+    first.join().unwrap();
+    second.join().unwrap();
 }

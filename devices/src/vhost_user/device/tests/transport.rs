@@ -143,6 +143,16 @@ impl Driver {
         }
     }
 
+    fn offered(&self) -> u64 {
+        let half = |select: u64| {
+            let mut bits = [0; 4];
+            self.write(0, select, 4);
+            self.function.read_bar(0, 4, &mut bits);
+            u64::from(u32::from_le_bytes(bits))
+        };
+        half(0) | half(1) << 32
+    }
+
     fn start(&mut self) {
         let ready = status::ACKNOWLEDGE | status::DRIVER;
         self.set_status(ready);
@@ -257,4 +267,22 @@ fn a_masked_vector_keeps_what_the_back_end_wrote() {
     assert_eq!(driver.requests.answer(1).unwrap(), b"desolc");
     assert_eq!(driver.ask(1, b"open"), b"nepo");
     running.stop(Duration::from_secs(60)).unwrap();
+}
+
+#[test]
+fn a_driver_is_not_offered_what_the_back_end_cannot_do() {
+    for (back_ends, offered) in [
+        (scripted::FEATURES, feature::TRANSPORT),
+        (feature::VERSION_1, feature::VERSION_1 | feature::RING_RESET),
+    ] {
+        let (socket, thread) = scripted::back_end(0, move |request| match request {
+            1 => scripted::Act::Bytes(scripted::reply(1, &back_ends.to_le_bytes())),
+            _ => scripted::Act::Well,
+        });
+        let (device, _handle) = VhostUser::connect(socket.into(), scripted::plain()).unwrap();
+        let (driver, running, _events) = machine(device);
+        assert_eq!(driver.offered(), offered);
+        running.stop(Duration::from_secs(60)).unwrap();
+        thread.join().unwrap();
+    }
 }
