@@ -4,7 +4,8 @@ use std::os::fd::OwnedFd;
 
 use super::{
     File, GuestConfig, Handles, Limits, MAX_CMDLINE, MAX_CMDLINE_ADDITIONS, MAX_CPUS, MAX_CUSTOM_MEMORY,
-    MAX_INLINE_FILE, MAX_NAME, MemoryBacking, decode_devices::Devices,
+    MAX_INLINE_FILE, MAX_NAME, MemoryBacking,
+    decode_devices::{Devices, unknown},
 };
 use crate::{
     config_capnp::{Toggle, guest_config},
@@ -75,6 +76,7 @@ impl GuestConfig {
             custom_memory: custom_memory?,
             limits: limits(config)?,
             waived_layers: waived_layers(config)?,
+            on_reset: config.get_on_reset().map_err(|_| unknown("onReset"))?,
             ..Self::default()
         };
         devices.finish(config, &mut decoded)?;
@@ -309,12 +311,5 @@ fn refuse_unbuilt(config: guest_config::Reader<'_>, handles: &dyn Handles) -> Re
         "hypervisorSpecificAuthMethod",
         "a hypervisor-specific authentication method",
     );
-    let on_reset = config.get_on_reset();
-    refuse(
-        !matches!(on_reset, Ok(guest_config::OnReset::Stop)),
-        "onReset",
-        "restarting a guest that resets itself",
-    );
-
     refusals.into_iter().next().map_or(Ok(()), Err)
 }

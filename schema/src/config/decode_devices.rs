@@ -5,7 +5,7 @@
 use std::{collections::HashMap, hash::Hash};
 
 use super::{
-    File, GuestConfig, Handles, MAX_DEVICES,
+    File, GuestConfig, Handles, MAX_DEVICES, OnPanic,
     decode::{at_most, file, take, text},
     device::{
         AGENT_PORT, Backend, Backing, Balloon, Console, Disk, DiskFormat, DiskMode, Link, Listener, MAX_BACKING,
@@ -68,6 +68,7 @@ impl Devices {
         to.watchdog = watchdog(config)?;
         to.generation_id = toggle("generationId", config.get_generation_id())? == Some(true);
         to.panic_device = toggle("panicDevice", config.get_panic_device())? == Some(true);
+        to.on_panic = on_panic(config, to.panic_device)?;
         to.agent = agent(config, to.vsock.is_some())?;
         let devices = to.bus_devices();
         if devices > MAX_DEVICES as usize {
@@ -93,7 +94,7 @@ fn toggle(field: &str, from: Result<Toggle, capnp::NotInSchema>) -> Result<Optio
     }
 }
 
-fn unknown(field: &str) -> Error {
+pub(super) fn unknown(field: &str) -> Error {
     Error::not_supported(field, format!("{field} has a value that this version does not know"))
 }
 
@@ -612,6 +613,15 @@ fn watchdog(config: guest_config::Reader<'_>) -> Result<Option<WatchdogAction>, 
         }
         _ => Ok(None),
     }
+}
+
+fn on_panic(config: guest_config::Reader<'_>, panic_device: bool) -> Result<OnPanic, Error> {
+    let action = config.get_on_panic().map_err(|_| unknown("onPanic"))?;
+    if action != OnPanic::Leave && !panic_device {
+        let message = "onPanic is set, but panicDevice, by which a panic is told, is not on";
+        return Err(bad("onPanic", message));
+    }
+    Ok(action)
 }
 
 fn agent(config: guest_config::Reader<'_>, vsock: bool) -> Result<bool, Error> {

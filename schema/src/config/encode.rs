@@ -82,6 +82,8 @@ impl GuestConfig {
         }
         to.set_generation_id(devices::toggle(self.generation_id));
         to.set_panic_device(devices::toggle(self.panic_device));
+        to.set_on_panic(self.on_panic);
+        to.set_on_reset(self.on_reset);
         if has_vsock {
             to.set_agent(devices::toggle(self.agent));
         }

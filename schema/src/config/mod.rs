@@ -10,6 +10,7 @@
 mod decode;
 mod decode_devices;
 pub mod device;
+mod duplicate;
 mod encode;
 mod encode_devices;
 #[cfg(test)]
@@ -23,6 +24,7 @@ use crate::{
     transport::{FdError, FdTable},
 };
 
+pub use crate::config_capnp::guest_config::{OnPanic, OnReset};
 pub use decode::check_name;
 pub use decode_devices::show_mac;
 use device::{Balloon, Console, Disk, MemoryDevice, Network, Rng, Share, VhostUser, Vsock, WatchdogAction};
@@ -169,6 +171,24 @@ pub struct GuestConfig {
     pub panic_device: bool,
     /// Whether the agent in the guest is talked to; only with a socket device.
     pub agent: bool,
+    /// What happens when the guest resets itself. The guest manager's to carry out: a component reports the reset, and is done.
+    pub on_reset: OnReset,
+    /// What happens when the guest's kernel has panicked; more than `Leave` only with a pvpanic device. The guest manager's to carry out, too.
+    pub on_panic: OnPanic,
+}
+
+#[expect(clippy::derivable_impls, reason = "the enumeration is generated")]
+impl Default for OnReset {
+    fn default() -> Self {
+        Self::Stop
+    }
+}
+
+#[expect(clippy::derivable_impls, reason = "the enumeration is generated")]
+impl Default for OnPanic {
+    fn default() -> Self {
+        Self::Leave
+    }
 }
 
 impl GuestConfig {

@@ -99,6 +99,7 @@ fn a_configuration_survives_the_wire() {
             tasks: 64,
         },
         waived_layers: vec!["landlock".into()],
+        on_reset: OnReset::Pause,
         ..GuestConfig::default()
     };
     let limits = config.limits;
@@ -115,6 +116,7 @@ fn a_configuration_survives_the_wire() {
         (0x20_0000, 0x40_0000)
     );
     assert_eq!((back.limits, back.waived_layers), (limits, vec!["landlock".to_owned()]));
+    assert_eq!((back.on_reset, back.on_panic), (OnReset::Pause, OnPanic::Leave));
     assert_eq!(table.left(), 0);
 }
 
@@ -187,9 +189,6 @@ fn what_is_not_built_is_refused_by_name() {
     refused(Kind::NotSupported, "protectedVm", |mut c, _| c.set_protected_vm(true));
     refused(Kind::NotSupported, "hypervisorSpecificAuthMethod", |mut c, _| {
         c.set_hypervisor_specific_auth_method(true)
-    });
-    refused(Kind::NotSupported, "onReset", |mut c, _| {
-        c.set_on_reset(guest_config::OnReset::Restart)
     });
 }
 

@@ -110,6 +110,7 @@ fn everything() -> GuestConfig {
         watchdog: Some(WatchdogAction::Stop),
         generation_id: true,
         panic_device: true,
+        on_panic: OnPanic::Restart,
         agent: true,
         ..GuestConfig::default()
     }
@@ -161,7 +162,21 @@ fn words(config: &GuestConfig) -> String {
         );
     }
     let rest = (config.watchdog, config.generation_id, config.panic_device, config.agent);
+    let rest = (rest, config.on_panic);
     words + &format!("{:?} {rest:?}", config.memory_device)
+}
+
+#[test]
+fn a_copy_is_the_same_with_descriptors_of_its_own() {
+    use std::os::fd::AsRawFd;
+    let config = everything();
+    let copy = config.try_clone().unwrap();
+    assert_eq!(words(&copy), words(&config));
+    let descriptor = |config: &GuestConfig| match &config.disks[0].image {
+        File::Fd(fd) => fd.as_raw_fd(),
+        _ => panic!("the first disk's image is a descriptor"),
+    };
+    assert_ne!(descriptor(&copy), descriptor(&config));
 }
 
 #[test]
@@ -345,6 +360,7 @@ fn other_devices_are_refused_by_name() {
     });
     bad("agent", &|mut c| c.set_agent(Toggle::On));
     bad("watchdogAction", &|mut c| c.set_watchdog_action(WatchdogAction::None));
+    bad("onPanic", &|mut c| c.set_on_panic(OnPanic::Stop));
     bad("shares[0].tag", &|c| {
         c.init_shares(1).get(0).init_backend().set_path("/x");
     });
