@@ -23,6 +23,7 @@ use sepal_schema::{
 };
 
 use crate::{
+    access::Access,
     changed::Changed,
     host,
     manager::Manager,
@@ -108,6 +109,8 @@ pub struct Guest {
     pub consoles: Vec<Rc<Port>>,
     /// Whether the agent in it is talked to.
     pub has_agent: bool,
+    /// What was given out of it, and to whom it is open.
+    pub access: Access,
     cid: Cell<u32>,
     notes: RefCell<Vec<String>>,
     agent_ready: Changed<bool>,
@@ -132,6 +135,7 @@ impl Guest {
             port: serial,
             consoles,
             has_agent: creation.agent,
+            access: Access::default(),
             cid: Cell::new(0),
             notes: RefCell::default(),
             agent_ready: Changed::default(),

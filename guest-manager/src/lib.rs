@@ -16,6 +16,7 @@
 //! One thread runs the event loop and only ever waits on it. What may block goes to worker threads (files), to the keeper (processes) or to
 //! the log's thread. Queries are answered from what the registry knows; they wait for nobody.
 
+pub mod access;
 mod agent;
 mod backends;
 pub mod changed;
