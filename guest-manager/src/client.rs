@@ -1,15 +1,42 @@
 //! Who is at the other end of a client's connection, and what it may do.
 
-use std::{cell::Cell, rc::Rc};
+use std::{cell::Cell, fmt, rc::Rc};
 
-use sepal_schema::transport::{FdTable, PeerCredentials};
+use sepal_schema::{error::Error, transport::FdTable};
+
+use crate::roles::Role;
+
+/// Who does something, as the audit names it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Who {
+    /// Effective user id of the process that connected.
+    pub uid: u32,
+    /// Its effective group id.
+    pub gid: u32,
+    /// Its process id; none where it has none that the manager can see.
+    pub pid: Option<u32>,
+    /// The share by which it came to what it uses; none if it did not come to it by one.
+    pub share: Option<u64>,
+}
+
+impl fmt::Display for Who {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "uid {}, gid {}", self.uid, self.gid)
+    }
+}
 
 /// A client's connection, as the capabilities that it holds know it.
 #[derive(Debug, Clone)]
 pub struct Client {
     /// The descriptors that travel with its messages.
     pub fds: FdTable,
-    /// Whether it may do what needs the manager's own authority: name paths, end the manager.
+    /// Who it is.
+    pub who: Who,
+    /// What it may do.
+    pub role: Role,
+    /// It came by the read-only socket: whatever it comes by, it can only look.
+    pub read_only: bool,
+    /// Whether it may do what needs the manager's own authority: name paths, use networks, end the manager. Only the role admin may.
     pub trusted: bool,
     /// How many uploads it has.
     pub uploads: Rc<Cell<usize>>,
@@ -17,30 +44,30 @@ pub struct Client {
 
 impl Client {
     /// The client at the other end of a connection.
-    pub fn new(fds: FdTable, trusted: bool) -> Self {
+    pub fn new(fds: FdTable, who: Who, role: Role) -> Self {
         Self {
             fds,
-            trusted,
+            who,
+            role,
+            read_only: false,
+            trusted: role == Role::Admin,
             uploads: Rc::default(),
         }
     }
-}
 
-/// Whether a peer has the manager's own authority anyway: the same user, or root.
-pub fn trusted(peer: PeerCredentials, own_uid: u32) -> bool {
-    peer.uid == own_uid || peer.uid == 0
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_the_same_user_and_root_are_trusted() {
-        let peer = |uid| PeerCredentials { pid: None, uid, gid: 0 };
-        assert!(trusted(peer(7), 7) && trusted(peer(0), 7) && trusted(peer(0), 0));
-        assert!(!trusted(peer(8), 7) && !trusted(peer(7), 0));
-        // What the kernel shows for a user that is unknown in this namespace.
-        assert!(!trusted(peer(65534), 7));
+    /// Whether its role is enough for `what`, which needs `needed`.
+    ///
+    /// # Errors
+    /// `PERMISSION_DENIED`, naming both roles and who the client is seen as.
+    pub fn check(&self, needed: Role, what: &str) -> Result<(), Error> {
+        self.role.check(needed, what).map_err(|mut error| {
+            let by = if self.read_only {
+                ", by the read-only socket"
+            } else {
+                ""
+            };
+            error.message = format!("{} ({}{by})", error.message, self.who);
+            error
+        })
     }
 }

@@ -18,6 +18,7 @@
 
 pub mod access;
 mod agent;
+pub mod audit;
 mod backends;
 pub mod changed;
 pub mod cids;
@@ -45,6 +46,7 @@ mod networks;
 pub mod problems;
 pub mod registry;
 mod resources;
+pub mod roles;
 pub mod serial;
 pub mod server;
 pub mod slot;

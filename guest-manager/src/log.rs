@@ -1,8 +1,8 @@
-//! The log: lines that are written by a thread of their own, so that whoever reads them slowly does not hold up the manager.
+//! Lines that are written by a thread of their own, so that a slow reader or disk does not hold up the manager: the log's, and the audit's.
 //!
 //! ```text
-//!   any thread --> queue of 4096 lines --> writer's thread --> standard error
-//!                    '-- full: the line is lost, and counted; the next line that fits tells how many
+//!   any thread --> queue of 4096 lines --> writer's thread --> target: standard error, a file
+//!                    '-- full: the line is lost, and counted; the target is told how many when the next line fits
 //! ```
 
 use std::{
@@ -21,31 +21,76 @@ const QUEUED: usize = 4096;
 /// How long the manager's end waits for the last lines to be written.
 const LAST_LINES: Duration = Duration::from_secs(1);
 
+/// Where lines go. Called by the writer's thread alone, and may block.
+pub trait Target: Send + 'static {
+    /// Writes a line, its end included.
+    fn line(&mut self, line: &[u8]);
+
+    /// So many lines were lost before the next one: they came faster than they could be written.
+    fn lost(&mut self, count: u64);
+
+    /// Goes on in a new file of the same name.
+    fn reopen(&mut self) {}
+}
+
+/// The log: lines for people.
+struct Text<W>(W);
+
+impl<W: Write + Send + 'static> Target for Text<W> {
+    fn line(&mut self, line: &[u8]) {
+        // There is nowhere to tell that standard error is gone.
+        let _ = self.0.write_all(line);
+    }
+
+    fn lost(&mut self, count: u64) {
+        let _ = writeln!(
+            self.0,
+            "({count} lines of the log are lost: they came faster than they could be written)"
+        );
+    }
+}
+
+/// What the writer's thread is to do next.
+#[derive(Debug)]
+enum Item {
+    Line(Vec<u8>),
+    Reopen,
+    End,
+}
+
 /// Takes lines; each `write` is one.
 #[derive(Debug, Clone)]
 pub struct Lines {
-    queue: SyncSender<Vec<u8>>,
+    queue: SyncSender<Item>,
     lost: Arc<AtomicU64>,
 }
 
 /// The writer's thread.
 #[derive(Debug)]
 pub struct Writer {
-    queue: SyncSender<Vec<u8>>,
+    queue: SyncSender<Item>,
     done: Receiver<()>,
 }
 
-/// Writes lines to `to`.
+/// Writes the log's lines to `to`.
 ///
 /// # Errors
 /// No thread can be made.
 pub fn start(to: impl Write + Send + 'static) -> io::Result<(Lines, Writer)> {
-    let (queue, lines) = sync_channel(QUEUED);
+    start_target("log", Text(to))
+}
+
+/// Writes lines to `target`, from a thread of this name.
+///
+/// # Errors
+/// No thread can be made.
+pub fn start_target(thread: &str, mut target: impl Target) -> io::Result<(Lines, Writer)> {
+    let (queue, items) = sync_channel(QUEUED);
     let (ended, done) = sync_channel(1);
     let lost = Arc::new(AtomicU64::new(0));
     let counted = lost.clone();
-    thread::Builder::new().name("log".into()).spawn(move || {
-        write_all(to, &lines, &counted);
+    thread::Builder::new().name(thread.into()).spawn(move || {
+        write_all(&mut target, &items, &counted);
         let _ = ended.send(());
     })?;
     let lines = Lines {
@@ -55,29 +100,31 @@ pub fn start(to: impl Write + Send + 'static) -> io::Result<(Lines, Writer)> {
     Ok((lines, Writer { queue, done }))
 }
 
-/// Writes until an empty line, which is the end.
-fn write_all(mut to: impl Write, lines: &Receiver<Vec<u8>>, lost: &AtomicU64) {
-    while let Ok(line) = lines.recv() {
-        if line.is_empty() {
-            break;
+fn write_all(target: &mut impl Target, items: &Receiver<Item>, lost: &AtomicU64) {
+    while let Ok(item) = items.recv() {
+        match item {
+            Item::Line(line) => target.line(&line),
+            Item::Reopen => target.reopen(),
+            Item::End => return,
         }
-        // There is nowhere to tell that standard error is gone.
-        let _ = to.write_all(&line);
         let lost = lost.swap(0, Ordering::Relaxed);
         if lost > 0 {
-            let _ = writeln!(
-                to,
-                "({lost} lines of the log are lost: they came faster than they could be written)"
-            );
+            target.lost(lost);
         }
     }
-    let _ = to.flush();
+}
+
+impl Lines {
+    /// Has the target go on in a new file, after what was written so far. While the queue is full nothing comes of it; whether it will.
+    pub fn reopen(&self) -> bool {
+        self.queue.try_send(Item::Reopen).is_ok()
+    }
 }
 
 impl Writer {
     /// Waits until what was logged so far is written, but not for ever.
     pub fn finish(self) {
-        if self.queue.try_send(Vec::new()).is_ok() {
+        if self.queue.try_send(Item::End).is_ok() {
             let (Ok(()) | Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected)) =
                 self.done.recv_timeout(LAST_LINES);
         }
@@ -86,7 +133,7 @@ impl Writer {
 
 impl Write for Lines {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        if !line.is_empty() && self.queue.try_send(line.to_vec()).is_err() {
+        if self.queue.try_send(Item::Line(line.to_vec())).is_err() {
             self.lost.fetch_add(1, Ordering::Relaxed);
         }
         Ok(line.len())
@@ -156,10 +203,10 @@ mod tests {
             lines.write_all(b"x\n").unwrap();
         }
         gate.open();
-        while lines.queue.try_send(b"last\n".to_vec()).is_err() {
+        while lines.queue.try_send(Item::Line(b"last\n".to_vec())).is_err() {
             thread::yield_now();
         }
-        while writer.queue.try_send(b"very last\n".to_vec()).is_err() {
+        while writer.queue.try_send(Item::Line(b"very last\n".to_vec())).is_err() {
             thread::yield_now();
         }
         writer.finish();

@@ -6,6 +6,7 @@ use event_listener::{Event, EventListener};
 use sepal_schema::{error::Error, info::GuestInfo, transport::Handle};
 
 use crate::{
+    audit::Audit,
     changed::Changed,
     cids::Cids,
     component::ComponentStarter,
@@ -34,11 +35,13 @@ pub struct Settings {
     pub default_deadline: Duration,
     /// Folder of the files, without names, that keep what is written to volatile disks.
     pub scratch: PathBuf,
+    /// Where it is noted who changed what.
+    pub audit: Audit,
 }
 
 impl Default for Settings {
     /// An ordinary host; 256 KiB of history; 5 s to stop by force; 30 s to shut down; `$TMPDIR`, or
-    /// /var/tmp, for what is written to volatile disks.
+    /// /var/tmp, for what is written to volatile disks; the audit goes to the log.
     fn default() -> Self {
         Self {
             host: Host::default(),
@@ -47,6 +50,7 @@ impl Default for Settings {
             force_after: Duration::from_secs(5),
             default_deadline: Duration::from_secs(30),
             scratch: files::default_scratch(),
+            audit: Audit::to_log(),
         }
     }
 }
@@ -57,6 +61,8 @@ pub struct Manager {
     pub handle: Handle,
     /// What can differ.
     pub settings: Settings,
+    /// Where it is noted who changed what.
+    pub audit: Audit,
     /// Starts components.
     pub starter: Box<dyn ComponentStarter>,
     /// Uploads that clients hold.
@@ -83,6 +89,7 @@ impl Manager {
         Ok(Rc::new(Self {
             handle,
             registry: RefCell::new(Registry::new(settings.limits)),
+            audit: settings.audit.clone(),
             settings,
             starter,
             uploads: Uploads::default(),

@@ -12,9 +12,10 @@ use std::{
 use sepal_schema::transport::{AsyncFd, Connection, Limits, PeerCredentials, serve_with};
 
 use crate::{
-    client::{Client, trusted},
+    client::{Client, Who},
     manager::Manager,
     manager_server::ManagerServer,
+    roles::{Peer, Roles},
 };
 
 /// Most connections at a time.
@@ -29,16 +30,28 @@ const OUT_OF_DESCRIPTORS: Duration = Duration::from_millis(100);
 pub fn serve(manager: &Rc<Manager>, socket: UnixStream) -> io::Result<Option<Connection>> {
     let own_uid = rustix::process::geteuid().as_raw();
     let peer = PeerCredentials::of(&socket)?;
-    if !trusted(peer, own_uid) {
+    let groups = [];
+    let seen = Peer {
+        uid: peer.uid,
+        gid: peer.gid,
+        groups: &groups,
+    };
+    let Some(role) = Roles::new(own_uid, []).of(seen) else {
         tracing::warn!(
             uid = peer.uid,
             pid = peer.pid,
             "connection refused: the manager serves only its own user and root"
         );
         return Ok(None);
-    }
+    };
     tracing::debug!(uid = peer.uid, pid = peer.pid, "connected");
-    let bootstrap = |fds| ManagerServer::new_client(manager.clone(), Client::new(fds, true)).client;
+    let who = Who {
+        uid: peer.uid,
+        gid: peer.gid,
+        pid: peer.pid,
+        share: None,
+    };
+    let bootstrap = |fds| ManagerServer::new_client(manager.clone(), Client::new(fds, who, role)).client;
     serve_with(&manager.handle, socket, Limits::default(), bootstrap).map(Some)
 }
 
