@@ -51,10 +51,8 @@ interface Agent extends (Facet) {
   }
 
   struct SinkResult {
-    union {
-      sink @0 :ByteStream;
-      error @1 :Error;
-    }
+    sink @0 :ByteStream;
+    error @1 :Error;
   }
 
   struct SizeResult {
@@ -65,10 +63,8 @@ interface Agent extends (Facet) {
   }
 
   struct ExecResult {
-    union {
-      process @0 :Process;
-      error @1 :Error;
-    }
+    process @0 :Process;
+    error @1 :Error;
   }
 }
 

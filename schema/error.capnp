@@ -1,5 +1,8 @@
 @0xd8eb1b69f88ddd79;
 # Errors that a caller can expect, as data. An exception, by contrast, means a broken connection or a bug.
+#
+# A result is a union of what was asked for and an error. Where a capability was asked for, it is a struct of both, so that calls can be sent to the
+# capability ahead of the answer: `error` is null if it worked, and otherwise those calls fail with an exception that says what the error says.
 
 struct Error {
   # Why an expected operation did not happen.

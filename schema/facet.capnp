@@ -109,14 +109,10 @@ interface Facet {
   # What this is, and what it permits. Needs no right.
 
   struct NarrowResult {
-    union {
-      narrowed :group {
-        facet @0 :Facet;
-        # Of the same kind: to be cast to it.
-        revoker @1 :Revoker;
-      }
-      error @2 :Error;
-    }
+    facet @0 :Facet;
+    # Of the same kind: to be cast to it.
+    revoker @1 :Revoker;
+    error @2 :Error;
   }
 
   struct Terms {
@@ -130,16 +126,12 @@ interface Facet {
   }
 
   struct ShareResult {
-    union {
-      shared :group {
-        token @0 :Text;
-        # Whoever has it can redeem it: at most 128 bytes of printable ASCII, beginning with the kind of facet ("console").
-        id @1 :UInt64;
-        # Identifies the share to the guest: `Guest.revokeShare`.
-        revoker @2 :Revoker;
-      }
-      error @3 :Error;
-    }
+    token @0 :Text;
+    # Whoever has it can redeem it: at most 128 bytes of printable ASCII, beginning with the kind of facet ("console").
+    id @1 :UInt64;
+    # Identifies the share to the guest: `Guest.revokeShare`.
+    revoker @2 :Revoker;
+    error @3 :Error;
   }
 
   struct DescribeResult {

@@ -421,51 +421,37 @@ interface Guest extends (Facet) {
   }
 
   struct ConsoleResult {
-    union {
-      console @0 :Console;
-      error @1 :Error;
-    }
+    console @0 :Console;
+    error @1 :Error;
   }
 
   struct BalloonControllerResult {
-    union {
-      controller @0 :BalloonController;
-      error @1 :Error;
-    }
+    controller @0 :BalloonController;
+    error @1 :Error;
   }
 
   struct MemControllerResult {
-    union {
-      controller @0 :MemController;
-      error @1 :Error;
-    }
+    controller @0 :MemController;
+    error @1 :Error;
   }
 
   struct HostVsockEndpointResult {
-    union {
-      endpoint @0 :HostVsockEndpoint;
-      error @1 :Error;
-    }
+    endpoint @0 :HostVsockEndpoint;
+    error @1 :Error;
   }
 
   struct DiskControllerResult {
-    union {
-      controller @0 :DiskController;
-      error @1 :Error;
-    }
+    controller @0 :DiskController;
+    error @1 :Error;
   }
 
   struct NetControllerResult {
-    union {
-      controller @0 :NetController;
-      error @1 :Error;
-    }
+    controller @0 :NetController;
+    error @1 :Error;
   }
 
   struct AgentResult {
-    union {
-      agent @0 :Agent;
-      error @1 :Error;
-    }
+    agent @0 :Agent;
+    error @1 :Error;
   }
 }

@@ -69,48 +69,34 @@ interface GuestManager {
   # How the manager sees the caller. `readOnly`: it came by the read-only socket, where nobody has more than the role observe.
 
   struct RedeemResult {
-    union {
-      redeemed :group {
-        facet @0 :Facets.Facet;
-        # To be cast to what `kind` says.
-        kind @1 :Facets.FacetKind;
-        guest @2 :Text;
-        # The guest's name.
-      }
-      error @3 :Error;
-    }
+    facet @0 :Facets.Facet;
+    # To be cast to what `kind` says.
+    kind @1 :Facets.FacetKind;
+    guest @2 :Text;
+    # The guest's name.
+    error @3 :Error;
   }
 
   struct NewGuestResult {
-    union {
-      lifecycle @0 :GuestLifecycle;
-      error @1 :Error;
-    }
+    lifecycle @0 :GuestLifecycle;
+    error @1 :Error;
   }
 
   struct LaunchResult {
-    union {
-      launched :group {
-        guest @0 :Guests.Guest;
-        lease @1 :Lease;
-        name @2 :Text;
-      }
-      error @3 :Error;
-    }
+    guest @0 :Guests.Guest;
+    lease @1 :Lease;
+    name @2 :Text;
+    error @3 :Error;
   }
 
   struct LookupResult {
-    union {
-      guest @0 :Guests.Guest;
-      error @1 :Error;
-    }
+    guest @0 :Guests.Guest;
+    error @1 :Error;
   }
 
   struct UploadResult {
-    union {
-      upload @0 :Upload;
-      error @1 :Error;
-    }
+    upload @0 :Upload;
+    error @1 :Error;
   }
 
   interface Lease {

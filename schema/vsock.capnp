@@ -25,10 +25,8 @@ interface HostVsockEndpoint extends (Facet) {
   # The guest's context id; `error` is null if it can be told.
 
   struct ListenResult {
-    union {
-      listener @0 :VsockListener;
-      error @1 :Error;
-    }
+    listener @0 :VsockListener;
+    error @1 :Error;
   }
 
   struct StreamResult {
@@ -41,11 +39,9 @@ interface HostVsockEndpoint extends (Facet) {
   }
 
   struct ByteStreamResult {
-    union {
-      toGuest @0 :ByteStream;
-      # Takes what the guest is to receive; `end` ends that direction. Dropping it before resets the connection.
-      error @1 :Error;
-    }
+    toGuest @0 :ByteStream;
+    # Takes what the guest is to receive; `end` ends that direction. Dropping it before resets the connection.
+    error @1 :Error;
   }
 }
 

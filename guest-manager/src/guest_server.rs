@@ -4,6 +4,7 @@ use std::{future::Future, rc::Rc, time::Duration};
 
 use capnp::capability::{Promise, Response};
 use sepal_schema::{
+    answer,
     error::{Error, Kind, read_completion, write_completion},
     error_capnp::completion,
     facet_capnp::facet,
@@ -82,15 +83,16 @@ impl guest::Server for GuestServer {
             let number = params.get_port();
             // A number that does not fit is of a port that is not there.
             let index = usize::try_from(number).unwrap_or(usize::MAX);
-            match self.guest.consoles.get(index) {
-                Some(port) => results.get().set_console(guard::new_client(PortServer {
+            let port = self.guest.consoles.get(index).map(|port| {
+                guard::new_client(PortServer {
                     client: self.client.clone(),
                     guest: self.guest.clone(),
                     port: port.clone(),
                     console: Some(number),
-                })),
-                None => no_console(number, self.guest.consoles.len()).write(results.get().init_error()),
-            }
+                })
+            });
+            let console = port.ok_or_else(|| no_console(number, self.guest.consoles.len()));
+            answer!(results, set_console, console);
         }))
     }
 
@@ -99,10 +101,7 @@ impl guest::Server for GuestServer {
         _: guest::BalloonControllerParams,
         mut results: guest::BalloonControllerResults,
     ) -> Reply {
-        match facets::balloon_controller_request(&self.guest).await {
-            Ok(controller) => results.get().set_controller(controller),
-            Err(error) => error.write(results.get().init_error()),
-        }
+        answer!(results, set_controller, facets::balloon_controller_request(&self.guest).await);
         Ok(())
     }
 
@@ -111,10 +110,7 @@ impl guest::Server for GuestServer {
         _: guest::MemControllerParams,
         mut results: guest::MemControllerResults,
     ) -> Reply {
-        match facets::mem_controller_request(&self.guest).await {
-            Ok(controller) => results.get().set_controller(controller),
-            Err(error) => error.write(results.get().init_error()),
-        }
+        answer!(results, set_controller, facets::mem_controller_request(&self.guest).await);
         Ok(())
     }
 
@@ -123,10 +119,7 @@ impl guest::Server for GuestServer {
         _: guest::HostVsockEndpointParams,
         mut results: guest::HostVsockEndpointResults,
     ) -> Reply {
-        match vsock::endpoint(&self.guest, self.client.fds.clone()).await {
-            Ok(endpoint) => results.get().set_endpoint(endpoint),
-            Err(error) => error.write(results.get().init_error()),
-        }
+        answer!(results, set_endpoint, vsock::endpoint(&self.guest, self.client.fds.clone()).await);
         Ok(())
     }
 
@@ -135,10 +128,7 @@ impl guest::Server for GuestServer {
         _: guest::DiskControllerParams,
         mut results: guest::DiskControllerResults,
     ) -> Reply {
-        match facets::disk_controller_request(&self.guest).await {
-            Ok(controller) => results.get().set_controller(controller),
-            Err(error) => error.write(results.get().init_error()),
-        }
+        answer!(results, set_controller, facets::disk_controller_request(&self.guest).await);
         Ok(())
     }
 
@@ -147,10 +137,7 @@ impl guest::Server for GuestServer {
         _: guest::NetControllerParams,
         mut results: guest::NetControllerResults,
     ) -> Reply {
-        match facets::net_controller_request(&self.guest).await {
-            Ok(controller) => results.get().set_controller(controller),
-            Err(error) => error.write(results.get().init_error()),
-        }
+        answer!(results, set_controller, facets::net_controller_request(&self.guest).await);
         Ok(())
     }
 
@@ -159,10 +146,11 @@ impl guest::Server for GuestServer {
         _: guest::AgentParams,
         mut results: guest::AgentResults,
     ) -> impl Future<Output = Reply> + 'static {
-        match self.guest.has_agent {
-            true => results.get().set_agent(crate::agent::new_client(self.guest.clone())),
-            false => facets::not_there("agent").write(results.get().init_error()),
-        }
+        let agent = match self.guest.has_agent {
+            true => Ok(crate::agent::new_client(self.guest.clone())),
+            false => Err(facets::not_there("agent")),
+        };
+        answer!(results, set_agent, agent);
         reply(Ok(()))
     }
 }

@@ -79,7 +79,7 @@ impl guest_lifecycle::Server for LifecycleServer {
     ) -> impl Future<Output = Result<(), capnp::Error>> + 'static {
         let (guest, client) = (self.slot.current(), self.client.clone());
         async move {
-            let broken = |error: Error| capnp::Error::failed(format!("{}: {}", error.kind_name(), error.message));
+            let broken = |error: Error| error.exception();
             let not_created = || Error::new(Kind::NotCreated, "no guest has been created");
             let guest = guest.ok_or_else(not_created).map_err(broken)?;
             guest.created().await.map_err(broken)?;

@@ -3,6 +3,7 @@
 use std::{cell::Cell, future::Future, rc::Rc};
 
 use sepal_schema::{
+    answer,
     config::GuestConfig,
     error::{Error, Kind, write_completion},
     manager_capnp::{PROTOCOL_VERSION, guest_manager},
@@ -103,12 +104,8 @@ impl guest_manager::Server for ManagerServer {
             let name = name_of(params.get()?.get_name())?;
             Slot::new(&self.manager, &name, Origin::Lifecycle)
         };
-        match take() {
-            Ok(slot) => results
-                .get()
-                .set_lifecycle(LifecycleServer::new_client(self.client.clone(), slot)),
-            Err(error) => error.write(results.get().init_error()),
-        }
+        let lifecycle = take().map(|slot| LifecycleServer::new_client(self.client.clone(), slot));
+        answer!(results, set_lifecycle, lifecycle);
         reply(Ok(()))
     }
 
@@ -126,12 +123,16 @@ impl guest_manager::Server for ManagerServer {
             };
             match launched {
                 Ok((guest, lease)) => {
-                    let mut to = results.get().init_launched();
+                    let mut to = results.get();
                     to.set_name(&*guest.name);
                     to.set_guest(GuestServer::new_client(client, guest));
                     to.set_lease(guard::new_client_from_rc(lease));
                 }
-                Err(error) => error.write(results.get().init_error()),
+                Err(error) => {
+                    let mut to = results.get();
+                    to.set_guest(error.broken());
+                    error.write(to.init_error());
+                }
             }
             Ok(())
         }
@@ -143,12 +144,8 @@ impl guest_manager::Server for ManagerServer {
         mut results: guest_manager::LookupResults,
     ) -> impl Future<Output = Reply> + 'static {
         let find = || self.find(&name_of(params.get()?.get_name())?);
-        match find() {
-            Ok(guest) => results
-                .get()
-                .set_guest(GuestServer::new_client(self.client.clone(), guest)),
-            Err(error) => error.write(results.get().init_error()),
-        }
+        let guest = find().map(|guest| GuestServer::new_client(self.client.clone(), guest));
+        answer!(results, set_guest, guest);
         reply(Ok(()))
     }
 
@@ -227,10 +224,7 @@ impl guest_manager::Server for ManagerServer {
                 .uploads
                 .create(params.get()?.get_size(), &self.client.uploads)
         };
-        match upload() {
-            Ok(upload) => results.get().set_upload(upload),
-            Err(error) => error.write(results.get().init_error()),
-        }
+        answer!(results, set_upload, upload());
         reply(Ok(()))
     }
 

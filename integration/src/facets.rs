@@ -8,8 +8,8 @@ use std::{
 use capnp::capability::FromClientHook;
 use sepal_schema::{
     device_capnp::{balloon_controller, disk_controller, mem_controller, net_controller},
-    error::{Error, read_completion},
-    guest_capnp::{console, guest, output, serial},
+    error::{Error, Outcome, read_completion},
+    guest_capnp::{console, output, serial},
 };
 
 use crate::{Guest, HarnessError, manager::PATIENCE};
@@ -44,13 +44,9 @@ impl Guest {
     }
 
     fn balloon(&mut self) -> Result<balloon_controller::Client, HarnessError> {
-        use guest::balloon_controller_result::Which;
         let question = self.guest.balloon_controller_request().send().promise;
         let answer = self.ask("finding the balloon", question)?;
-        match answer.get()?.which().map_err(capnp::Error::from)? {
-            Which::Controller(controller) => Ok(controller?),
-            Which::Error(error) => Err(Error::read(error?)?.into()),
-        }
+        Ok(answer.get()?.outcome()?.get_controller()?)
     }
 
     /// Asks the guest for a balloon of so many pages.
@@ -96,13 +92,9 @@ impl Guest {
     }
 
     fn memory_device(&mut self) -> Result<mem_controller::Client, HarnessError> {
-        use guest::mem_controller_result::Which;
         let question = self.guest.mem_controller_request().send().promise;
         let answer = self.ask("finding the memory device", question)?;
-        match answer.get()?.which().map_err(capnp::Error::from)? {
-            Which::Controller(controller) => Ok(controller?),
-            Which::Error(error) => Err(Error::read(error?)?.into()),
-        }
+        Ok(answer.get()?.outcome()?.get_controller()?)
     }
 
     /// Asks the guest to have so many bytes plugged.
@@ -165,13 +157,9 @@ impl Guest {
     /// # Errors
     /// What the guest manager answered.
     pub fn resize_disk(&mut self, disk: &str, bytes: u64) -> Result<(), HarnessError> {
-        use guest::disk_controller_result::Which;
         let question = self.guest.disk_controller_request().send().promise;
         let answer = self.ask("finding the disks", question)?;
-        let disks: disk_controller::Client = match answer.get()?.which().map_err(capnp::Error::from)? {
-            Which::Controller(controller) => controller?,
-            Which::Error(error) => return Err(Error::read(error?)?.into()),
-        };
+        let disks: disk_controller::Client = answer.get()?.outcome()?.get_controller()?;
         let mut request = disks.resize_request();
         request.get().set_disk(disk);
         request.get().set_bytes(bytes);
@@ -184,13 +172,9 @@ impl Guest {
     /// # Errors
     /// What the guest manager answered.
     pub fn set_link(&mut self, network: &str, up: bool) -> Result<(), HarnessError> {
-        use guest::net_controller_result::Which;
         let question = self.guest.net_controller_request().send().promise;
         let answer = self.ask("finding the network devices", question)?;
-        let networks: net_controller::Client = match answer.get()?.which().map_err(capnp::Error::from)? {
-            Which::Controller(controller) => controller?,
-            Which::Error(error) => return Err(Error::read(error?)?.into()),
-        };
+        let networks: net_controller::Client = answer.get()?.outcome()?.get_controller()?;
         let mut request = networks.set_link_request();
         request.get().set_network(network);
         request.get().set_up(up);
@@ -199,14 +183,10 @@ impl Guest {
     }
 
     fn console(&mut self, port: u32) -> Result<console::Client, HarnessError> {
-        use guest::console_result::Which;
         let mut request = self.guest.console_request();
         request.get().set_port(port);
         let answer = self.ask("finding a console port", request.send().promise)?;
-        match answer.get()?.which().map_err(capnp::Error::from)? {
-            Which::Console(console) => Ok(console?),
-            Which::Error(error) => Err(Error::read(error?)?.into()),
-        }
+        Ok(answer.get()?.outcome()?.get_console()?)
     }
 
     /// Types on a port of the virtio console.

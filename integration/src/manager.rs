@@ -12,7 +12,7 @@ use std::{
 
 use rustix::io::FdFlags;
 use sepal_schema::{
-    error::Error,
+    error::Outcome,
     manager_capnp::guest_manager,
     transport::{Connection, Limits, Reactor, connect},
 };
@@ -58,17 +58,14 @@ impl Manager {
     /// # Errors
     /// A file of the guest cannot be opened, or the manager refused.
     pub fn launch(mut self, boot: Boot) -> Result<Guest, HarnessError> {
-        use guest_manager::launch_result::Which;
         let mut request = self.client.launch_request();
         if let Some(connection) = &self.connection {
             boot.config()?.encode(request.get().init_config(), &connection.fds())?;
         }
         let response = self.within(PATIENCE, request.send().promise)?;
         let response = response.unwrap_or_else(|| Err(capnp::Error::overloaded("launch was not answered".into())))?;
-        let (guest, lease) = match response.get()?.which().map_err(capnp::Error::from)? {
-            Which::Launched(launched) => (launched.get_guest()?, launched.get_lease()?),
-            Which::Error(error) => return Err(Error::read(error?)?.into()),
-        };
+        let launched = response.get()?.outcome()?;
+        let (guest, lease) = (launched.get_guest()?, launched.get_lease()?);
         Ok(Guest::new(self, guest, lease))
     }
 

@@ -1,6 +1,8 @@
 //! Typed errors: what a method answers when something that can be expected goes wrong.
 
-use crate::error_capnp;
+use capnp::capability::FromClientHook;
+
+use crate::{agent_capnp, error_capnp, facet_capnp, guest_capnp, manager_capnp, vsock_capnp};
 
 /// What to match on; the values and their meanings are documented in `error.capnp`.
 pub use error_capnp::error::Kind;
@@ -63,6 +65,17 @@ impl Error {
         })
     }
 
+    /// The exception for where no typed error fits: its words begin with the kind.
+    pub fn exception(&self) -> capnp::Error {
+        capnp::Error::failed(format!("{}: {}", self.kind_name(), self.message))
+    }
+
+    /// A capability that there is not, for the reason of this error: every call to it fails with it.
+    pub fn broken<C: FromClientHook>(&self) -> C {
+        let exception = self.exception();
+        capnp_rpc::new_future_client(async move { Err(exception) })
+    }
+
     /// The kind as it is written in the documentation: `BAD_CONFIG`.
     pub fn kind_name(&self) -> &'static str {
         kind_name(self.kind)
@@ -92,6 +105,67 @@ pub fn read_completion(from: error_capnp::completion::Reader<'_>) -> Result<(), 
         Which::Error(error) => Err(Error::read(error?)?),
     }
 }
+
+/// A result that carries a capability beside its error.
+pub trait Outcome: Sized {
+    /// The result, if it worked.
+    ///
+    /// # Errors
+    /// What the peer answered instead.
+    fn outcome(self) -> Result<Self, Error>;
+}
+
+/// Answers a call with a capability, or with the error and a capability that is broken by it:
+/// `answer!(results, set_console, outcome)`.
+#[macro_export]
+macro_rules! answer {
+    ($results:ident, $set:ident, $outcome:expr) => {
+        match $outcome {
+            Ok(capability) => $results.get().$set(capability),
+            Err(error) => {
+                let error: $crate::error::Error = error;
+                let mut to = $results.get();
+                to.$set(error.broken());
+                error.write(to.init_error());
+            }
+        }
+    };
+}
+
+macro_rules! outcomes {
+    ($($result:path),* $(,)?) => {$(
+        impl Outcome for $result {
+            fn outcome(self) -> Result<Self, Error> {
+                match self.has_error() {
+                    true => Err(Error::read(self.get_error()?)?),
+                    false => Ok(self),
+                }
+            }
+        }
+    )*};
+}
+
+outcomes!(
+    agent_capnp::agent::exec_result::Reader<'_>,
+    agent_capnp::agent::sink_result::Reader<'_>,
+    facet_capnp::facet::narrow_result::Reader<'_>,
+    facet_capnp::facet::share_result::Reader<'_>,
+    guest_capnp::guest::agent_result::Reader<'_>,
+    guest_capnp::guest::balloon_controller_result::Reader<'_>,
+    guest_capnp::guest::console_result::Reader<'_>,
+    guest_capnp::guest::disk_controller_result::Reader<'_>,
+    guest_capnp::guest::host_vsock_endpoint_result::Reader<'_>,
+    guest_capnp::guest::mem_controller_result::Reader<'_>,
+    guest_capnp::guest::net_controller_result::Reader<'_>,
+    guest_capnp::read_result::Reader<'_>,
+    manager_capnp::guest_manager::launch_result::Reader<'_>,
+    manager_capnp::guest_manager::lookup_result::Reader<'_>,
+    manager_capnp::guest_manager::new_guest_result::Reader<'_>,
+    manager_capnp::guest_manager::redeem_result::Reader<'_>,
+    manager_capnp::guest_manager::upload_result::Reader<'_>,
+    vsock_capnp::host_vsock_endpoint::byte_stream_result::Reader<'_>,
+    vsock_capnp::host_vsock_endpoint::listen_result::Reader<'_>,
+);
 
 /// The kind as it is written in the documentation: `BAD_CONFIG`.
 pub fn kind_name(kind: Kind) -> &'static str {

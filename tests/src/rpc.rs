@@ -5,7 +5,7 @@ use std::{future::Future, os::unix::net::UnixStream, path::Path};
 use futures::FutureExt;
 use sepal_schema::{
     config::GuestConfig,
-    error::{Error, read_completion},
+    error::{Error, Outcome, read_completion},
     guest_capnp::{guest, observer, output, power},
     info::GuestInfo,
     lifecycle_capnp::guest_lifecycle,
@@ -87,14 +87,10 @@ impl Rpc {
     /// If the connection breaks or the answer is late; so do all others.
     #[track_caller]
     pub fn new_guest(&mut self, name: &str) -> Result<guest_lifecycle::Client, Error> {
-        use guest_manager::new_guest_result::Which;
         let mut request = self.manager.new_guest_request();
         request.get().set_name(name);
         let response = self.wait("newGuest", request.send().promise).unwrap();
-        match response.get().unwrap().which().unwrap() {
-            Which::Lifecycle(lifecycle) => Ok(lifecycle.unwrap()),
-            Which::Error(error) => Err(Error::read(error.unwrap()).unwrap()),
-        }
+        Ok(response.get().unwrap().outcome()?.get_lifecycle().unwrap())
     }
 
     /// Sends a create, and returns what will be its answer.
@@ -157,19 +153,16 @@ impl Rpc {
     /// What the manager answered.
     #[track_caller]
     pub fn launch(&mut self, config: GuestConfig, detach: bool) -> Result<Launched, Error> {
-        use guest_manager::launch_result::Which;
         let mut request = self.manager.launch_request();
         config.encode(request.get().init_config(), &self.connection.fds())?;
         request.get().set_detach(detach);
         let response = broken(self.wait("launch", request.send().promise))?;
-        match response.get().unwrap().which().unwrap() {
-            Which::Launched(launched) => Ok(Launched {
-                guest: launched.get_guest().unwrap(),
-                lease: launched.get_lease().unwrap(),
-                name: launched.get_name().unwrap().to_string().unwrap(),
-            }),
-            Which::Error(error) => Err(Error::read(error.unwrap()).unwrap()),
-        }
+        let launched = response.get().unwrap().outcome()?;
+        Ok(Launched {
+            guest: launched.get_guest().unwrap(),
+            lease: launched.get_lease().unwrap(),
+            name: launched.get_name().unwrap().to_string().unwrap(),
+        })
     }
 
     /// A guest by its name.
@@ -178,14 +171,10 @@ impl Rpc {
     /// What the manager answered.
     #[track_caller]
     pub fn lookup(&mut self, name: &str) -> Result<guest::Client, Error> {
-        use guest_manager::lookup_result::Which;
         let mut request = self.manager.lookup_request();
         request.get().set_name(name);
         let response = broken(self.wait("lookup", request.send().promise))?;
-        match response.get().unwrap().which().unwrap() {
-            Which::Guest(guest) => Ok(guest.unwrap()),
-            Which::Error(error) => Err(Error::read(error.unwrap()).unwrap()),
-        }
+        Ok(response.get().unwrap().outcome()?.get_guest().unwrap())
     }
 
     /// All guests.

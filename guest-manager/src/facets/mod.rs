@@ -11,7 +11,7 @@ use capnp::{
 };
 use sepal_schema::{
     device_capnp::{balloon_controller, disk_controller, mem_controller, net_controller},
-    error::{Error, Kind, read_completion, write_completion},
+    error::{Error, Kind, Outcome, read_completion, write_completion},
     error_capnp::completion,
     facet_capnp,
     guest_capnp::{console, guest as component_guest},
@@ -41,11 +41,11 @@ pub(crate) fn error_of(error: Result<sepal_schema::error_capnp::error::Reader<'_
 pub(crate) async fn facet<T: Owned + Pipelined, C: FromClientHook>(
     guest: &Guest,
     ask: impl FnOnce(&component_guest::Client) -> Answer<T>,
-    take: impl FnOnce(T::Reader<'_>) -> Result<Result<C, Error>, capnp::Error>,
+    take: impl FnOnce(T::Reader<'_>) -> Result<C, Error>,
 ) -> Result<C, Error> {
     let remote = guest.remote()?;
     let answer = guest.answer(ask(&remote)).await?;
-    take(answer.get()?)?
+    take(answer.get()?).map_err(bounded_error)
 }
 
 /// Passes a question on whose answer is that it worked, or not.
@@ -71,19 +71,15 @@ macro_rules! pass {
 
 /// Asks a component for the facet of a kind, and puts a [`Facet`] in front of it.
 macro_rules! facet_of {
-    ($name:ident, $module:ident, $result:ident) => {
+    ($name:ident, $module:ident) => {
         #[doc = concat!("The guest's `", stringify!($module), "`.")]
         ///
         /// # Errors
         /// `DEVICE_NOT_PRESENT`, or that the guest does not answer.
         pub(crate) async fn $name(guest: &Rc<Guest>) -> Result<$module::Client, Error> {
-            use component_guest::$result::{Controller, Error as Refused};
             let ask = |remote: &component_guest::Client| remote.$name().send().promise;
             let remote: $module::Client = facet(guest, ask, |answer| {
-                Ok(match answer.which()? {
-                    Controller(controller) => Ok(controller?),
-                    Refused(error) => Err(error_of(error)),
-                })
+                Ok(answer.outcome()?.get_controller()?)
             })
             .await?;
             Ok(guard::new_client(Facet {
@@ -94,14 +90,10 @@ macro_rules! facet_of {
     };
 }
 
-facet_of!(
-    balloon_controller_request,
-    balloon_controller,
-    balloon_controller_result
-);
-facet_of!(mem_controller_request, mem_controller, mem_controller_result);
-facet_of!(disk_controller_request, disk_controller, disk_controller_result);
-facet_of!(net_controller_request, net_controller, net_controller_result);
+facet_of!(balloon_controller_request, balloon_controller);
+facet_of!(mem_controller_request, mem_controller);
+facet_of!(disk_controller_request, disk_controller);
+facet_of!(net_controller_request, net_controller);
 
 impl<C: 'static> facet_capnp::facet::Server for Facet<C> {}
 
@@ -211,11 +203,7 @@ pub(crate) async fn resize(guest: &Guest, port: u32, columns: u16, rows: u16) ->
         request.send().promise
     };
     let console: console::Client = facet(guest, ask, |answer| {
-        use component_guest::console_result::Which;
-        Ok(match answer.which()? {
-            Which::Console(console) => Ok(console?),
-            Which::Error(error) => Err(error_of(error)),
-        })
+        Ok(answer.outcome()?.get_console()?)
     })
     .await?;
     let mut call = console.resize_request();

@@ -27,11 +27,11 @@ use std::{cell::RefCell, os::unix::net::UnixStream, rc::Rc};
 use sepal_schema::{
     bytes_capnp::byte_stream,
     config::Handles,
-    error::{Error, Kind},
+    error::{Error, Kind, Outcome},
     guest_capnp::guest as component_guest,
     transport::{FdTable, guard},
     vsock_capnp::{
-        host_vsock_endpoint::{self, byte_stream_result, listen_result, stream_result},
+        host_vsock_endpoint::{self, byte_stream_result, stream_result},
         vsock_acceptor, vsock_connection, vsock_listener,
     },
 };
@@ -39,6 +39,7 @@ use sepal_schema::{
 use crate::{
     facets::{error_of, facet},
     guest::Guest,
+    model::bounded_error,
 };
 
 type Reply = Result<(), capnp::Error>;
@@ -48,15 +49,8 @@ type Reply = Result<(), capnp::Error>;
 /// # Errors
 /// `DEVICE_NOT_PRESENT`, or that the guest does not answer.
 pub(crate) async fn remote(guest: &Guest) -> Result<host_vsock_endpoint::Client, Error> {
-    use component_guest::host_vsock_endpoint_result::Which;
     let ask = |remote: &component_guest::Client| remote.host_vsock_endpoint_request().send().promise;
-    facet(guest, ask, |answer| {
-        Ok(match answer.which()? {
-            Which::Endpoint(endpoint) => Ok(endpoint?),
-            Which::Error(error) => Err(error_of(error)),
-        })
-    })
-    .await
+    facet(guest, ask, |answer| Ok(answer.outcome()?.get_endpoint()?)).await
 }
 
 /// A guest's socket device, for a client with whose messages the descriptors of `fds` travel.
@@ -142,10 +136,7 @@ pub(crate) async fn listen_here(
     call.get().set_port(port);
     call.get().set_acceptor(acceptor);
     let answer = guest.answer(call.send().promise).await?;
-    match answer.get()?.which().map_err(capnp::Error::from)? {
-        listen_result::Listener(listener) => Ok(listener?),
-        listen_result::Error(error) => Err(error_of(error)),
-    }
+    Ok(answer.get()?.outcome().map_err(bounded_error)?.get_listener()?)
 }
 
 /// A client's listener; the component's goes with it.

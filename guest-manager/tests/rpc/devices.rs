@@ -9,7 +9,7 @@ use sepal_schema::{
         File, GuestConfig,
         device::{Backend, Balloon, Console, Disk, DiskMode, Link, Network, Share, Vsock},
     },
-    error::{Error, Kind},
+    error::{Error, Kind, Outcome},
     guest_capnp::{console, guest, serial},
     report::Reason,
 };
@@ -243,14 +243,10 @@ fn no_two_guests_have_a_context_id() {
 }
 
 async fn console(guest: &guest::Client, port: u32) -> Result<console::Client, Error> {
-    use guest::console_result::Which;
     let mut request = guest.console_request();
     request.get().set_port(port);
     let answer = request.send().promise.await?;
-    match answer.get()?.which().unwrap() {
-        Which::Console(console) => Ok(console?),
-        Which::Error(error) => Err(Error::read(error?)?),
-    }
+    Ok(answer.get()?.outcome()?.get_console()?)
 }
 
 async fn printed(console: &console::Client) -> (Vec<u8>, bool) {
@@ -301,10 +297,8 @@ fn a_device_that_was_left_out_is_said_not_to_be_there() {
         let caller = world.caller();
         let launched = caller.launch("web").await.unwrap();
         let answer = launched.guest.agent_request().send().promise.await.unwrap();
-        let guest::agent_result::Which::Error(error) = answer.get().unwrap().which().unwrap() else {
-            panic!("an agent without vsock")
-        };
-        assert_eq!(Error::read(error.unwrap()).unwrap().kind, Kind::DeviceNotPresent);
+        let error = answer.get().unwrap().outcome().err().unwrap();
+        assert_eq!(error.kind, Kind::DeviceNotPresent);
         assert_eq!(
             console(&launched.guest, 0).await.err().unwrap().kind,
             Kind::DeviceNotPresent

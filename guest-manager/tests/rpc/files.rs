@@ -8,10 +8,9 @@ use std::{
 
 use sepal_schema::{
     config::{File, GuestConfig},
-    error::{Error, Kind},
+    error::{Error, Kind, Outcome},
     file_capnp::upload,
     guest_capnp::serial,
-    manager_capnp::guest_manager::upload_result,
     report::Reason,
 };
 
@@ -42,10 +41,7 @@ async fn upload(caller: &Caller, size: u64) -> Result<upload::Client, Error> {
     let mut request = caller.manager.upload_request();
     request.get().set_size(size);
     let answer = request.send().promise.await?;
-    match answer.get()?.which().unwrap() {
-        upload_result::Upload(upload) => Ok(upload?),
-        upload_result::Error(error) => Err(Error::read(error?)?),
-    }
+    Ok(answer.get()?.outcome()?.get_upload()?)
 }
 
 async fn append(upload: &upload::Client, bytes: &[u8]) -> Result<(), capnp::Error> {

@@ -17,10 +17,10 @@ use sepal_schema::{
         device::{Listener, Vsock},
     },
     error::{Error, Kind, write_completion},
-    guest_capnp::{guest, guest::host_vsock_endpoint_result},
+    guest_capnp::guest,
     transport::{AsyncFd, FdTable, guard},
     vsock_capnp::{
-        host_vsock_endpoint::{self, byte_stream_result, listen_result, stream_result},
+        host_vsock_endpoint::{self, stream_result},
         vsock_acceptor, vsock_connection, vsock_listener,
     },
 };
@@ -243,10 +243,7 @@ fn cid(test: u32) -> u32 {
 
 async fn endpoint(guest: &guest::Client) -> Result<host_vsock_endpoint::Client, Error> {
     let answer = guest.host_vsock_endpoint_request().send().promise.await?;
-    match answer.get()?.which().unwrap() {
-        host_vsock_endpoint_result::Endpoint(endpoint) => Ok(endpoint?),
-        host_vsock_endpoint_result::Error(error) => Err(Error::read(error?)?),
-    }
+    Ok(answer.get()?.outcome()?.get_endpoint()?)
 }
 
 fn socket(world: &World, caller: &Caller, answer: stream_result::Reader<'_>) -> Result<AsyncFd<UnixStream>, Error> {
@@ -280,10 +277,7 @@ async fn listen(
     call.get().set_port(port);
     call.get().set_acceptor(guard::new_client(acceptor));
     let answer = call.send().promise.await?;
-    match answer.get()?.which().unwrap() {
-        listen_result::Listener(listener) => Ok(listener?),
-        listen_result::Error(error) => Err(Error::read(error?)?),
-    }
+    Ok(answer.get()?.outcome()?.get_listener()?)
 }
 
 /// That bytes go both ways, and the ends too.
@@ -335,10 +329,7 @@ fn a_client_without_descriptors_gets_streams() {
         call.get().set_port(22);
         call.get().set_from_guest(guard::new_client(sink.clone()));
         let answer = call.send().promise.await.unwrap();
-        let to_guest = match answer.get().unwrap().which().unwrap() {
-            byte_stream_result::ToGuest(stream) => stream.unwrap(),
-            byte_stream_result::Error(error) => panic!("{}", Error::read(error.unwrap()).unwrap()),
-        };
+        let to_guest = answer.get().unwrap().outcome().unwrap().get_to_guest().unwrap();
         let (_, guest) = world.fake.last().sockets.next(&world).await;
         let mut call = to_guest.write_request();
         call.get().set_bytes(b"question");

@@ -3,9 +3,10 @@
 use std::{os::unix::net::UnixStream, rc::Rc, time::Duration};
 
 use sepal_guest_manager::{
-    client::Client,
+    client::{Client, Who},
     manager::{Manager, Settings},
     manager_server::ManagerServer,
+    roles::Role,
 };
 use sepal_schema::{
     config::GuestConfig,
@@ -13,9 +14,9 @@ use sepal_schema::{
     guest_capnp::{guest, observer, power},
     info::{GuestInfo, GuestStatus},
     lifecycle_capnp::guest_lifecycle::{self, run_result},
-    manager_capnp::guest_manager::{self, launch_result, lease, lookup_result, new_guest_result},
+    manager_capnp::guest_manager::{self, lease},
     report::StopReport,
-    transport::{Connection, Handle, Limits, Reactor, connect, serve_with},
+    transport::{Connection, FdTable, Handle, Limits, Reactor, connect, serve_with},
 };
 
 use crate::fake::{Fake, Starter};
@@ -71,10 +72,22 @@ pub(crate) fn impatient() -> Settings {
 }
 
 impl World {
-    /// A client that has the manager's uid, or not.
+    /// A client with the role admin, or operate.
     pub(crate) fn caller_as(&self, trusted: bool) -> Caller {
+        let role = if trusted { Role::Admin } else { Role::Operate };
+        let who = Who {
+            uid: 1000,
+            gid: 100,
+            pid: None,
+            share: None,
+        };
+        self.caller_with(|fds| Client::new(fds, who, role))
+    }
+
+    /// A client of one's own making.
+    pub(crate) fn caller_with(&self, client: impl FnOnce(FdTable) -> Client) -> Caller {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let serve = |fds| ManagerServer::new_client(self.manager.clone(), Client::new(fds, trusted)).client;
+        let serve = |fds| ManagerServer::new_client(self.manager.clone(), client(fds)).client;
         serve_with(&self.handle, theirs, Limits::default(), serve)
             .unwrap()
             .detach();
@@ -101,14 +114,12 @@ impl Caller {
         request.get().set_detach(detach);
         config.encode(request.get().init_config(), &self.connection.fds())?;
         let answer = request.send().promise.await?;
-        match answer.get()?.which().unwrap() {
-            launch_result::Launched(launched) => Ok(Launched {
-                name: launched.get_name()?.to_string().unwrap(),
-                guest: launched.get_guest()?,
-                lease: launched.get_lease()?,
-            }),
-            launch_result::Error(error) => Err(Error::read(error?)?),
-        }
+        let launched = answer.get()?.outcome()?;
+        Ok(Launched {
+            name: launched.get_name()?.to_string().unwrap(),
+            guest: launched.get_guest()?,
+            lease: launched.get_lease()?,
+        })
     }
 
     pub(crate) async fn launch(&self, name: &str) -> Result<Launched, Error> {
@@ -119,10 +130,7 @@ impl Caller {
         let mut request = self.manager.lookup_request();
         request.get().set_name(name);
         let answer = request.send().promise.await?;
-        match answer.get()?.which().unwrap() {
-            lookup_result::Guest(guest) => Ok(guest?),
-            lookup_result::Error(error) => Err(Error::read(error?)?),
-        }
+        Ok(answer.get()?.outcome()?.get_guest()?)
     }
 
     pub(crate) async fn list(&self) -> Vec<GuestInfo> {
@@ -135,10 +143,7 @@ impl Caller {
         let mut request = self.manager.new_guest_request();
         request.get().set_name(name);
         let answer = request.send().promise.await?;
-        match answer.get()?.which().unwrap() {
-            new_guest_result::Lifecycle(lifecycle) => Ok(lifecycle?),
-            new_guest_result::Error(error) => Err(Error::read(error?)?),
-        }
+        Ok(answer.get()?.outcome()?.get_lifecycle()?)
     }
 
     pub(crate) async fn force_shutdown(&self, name: &str) -> Result<(), Error> {

@@ -106,10 +106,9 @@ fn uploads_without_end() {
             let mut request = client.manager.upload_request();
             request.get().set_size(1 << 32);
             let response = client.wait("upload", request.send().promise).unwrap();
-            use sepal_schema::manager_capnp::guest_manager::upload_result::Which;
-            match response.get().unwrap().which().unwrap() {
-                Which::Upload(upload) => held.push(upload.unwrap()),
-                Which::Error(error) => break error.unwrap().get_kind().unwrap(),
+            match response.get().unwrap().outcome() {
+                Ok(upload) => held.push(upload.get_upload().unwrap()),
+                Err(error) => break error.kind,
             }
             assert!(held.len() <= 16);
         };
