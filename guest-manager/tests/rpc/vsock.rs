@@ -16,7 +16,7 @@ use sepal_schema::{
         GuestConfig, Handles,
         device::{Listener, Vsock},
     },
-    error::{Error, Kind, write_completion},
+    error::{Error, Kind, Outcome, write_completion},
     guest_capnp::guest,
     transport::{AsyncFd, FdTable, guard},
     vsock_capnp::{

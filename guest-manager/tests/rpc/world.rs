@@ -10,7 +10,7 @@ use sepal_guest_manager::{
 };
 use sepal_schema::{
     config::GuestConfig,
-    error::{Error, read_completion},
+    error::{Error, Outcome, read_completion},
     guest_capnp::{guest, observer, power},
     info::{GuestInfo, GuestStatus},
     lifecycle_capnp::guest_lifecycle::{self, run_result},
