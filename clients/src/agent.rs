@@ -4,7 +4,6 @@ use std::{
     cell::RefCell,
     fs::File,
     io::{self, Read, Write},
-    path::Path,
     rc::Rc,
     thread,
 };
@@ -14,7 +13,7 @@ use futures::{FutureExt, StreamExt, channel::mpsc, select};
 use sepal_schema::{
     agent_capnp::{agent, process},
     bytes_capnp::byte_stream,
-    error::{Error, Kind, read_completion, write_completion},
+    error::{Error, Kind, Outcome, read_completion, write_completion},
     guest_capnp::guest,
     transport::{Handle, guard},
 };
@@ -23,6 +22,7 @@ use crate::{
     args::Exec,
     calls,
     manager::Manager,
+    place::Place,
     status,
     terminal::{self, Raw},
 };
@@ -31,12 +31,8 @@ use crate::{
 const CHUNK: usize = 64 * 1024;
 
 async fn agent(guest: &guest::Client) -> Result<agent::Client> {
-    use guest::agent_result::Which;
     let response = guest.agent_request().send().promise.await?;
-    match response.get()?.which()? {
-        Which::Agent(agent) => Ok(agent?),
-        Which::Error(error) => Err(Error::read(error?)?.into()),
-    }
+    Ok(response.get()?.outcome()?.get_agent()?)
 }
 
 /// Writes what comes to a file or to standard output.
@@ -76,11 +72,13 @@ async fn end(to: &byte_stream::Client) -> Result<()> {
 }
 
 /// Runs a program in a guest; the exit status is the program's.
-pub(crate) async fn exec(handle: &Handle, socket: Option<&Path>, args: &Exec) -> Result<u8> {
-    let manager = Manager::running(handle, socket)?;
+pub(crate) async fn exec(handle: &Handle, place: &Place, args: &Exec) -> Result<u8> {
+    let manager = Manager::running(handle, place)?;
     let guest = calls::lookup(&manager.client, &args.name).await?;
     let agent = agent(&guest).await?;
     let process = start(&agent, args).await?;
+    // Before there are other threads: one that does not block the signal would take it, and forget it.
+    let changes = args.tty.then(|| terminal::size_changes(handle)).transpose()?;
     let raw = match args.tty {
         true => Raw::enter().context("making the terminal raw")?,
         false => None,
@@ -88,7 +86,6 @@ pub(crate) async fn exec(handle: &Handle, socket: Option<&Path>, args: &Exec) ->
     let stdin = process.stdin_request().send().pipeline.get_stdin();
     let input = handle.spawn_owned(feed(stdin, input()?));
     let sizes = process.clone();
-    let changes = args.tty.then(|| terminal::size_changes(handle)).transpose()?;
     let resized = handle.spawn_owned(async move {
         let Some(changes) = changes else { return };
         while changes.next().await.is_ok() {
@@ -112,7 +109,6 @@ pub(crate) async fn exec(handle: &Handle, socket: Option<&Path>, args: &Exec) ->
 }
 
 async fn start(agent: &agent::Client, args: &Exec) -> Result<process::Client> {
-    use agent::exec_result::Which;
     let mut request = agent.exec_request();
     let mut command = request.get().init_command();
     command.set_arguments(&args.command[..])?;
@@ -127,10 +123,7 @@ async fn start(agent: &agent::Client, args: &Exec) -> Result<process::Client> {
     request.get().set_stdout(Writer::new_client(io::stdout()));
     request.get().set_stderr(Writer::new_client(io::stderr()));
     let response = request.send().promise.await?;
-    match response.get()?.which()? {
-        Which::Process(process) => Ok(process?),
-        Which::Error(error) => Err(Error::read(error?)?.into()),
-    }
+    Ok(response.get()?.outcome()?.get_process()?)
 }
 
 async fn wait(process: &process::Client) -> Result<u8> {
@@ -184,7 +177,7 @@ async fn feed(stdin: byte_stream::Client, mut pieces: mpsc::Receiver<Vec<u8>>) {
 }
 
 /// Copies a file into a guest, or out of one.
-pub(crate) async fn cp(handle: &Handle, socket: Option<&Path>, from: &str, to: &str) -> Result<u8> {
+pub(crate) async fn cp(handle: &Handle, place: &Place, from: &str, to: &str) -> Result<u8> {
     let (name, inward) = match (in_guest(from), in_guest(to)) {
         (None, Some((name, _))) => (name, true),
         (Some((name, _)), None) => (name, false),
@@ -194,7 +187,7 @@ pub(crate) async fn cp(handle: &Handle, socket: Option<&Path>, from: &str, to: &
             return Err(Error::new(Kind::BadConfig, message).into());
         }
     };
-    let manager = Manager::running(handle, socket)?;
+    let manager = Manager::running(handle, place)?;
     let guest = calls::lookup(&manager.client, name).await?;
     let agent = agent(&guest).await?;
     match inward {
@@ -221,10 +214,7 @@ async fn put(agent: &agent::Client, from: &str, to: &str) -> Result<()> {
     request.get().set_path(to);
     request.get().set_mode(found.permissions().mode() & 0o7777);
     let response = request.send().promise.await?;
-    let sink = match response.get()?.which()? {
-        agent::sink_result::Sink(sink) => sink?,
-        agent::sink_result::Error(error) => return Err(Error::read(error?)?.into()),
-    };
+    let sink = response.get()?.outcome()?.get_sink()?;
     let mut buffer = vec![0; CHUNK];
     loop {
         let count = file.read(&mut buffer).with_context(|| format!("reading {from}"))?;

@@ -1,11 +1,18 @@
 //! The command line of `guest`.
 
-use std::{path::PathBuf, time::Duration};
+use std::{ffi::OsString, path::PathBuf, time::Duration};
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{
+    Args, Parser, Subcommand, ValueEnum,
+    builder::{OsStringValueParser, TypedValueParser},
+};
 use clap_complete::Shell;
-use sepal_schema::config::device::{Balloon, Console, MemoryDevice, Rng, WatchdogAction};
+use sepal_schema::config::{
+    OnPanic, OnReset,
+    device::{Balloon, Console, MemoryDevice, Rng, WatchdogAction},
+};
 
+use crate::place::Address;
 use crate::specs::{self, DiskSpec, NetSpec, ShareSpec, VhostUserSpec, VsockSpec};
 
 /// Runs virtual machines, each in a jail of its own.
@@ -14,9 +21,20 @@ use crate::specs::{self, DiskSpec, NetSpec, ShareSpec, VhostUserSpec, VsockSpec}
 #[derive(Debug, Parser)]
 #[command(name = "guest", version, max_term_width = 100, after_help = EXIT_STATUS)]
 pub(crate) struct Cli {
-    /// Socket of the guest manager [default: the user's, $XDG_RUNTIME_DIR/sepal/manager.sock]
-    #[arg(long, global = true, value_name = "SOCKET", env = "SEPAL_MANAGER")]
-    pub(crate) manager: Option<PathBuf>,
+    /// The guest manager: PATH or unix:PATH of its socket, or ssh://[USER@]HOST[:PORT][/PATH] on another machine [default: the user's own]
+    #[arg(long, global = true, value_name = "ADDRESS", env = "SEPAL_MANAGER", hide_env_values = true,
+          value_parser = OsStringValueParser::new().try_map(Address::parse))]
+    pub(crate) manager: Option<Address>,
+    /// The program to run instead of ssh for ssh:// addresses
+    #[arg(
+        long,
+        global = true,
+        value_name = "PROGRAM",
+        env = "SEPAL_SSH",
+        hide_env_values = true,
+        hide_short_help = true
+    )]
+    pub(crate) ssh: Option<OsString>,
 
     #[command(subcommand)]
     pub(crate) command: Command,
@@ -92,6 +110,9 @@ pub(crate) enum Command {
     EndManager,
     /// Print the versions of this program and of the guest manager
     Version(Version),
+    /// Connect standard input and output to the guest manager of this machine, for a `guest` on another
+    #[command(hide = true)]
+    Relay(Relay),
     /// Print a shell's completion script
     Completions {
         /// The shell
@@ -127,6 +148,12 @@ pub(crate) struct Launch {
     /// Leave the guest running, and a guest manager with it; print its name
     #[arg(long, short)]
     pub(crate) detach: bool,
+    /// What becomes of a guest that resets itself: stop (the default), restart or pause (restarted, but paused before its first instruction)
+    #[arg(long, value_name = "ACTION", value_parser = specs::parse_on_reset)]
+    pub(crate) on_reset: Option<OnReset>,
+    /// What becomes of a guest whose kernel panics: leave (it to the guest; the default), stop, restart or pause; implies --panic-device
+    #[arg(long, value_name = "ACTION", value_parser = specs::parse_on_panic)]
+    pub(crate) on_panic: Option<OnPanic>,
     /// Start even if this layer of the jail is missing on this host (see `guest info`); may be given several times
     #[arg(long, value_name = "LAYER")]
     pub(crate) waive_layer: Vec<String>,
@@ -381,6 +408,19 @@ pub(crate) struct Logs {
     /// Go on printing until the guest ends
     #[arg(long, short)]
     pub(crate) follow: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Relay {
+    /// Where the guest manager listens [default: the user's own socket]
+    #[arg(long, value_name = "PATH")]
+    pub(crate) socket: Option<PathBuf>,
+    /// Where none runs, start one that ends with the connection
+    #[arg(long, conflicts_with = "start")]
+    pub(crate) private: bool,
+    /// Where none runs, start one that stays
+    #[arg(long)]
+    pub(crate) start: bool,
 }
 
 #[derive(Debug, Args)]

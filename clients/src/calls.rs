@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use sepal_schema::{
-    error::{Error, read_completion},
+    error::{Error, Outcome, read_completion},
     guest_capnp::{console, guest, observer, output, power, serial},
     info::GuestInfo,
     manager_capnp::guest_manager,
@@ -13,14 +13,10 @@ use sepal_schema::{
 
 /// A guest by its name.
 pub(crate) async fn lookup(manager: &guest_manager::Client, name: &str) -> Result<guest::Client> {
-    use guest_manager::lookup_result::Which;
     let mut request = manager.lookup_request();
     request.get().set_name(name);
     let response = request.send().promise.await?;
-    match response.get()?.which()? {
-        Which::Guest(guest) => Ok(guest?),
-        Which::Error(error) => Err(Error::read(error?)?.into()),
-    }
+    Ok(response.get()?.outcome()?.get_guest()?)
 }
 
 /// The read-only facet.
@@ -40,14 +36,10 @@ pub(crate) fn serial(guest: &guest::Client) -> serial::Client {
 
 /// A port of the virtio console.
 pub(crate) async fn console(guest: &guest::Client, port: u32) -> Result<console::Client> {
-    use guest::console_result::Which;
     let mut request = guest.console_request();
     request.get().set_port(port);
     let response = request.send().promise.await?;
-    match response.get()?.which()? {
-        Which::Console(console) => Ok(console?),
-        Which::Error(error) => Err(Error::read(error?)?.into()),
-    }
+    Ok(response.get()?.outcome()?.get_console()?)
 }
 
 /// Tells a console the size of the terminal.

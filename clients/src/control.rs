@@ -1,6 +1,6 @@
 //! `guest stop`, `wait`, `remove` and `end-manager`.
 
-use std::{path::Path, time::Duration};
+use std::time::Duration;
 
 use anyhow::Result;
 use futures::{FutureExt, pin_mut, select};
@@ -14,6 +14,7 @@ use crate::{
     args::{Stop, Wait},
     calls,
     manager::Manager,
+    place::Place,
     show, status,
 };
 
@@ -23,8 +24,8 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const HINT_AFTER: Duration = Duration::from_secs(10);
 
 /// Stops a guest; the exit status is 0 if it is gone as asked.
-pub(crate) async fn stop(handle: &Handle, socket: Option<&Path>, args: &Stop) -> Result<u8> {
-    let manager = Manager::running(handle, socket)?;
+pub(crate) async fn stop(handle: &Handle, place: &Place, args: &Stop) -> Result<u8> {
+    let manager = Manager::running(handle, place)?;
     let guest = calls::lookup(&manager.client, &args.name).await?;
     let power = calls::power(&guest);
     let report = match (args.force, args.timeout) {
@@ -46,8 +47,8 @@ pub(crate) async fn stop(handle: &Handle, socket: Option<&Path>, args: &Stop) ->
 }
 
 /// Waits for a guest's end.
-pub(crate) async fn wait(handle: &Handle, socket: Option<&Path>, args: &Wait) -> Result<u8> {
-    let manager = Manager::running(handle, socket)?;
+pub(crate) async fn wait(handle: &Handle, place: &Place, args: &Wait) -> Result<u8> {
+    let manager = Manager::running(handle, place)?;
     let guest = calls::lookup(&manager.client, &args.name).await?;
     let observer = calls::observer(&guest);
     let report = match args.timeout {
@@ -65,8 +66,8 @@ pub(crate) async fn wait(handle: &Handle, socket: Option<&Path>, args: &Wait) ->
 }
 
 /// Forgets a guest that has ended.
-pub(crate) async fn remove(handle: &Handle, socket: Option<&Path>, name: &str) -> Result<u8> {
-    let manager = Manager::running(handle, socket)?;
+pub(crate) async fn remove(handle: &Handle, place: &Place, name: &str) -> Result<u8> {
+    let manager = Manager::running(handle, place)?;
     let mut request = manager.client.remove_request();
     request.get().set_name(name);
     read_completion(request.send().promise.await?.get()?)?;
@@ -74,8 +75,8 @@ pub(crate) async fn remove(handle: &Handle, socket: Option<&Path>, name: &str) -
 }
 
 /// Stops all guests by force and ends the manager; returns when it has.
-pub(crate) async fn end_manager(handle: &Handle, socket: Option<&Path>) -> Result<u8> {
-    let manager = Manager::running(handle, socket)?;
+pub(crate) async fn end_manager(handle: &Handle, place: &Place) -> Result<u8> {
+    let manager = Manager::running(handle, place)?;
     let response = manager.client.shutdown_request().send().promise.await?;
     read_completion(response.get()?)?;
     manager.connection.ended().await;

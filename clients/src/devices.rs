@@ -1,7 +1,5 @@
 //! `guest balloon`, `mem`, `disk` and `net`.
 
-use std::path::Path;
-
 use anyhow::Result;
 use sepal_schema::{
     config::{
@@ -9,7 +7,7 @@ use sepal_schema::{
         show_mac,
     },
     device_capnp::{balloon_controller, device_stats, disk_controller, mem_controller, net_controller},
-    error::{Error, Kind, read_completion},
+    error::{Error, Kind, Outcome, read_completion},
     guest_capnp::{guest, statistics},
     transport::Handle,
 };
@@ -19,26 +17,23 @@ use crate::{
     args::{BalloonCommand, DiskCommand, LinkState, MemCommand, NetCommand},
     calls,
     manager::Manager,
+    place::Place,
     show, status, table,
 };
 
 /// Bytes of a balloon's page.
 const PAGE: u64 = 4096;
 
-/// A facet out of an answer that is it or an error.
+/// A facet out of an answer that has it or an error.
 macro_rules! facet {
-    ($guest:expr, $request:ident, $result:ident) => {{
-        use guest::$result::Which;
+    ($guest:expr, $request:ident) => {{
         let response = $guest.$request().send().promise.await?;
-        match response.get()?.which()? {
-            Which::Controller(controller) => controller?,
-            Which::Error(error) => return Err(Error::read(error?)?.into()),
-        }
+        response.get()?.outcome()?.get_controller()?
     }};
 }
 
-async fn lookup(handle: &Handle, socket: Option<&Path>, name: &str) -> Result<(Manager, guest::Client)> {
-    let manager = Manager::running(handle, socket)?;
+async fn lookup(handle: &Handle, place: &Place, name: &str) -> Result<(Manager, guest::Client)> {
+    let manager = Manager::running(handle, place)?;
     let guest = calls::lookup(&manager.client, name).await?;
     Ok((manager, guest))
 }
@@ -89,13 +84,13 @@ fn stat_name(tag: u16) -> (&'static str, bool) {
 }
 
 /// `guest balloon`.
-pub(crate) async fn balloon(handle: &Handle, socket: Option<&Path>, args: &BalloonCommand) -> Result<u8> {
+pub(crate) async fn balloon(handle: &Handle, place: &Place, args: &BalloonCommand) -> Result<u8> {
     let name = match args {
         BalloonCommand::Set { name, .. } => name,
         BalloonCommand::Stats(named) => &named.name,
     };
-    let (_manager, guest) = lookup(handle, socket, name).await?;
-    let balloon: balloon_controller::Client = facet!(guest, balloon_controller_request, balloon_controller_result);
+    let (_manager, guest) = lookup(handle, place, name).await?;
+    let balloon: balloon_controller::Client = facet!(guest, balloon_controller_request);
     match args {
         BalloonCommand::Set { size, .. } => {
             let pages =
@@ -168,13 +163,13 @@ struct Memory {
 }
 
 /// `guest mem`.
-pub(crate) async fn mem(handle: &Handle, socket: Option<&Path>, args: &MemCommand) -> Result<u8> {
+pub(crate) async fn mem(handle: &Handle, place: &Place, args: &MemCommand) -> Result<u8> {
     let name = match args {
         MemCommand::Request { name, .. } => name,
         MemCommand::Show(named) => &named.name,
     };
-    let (_manager, guest) = lookup(handle, socket, name).await?;
-    let memory: mem_controller::Client = facet!(guest, mem_controller_request, mem_controller_result);
+    let (_manager, guest) = lookup(handle, place, name).await?;
+    let memory: mem_controller::Client = facet!(guest, mem_controller_request);
     match args {
         MemCommand::Request { size, .. } => {
             let mut request = memory.request_size_request();
@@ -243,23 +238,23 @@ fn format_name(format: DiskFormat) -> &'static str {
 }
 
 /// `guest disk`.
-pub(crate) async fn disk(handle: &Handle, socket: Option<&Path>, args: &DiskCommand) -> Result<u8> {
+pub(crate) async fn disk(handle: &Handle, place: &Place, args: &DiskCommand) -> Result<u8> {
     match args {
         DiskCommand::List(named) => {
-            let (_manager, guest) = lookup(handle, socket, &named.name).await?;
-            let disks: disk_controller::Client = facet!(guest, disk_controller_request, disk_controller_result);
+            let (_manager, guest) = lookup(handle, place, &named.name).await?;
+            let disks: disk_controller::Client = facet!(guest, disk_controller_request);
             list_disks(&disks, named.json).await?;
         }
         DiskCommand::Resize { name, disk, size } => {
-            let (_manager, guest) = lookup(handle, socket, name).await?;
-            let disks: disk_controller::Client = facet!(guest, disk_controller_request, disk_controller_result);
+            let (_manager, guest) = lookup(handle, place, name).await?;
+            let disks: disk_controller::Client = facet!(guest, disk_controller_request);
             let mut request = disks.resize_request();
             request.get().set_disk(disk);
             request.get().set_bytes(*size);
             read_completion(request.send().promise.await?.get()?)?;
         }
         DiskCommand::Stats(named) => {
-            let (_manager, guest) = lookup(handle, socket, &named.name).await?;
+            let (_manager, guest) = lookup(handle, place, &named.name).await?;
             disk_stats(&guest, named.json).await?;
         }
     }
@@ -391,23 +386,23 @@ struct Network {
 }
 
 /// `guest net`.
-pub(crate) async fn net(handle: &Handle, socket: Option<&Path>, args: &NetCommand) -> Result<u8> {
+pub(crate) async fn net(handle: &Handle, place: &Place, args: &NetCommand) -> Result<u8> {
     match args {
         NetCommand::List(named) => {
-            let (_manager, guest) = lookup(handle, socket, &named.name).await?;
-            let networks: net_controller::Client = facet!(guest, net_controller_request, net_controller_result);
+            let (_manager, guest) = lookup(handle, place, &named.name).await?;
+            let networks: net_controller::Client = facet!(guest, net_controller_request);
             list_networks(&networks, named.json).await?;
         }
         NetCommand::Link { name, network, state } => {
-            let (_manager, guest) = lookup(handle, socket, name).await?;
-            let networks: net_controller::Client = facet!(guest, net_controller_request, net_controller_result);
+            let (_manager, guest) = lookup(handle, place, name).await?;
+            let networks: net_controller::Client = facet!(guest, net_controller_request);
             let mut request = networks.set_link_request();
             request.get().set_network(network);
             request.get().set_up(*state == LinkState::Up);
             read_completion(request.send().promise.await?.get()?)?;
         }
         NetCommand::Stats(named) => {
-            let (_manager, guest) = lookup(handle, socket, &named.name).await?;
+            let (_manager, guest) = lookup(handle, place, &named.name).await?;
             net_stats(&guest, named.json).await?;
         }
     }

@@ -8,10 +8,10 @@ use std::{
 use anyhow::{Context, Result};
 use sepal_schema::{
     config::{
-        self, GuestConfig, Limits,
+        self, GuestConfig, Limits, OnPanic, OnReset,
         device::{Backend, Backing, Disk, DiskFormat, DiskMode, Link, Network, Share, VhostUser, Vsock},
     },
-    error::Error,
+    error::Outcome,
     guest_capnp::guest,
     manager_capnp::guest_manager,
     transport::Handle,
@@ -20,6 +20,7 @@ use sepal_schema::{
 use crate::{
     args::Launch,
     manager::Manager,
+    place::{Otherwise, Place},
     session, show,
     specs::{DiskSpec, LinkSpec, NetSpec, ShareSpec, VhostUserSpec, VsockSpec},
     status,
@@ -36,12 +37,13 @@ struct Launched {
 }
 
 /// Boots a guest; stays connected to its serial port until it ends, unless it is to be left running.
-pub(crate) async fn launch(handle: &Handle, socket: Option<&Path>, args: &Launch) -> Result<u8> {
+pub(crate) async fn launch(handle: &Handle, place: &Place, args: &Launch) -> Result<u8> {
     let config = config(args)?;
-    let mut manager = match args.detach {
-        true => Manager::running_or_daemon(handle, socket)?,
-        false => Manager::running_or_private(handle, socket)?,
+    let otherwise = match args.detach {
+        true => Otherwise::Daemon,
+        false => Otherwise::Private,
     };
+    let mut manager = Manager::connect(handle, place, otherwise)?;
     let outcome = match send(&manager, config, args.detach).await {
         Ok(launched) if args.detach => {
             show::print(format!("{}\n", launched.name).as_bytes())?;
@@ -94,7 +96,9 @@ fn config(args: &Launch) -> Result<GuestConfig> {
         vhost_user: devices.vhost_user.iter().map(vhost_user).collect::<Result<_>>()?,
         watchdog: devices.watchdog,
         generation_id: devices.generation_id,
-        panic_device: devices.panic_device,
+        panic_device: devices.panic_device || args.on_panic.is_some_and(|does| does != OnPanic::Leave),
+        on_reset: args.on_reset.unwrap_or(OnReset::Stop),
+        on_panic: args.on_panic.unwrap_or(OnPanic::Leave),
         agent: vsock.is_some() && !devices.no_agent,
         custom_memory: Vec::new(),
     })
@@ -186,17 +190,14 @@ fn vhost_user(spec: &VhostUserSpec) -> Result<VhostUser> {
 }
 
 async fn send(manager: &Manager, config: GuestConfig, detach: bool) -> Result<Launched> {
-    use guest_manager::launch_result::Which;
     let mut request = manager.client.launch_request();
     config.encode(request.get().init_config(), &manager.fds())?;
     request.get().set_detach(detach);
     let response = request.send().promise.await?;
-    match response.get()?.which()? {
-        Which::Launched(launched) => Ok(Launched {
-            guest: launched.get_guest()?,
-            lease: launched.get_lease()?,
-            name: launched.get_name()?.to_string()?,
-        }),
-        Which::Error(error) => Err(Error::read(error?)?.into()),
-    }
+    let launched = response.get()?.outcome()?;
+    Ok(Launched {
+        guest: launched.get_guest()?,
+        lease: launched.get_lease()?,
+        name: launched.get_name()?.to_string()?,
+    })
 }

@@ -15,7 +15,10 @@ mod calls;
 mod control;
 mod devices;
 mod launch;
+mod local;
 mod manager;
+mod place;
+mod relay;
 mod session;
 mod show;
 mod specs;
@@ -26,42 +29,52 @@ mod vsock;
 
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use clap::{CommandFactory, Parser};
 use sepal_schema::transport::Reactor;
 
-use crate::args::{Cli, Command};
+use crate::{
+    args::{Cli, Command},
+    place::Place,
+};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let outcome = run(&cli);
+    let place = Place::new(cli.manager.clone(), cli.ssh.clone());
+    let outcome = run(&cli, &place);
     terminal::restore();
+    // The event loop is gone, and with it whatever kept the way to another machine open.
+    let broken = place.close();
+    let outcome = match (outcome, broken) {
+        (Err(error), Some(broken)) if !status::is_answer(&error) => Err(anyhow!("{broken}")),
+        (outcome, _) => outcome,
+    };
     outcome.map_or_else(|error| status::fail(&error), ExitCode::from)
 }
 
-fn run(cli: &Cli) -> Result<u8> {
+fn run(cli: &Cli, place: &Place) -> Result<u8> {
     let mut reactor = Reactor::new().context("making the event loop")?;
     let handle = reactor.handle();
-    let socket = cli.manager.as_deref();
     let outcome = match &cli.command {
-        Command::Launch(args) => reactor.run_until(launch::launch(&handle, socket, args)),
-        Command::Attach(args) => reactor.run_until(session::attach(&handle, socket, args)),
-        Command::Console(args) => reactor.run_until(session::console(&handle, socket, args)),
-        Command::Balloon(args) => reactor.run_until(devices::balloon(&handle, socket, args)),
-        Command::Mem(args) => reactor.run_until(devices::mem(&handle, socket, args)),
-        Command::Disk(args) => reactor.run_until(devices::disk(&handle, socket, args)),
-        Command::Net(args) => reactor.run_until(devices::net(&handle, socket, args)),
-        Command::Vsock(args) => reactor.run_until(vsock::vsock(&handle, socket, args)),
-        Command::Exec(args) => reactor.run_until(agent::exec(&handle, socket, args)),
-        Command::Cp { from, to } => reactor.run_until(agent::cp(&handle, socket, from, to)),
-        Command::List(args) => reactor.run_until(show::list(&handle, socket, args)),
-        Command::Info(args) => reactor.run_until(show::info(&handle, socket, args)),
-        Command::Logs(args) => reactor.run_until(show::logs(&handle, socket, args)),
-        Command::Version(args) => reactor.run_until(show::version(&handle, socket, args)),
-        Command::Stop(args) => reactor.run_until(control::stop(&handle, socket, args)),
-        Command::Wait(args) => reactor.run_until(control::wait(&handle, socket, args)),
-        Command::Remove { name } => reactor.run_until(control::remove(&handle, socket, name)),
-        Command::EndManager => reactor.run_until(control::end_manager(&handle, socket)),
+        Command::Launch(args) => reactor.run_until(launch::launch(&handle, place, args)),
+        Command::Attach(args) => reactor.run_until(session::attach(&handle, place, args)),
+        Command::Console(args) => reactor.run_until(session::console(&handle, place, args)),
+        Command::Balloon(args) => reactor.run_until(devices::balloon(&handle, place, args)),
+        Command::Mem(args) => reactor.run_until(devices::mem(&handle, place, args)),
+        Command::Disk(args) => reactor.run_until(devices::disk(&handle, place, args)),
+        Command::Net(args) => reactor.run_until(devices::net(&handle, place, args)),
+        Command::Vsock(args) => reactor.run_until(vsock::vsock(&handle, place, args)),
+        Command::Exec(args) => reactor.run_until(agent::exec(&handle, place, args)),
+        Command::Cp { from, to } => reactor.run_until(agent::cp(&handle, place, from, to)),
+        Command::List(args) => reactor.run_until(show::list(&handle, place, args)),
+        Command::Info(args) => reactor.run_until(show::info(&handle, place, args)),
+        Command::Logs(args) => reactor.run_until(show::logs(&handle, place, args)),
+        Command::Version(args) => reactor.run_until(show::version(&handle, place, args)),
+        Command::Stop(args) => reactor.run_until(control::stop(&handle, place, args)),
+        Command::Wait(args) => reactor.run_until(control::wait(&handle, place, args)),
+        Command::Remove { name } => reactor.run_until(control::remove(&handle, place, name)),
+        Command::EndManager => reactor.run_until(control::end_manager(&handle, place)),
+        Command::Relay(args) => return relay::relay(args),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(*shell, &mut Cli::command(), "guest", &mut script);

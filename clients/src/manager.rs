@@ -1,30 +1,18 @@
-//! Finding the guest manager: a running one by its socket, or one that is started for this command.
+//! The connection to the guest manager, wherever that is.
 
-use std::{
-    env,
-    ffi::OsString,
-    io::{self, BufReader, ErrorKind, Read},
-    os::{
-        fd::{AsRawFd, OwnedFd},
-        unix::{net::UnixStream, process::CommandExt},
-    },
-    path::{Path, PathBuf},
-    process::{Child, Command, ExitStatus, Stdio},
-    thread::JoinHandle,
-    time::Duration,
-};
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use sepal_schema::{
     config::Handles,
     manager_capnp::guest_manager,
-    transport::{Connection, Handle, Limits, PeerCredentials, connect},
+    transport::{Connection, Handle, Limits, connect, connection::connect_plain},
 };
 
-use crate::terminal;
-
-/// Most bytes that are told of what a manager says that does not start.
-const MAX_WORDS: u64 = 4096;
+use crate::{
+    local::{self, Private},
+    place::{Address, Otherwise, Place},
+};
 
 /// A connection to a guest manager.
 pub(crate) struct Manager {
@@ -34,105 +22,47 @@ pub(crate) struct Manager {
     child: Option<Private>,
 }
 
-/// A manager that was started for this command.
-struct Private {
-    process: Child,
-    /// Passes on what it says on its standard error.
-    relay: JoinHandle<()>,
-}
-
-impl Private {
-    /// Waits until it has ended, and all that it said has been passed on.
-    fn wait(mut self) -> io::Result<ExitStatus> {
-        let status = self.process.wait();
-        // It only copies, and has nothing to tell if it could not.
-        let _ = self.relay.join();
-        status
-    }
-}
-
 impl Manager {
     /// Connects to the manager that runs.
-    pub(crate) fn running(handle: &Handle, socket: Option<&Path>) -> Result<Self> {
-        match Self::find(handle, socket)? {
-            Some(manager) => Ok(manager),
-            None => bail!(
-                "no guest manager runs (nobody listens at {}); `guest launch --detach` starts one that stays",
-                path_of(socket).display()
-            ),
-        }
+    pub(crate) fn running(handle: &Handle, place: &Place) -> Result<Self> {
+        Self::connect(handle, place, Otherwise::Fail)
     }
 
-    /// Connects to the manager that runs, or starts a private one that ends with this connection.
-    pub(crate) fn running_or_private(handle: &Handle, socket: Option<&Path>) -> Result<Self> {
-        if let Some(manager) = Self::find(handle, socket)? {
-            return Ok(manager);
-        }
-        let (ours, theirs) = UnixStream::pair().context("making a socket pair")?;
-        let mut command = command()?;
-        command.arg("--fd").arg(theirs.as_raw_fd().to_string());
-        command.stderr(Stdio::piped());
-        let mut process = spawn(command, theirs.into())?;
-        let stderr = process.stderr.take();
-        let relay = terminal::spawn("log", || {
-            if let Some(stderr) = stderr {
-                terminal::relay(BufReader::new(stderr));
+    /// Connects to the manager that runs, or does what is to be done if none does.
+    pub(crate) fn connect(handle: &Handle, place: &Place, otherwise: Otherwise) -> Result<Self> {
+        let socket = match place.address() {
+            None => None,
+            Some(Address::Socket(path)) => Some(path.as_path()),
+            Some(Address::Ssh(remote)) => {
+                let (from, to) = place.dial(remote, otherwise)?;
+                let register = || Ok::<_, std::io::Error>((handle.register(from)?, handle.register(to)?));
+                let (from, to) = register().context("waiting for ssh")?;
+                let (client, connection) = connect_plain(handle, from, to, Limits::default());
+                return Ok(Self {
+                    client,
+                    connection,
+                    child: None,
+                });
             }
-        });
-        let relay = relay.context("starting a thread for the guest manager's log")?;
-        Self::over(handle, ours, Some(Private { process, relay }))
-    }
-
-    /// Connects to the manager that runs, or starts one that stays.
-    pub(crate) fn running_or_daemon(handle: &Handle, socket: Option<&Path>) -> Result<Self> {
-        if let Some(manager) = Self::find(handle, socket)? {
-            return Ok(manager);
-        }
-        let started = start_daemon(socket);
-        // Also where it did not start: another may have been quicker.
-        match (Self::find(handle, socket)?, started) {
-            (Some(manager), _) => Ok(manager),
-            (None, Err(error)) => Err(error),
-            (None, Ok(())) => bail!(
-                "the guest manager started, but nobody listens at {}",
-                path_of(socket).display()
-            ),
-        }
-    }
-
-    /// Connects to the manager that listens at `socket`, or at the user's own; none if nobody listens there.
-    fn find(handle: &Handle, socket: Option<&Path>) -> Result<Option<Self>> {
-        let path = path_of(socket);
-        let context = || format!("connecting to the guest manager at {}", path.display());
-        let stream = match UnixStream::connect(&path) {
-            Ok(stream) => stream,
-            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {
-                return Ok(None);
-            }
-            Err(error) => return Err(error).with_context(context),
         };
-        if socket.is_none() {
-            // Where there is no folder of the user's own, anybody could have put a socket there.
-            let own = rustix::process::getuid().as_raw();
-            let peer = PeerCredentials::of(&stream).with_context(context)?;
-            check_listener(peer.uid, own).with_context(context)?;
-        }
-        Self::over(handle, stream, None).map(Some)
-    }
-
-    fn over(handle: &Handle, socket: UnixStream, child: Option<Private>) -> Result<Self> {
+        let found = local::connect(socket, otherwise)?;
         let (client, connection) =
-            connect(handle, socket, Limits::default()).context("talking to the guest manager")?;
+            connect(handle, found.socket, Limits::default()).context("talking to the guest manager")?;
         Ok(Self {
             client,
             connection,
-            child,
+            child: found.child,
         })
     }
 
     /// The descriptors that travel with the connection's messages.
     pub(crate) fn fds(&self) -> impl Handles + use<> {
         self.connection.fds()
+    }
+
+    /// Whether open files can be handed over; otherwise their bytes are.
+    pub(crate) fn carries_fds(&self) -> bool {
+        self.connection.fds().can_carry()
     }
 
     /// Why a call failed, as far as the end of a private manager explains it.
@@ -173,101 +103,5 @@ impl Manager {
             // Not on this thread: its loop is what closes the connection.
             let _ = handle.spawn_blocking(move || child.wait()).await;
         }
-    }
-}
-
-/// Where the manager listens that is meant.
-fn path_of(socket: Option<&Path>) -> PathBuf {
-    socket.map_or_else(sepal_schema::socket::default_path, Path::to_owned)
-}
-
-/// Whether a process of the user `uid` may be the manager of the user `own`.
-fn check_listener(uid: u32, own: u32) -> Result<()> {
-    if uid != own && uid != 0 {
-        bail!("it belongs to the user {uid}; if that is meant, name it with --manager");
-    }
-    Ok(())
-}
-
-/// The manager's program: beside this one.
-fn command() -> Result<Command> {
-    let own = env::current_exe().context("finding this program's own file")?;
-    let path = own.with_file_name("guest-manager");
-    if !path.exists() {
-        bail!(
-            "the program {} is missing; it is built and installed together with guest",
-            path.display()
-        );
-    }
-    Ok(Command::new(path))
-}
-
-/// Starts a process that inherits `fd` under its own number, and no other descriptor but the standard ones: a manager that stays must not keep
-/// open what this program happened to be started with.
-fn spawn(mut command: Command, fd: OwnedFd) -> Result<Child> {
-    let program: OsString = command.get_program().to_owned();
-    let number = fd.as_raw_fd();
-    // SAFETY: between fork and exec only system calls are made; the descriptor is open until the command has been started.
-    unsafe {
-        command.pre_exec(move || {
-            let all = libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC);
-            if all != 0 || libc::fcntl(number, libc::F_SETFD, 0) != 0 {
-                return Err(io::Error::last_os_error());
-            }
-            Ok(())
-        });
-    }
-    let child = command.stdin(Stdio::null()).spawn();
-    drop(fd);
-    child.with_context(|| format!("starting {}", Path::new(&program).display()))
-}
-
-/// Starts a manager in a session of its own, and returns when it listens.
-fn start_daemon(socket: Option<&Path>) -> Result<()> {
-    let (mut ready, theirs) = io::pipe().context("making a pipe")?;
-    let mut command = command()?;
-    command
-        .arg("--log-to-file")
-        .arg("--ready-fd")
-        .arg(theirs.as_raw_fd().to_string());
-    // Otherwise it finds the user's own, and sees to it that the folder is nobody else's.
-    if let Some(socket) = socket {
-        command.arg("--socket").arg(socket);
-    }
-    command.stdout(Stdio::null()).stderr(Stdio::piped());
-    // SAFETY: setsid is async-signal-safe, and nothing else happens between fork and exec.
-    unsafe {
-        command.pre_exec(|| {
-            rustix::process::setsid()?;
-            Ok(())
-        });
-    }
-    let mut child = spawn(command, theirs.into())?;
-    // It closes its standard error when it listens, or ends.
-    let mut words = String::new();
-    if let Some(stderr) = child.stderr.take() {
-        // What cannot be read cannot be told; the byte counts.
-        let _ = stderr.take(MAX_WORDS).read_to_string(&mut words);
-    }
-    // End of file without a byte: it ended before it listened.
-    if ready.read(&mut [0]).context("waiting for the guest manager")? == 0 {
-        let status = child.wait().context("waiting for the guest manager")?;
-        let words = words.trim().trim_start_matches("guest-manager: ");
-        bail!("the guest manager did not start ({status}): {words}");
-    }
-    Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_the_user_and_root_may_be_found_at_the_users_own_socket() {
-        check_listener(7, 7).unwrap();
-        check_listener(0, 7).unwrap();
-        let error = check_listener(8, 7).unwrap_err().to_string();
-        assert!(error.contains("user 8") && error.contains("--manager"), "{error}");
-        assert!(check_listener(7, 0).is_err());
     }
 }

@@ -11,7 +11,6 @@
 use std::{
     io::{self, Read, Write},
     os::unix::net::UnixStream,
-    path::Path,
     thread,
 };
 
@@ -31,6 +30,7 @@ use crate::{
     args::{Attach, ConsoleAt},
     calls,
     manager::Manager,
+    place::Place,
     status,
     terminal::{self, Raw},
 };
@@ -48,17 +48,17 @@ pub(crate) enum Mode {
 }
 
 /// Connects the terminal to a guest that runs.
-pub(crate) async fn attach(handle: &Handle, socket: Option<&Path>, args: &Attach) -> Result<u8> {
-    let manager = Manager::running(handle, socket)?;
+pub(crate) async fn attach(handle: &Handle, place: &Place, args: &Attach) -> Result<u8> {
+    let manager = Manager::running(handle, place)?;
     let guest = calls::lookup(&manager.client, &args.name).await?;
     check_live(&calls::info(&calls::observer(&guest)).await?)?;
     run(&manager, &guest, &args.name, Mode::Attached).await
 }
 
 /// Connects the terminal to a port of the console of a guest that runs.
-pub(crate) async fn console(handle: &Handle, socket: Option<&Path>, args: &ConsoleAt) -> Result<u8> {
+pub(crate) async fn console(handle: &Handle, place: &Place, args: &ConsoleAt) -> Result<u8> {
     let (name, port) = &args.at;
-    let manager = Manager::running(handle, socket)?;
+    let manager = Manager::running(handle, place)?;
     let guest = calls::lookup(&manager.client, name).await?;
     check_live(&calls::info(&calls::observer(&guest)).await?)?;
     let console = calls::console(&guest, *port).await?;

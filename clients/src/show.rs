@@ -2,7 +2,6 @@
 
 use std::{
     io::{self, Write},
-    path::Path,
     time::Duration,
 };
 
@@ -19,6 +18,7 @@ use crate::{
     args::{List, Logs, Named, Version},
     calls,
     manager::Manager,
+    place::Place,
     status, table,
 };
 
@@ -106,8 +106,8 @@ impl<'a> From<&'a GuestInfo> for Guest<'a> {
 }
 
 /// Lists all guests.
-pub(crate) async fn list(handle: &Handle, socket: Option<&Path>, args: &List) -> Result<u8> {
-    let manager = Manager::running(handle, socket)?;
+pub(crate) async fn list(handle: &Handle, place: &Place, args: &List) -> Result<u8> {
+    let manager = Manager::running(handle, place)?;
     let response = manager.client.list_request().send().promise.await?;
     let guests = response
         .get()?
@@ -145,8 +145,8 @@ pub(crate) async fn list(handle: &Handle, socket: Option<&Path>, args: &List) ->
 }
 
 /// Shows one guest.
-pub(crate) async fn info(handle: &Handle, socket: Option<&Path>, args: &Named) -> Result<u8> {
-    let manager = Manager::running(handle, socket)?;
+pub(crate) async fn info(handle: &Handle, place: &Place, args: &Named) -> Result<u8> {
+    let manager = Manager::running(handle, place)?;
     let guest = calls::lookup(&manager.client, &args.name).await?;
     let info = calls::info(&calls::observer(&guest)).await?;
     if args.json {
@@ -200,8 +200,8 @@ pub(crate) async fn info(handle: &Handle, socket: Option<&Path>, args: &Named) -
 }
 
 /// Prints the kept history of the serial port, and what follows if that is wanted.
-pub(crate) async fn logs(handle: &Handle, socket: Option<&Path>, args: &Logs) -> Result<u8> {
-    let manager = Manager::running(handle, socket)?;
+pub(crate) async fn logs(handle: &Handle, place: &Place, args: &Logs) -> Result<u8> {
+    let manager = Manager::running(handle, place)?;
     let guest = calls::lookup(&manager.client, &args.name).await?;
     let output = calls::output(&calls::observer(&guest));
     let mut position = 0;
@@ -227,7 +227,7 @@ pub(crate) async fn logs(handle: &Handle, socket: Option<&Path>, args: &Logs) ->
 }
 
 /// Prints both versions.
-pub(crate) async fn version(handle: &Handle, socket: Option<&Path>, args: &Version) -> Result<u8> {
+pub(crate) async fn version(handle: &Handle, place: &Place, args: &Version) -> Result<u8> {
     #[derive(Serialize)]
     #[serde(rename_all = "camelCase")]
     struct Versions {
@@ -243,7 +243,7 @@ pub(crate) async fn version(handle: &Handle, socket: Option<&Path>, args: &Versi
         manager_pid: None,
         protocol: None,
     };
-    if let Ok(manager) = Manager::running(handle, socket) {
+    if let Ok(manager) = Manager::running(handle, place) {
         // A manager that does not answer is no reason not to tell our own version.
         let answer = handle
             .timeout(Duration::from_secs(5), manager.client.version_request().send().promise)

@@ -5,8 +5,9 @@
 
 use std::path::PathBuf;
 
-use sepal_schema::config::device::{
-    Balloon, Console, DiskFormat, DiskMode, MAX_CONSOLE_PORTS, MemoryDevice, RateLimit, Rng, WatchdogAction,
+use sepal_schema::config::{
+    OnPanic, OnReset,
+    device::{Balloon, Console, DiskFormat, DiskMode, MAX_CONSOLE_PORTS, MemoryDevice, RateLimit, Rng, WatchdogAction},
 };
 
 /// A disk of the command line.
@@ -378,6 +379,31 @@ pub(crate) fn parse_watchdog(text: &str) -> Result<WatchdogAction, String> {
     }
 }
 
+/// Reads what becomes of a guest that resets itself.
+pub(crate) fn parse_on_reset(text: &str) -> Result<OnReset, String> {
+    match text {
+        "stop" => Ok(OnReset::Stop),
+        "restart" => Ok(OnReset::Restart),
+        "pause" => Ok(OnReset::Pause),
+        _ => Err(format!(
+            "'{text}' is nothing that is done at a reset; stop, restart and pause are"
+        )),
+    }
+}
+
+/// Reads what becomes of a guest whose kernel panics.
+pub(crate) fn parse_on_panic(text: &str) -> Result<OnPanic, String> {
+    match text {
+        "leave" => Ok(OnPanic::Leave),
+        "stop" => Ok(OnPanic::Stop),
+        "restart" => Ok(OnPanic::Restart),
+        "pause" => Ok(OnPanic::Pause),
+        _ => Err(format!(
+            "'{text}' is nothing that is done at a panic; leave, stop, restart and pause are"
+        )),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -481,6 +507,9 @@ mod tests {
         assert!(parse_vhost_user("toaster=/run/s").is_err());
         assert_eq!(parse_watchdog("stop").unwrap(), WatchdogAction::Stop);
         assert!(parse_watchdog("bark").is_err());
+        assert_eq!(parse_on_reset("restart").unwrap(), OnReset::Restart);
+        assert_eq!(parse_on_panic("pause").unwrap(), OnPanic::Pause);
+        assert!(parse_on_reset("leave").is_err() && parse_on_panic("ignore").is_err());
     }
 
     #[test]

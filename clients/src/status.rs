@@ -28,6 +28,11 @@ pub(crate) fn of(report: &StopReport) -> u8 {
     }
 }
 
+/// Whether a guest manager has answered with this error, rather than not at all.
+pub(crate) fn is_answer(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<Error>().is_some()
+}
+
 /// Tells an error on standard error, and what to do next where that is known.
 pub(crate) fn fail(error: &anyhow::Error) -> ExitCode {
     let Some(typed) = error.downcast_ref::<Error>() else {

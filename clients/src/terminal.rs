@@ -52,16 +52,20 @@ pub(crate) fn restore() {
     }
 }
 
-/// Copies lines to standard error until there are no more. On a raw terminal a line feed alone would not bring the next line to its
-/// beginning.
-pub(crate) fn relay(mut from: impl BufRead) {
-    let mut line = Vec::new();
+/// Copies lines to standard error until there are no more, and returns the last one that says something. On a raw terminal a line feed alone would
+/// not bring the next line to its beginning.
+pub(crate) fn relay(mut from: impl BufRead) -> String {
+    let (mut line, mut last) = (Vec::new(), String::new());
     while let Ok(1..) = from.read_until(b'\n', &mut line) {
         let raw = BEFORE.lock().is_ok_and(|before| before.is_some());
         // Whoever does not want to see it is no reason to keep the other side waiting.
         let _ = io::stderr().write_all(&fit(&line, raw));
+        if !line.trim_ascii().is_empty() {
+            last = String::from_utf8_lossy(line.trim_ascii()).into_owned();
+        }
         line.clear();
     }
+    last
 }
 
 /// A line as standard error is to get it while the terminal is `raw`, or not.
@@ -73,7 +77,10 @@ fn fit(line: &[u8], raw: bool) -> Vec<u8> {
 }
 
 /// Starts a thread that leaves the signals which end the program to the one that restores the terminal.
-pub(crate) fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
+pub(crate) fn spawn<T: Send + 'static>(
+    name: &str,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> io::Result<JoinHandle<T>> {
     let set = ending_signals();
     let mut before = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
     // SAFETY: both sets are valid, and the call fills the second; it changes only this thread's mask, which the new thread inherits.

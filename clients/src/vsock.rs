@@ -5,27 +5,27 @@
 //!   standard output <--(thread)-- socket <-- guest     its end ends the command
 //! ```
 
-use std::{cell::RefCell, io, net::Shutdown, os::unix::net::UnixStream, path::Path, rc::Rc, thread};
+use std::{cell::RefCell, io, net::Shutdown, os::unix::net::UnixStream, rc::Rc, thread};
 
 use anyhow::{Context, Result, bail};
 use futures::{FutureExt, channel::oneshot, select};
 use sepal_schema::{
     config::Handles,
-    error::Error,
+    error::{Error, Outcome},
     guest_capnp::guest,
     transport::{Handle, guard},
     vsock_capnp::{
-        host_vsock_endpoint::{self, listen_result, stream_result},
+        host_vsock_endpoint::{self, stream_result},
         vsock_acceptor, vsock_connection,
     },
 };
 
-use crate::{args::VsockCommand, calls, manager::Manager, status};
+use crate::{args::VsockCommand, calls, manager::Manager, place::Place, status};
 
 /// `guest vsock`.
-pub(crate) async fn vsock(handle: &Handle, socket: Option<&Path>, args: &VsockCommand) -> Result<u8> {
+pub(crate) async fn vsock(handle: &Handle, place: &Place, args: &VsockCommand) -> Result<u8> {
     let (VsockCommand::Connect { name, port } | VsockCommand::Listen { name, port }) = args;
-    let manager = Manager::running(handle, socket)?;
+    let manager = Manager::running(handle, place)?;
     let guest = calls::lookup(&manager.client, name).await?;
     let endpoint = endpoint(&guest).await?;
     let stream = match args {
@@ -50,12 +50,8 @@ pub(crate) async fn vsock(handle: &Handle, socket: Option<&Path>, args: &VsockCo
 }
 
 async fn endpoint(guest: &guest::Client) -> Result<host_vsock_endpoint::Client> {
-    use guest::host_vsock_endpoint_result::Which;
     let response = guest.host_vsock_endpoint_request().send().promise.await?;
-    match response.get()?.which()? {
-        Which::Endpoint(endpoint) => Ok(endpoint?),
-        Which::Error(error) => Err(Error::read(error?)?.into()),
-    }
+    Ok(response.get()?.outcome()?.get_endpoint()?)
 }
 
 fn stream(fds: &impl Handles, result: stream_result::Reader<'_>) -> Result<UnixStream> {
@@ -81,10 +77,7 @@ async fn accept(manager: &Manager, endpoint: &host_vsock_endpoint::Client, port:
         .get()
         .set_acceptor(guard::new_client(First(RefCell::new(Some(sender)))));
     let response = request.send().promise.await?;
-    let listener = match response.get()?.which()? {
-        listen_result::Listener(listener) => listener?,
-        listen_result::Error(error) => return Err(Error::read(error?)?.into()),
-    };
+    let listener = response.get()?.outcome()?.get_listener()?;
     eprintln!("listening on port {port}");
     let connection = asked.await.context("the guest manager listens no longer")?;
     drop(listener);
