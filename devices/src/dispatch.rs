@@ -585,7 +585,7 @@ pub(crate) fn panic_message(panic: &(dyn Any + Send)) -> String {
     message[..message.floor_char_boundary(REASON_MAX)].to_owned()
 }
 
-#[cfg(test)]
-pub(crate) mod stepper;
+#[cfg(any(test, feature = "testing"))]
+pub mod stepper;
 #[cfg(test)]
 mod tests;

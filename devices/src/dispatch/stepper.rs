@@ -4,11 +4,11 @@ use super::*;
 
 /// Collects events of devices.
 #[derive(Default)]
-pub(crate) struct Reports(Mutex<Vec<DeviceEvent>>);
+pub struct Reports(Mutex<Vec<DeviceEvent>>);
 
 impl Reports {
     /// The events since the last call.
-    pub(crate) fn take(&self) -> Vec<DeviceEvent> {
+    pub fn take(&self) -> Vec<DeviceEvent> {
         std::mem::take(&mut lock(&self.0))
     }
 }
@@ -20,14 +20,20 @@ impl DeviceReporter for Reports {
 }
 
 /// A device, started, on the test's own thread.
-pub(crate) struct Stepper<D: DispatchDevice> {
+pub struct Stepper<D: DispatchDevice> {
     manager: EventManager<Subscriber<D>>,
     id: SubscriberId,
-    pub(crate) reports: Arc<Reports>,
+    /// What the device reported.
+    pub reports: Arc<Reports>,
 }
 
 impl<D: DispatchDevice> Stepper<D> {
-    pub(crate) fn start(device: D) -> Result<Self, DeviceError> {
+    /// Starts the device.
+    ///
+    /// # Errors
+    ///
+    /// What keeps it from working.
+    pub fn start(device: D) -> Result<Self, DeviceError> {
         let reports = Arc::new(Reports::default());
         let identity = Arc::new(Identity {
             name: "device".into(),
@@ -51,17 +57,29 @@ impl<D: DispatchDevice> Stepper<D> {
     }
 
     /// Handles the events that are there now: how many descriptors had some.
-    pub(crate) fn step(&mut self) -> usize {
+    ///
+    /// # Panics
+    ///
+    /// The device failed, here as in all that handles events.
+    pub fn step(&mut self) -> usize {
         self.run(0)
     }
 
     /// Waits for events and handles them.
-    pub(crate) fn wait(&mut self) {
+    ///
+    /// # Panics
+    ///
+    /// As [`step`](Self::step).
+    pub fn wait(&mut self) {
         while self.run(-1) == 0 {}
     }
 
     /// Handles events until there are none, which must happen soon: a device that finds events without end is busy for nothing.
-    pub(crate) fn settle(&mut self) {
+    ///
+    /// # Panics
+    ///
+    /// As [`step`](Self::step), or it does not happen soon.
+    pub fn settle(&mut self) {
         for _ in 0..10_000 {
             if self.step() == 0 {
                 return;
@@ -70,13 +88,24 @@ impl<D: DispatchDevice> Stepper<D> {
         panic!("the device does not come to rest");
     }
 
-    pub(crate) fn device(&mut self) -> &mut D {
-        &mut self.manager.subscriber_mut(self.id).unwrap().device
+    /// The device.
+    ///
+    /// # Panics
+    ///
+    /// Never: it stays where it was put.
+    pub fn device(&mut self) -> &mut D {
+        &mut self.subscriber().device
     }
 
+    #[expect(clippy::expect_used, reason = "it is never taken out")]
+    fn subscriber(&mut self) -> &mut Subscriber<D> {
+        self.manager.subscriber_mut(self.id).expect("the device")
+    }
+
+    #[expect(clippy::expect_used, reason = "a loop that cannot look at its events is no loop")]
     fn run(&mut self, milliseconds: i32) -> usize {
-        let events = self.manager.run_with_timeout(milliseconds).unwrap();
-        if let State::Failed(reason) = &self.manager.subscriber_mut(self.id).unwrap().state {
+        let events = self.manager.run_with_timeout(milliseconds).expect("events");
+        if let State::Failed(reason) = &self.subscriber().state {
             panic!("device failed: {reason}");
         }
         events
