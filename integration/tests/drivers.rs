@@ -106,6 +106,21 @@ fn a_disk_keeps_what_is_written_and_survives_resets() {
 }
 
 #[test]
+fn a_disk_without_messages_interrupts_by_its_pin() {
+    if !kvm() {
+        return;
+    }
+    let image = Image::raw(MIB).unwrap();
+    // The first device is in slot 1 and has INTA#: interrupt 16 + (1 + 1 - 1) (`pci_gsi` in the component's layout.rs).
+    let mut guest = Boot::drivers("intx:17,blk-rw")
+        .disk(disk(image.path(), DiskMode::ReadWrite, DiskFormat::Raw).unwrap())
+        .start()
+        .unwrap();
+    reports(&mut guest, &["intx", "blk-rw"]);
+    ends(guest);
+}
+
+#[test]
 fn disks_that_may_not_be_changed_are_not() {
     if !kvm() {
         return;
@@ -218,6 +233,32 @@ fn entropy_and_a_console() {
     guest.wait_for_on_console(0, "again\n", PATIENCE).unwrap();
     guest.type_on_console(0, "once more\n").unwrap();
     assert_eq!(guest.wait_for_report("console", PATIENCE).unwrap().value("got"), "once");
+    ends(guest);
+}
+
+#[test]
+fn a_console_with_several_ports() {
+    if !kvm() {
+        return;
+    }
+    let mut guest = Boot::drivers("console-ports:through,hostile:console,console-ports:again")
+        .configure(|config| config.console = Some(Console { ports: 3 }))
+        .start()
+        .unwrap();
+    for (word, typed) in [("through", ["zero", "one", "two"]), ("again", ["0", "1", "2"])] {
+        for (port, line) in (0..).zip(typed) {
+            guest
+                .wait_for_on_console(port, &format!("{word}-{port}\n"), PATIENCE)
+                .unwrap();
+            guest.type_on_console(port, &format!("{line}\n")).unwrap();
+        }
+        let report = guest.wait_for_report("console-ports", PATIENCE).unwrap();
+        assert_eq!(report.value("names"), "console+port1+port2");
+        assert_eq!(report.value("got"), typed.join("+"));
+        if word == "through" {
+            guest.wait_for_report("hostile", PATIENCE).unwrap();
+        }
+    }
     ends(guest);
 }
 

@@ -20,6 +20,7 @@
 //! | `pci-ways` | compares ECAM and the configuration ports |
 //! | `bar-move[@N]` | moves the N-th device's first BAR, and back (N counts all devices) |
 //! | `msix[@N]` | block requests that complete by MSI-X, with masks and pending bits |
+//! | `intx[@N]:GSI` | block requests that complete by the interrupt pin, which is that pin of the IOAPIC |
 //! | `blk-info` | `capacity=` in sectors, `ro=`, `id=` |
 //! | `blk-rw[:SEED]` | writes, flushes and reads in eight places |
 //! | `blk-fill:SECTOR:COUNT[:SEED]` | byte `i` of sector `s` becomes `(SEED + 7 s + i) mod 251`; flushes |
@@ -33,6 +34,7 @@
 //! | `rng[:BYTES[:PIECE]]` | entropy |
 //! | `console[:TEXT]` | writes a line, reads a line: `got=` |
 //! | `console-bulk[:BYTES[:PIECE]]` | writes the counter 0, 1, ... modulo 251 |
+//! | `console-ports[:TEXT]` | several ports: writes `TEXT-N` to each, reads a line from each: `names=`, `got=`, joined by `+` |
 //! | `net-info` | `mac=` |
 //! | `net-ping:OWN:PEER[:COUNT[:BYTES]]` | ARP and pings, `median_us=` |
 //! | `net-serve:OWN` | answers ARP and pings, echoes UDP port 7, until UDP comes to port 9 |

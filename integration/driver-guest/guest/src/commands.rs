@@ -6,12 +6,12 @@ use alloc::vec::Vec;
 
 use crate::arguments::Arguments;
 use crate::guest::{Failure, Guest, Outcome};
-use crate::{balloon, block, bus, byte_stream, hostile, interrupts, memory, network, vsock};
+use crate::{balloon, block, bus, byte_stream, hostile, interrupts, memory, multiport, network, vsock};
 
 type Command = fn(&mut Guest, Arguments<'_>) -> Outcome;
 
 /// What each does is at the head of the crate `sepal-driver-guest`.
-const COMMANDS: [(&str, Command); 35] = [
+const COMMANDS: [(&str, Command); 37] = [
     ("pci", list),
     ("pci-ways", ways),
     ("bar-move", bus::bar_move),
@@ -31,6 +31,7 @@ const COMMANDS: [(&str, Command); 35] = [
     ("rng", byte_stream::entropy),
     ("console", byte_stream::console),
     ("console-bulk", byte_stream::console_bulk),
+    ("console-ports", multiport::talk),
     ("net-info", network::info),
     ("net-ping", network::ping),
     ("net-serve", network::serve),
@@ -46,6 +47,7 @@ const COMMANDS: [(&str, Command); 35] = [
     ("mem", memory::plug),
     ("hostile", hostile::run),
     ("msix", interrupts::msix),
+    ("intx", interrupts::intx),
     ("say", say),
 ];
 

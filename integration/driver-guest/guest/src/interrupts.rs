@@ -1,12 +1,12 @@
-//! MSI-X as a driver uses it: an entry for the queue, masks, pending bits.
+//! Interrupts as a driver uses them: MSI-X with an entry for the queue, masks, pending bits; the pin with the ISR register and the command register.
 
 use alloc::boxed::Box;
 use alloc::format;
 use alloc::vec;
 
 use virtio_drivers::device::blk::SECTOR_SIZE;
-use virtio_drivers::transport::pci::bus::{ConfigurationAccess, DeviceFunction};
-use virtio_drivers::transport::{DeviceType, Transport};
+use virtio_drivers::transport::pci::bus::{Command, ConfigurationAccess, DeviceFunction, Status};
+use virtio_drivers::transport::{DeviceType, InterruptStatus, Transport};
 use zerocopy::IntoBytes;
 
 use crate::arguments::Arguments;
@@ -99,19 +99,20 @@ fn came(nanoseconds: u32) -> bool {
     }
 }
 
+/// The place of the N-th block device.
+fn block_function(guest: &Guest, number: usize) -> Result<DeviceFunction, Failure> {
+    let mut disks = guest.devices.iter().filter(|found| found.kind == DeviceType::Block);
+    match disks.nth(number) {
+        Some(found) => Ok(found.function),
+        None => Err(Failure("there is no such block device".into())),
+    }
+}
+
 /// `msix[@N]`: reads of the N-th block device that complete by message: unmasked, with the entry masked (which leaves a pending bit, and a
 /// message once it is unmasked), and with the whole function masked. Reports the time from the doorbell to the handler.
 pub(crate) fn msix(guest: &mut Guest, arguments: Arguments<'_>) -> Outcome {
-    let found = guest
-        .devices
-        .iter()
-        .filter(|found| found.kind == DeviceType::Block)
-        .nth(arguments.device)
-        .copied();
-    let Some(found) = found else {
-        return Err(Failure("there is no such block device".into()));
-    };
-    let mut messages = Messages::find(guest, found.function)?;
+    let function = block_function(guest, arguments.device)?;
+    let mut messages = Messages::find(guest, function)?;
     ensure!(messages.entries >= 2, "{} entries", messages.entries);
     let last = u64::from(messages.entries - 1);
     let vector = cpu::FIRST_VECTOR + MESSAGE.trailing_zeros();
@@ -150,6 +151,78 @@ pub(crate) fn msix(guest: &mut Guest, arguments: Arguments<'_>) -> Outcome {
     ensure!(came(PATIENCE_NS), "no interrupt after unmasking the function");
     messages.control(0);
     Ok(format!("entries={} us={micros}", messages.entries))
+}
+
+/// Makes a pin of the IOAPIC send the message's vector to this CPU, or nothing. By edges: the handler at CPL 0 knows no device that it could ask to let
+/// go of its pin, so a level would come again for ever.
+fn route_pin(pin: u32, open: bool) {
+    let (index, data) = (cpu::IOAPIC, cpu::IOAPIC + 0x10);
+    let masked = if open { 0 } else { 1 << 16 };
+    cpu::mmio_write(&[
+        [index, 0x11 + 2 * pin],
+        [data, machine::own_apic_id() << 24],
+        [index, 0x10 + 2 * pin],
+        [data, masked | (cpu::FIRST_VECTOR + MESSAGE.trailing_zeros())],
+    ]);
+}
+
+/// `intx[@N]:GSI`: reads of the N-th block device without MSI-X, that complete by its interrupt pin, which is pin GSI of the IOAPIC: the pin rises with
+/// the first one, stays up until the ISR register is read, and is silent while the command register forbids it.
+pub(crate) fn intx(guest: &mut Guest, arguments: Arguments<'_>) -> Outcome {
+    let pin = arguments.number(0, 0)?;
+    let function = block_function(guest, arguments.device)?;
+    let mut root = guest.config.root();
+    Messages::find(guest, function)?.control(0);
+    let mut disk = RawDisk::open(guest, arguments.device, 0, 0, None)?;
+    disk.queue.set_dev_notify(true);
+    route_pin(pin, true);
+    cpu::take_pending();
+    let told = |status: Status| status.contains(Status::INTERRUPT_STATUS);
+
+    let mut read = Read::begin(&mut disk)?;
+    ensure!(came(PATIENCE_NS), "no interrupt");
+    ensure!(told(root.get_status_command(function).0), "no interrupt status");
+    read.finish(guest, &mut disk)?;
+
+    // Up already, so it does not rise again.
+    read = Read::begin(&mut disk)?;
+    read.finish(guest, &mut disk)?;
+    ensure!(
+        !came(SILENCE_NS),
+        "the pin was let go of before the ISR register was read"
+    );
+    let isr = disk.port.ack_interrupt();
+    ensure!(
+        isr == InterruptStatus::QUEUE_INTERRUPT,
+        "{:#x} in the ISR register",
+        isr.bits()
+    );
+    let isr = disk.port.ack_interrupt();
+    ensure!(
+        isr.is_empty(),
+        "{:#x} in the ISR register after it was read",
+        isr.bits()
+    );
+    ensure!(!told(root.get_status_command(function).0), "the interrupt status stays");
+    read = Read::begin(&mut disk)?;
+    ensure!(came(PATIENCE_NS), "no interrupt after the ISR register was read");
+    read.finish(guest, &mut disk)?;
+    disk.port.ack_interrupt();
+
+    let command = root.get_status_command(function).1;
+    root.set_command(function, command | Command::INTERRUPT_DISABLE);
+    read = Read::begin(&mut disk)?;
+    read.finish(guest, &mut disk)?;
+    ensure!(!came(SILENCE_NS), "an interrupt that the command register forbids");
+    ensure!(
+        told(root.get_status_command(function).0),
+        "no interrupt status of a pin that is forbidden"
+    );
+    root.set_command(function, command);
+    ensure!(came(PATIENCE_NS), "no interrupt after it was allowed again");
+    disk.port.ack_interrupt();
+    route_pin(pin, false);
+    Ok(alloc::string::String::new())
 }
 
 /// A read of the first sector under way.

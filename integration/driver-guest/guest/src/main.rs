@@ -41,6 +41,7 @@ mod heap;
 mod hostile;
 mod interrupts;
 mod memory;
+mod multiport;
 mod network;
 mod port;
 mod raw_ring;
