@@ -97,6 +97,8 @@ impl Script {
 
     /// Up to the enabled queue, with the rings at 0x120000.
     fn set_up(&mut self, descriptor_address: u64) {
+        // A bus master, whose memory is there.
+        self.write(CONFIG + 4, 6, 2);
         let common = |offset| BAR + offset;
         for status in [1, 3] {
             self.write(common(0x14), status, 1);
