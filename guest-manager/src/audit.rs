@@ -15,7 +15,7 @@ use std::{
 };
 
 use rustix::fs::OFlags;
-use sepal_schema::error::Error;
+use sepal_schema::error::{Error, Kind};
 use serde::Serialize;
 use tracing_subscriber::fmt::{
     format,
@@ -106,6 +106,65 @@ impl Audit {
             && !lines.reopen()
         {
             tracing::error!("the audit's file is not reopened: its disk does not keep up");
+        }
+    }
+}
+
+/// A call that is noted when it is done, or given up before.
+pub(crate) struct Call {
+    audit: Audit,
+    who: Who,
+    deed: &'static str,
+    guest: String,
+    detail: String,
+    noted: bool,
+}
+
+impl Call {
+    /// A call that begins.
+    pub(crate) fn new(audit: &Audit, who: Who, deed: &'static str) -> Self {
+        Self {
+            audit: audit.clone(),
+            who,
+            deed,
+            guest: String::new(),
+            detail: String::new(),
+            noted: false,
+        }
+    }
+
+    /// It concerns this guest.
+    pub(crate) fn guest(&mut self, name: &str) {
+        cut(name).clone_into(&mut self.guest);
+    }
+
+    /// What it asks for, in a few words.
+    pub(crate) fn detail(&mut self, words: String) {
+        self.detail = words;
+    }
+
+    /// It is done.
+    pub(crate) fn done(mut self, outcome: Result<(), &Error>) {
+        self.note(outcome);
+    }
+
+    fn note(&mut self, outcome: Result<(), &Error>) {
+        self.noted = true;
+        self.audit.record(&Entry {
+            who: &self.who,
+            deed: self.deed,
+            guest: &self.guest,
+            detail: &self.detail,
+            outcome,
+        });
+    }
+}
+
+impl Drop for Call {
+    fn drop(&mut self) {
+        if !self.noted {
+            let given_up = Error::new(Kind::Cancelled, "the caller gave it up before it was done");
+            self.note(Err(&given_up));
         }
     }
 }
@@ -253,8 +312,6 @@ impl Target for AuditFile {
 #[cfg(test)]
 mod tests {
     use std::{fs, os::unix::fs::MetadataExt};
-
-    use sepal_schema::error::Kind;
 
     use super::*;
 

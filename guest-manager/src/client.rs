@@ -2,9 +2,12 @@
 
 use std::{cell::Cell, fmt, rc::Rc};
 
-use sepal_schema::{error::Error, transport::FdTable};
+use sepal_schema::{config::GuestConfig, error::Error, facet::Rights, transport::FdTable};
 
-use crate::roles::Role;
+use crate::{
+    authority::{self, Needed},
+    roles::Role,
+};
 
 /// Who does something, as the audit names it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,6 +58,23 @@ impl Client {
         }
     }
 
+    /// A client that came by the read-only socket.
+    pub fn read_only(fds: FdTable, who: Who) -> Self {
+        Self {
+            read_only: true,
+            ..Self::new(fds, who, Role::Observe)
+        }
+    }
+
+    /// The most that a token gives it: by the read-only socket nobody comes by more than looking.
+    pub fn most_rights(&self) -> Rights {
+        if self.read_only {
+            self.role.rights()
+        } else {
+            Rights::ALL
+        }
+    }
+
     /// Whether its role is enough for `what`, which needs `needed`.
     ///
     /// # Errors
@@ -69,5 +89,16 @@ impl Client {
             error.message = format!("{} ({}{by})", error.message, self.who);
             error
         })
+    }
+
+    /// Whether it may have what a configuration asks the manager for.
+    ///
+    /// # Errors
+    /// `PERMISSION_DENIED` about the first field that it may not set.
+    pub fn check_config(&self, config: &GuestConfig) -> Result<(), Error> {
+        let Some(Needed { field, what }) = authority::needed(config) else {
+            return Ok(());
+        };
+        self.check(Role::Admin, &what).map_err(|error| error.about(field))
     }
 }

@@ -19,6 +19,7 @@
 pub mod access;
 mod agent;
 pub mod audit;
+mod authority;
 mod backends;
 pub mod changed;
 pub mod cids;
@@ -43,6 +44,7 @@ pub mod manager_server;
 pub mod model;
 pub mod network;
 mod networks;
+pub mod peer;
 pub mod problems;
 pub mod registry;
 mod resources;

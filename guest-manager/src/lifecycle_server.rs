@@ -13,6 +13,7 @@ use sepal_schema::{
 };
 
 use crate::{
+    audit::Call,
     client::Client,
     guest::{Guest, StopCause},
     guest_server::GuestServer,
@@ -31,6 +32,13 @@ impl LifecycleServer {
         guard::new_client(Self { client, slot })
     }
 
+    /// A call that changes something begins.
+    fn call(&self, deed: &'static str) -> Call {
+        let mut call = Call::new(&self.slot.manager.audit, self.client.who, deed);
+        call.guest(&self.slot.name);
+        call
+    }
+
     /// Reads the configuration, while its descriptors are there, and begins.
     fn begin(&self, params: &CreateParams) -> Result<Rc<Guest>, Error> {
         let params = params.get()?;
@@ -44,12 +52,16 @@ impl LifecycleServer {
             let message = format!("the configuration names the guest \"{asked}\", and newGuest was given \"{held}\"");
             return Err(Error::bad_config("name", message));
         }
+        self.client.check_config(&config)?;
         self.slot.create(config, &self.client, false)
     }
 }
 
 impl Drop for LifecycleServer {
     fn drop(&mut self) {
+        if self.slot.current().is_some_and(|guest| guest.live()) {
+            self.call("GuestLifecycle.drop").done(Ok(()));
+        }
         self.slot.release();
     }
 }
@@ -61,12 +73,14 @@ impl guest_lifecycle::Server for LifecycleServer {
         params: CreateParams,
         mut results: CreateResults,
     ) -> impl Future<Output = Result<(), capnp::Error>> + 'static {
+        let call = self.call("GuestLifecycle.create");
         let guest = self.begin(&params);
         async move {
             let created = match guest {
                 Ok(guest) => guest.created().await,
                 Err(error) => Err(error),
             };
+            call.done(created.as_ref().copied());
             write_completion(&created, results.get());
             Ok(())
         }
@@ -95,8 +109,12 @@ impl guest_lifecycle::Server for LifecycleServer {
         mut results: RunResults,
     ) -> impl Future<Output = Result<(), capnp::Error>> + 'static {
         let guest = self.slot.current();
+        let call = self.call("GuestLifecycle.run");
         async move {
-            let report = match self.slot.run(guest).await {
+            let begun = self.slot.run(guest).await;
+            // Noted now: how and when it ends is the guest's affair.
+            call.done(begun.as_ref().map(drop));
+            let report = match begun {
                 Ok(guest) => guest.ended().await,
                 Err(error) => {
                     error.write(results.get().init_error());
@@ -120,6 +138,7 @@ impl guest_lifecycle::Server for LifecycleServer {
         mut results: StopResults,
     ) -> impl Future<Output = Result<(), capnp::Error>> + 'static {
         let guest = self.slot.current();
+        let call = self.call("GuestLifecycle.stop");
         if let Some(guest) = &guest {
             guest.want_stop(StopCause::Killed("it was stopped by its lifecycle's stop".to_owned()));
         }
@@ -127,6 +146,7 @@ impl guest_lifecycle::Server for LifecycleServer {
             if let Some(guest) = guest {
                 guest.ended().await;
             }
+            call.done(Ok(()));
             write_completion(&Ok(()), results.get());
             Ok(())
         }

@@ -5,7 +5,7 @@
 //!     | ours
 //!   socket file there? -- connect() answered: somebody listens without the lock: leave it alone
 //!     | nobody listens: what a killed manager left; removed
-//!   bind, mode 0600, listen
+//!   bind, mode 0600 or 0666, listen
 //! ```
 //!
 //! The lock goes with the process, however it ends. Both files are removed while the lock is held, so nobody's are removed by mistake.
@@ -106,6 +106,34 @@ pub fn open_log(socket: &Path) -> Result<fs::File, ListenError> {
     options.open(&path).map_err(io_error("cannot open the log", &path))
 }
 
+/// Who may connect to a socket, as far as its file says; whoever is served is decided when the connection is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reach {
+    /// Its owner: mode 0600.
+    Owner,
+    /// Everyone who can reach the folder: mode 0666.
+    Everyone,
+}
+
+impl Reach {
+    fn mode(self) -> Mode {
+        let owner = Mode::RUSR | Mode::WUSR;
+        match self {
+            Self::Owner => owner,
+            Self::Everyone => owner | Mode::RGRP | Mode::WGRP | Mode::ROTH | Mode::WOTH,
+        }
+    }
+}
+
+/// The first folder on the way to `path` that not everyone may pass, with its mode; none if there is none, or nobody can tell.
+pub fn closed_folder(path: &Path) -> Option<(PathBuf, u32)> {
+    let path = path.canonicalize().ok()?;
+    path.ancestors().skip(1).find_map(|folder| {
+        let mode = fs::metadata(folder).ok()?.mode() & 0o7777;
+        (mode & 0o001 == 0).then(|| (folder.to_owned(), mode))
+    })
+}
+
 /// A socket that this manager alone listens on. Removed when dropped.
 pub struct Listening {
     socket: UnixListener,
@@ -126,7 +154,7 @@ impl Listening {
     ///
     /// # Errors
     /// [`ListenError`].
-    pub fn new(path: &Path) -> Result<Self, ListenError> {
+    pub fn new(path: &Path, reach: Reach) -> Result<Self, ListenError> {
         let lock = Lock::take(path)?;
         match fs::symlink_metadata(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -143,7 +171,7 @@ impl Listening {
                 fs::remove_file(path).map_err(io_error("cannot remove the stale socket", path))?;
             }
         }
-        let socket = bind(path).map_err(io_error("cannot listen at", path))?;
+        let socket = bind_for(path, reach).map_err(io_error("cannot listen at", path))?;
         Ok(Self {
             socket,
             path: path.to_owned(),
@@ -176,11 +204,15 @@ impl Drop for Listening {
 
 /// Listens at `path`, for this user alone (mode 0600).
 pub(crate) fn bind(path: &Path) -> io::Result<UnixListener> {
+    bind_for(path, Reach::Owner)
+}
+
+fn bind_for(path: &Path, reach: Reach) -> io::Result<UnixListener> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket: OwnedFd = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
     rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
     // Before anyone can connect: until listen() everybody is refused.
-    rustix::fs::chmod(path, Mode::RUSR | Mode::WUSR)?;
+    rustix::fs::chmod(path, reach.mode())?;
     rustix::net::listen(&socket, BACKLOG)?;
     Ok(socket.into())
 }
@@ -300,7 +332,7 @@ mod tests {
     fn only_its_owner_may_connect_and_nothing_is_left_behind() {
         let folder = folder();
         let path = folder.path().join("m.sock");
-        let listening = Listening::new(&path).unwrap();
+        let listening = Listening::new(&path, Reach::Owner).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
         UnixStream::connect(&path).unwrap();
         drop(listening);
@@ -308,15 +340,37 @@ mod tests {
     }
 
     #[test]
+    fn everyone_may_connect_where_that_is_wanted() {
+        let folder = folder();
+        let path = folder.path().join("m.sock");
+        let listening = Listening::new(&path, Reach::Everyone).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o666);
+        // The lock stays the manager's own.
+        assert_eq!(
+            fs::metadata(folder.path().join("m.sock.lock")).unwrap().mode() & 0o777,
+            0o600
+        );
+        let set = |mode| fs::set_permissions(folder.path(), fs::Permissions::from_mode(mode)).unwrap();
+        set(0o711);
+        assert_eq!(closed_folder(&path), None);
+        set(0o710);
+        assert_eq!(
+            closed_folder(&path),
+            Some((folder.path().canonicalize().unwrap(), 0o710))
+        );
+        drop(listening);
+    }
+
+    #[test]
     fn a_second_manager_is_told_which_process_is_the_first() {
         let folder = folder();
         let path = folder.path().join("m.sock");
-        let first = Listening::new(&path).unwrap();
-        let error = Listening::new(&path).unwrap_err().to_string();
+        let first = Listening::new(&path, Reach::Owner).unwrap();
+        let error = Listening::new(&path, Reach::Owner).unwrap_err().to_string();
         assert!(error.contains(&format!("process {}", std::process::id())), "{error}");
         UnixStream::connect(&path).unwrap();
         drop(first);
-        Listening::new(&path).unwrap();
+        Listening::new(&path, Reach::Owner).unwrap();
     }
 
     #[test]
@@ -326,7 +380,7 @@ mod tests {
         // Dropping a listener of the standard library leaves its file.
         drop(UnixListener::bind(&path).unwrap());
         fs::write(folder.path().join("m.sock.lock"), "999999\n").unwrap();
-        let listening = Listening::new(&path).unwrap();
+        let listening = Listening::new(&path, Reach::Owner).unwrap();
         UnixStream::connect(&path).unwrap();
         drop(listening);
     }
@@ -336,12 +390,18 @@ mod tests {
         let folder = folder();
         let path = folder.path().join("m.sock");
         let other = UnixListener::bind(&path).unwrap();
-        assert!(matches!(Listening::new(&path), Err(ListenError::AlreadyRunning { .. })));
+        assert!(matches!(
+            Listening::new(&path, Reach::Owner),
+            Err(ListenError::AlreadyRunning { .. })
+        ));
         UnixStream::connect(&path).unwrap();
         drop(other);
         fs::remove_file(&path).unwrap();
         fs::write(&path, "precious").unwrap();
-        assert!(matches!(Listening::new(&path), Err(ListenError::NotASocket(_))));
+        assert!(matches!(
+            Listening::new(&path, Reach::Owner),
+            Err(ListenError::NotASocket(_))
+        ));
         assert_eq!(fs::read(&path).unwrap(), b"precious");
     }
 
@@ -349,6 +409,9 @@ mod tests {
     fn a_path_that_is_too_long_is_an_error() {
         let folder = folder();
         let path = folder.path().join("x".repeat(120));
-        assert!(matches!(Listening::new(&path), Err(ListenError::Io { .. })));
+        assert!(matches!(
+            Listening::new(&path, Reach::Owner),
+            Err(ListenError::Io { .. })
+        ));
     }
 }

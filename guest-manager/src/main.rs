@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   signals blocked -> log started -> socket taken -> keeper started -> listening ("ready") -> serve
-//!     -> SIGTERM, SIGINT, shutdown(), or the end of the connection given with --fd
+//!     -> SIGTERM, SIGINT, SIGHUP (with --audit that reopens its file), shutdown(), or the end of the connection given with --fd
 //!     -> guests stopped by force -> socket removed -> keeper ended
 //! ```
 
@@ -22,11 +22,13 @@ use anyhow::{Context, Result, bail};
 use clap::{Parser, ValueEnum};
 use futures::future::{LocalBoxFuture, select_all};
 use sepal_guest_manager::{
+    audit::Audit,
     host::Host,
-    listener::{self, Listening},
+    listener::{self, Listening, Reach},
     log::{self, Writer},
     manager::{Manager, Settings},
-    server::{self, Connections},
+    roles::{Allowance, Roles},
+    server::{self, Connections, Door},
     starter::{KeeperStarter, Programs},
 };
 use sepal_schema::transport::{Reactor, reactor::Direction};
@@ -55,6 +57,19 @@ struct Arguments {
     /// Folder that keeps what guests write to volatile disks, in files without names. Default: $TMPDIR, or /var/tmp
     #[arg(long, value_name = "DIR")]
     scratch: Option<PathBuf>,
+
+    /// Let others use the manager: SUBJECT is uid:NUMBER, gid:NUMBER, user:NAME, group:NAME or everyone; ROLE is none (only redeem tokens),
+    /// observe, operate or admin. May be repeated; the highest role counts. Needs --socket, in a folder that they can reach
+    #[arg(long, value_name = "SUBJECT=ROLE")]
+    allow: Vec<Allowance>,
+
+    /// Listen at this path, too: everyone who can reach it may look at all guests, and nobody may do more
+    #[arg(long, value_name = "PATH")]
+    read_only_socket: Option<PathBuf>,
+
+    /// Append who changed what, and what came of it, to this file, a line of JSON each; SIGHUP has it opened again. Default: to the log
+    #[arg(long, value_name = "FILE")]
+    audit: Option<PathBuf>,
 
     /// How to write the log, to standard error; RUST_LOG says how much
     #[arg(long, value_name = "FORMAT", default_value = "text")]
@@ -89,7 +104,13 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let outcome = signals.and_then(|signals| run(&arguments, signals, socket.as_deref(), &mut caller));
+    let outcome = open_audit(&arguments).and_then(|(audit, writer)| {
+        let outcome = signals.and_then(|signals| run(&arguments, signals, socket.as_deref(), audit, &mut caller));
+        if let Some(writer) = writer {
+            writer.finish();
+        }
+        outcome
+    });
     if let Err(error) = &outcome {
         tracing::error!("{error:#}");
         if let Some(mut caller) = caller {
@@ -106,18 +127,36 @@ fn main() -> ExitCode {
 }
 
 /// Serves until the end. `caller` is where whoever started the manager hears why it does not start; taken when it has.
-fn run(arguments: &Arguments, signals: OwnedFd, socket: Option<&Path>, caller: &mut Option<File>) -> Result<()> {
+fn run(
+    arguments: &Arguments,
+    signals: OwnedFd,
+    socket: Option<&Path>,
+    audit: Audit,
+    caller: &mut Option<File>,
+) -> Result<()> {
     let inherited = |number: Option<RawFd>, what| number.map(|number| inherit(number).context(what)).transpose();
     let connection = inherited(arguments.fd, "--fd")?.map(UnixStream::from);
     let ready = inherited(arguments.ready_fd, "--ready-fd")?;
     raise_descriptor_limit();
 
     let programs = Programs::find(&libexec(arguments.libexec.as_deref())?)?;
-    let listening = socket.map(Listening::new).transpose()?;
+    let roles = Roles::new(rustix::process::geteuid().as_raw(), arguments.allow.iter().copied());
+    let reach = if roles.names_others() {
+        Reach::Everyone
+    } else {
+        Reach::Owner
+    };
+    let mut listening = Vec::new();
+    if let Some(path) = socket {
+        listening.push((Listening::new(path, reach)?, Door::Main));
+    }
+    if let Some(path) = &arguments.read_only_socket {
+        listening.push((Listening::new(path, Reach::Everyone)?, Door::ReadOnly));
+    }
 
     let mut reactor = Reactor::new().context("making the event loop")?;
     let handle = reactor.handle();
-    let files = listening.as_ref().map(Listening::files).unwrap_or_default();
+    let files = listening.iter().flat_map(|(listening, _)| listening.files()).collect();
     let starter = KeeperStarter::new(&handle, programs, files)?;
     let host = Host::detect();
     if host.unassisted {
@@ -127,6 +166,8 @@ fn run(arguments: &Arguments, signals: OwnedFd, socket: Option<&Path>, caller: &
     let settings = Settings {
         host,
         scratch: arguments.scratch.clone().unwrap_or(defaults.scratch),
+        audit: audit.clone(),
+        roles,
         ..defaults
     };
     let manager = Manager::new(handle.clone(), settings, Box::new(starter.clone()))?;
@@ -137,22 +178,24 @@ fn run(arguments: &Arguments, signals: OwnedFd, socket: Option<&Path>, caller: &
         "a client asked for it"
     })];
     let signals = handle.register(signals).context("waiting for signals")?;
+    let reopens = arguments.audit.is_some();
     ends.push(Box::pin(async move {
-        let take = |signals: &OwnedFd| {
-            Ok(rustix::io::read(
-                signals,
-                &mut [0; size_of::<libc::signalfd_siginfo>()],
-            )?)
-        };
-        let _ = signals.io(Direction::Read, take).await;
+        while signals
+            .io(Direction::Read, next_signal)
+            .await
+            .is_ok_and(|signal| signal == libc::SIGHUP)
+            && reopens
+        {
+            audit.reopen();
+        }
         "a signal asked for it"
     }));
-    if let Some(listening) = &listening {
+    for (listening, door) in &listening {
         let socket = listening.socket().try_clone().context("listening")?;
         let listener = handle.register(socket).context("listening")?;
-        let (manager, connections) = (manager.clone(), connections.clone());
-        handle.spawn(async move { server::accept(&manager, &connections, listener).await });
-        tracing::info!(pid = std::process::id(), "listening at {}", listening.path().display());
+        let (manager, connections, door) = (manager.clone(), connections.clone(), *door);
+        handle.spawn(async move { server::accept(&manager, &connections, listener, door).await });
+        tell_listening(listening, door, reach);
     }
     if let Some(socket) = connection {
         let Some(connection) = server::serve(&manager, socket).context("--fd")? else {
@@ -179,10 +222,48 @@ fn run(arguments: &Arguments, signals: OwnedFd, socket: Option<&Path>, caller: &
     Ok(())
 }
 
+/// Logs where the manager listens, and what keeps those out that it listens for.
+fn tell_listening(listening: &Listening, door: Door, reach: Reach) {
+    let path = listening.path().display();
+    match door {
+        Door::Main => tracing::info!(pid = std::process::id(), "listening at {path}"),
+        Door::ReadOnly => tracing::info!("listening at {path}, for whoever wants to look"),
+    }
+    let for_others = door == Door::ReadOnly || reach == Reach::Everyone;
+    if let Some((folder, mode)) = listener::closed_folder(listening.path()).filter(|_| for_others) {
+        let folder = folder.display();
+        tracing::warn!("not everyone can reach {path}: the folder {folder} has the mode {mode:o}");
+    }
+}
+
+/// The number of the next signal.
+fn next_signal(signals: &OwnedFd) -> std::io::Result<i32> {
+    let mut signal = [0; size_of::<libc::signalfd_siginfo>()];
+    rustix::io::read(signals, &mut signal)?;
+    // Its first field, ssi_signo (signalfd(2)).
+    let [a, b, c, d, ..] = signal;
+    Ok(i32::from_ne_bytes([a, b, c, d]))
+}
+
+/// Where it goes who changed what.
+fn open_audit(arguments: &Arguments) -> Result<(Audit, Option<Writer>)> {
+    let Some(path) = &arguments.audit else {
+        return Ok((Audit::to_log(), None));
+    };
+    let opened = Audit::to_file(path).with_context(|| format!("--audit {}", path.display()))?;
+    Ok((opened.0, Some(opened.1)))
+}
+
 /// Where to listen, if at all; the folder is there, and ours alone unless it was chosen by whoever started the manager.
 fn socket_path(arguments: &Arguments) -> Result<Option<PathBuf>> {
     if arguments.socket.is_some() || arguments.fd.is_some() {
+        if arguments.socket.is_none() && !arguments.allow.is_empty() {
+            bail!("--allow: nobody else can reach a manager that does not listen: --socket says where it is to");
+        }
         return Ok(arguments.socket.clone());
+    }
+    if !arguments.allow.is_empty() {
+        bail!("--allow: nobody else can reach the folder of the user's own socket: choose another path with --socket");
     }
     let path = sepal_schema::socket::default_path();
     if let Some(folder) = path.parent() {

@@ -11,11 +11,14 @@ use crate::{
     cids::Cids,
     component::ComponentStarter,
     events::Cursor,
-    files, history,
+    files,
+    guest::Guest,
+    history,
     host::{self, Host},
     model::{self, GuestId, Moment},
     problems::{Facts, problems},
     registry::{Limits, Registry},
+    roles::Roles,
     slot::Slot,
     uploads::Uploads,
 };
@@ -37,11 +40,14 @@ pub struct Settings {
     pub scratch: PathBuf,
     /// Where it is noted who changed what.
     pub audit: Audit,
+    /// Who may do what.
+    pub roles: Roles,
 }
 
 impl Default for Settings {
     /// An ordinary host; 256 KiB of history; 5 s to stop by force; 30 s to shut down; `$TMPDIR`, or
-    /// /var/tmp, for what is written to volatile disks; the audit goes to the log.
+    /// /var/tmp, for what is written to volatile disks; the audit goes to the log; nobody may connect but
+    /// this process's own user and root.
     fn default() -> Self {
         Self {
             host: Host::default(),
@@ -51,6 +57,7 @@ impl Default for Settings {
             default_deadline: Duration::from_secs(30),
             scratch: files::default_scratch(),
             audit: Audit::to_log(),
+            roles: Roles::new(rustix::process::geteuid().as_raw(), []),
         }
     }
 }
@@ -137,6 +144,11 @@ impl Manager {
     /// Who holds a name; none if it was let go of.
     pub fn slot(&self, id: GuestId) -> Option<Rc<Slot>> {
         self.slots.borrow().get(&id).cloned()
+    }
+
+    /// The guests that were created last under their names.
+    pub(crate) fn guests(&self) -> Vec<Rc<Guest>> {
+        self.slots.borrow().values().filter_map(|slot| slot.current()).collect()
     }
 
     /// All that is known about a guest, problems included; none if its name was let go of. `available_mib` as the host said last.

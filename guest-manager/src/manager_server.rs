@@ -11,7 +11,8 @@ use sepal_schema::{
 };
 
 use crate::{
-    client::Client,
+    audit::Call,
+    client::{Client, Who},
     guest::{Guest, StopCause},
     guest_server::GuestServer,
     ladder,
@@ -19,6 +20,7 @@ use crate::{
     list,
     manager::Manager,
     registry::Origin,
+    roles::Role,
     serial::yield_now,
     slot::Slot,
     subscription,
@@ -45,11 +47,21 @@ impl ManagerServer {
         guard::new_client(Self { manager, client })
     }
 
+    /// A call that changes something begins.
+    fn call(&self, deed: &'static str) -> Call {
+        Call::new(&self.manager.audit, self.client.who, deed)
+    }
+
     /// Reads the configuration, while its descriptors are there, and begins.
-    fn begin(&self, params: &guest_manager::LaunchParams) -> Result<(Rc<Guest>, Rc<Lease>), Error> {
+    fn begin(&self, params: &guest_manager::LaunchParams, call: &mut Call) -> Result<(Rc<Guest>, Rc<Lease>), Error> {
+        self.client.check(Role::Operate, "launch")?;
         let params = params.get()?;
         let config = GuestConfig::decode(params.get_config()?, &self.client.fds)?;
+        call.guest(&config.name);
+        call.detail(in_words(&config, params.get_detach()));
+        self.client.check_config(&config)?;
         let slot = Slot::new(&self.manager, &config.name, Origin::Launch)?;
+        call.guest(&slot.name);
         if params.get_detach() {
             self.manager.registry(|registry, _| registry.detach(slot.id));
         }
@@ -58,6 +70,7 @@ impl ManagerServer {
             .inspect_err(|_| slot.release())?;
         // From here on: a caller that gives up before the answer stops the guest like one that drops the lease.
         let lease = Rc::new(Lease {
+            who: self.client.who,
             guest: guest.clone(),
             released: Cell::new(params.get_detach()),
         });
@@ -73,6 +86,12 @@ impl ManagerServer {
             Error::new(Kind::NotFound, message).about("name")
         })
     }
+}
+
+/// What is launched, for the audit.
+fn in_words(config: &GuestConfig, detach: bool) -> String {
+    let detached = if detach { ", detached" } else { "" };
+    format!("{} vCPUs, {} MiB{detached}", config.cpus(), config.memory_mib())
 }
 
 fn name_of(name: Result<capnp::text::Reader<'_>, capnp::Error>) -> Result<String, Error> {
@@ -100,11 +119,17 @@ impl guest_manager::Server for ManagerServer {
         params: guest_manager::NewGuestParams,
         mut results: guest_manager::NewGuestResults,
     ) -> impl Future<Output = Reply> + 'static {
-        let take = || {
+        let mut call = self.call("GuestManager.newGuest");
+        let mut take = || {
+            self.client.check(Role::Operate, "newGuest")?;
             let name = name_of(params.get()?.get_name())?;
-            Slot::new(&self.manager, &name, Origin::Lifecycle)
+            call.guest(&name);
+            let slot = Slot::new(&self.manager, &name, Origin::Lifecycle)?;
+            call.guest(&slot.name);
+            Ok(LifecycleServer::new_client(self.client.clone(), slot))
         };
-        let lifecycle = take().map(|slot| LifecycleServer::new_client(self.client.clone(), slot));
+        let lifecycle = take();
+        call.done(lifecycle.as_ref().map(drop));
         answer!(results, set_lifecycle, lifecycle);
         reply(Ok(()))
     }
@@ -114,13 +139,15 @@ impl guest_manager::Server for ManagerServer {
         params: guest_manager::LaunchParams,
         mut results: guest_manager::LaunchResults,
     ) -> impl Future<Output = Reply> + 'static {
-        let begun = self.begin(&params);
+        let mut call = self.call("GuestManager.launch");
+        let begun = self.begin(&params, &mut call);
         let client = self.client.clone();
         async move {
             let launched = match begun {
                 Ok((guest, lease)) => guest.started().await.map(|()| (guest, lease)),
                 Err(error) => Err(error),
             };
+            call.done(launched.as_ref().map(drop));
             match launched {
                 Ok((guest, lease)) => {
                     let mut to = results.get();
@@ -143,7 +170,10 @@ impl guest_manager::Server for ManagerServer {
         params: guest_manager::LookupParams,
         mut results: guest_manager::LookupResults,
     ) -> impl Future<Output = Reply> + 'static {
-        let find = || self.find(&name_of(params.get()?.get_name())?);
+        let find = || {
+            self.client.check(Role::Observe, "lookup")?;
+            self.find(&name_of(params.get()?.get_name())?)
+        };
         let guest = find().map(|guest| GuestServer::new_client(self.client.clone(), guest));
         answer!(results, set_guest, guest);
         reply(Ok(()))
@@ -154,6 +184,9 @@ impl guest_manager::Server for ManagerServer {
         _: guest_manager::ListParams,
         mut results: guest_manager::ListResults,
     ) -> impl Future<Output = Reply> + 'static {
+        if let Err(error) = self.client.check(Role::Observe, "list") {
+            return reply(Err(error.exception()));
+        }
         let infos = list::fit(self.manager.infos());
         let mut to = results
             .get()
@@ -170,6 +203,8 @@ impl guest_manager::Server for ManagerServer {
         mut results: guest_manager::SubscribeResults,
     ) -> impl Future<Output = Reply> + 'static {
         let mut subscribe = || {
+            let checked = self.client.check(Role::Observe, "subscribe");
+            checked.map_err(|error| error.exception())?;
             let params = params.get()?;
             let replay = usize::try_from(params.get_replay()).unwrap_or(usize::MAX);
             let cursor = self.manager.registry(|registry, _| registry.log().cursor(replay));
@@ -185,8 +220,11 @@ impl guest_manager::Server for ManagerServer {
         params: guest_manager::ForceShutdownParams,
         mut results: guest_manager::ForceShutdownResults,
     ) -> impl Future<Output = Reply> + 'static {
-        let find = || {
+        let mut call = self.call("GuestManager.forceShutdown");
+        let mut find = || {
+            self.client.check(Role::Operate, "forceShutdown")?;
             let name = name_of(params.get()?.get_name())?;
+            call.guest(&name);
             self.find(&name)
                 .map_err(|error| Error::new(Kind::NotRunning, error.message).about("name"))
         };
@@ -196,6 +234,7 @@ impl guest_manager::Server for ManagerServer {
                 Ok(guest) => ladder::kill(&guest, "it was stopped by force").await.map(drop),
                 Err(error) => Err(error),
             };
+            call.done(outcome.as_ref().copied());
             write_completion(&outcome, results.get());
             Ok(())
         }
@@ -206,11 +245,16 @@ impl guest_manager::Server for ManagerServer {
         params: guest_manager::RemoveParams,
         mut results: guest_manager::RemoveResults,
     ) -> impl Future<Output = Reply> + 'static {
-        let remove = || {
+        let mut call = self.call("GuestManager.remove");
+        let mut remove = || {
+            self.client.check(Role::Operate, "remove")?;
             let name = name_of(params.get()?.get_name())?;
+            call.guest(&name);
             self.manager.registry(|registry, now| registry.remove(&name, now))
         };
-        write_completion(&remove(), results.get());
+        let outcome = remove();
+        call.done(outcome.as_ref().copied());
+        write_completion(&outcome, results.get());
         reply(Ok(()))
     }
 
@@ -219,12 +263,16 @@ impl guest_manager::Server for ManagerServer {
         params: guest_manager::UploadParams,
         mut results: guest_manager::UploadResults,
     ) -> impl Future<Output = Reply> + 'static {
-        let upload = || {
-            self.manager
-                .uploads
-                .create(params.get()?.get_size(), &self.client.uploads)
+        let mut call = self.call("GuestManager.upload");
+        let mut create = || {
+            self.client.check(Role::Operate, "upload")?;
+            let size = params.get()?.get_size();
+            call.detail(format!("{size} bytes"));
+            self.manager.uploads.create(size, &self.client.uploads)
         };
-        answer!(results, set_upload, upload());
+        let upload = create();
+        call.done(upload.as_ref().map(drop));
+        answer!(results, set_upload, upload);
         reply(Ok(()))
     }
 
@@ -233,7 +281,9 @@ impl guest_manager::Server for ManagerServer {
         _: guest_manager::ShutdownParams,
         mut results: guest_manager::ShutdownResults,
     ) -> Reply {
-        let outcome = if self.client.trusted {
+        let call = self.call("GuestManager.shutdown");
+        let outcome = self.client.check(Role::Admin, "shutdown");
+        if outcome.is_ok() {
             self.manager.stop_all("the manager was shut down").await;
             // The answer goes first: connections are ended when what is to be sent on them is known.
             let manager = self.manager.clone();
@@ -243,25 +293,47 @@ impl guest_manager::Server for ManagerServer {
                 }
                 manager.shut_down();
             });
-            Ok(())
-        } else {
-            let message = "only a client with the manager's own uid, or root, may end the manager";
-            Err(Error::new(Kind::PermissionDenied, message))
-        };
+        }
+        call.done(outcome.as_ref().copied());
         write_completion(&outcome, results.get());
         Ok(())
+    }
+
+    fn who_am_i(
+        self: Rc<Self>,
+        _: guest_manager::WhoAmIParams,
+        mut results: guest_manager::WhoAmIResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        let mut to = results.get();
+        to.set_uid(self.client.who.uid);
+        to.set_gid(self.client.who.gid);
+        to.set_role(self.client.role.into());
+        to.set_read_only(self.client.read_only);
+        reply(Ok(()))
     }
 }
 
 /// A launched guest's life line.
 struct Lease {
+    who: Who,
     guest: Rc<Guest>,
     released: Cell<bool>,
+}
+
+impl Lease {
+    fn call(&self, deed: &'static str) -> Call {
+        let mut call = Call::new(&self.guest.manager.audit, self.who, deed);
+        call.guest(&self.guest.name);
+        call
+    }
 }
 
 impl Drop for Lease {
     fn drop(&mut self) {
         if !self.released.get() {
+            if self.guest.live() {
+                self.call("Lease.drop").done(Ok(()));
+            }
             self.guest.want_stop(StopCause::Killed(
                 "the lease of the client that launched it was dropped".to_owned(),
             ));
@@ -275,7 +347,9 @@ impl guest_manager::lease::Server for Lease {
         _: guest_manager::lease::DetachParams,
         mut results: guest_manager::lease::DetachResults,
     ) -> impl Future<Output = Reply> + 'static {
+        let call = self.call("Lease.detach");
         let outcome = self.guest.check_live();
+        call.done(outcome.as_ref().copied());
         if outcome.is_ok() {
             self.released.set(true);
             self.guest
