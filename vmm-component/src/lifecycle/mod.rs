@@ -40,8 +40,13 @@ pub type Token = u64;
 pub enum Ending {
     /// The guest shut itself down.
     Shutdown,
-    /// The guest reset itself; the text says how.
-    Reset(String),
+    /// The guest was reset, by itself or by a device.
+    Reset {
+        /// Says how.
+        detail: String,
+        /// The device, if it was one.
+        about: String,
+    },
 }
 
 /// What a request is answered with.

@@ -91,6 +91,14 @@ pub enum MachineError {
         /// The vCPU's index.
         vcpu: u8,
     },
+    /// KVM does not show a vCPU's registers.
+    #[error("the registers of vCPU {vcpu} cannot be read: {source}")]
+    Registers {
+        /// The vCPU's index.
+        vcpu: u8,
+        /// KVM's answer.
+        source: errno::Error,
+    },
     /// Some vCPUs did not leave the guest in time.
     #[error("vCPUs {vcpus:?} did not pause within {waited:?}")]
     PauseTimeout {
@@ -142,7 +150,7 @@ impl MachineError {
             Self::AlreadyStarted => Kind::AlreadyRunning,
             Self::Busy { .. } => Kind::NoResources,
             Self::PauseTimeout { .. } => Kind::TimedOut,
-            Self::Host { .. } => Kind::InternalError,
+            Self::Registers { .. } | Self::Host { .. } => Kind::InternalError,
         }
     }
 
@@ -156,7 +164,9 @@ impl MachineError {
                 error.about(device.clone())
             }
             Self::Boot(boot) => error.about(boot.field()),
-            Self::VcpuStart { vcpu, .. } | Self::Busy { vcpu } => error.about(format!("vCPU {vcpu}")),
+            Self::VcpuStart { vcpu, .. } | Self::Busy { vcpu } | Self::Registers { vcpu, .. } => {
+                error.about(format!("vcpu{vcpu}"))
+            }
             _ => error,
         }
     }

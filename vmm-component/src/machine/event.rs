@@ -83,6 +83,26 @@ pub struct RegisterDump {
     pub sregs: kvm_sregs,
     /// Up to 15 bytes (the longest instruction) at RIP; empty where the guest's page tables or memory don't reach them.
     pub code: Vec<u8>,
+    /// It waits in `hlt` for an interrupt.
+    pub halted: bool,
+}
+
+/// CR0.PE.
+const PROTECTED: u64 = 1;
+/// RFLAGS.VM.
+const VIRTUAL_8086: u64 = 1 << 17;
+
+impl RegisterDump {
+    /// The current privilege level, 0 to 3: that of the stack segment, but for the modes that have none.
+    pub fn privilege(&self) -> u8 {
+        if self.sregs.cr0 & PROTECTED == 0 {
+            0
+        } else if self.regs.rflags & VIRTUAL_8086 != 0 {
+            3
+        } else {
+            self.sregs.ss.dpl & 3
+        }
+    }
 }
 
 impl fmt::Display for RegisterDump {

@@ -38,6 +38,7 @@ use std::time::{Duration, Instant};
 
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Kvm, VmFd};
+use vm_memory::{Bytes, GuestAddress};
 
 use self::pause::PauseLedger;
 use self::platform::{Platform, Wishes};
@@ -56,6 +57,9 @@ pub use self::config::{DeviceSpec, EventSink, Guards, Hooks, HostKind, MachineCo
 pub use self::error::MachineError;
 pub use self::event::{Happening, MachineEvent, RegisterDump, ResetCause};
 pub use self::stats::{ExitReason, MachineStats, VcpuStats};
+
+/// Most bytes that [`Machine::read_memory`] reads at once.
+pub const MAX_READ: u32 = 64 << 10;
 
 /// How long a dropped machine waits for its threads.
 const DROP_PATIENCE: Duration = Duration::from_secs(2);
@@ -274,12 +278,17 @@ impl Machine {
         Ok(())
     }
 
-    /// Calls `show` with a vCPU's registers, on the vCPU's thread. If the machine ends before, `show` is dropped uncalled.
+    /// Calls `show` with a vCPU's registers, or with [`MachineError::Registers`], on the vCPU's thread. If the machine ends before, `show` is dropped
+    /// uncalled.
     ///
     /// # Errors
     ///
     /// [`MachineError::BadConfig`] if there is no such vCPU, [`MachineError::NotRunning`], [`MachineError::Busy`].
-    pub fn registers(&self, vcpu: u8, show: impl FnOnce(RegisterDump) + Send + 'static) -> Result<(), MachineError> {
+    pub fn registers(
+        &self,
+        vcpu: u8,
+        show: impl FnOnce(Result<RegisterDump, MachineError>) + Send + 'static,
+    ) -> Result<(), MachineError> {
         self.check_running()?;
         let accepted = self.threads.order(vcpu, |orders| {
             let room = orders.inspectors.len() < MAX_INSPECTORS;
@@ -296,6 +305,32 @@ impl Machine {
                 reason: format!("the machine's vCPUs are 0 to {}", self.vcpus - 1),
             }),
         }
+    }
+
+    /// Guest memory by physical address, as it is at this moment; at most [`MAX_READ`] bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`MachineError::BadConfig`]: too long, or part of the range is not memory.
+    pub fn read_memory(&self, address: u64, length: u32) -> Result<Vec<u8>, MachineError> {
+        if length > MAX_READ {
+            return Err(MachineError::BadConfig {
+                field: "length",
+                reason: format!("{length} bytes are too many at once, {MAX_READ} are the most"),
+            });
+        }
+        let none = |address: u64| MachineError::BadConfig {
+            field: "address",
+            reason: format!("{address:#x} is not memory of this guest"),
+        };
+        let ram = &self.shared.ram;
+        if let Some(gap) = ram.first_gap(address, length.into()) {
+            return Err(none(gap));
+        }
+        let mut bytes = vec![0; length as usize];
+        let read = ram.memory().read_slice(&mut bytes, GuestAddress(address));
+        read.map_err(|_| none(address))?;
+        Ok(bytes)
     }
 
     /// Counters, read without disturbing a vCPU.

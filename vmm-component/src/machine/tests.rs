@@ -183,3 +183,44 @@ fn a_thread_that_does_not_end_is_named() {
     assert_eq!(stopped.stuck, ["vcpu0"]);
     drop(release);
 }
+
+#[test]
+fn while_a_vcpu_hangs_in_a_device_its_owner_waits_for_nothing() {
+    let Some((mut machine, _events)) = machine(&guests::hello(), 2) else {
+        return;
+    };
+    let (entered, entry) = channel();
+    let (release, released) = channel();
+    let device = Arc::new(Stuck {
+        entered,
+        released: Mutex::new(released),
+    });
+    machine.platform.pio().remove(layout::SERIAL.into()).unwrap();
+    machine
+        .platform
+        .pio()
+        .insert(layout::SERIAL.into(), 8, "stuck", device)
+        .unwrap();
+    machine.start().unwrap();
+    entry.recv_timeout(PATIENCE).unwrap();
+    let (show, shown) = channel();
+    for vcpu in [0, 1] {
+        let show = show.clone();
+        machine
+            .registers(vcpu, move |registers| show.send((vcpu, registers.is_ok())).unwrap())
+            .unwrap();
+    }
+    // The other one answers, and nothing of this waits for the first.
+    assert_eq!(shown.recv_timeout(PATIENCE), Ok((1, true)));
+    assert_eq!(machine.stats().vcpus.len(), 2);
+    machine.press_power_button().unwrap();
+    machine.nmi().unwrap();
+    machine.pause();
+    assert!(!machine.is_paused());
+    assert_eq!(machine.read_memory(guests::BASE, 1).unwrap(), guests::hello()[..1]);
+    assert!(shown.try_recv().is_err());
+    drop(release);
+    assert_eq!(shown.recv_timeout(PATIENCE), Ok((0, true)));
+    machine.wait_paused(PATIENCE).unwrap();
+    assert_eq!(machine.join(PATIENCE).stuck, Vec::<String>::new());
+}

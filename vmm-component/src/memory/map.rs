@@ -96,6 +96,22 @@ pub(super) fn subtract(range: &Range<u64>, holes: &[Range<u64>]) -> Vec<Range<u6
     left
 }
 
+/// The first of the `length` addresses from `address` on that lies in none of `ranges` (ascending, disjoint), if there is one.
+pub(super) fn first_gap(ranges: &[Range<u64>], address: u64, length: u64) -> Option<u64> {
+    // Addresses end with the 64-bit space, whose last one is no memory.
+    let last = address.saturating_add(length.checked_sub(1)?);
+    let mut at = address;
+    for range in ranges {
+        if range.contains(&at) {
+            at = range.end;
+        }
+        if at > last {
+            return None;
+        }
+    }
+    Some(at)
+}
+
 /// Checks the addresses of a client's range.
 pub(super) fn check_custom(range: Range<u64>) -> Result<(), CustomRangeError> {
     let Range { start, end } = range;

@@ -201,6 +201,11 @@ impl GuestRam {
         self.mapped.last().map_or(0, |range| range.end)
     }
 
+    /// The first of the `length` addresses from `address` on that is not memory, if there is one.
+    pub fn first_gap(&self, address: u64, length: u64) -> Option<u64> {
+        map::first_gap(&self.mapped, address, length)
+    }
+
     /// What gives pages back to the host, for a device.
     pub fn discard(&self) -> Discard {
         Discard::new(self.memory.clone(), self.own.clone())

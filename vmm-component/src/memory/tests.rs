@@ -398,6 +398,21 @@ proptest! {
     }
 
     #[test]
+    fn a_range_has_no_gap_exactly_if_all_of_it_is_memory(
+        points in prop::collection::btree_set(0_u64..128, 0..8),
+        address in 0_u64..160,
+        length in 0_u64..160,
+    ) {
+        let points: Vec<u64> = points.into_iter().collect();
+        let ranges: Vec<Range<u64>> = points.chunks_exact(2).map(|pair| pair[0]..pair[1]).collect();
+        let expected = (address..address + length).find(|at| !ranges.iter().any(|range| range.contains(at)));
+        prop_assert_eq!(map::first_gap(&ranges, address, length), expected);
+        // Also where addresses end.
+        let high = u64::MAX - address;
+        prop_assert_eq!(map::first_gap(&ranges, high, length), (length > 0).then_some(high));
+    }
+
+    #[test]
     fn subtracting_leaves_what_is_outside(
         range in (0_u64..64, 0_u64..64).prop_map(|(start, len)| start..start + len),
         points in prop::collection::btree_set(0_u64..128, 0..8),

@@ -19,7 +19,8 @@ use sepal_schema::{
 use super::{
     controller::{Controller, Creation},
     devices::{Requests, descriptor},
-    guest::{self, Lent},
+    guest,
+    state::Lent,
     vm::VmSpec,
 };
 use crate::machine::unassisted_cmdline;

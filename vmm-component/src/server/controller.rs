@@ -26,8 +26,8 @@ use sepal_schema::transport::Handle;
 
 use super::{
     devices::Handles,
-    guest::{GuestState, Lent},
     jobs, news,
+    state::{GuestState, Lent},
     vm::{Builder, Vm, VmSpec},
 };
 use crate::{
@@ -206,7 +206,10 @@ impl Controller {
         let generation = event.generation;
         let ending = match event.what {
             Happening::Shutdown => Ok(Ending::Shutdown),
-            Happening::Reset { how } => Ok(Ending::Reset(reset_in_words(how).into())),
+            Happening::Reset { how } => Ok(Ending::Reset {
+                detail: reset_in_words(how).into(),
+                about: if how == ResetCause::Watchdog { "watchdog" } else { "" }.into(),
+            }),
             Happening::WatchdogStop => Err(Error::new(
                 Kind::ControllerForcedHalt,
                 "the guest did not feed its watchdog, which stops it",
@@ -222,7 +225,7 @@ impl Controller {
                     tracing::error!("{line}");
                 }
                 let message = format!("vCPU {vcpu} failed: {reason}");
-                Err(Error::new(Kind::VcpuRuntimeFailure, message).about(format!("vcpu {vcpu}")))
+                Err(Error::new(Kind::VcpuRuntimeFailure, message).about(format!("vcpu{vcpu}")))
             }
             Happening::DeviceFailed { device, reason } => {
                 tracing::error!("device {device} failed and is quarantined: {reason}");

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   component.rs   GuestLifecycle: decodes, asks the controller, answers
-//!   guest.rs       Guest and its facets, for one generation; facets.rs, vsock.rs: those of devices
+//!   guest.rs       Guest, for one generation; power.rs, observer.rs, debug.rs: its facets; facets.rs, vsock.rs: those of devices
+//!   state.rs       what is known about it, and who is told
 //!        |  requests, in the order in which they arrived
 //!   controller.rs  feeds the lifecycle, carries out its effects on the control loop
 //!        |  build, tear down: a thread each (jobs.rs), so that no request waits behind them
@@ -13,11 +14,15 @@
 
 mod component;
 mod controller;
+mod debug;
 pub mod devices;
 mod facets;
 mod guest;
 mod jobs;
 mod news;
+mod observer;
+mod power;
+mod state;
 #[cfg(test)]
 mod tests;
 pub mod vm;

@@ -1,6 +1,8 @@
 //! The component's server over a real connection, with machines that only pretend: the behaviour that Fuchsia's controller tests ask for,
 //! and one test for each weakness of that controller.
 
+mod endings;
+mod looking;
 mod world;
 
 use std::{
@@ -12,7 +14,7 @@ use futures::{FutureExt, channel::oneshot, future};
 use sepal_schema::{
     error::{Error, Kind, read_completion},
     guest_capnp::{event_sink, observer},
-    info::read_layers,
+    info::{GuestInfo, read_layers},
     report::{Reason, StopReport},
     transport::guard,
 };

@@ -20,7 +20,10 @@ use sepal_runner::inner;
 use super::devices::{Handles, Place, Requests};
 use crate::{
     lifecycle::Generation,
-    machine::{Hooks, HostKind, Machine, MachineConfig, MachineError, MachineEvent, MachineStats, Spare, ThreadRole},
+    machine::{
+        Hooks, HostKind, Machine, MachineConfig, MachineError, MachineEvent, MachineStats, RegisterDump, Spare,
+        ThreadRole,
+    },
     memory::{CustomRange, MIB, MemoryConfig},
 };
 
@@ -54,6 +57,9 @@ pub type Events = Arc<dyn Fn(MachineEvent) + Send + Sync>;
 /// Makes machines; runs in a thread of its own and ends soon once the flag is set.
 pub type Builder = Arc<dyn Fn(Generation, VmSpec, Events, &AtomicBool) -> Result<Box<dyn Vm>, Error> + Send + Sync>;
 
+/// Is told the registers of a vCPU, or why they cannot be read.
+pub type ShowRegisters = Box<dyn FnOnce(Result<RegisterDump, MachineError>) + Send>;
+
 /// A machine that was built.
 pub trait Vm: Send {
     /// Starts vCPUs and dispatch loops; they run when it returns.
@@ -68,6 +74,10 @@ pub trait Vm: Send {
     fn press_power_button(&mut self) -> Result<(), Error>;
     /// A non-maskable interrupt for every vCPU.
     fn nmi(&mut self) -> Result<(), Error>;
+    /// Calls `show` with the registers of a vCPU, on another thread; drops it uncalled if the machine ends before.
+    fn registers(&self, vcpu: u8, show: ShowRegisters) -> Result<(), Error>;
+    /// Guest memory by physical address, at most 64 KiB of it.
+    fn read_memory(&self, address: u64, length: u32) -> Result<Vec<u8>, Error>;
     /// Counters, taken without waking a vCPU.
     fn stats(&self) -> MachineStats;
     /// The host's side of its devices.
@@ -189,6 +199,16 @@ impl Vm for RealVm {
 
     fn nmi(&mut self) -> Result<(), Error> {
         self.machine.nmi().map_err(|error| error.to_error())
+    }
+
+    fn registers(&self, vcpu: u8, show: ShowRegisters) -> Result<(), Error> {
+        self.machine.registers(vcpu, show).map_err(|error| error.to_error())
+    }
+
+    fn read_memory(&self, address: u64, length: u32) -> Result<Vec<u8>, Error> {
+        self.machine
+            .read_memory(address, length)
+            .map_err(|error| error.to_error())
     }
 
     fn stats(&self) -> MachineStats {

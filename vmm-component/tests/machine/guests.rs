@@ -127,21 +127,6 @@ guest!(
 );
 
 guest!(
-    /// On an NMI writes 'N' to the serial port and resets; says 'r' when it is ready.
-    nmi, "sepal_guest_nmi", "sepal_guest_nmi_end",
-    [
-        "lidt 8f(%rip)", "mov $0x9ff0, %esp",
-        "mov $0x3f8, %edx", "mov $'r', %al", "out %al, (%dx)", "1: hlt", "jmp 1b",
-        "7: mov $0x3f8, %edx", "mov $'N', %al", "out %al, (%dx)", "mov $0xfe, %al", "out %al, $0x64", "2: hlt", "jmp 2b",
-        "8: .word 3 * 16 - 1", ".quad 0x100000 + (9f - sepal_guest_nmi)",
-        ".balign 16",
-        "9: .quad 0, 0, 0, 0",
-        // Vector 2: interrupt gate to 7 in the boot's code segment.
-        ".word 7b - sepal_guest_nmi, 0x10, 0x8e00, 0x10", ".quad 0",
-    ]
-);
-
-guest!(
     /// Waits for the power button: IOAPIC pin 9 to vector 0x30, whose handler reads the event register and shuts down. Says 'r' when it is ready.
     power_button, "sepal_guest_button", "sepal_guest_button_end",
     [
@@ -239,7 +224,12 @@ guest!(
 
 /// A guest that starts `others` more processors.
 pub(crate) fn smp(others: u8) -> Vec<u8> {
-    let mut image = smp_code();
+    with_number(smp_code(), others)
+}
+
+/// `code`, and `others` in the byte at 0x120000.
+pub(crate) fn with_number(code: Vec<u8>, others: u8) -> Vec<u8> {
+    let mut image = code;
     image.resize(0x2_0000, 0);
     image.push(others);
     image

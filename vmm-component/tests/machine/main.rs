@@ -8,6 +8,8 @@ mod guards;
     reason = "shared with the other tests of the machine, which use all of it"
 )]
 mod guests;
+mod looking;
+mod nmi;
 mod rig;
 mod virtio;
 
@@ -31,7 +33,8 @@ fn registers(rig: &Rig, vcpu: u8) -> RegisterDump {
     rig.machine
         .registers(vcpu, move |dump| sender.send(dump).expect("the test waits"))
         .expect("the machine runs");
-    receiver.recv_timeout(PATIENCE).expect("registers")
+    let dump = receiver.recv_timeout(PATIENCE).expect("an answer");
+    dump.expect("registers")
 }
 
 #[test]
@@ -151,15 +154,6 @@ fn host_input_reaches_the_guest() {
     rig.await_byte(b'r');
     rig.serial.write_all(b"x").expect("input");
     assert_eq!(rig.finish().1, b"x");
-}
-
-#[test]
-fn nmi_reaches_the_guest() {
-    let Some(kvm) = kvm() else { return };
-    let mut rig = Rig::start(&kvm, &guests::nmi(), 1);
-    rig.await_byte(b'r');
-    rig.machine.nmi().expect("the machine runs");
-    assert_eq!(rig.finish().1, b"N");
 }
 
 #[test]

@@ -16,8 +16,9 @@
 //!   came after (b), then so did (3), hence after (a): `immediate_exit` stands, and the next KVM_RUN returns at once.
 //!
 //! KVM finishes the access of the last exit before it looks at `immediate_exit`, so a vCPU that took its orders after EINTR has no half-done
-//! instruction. A guest whose exits follow one another without EINTR (a long string instruction) is stopped all the same: whether the machine is over
-//! is looked at after each exit ([`Reporter`](crate::machine::report::Reporter)).
+//! instruction. A guest whose exits follow one another without EINTR (a string instruction with a large count) does not escape: whether the machine is
+//! over is looked at after each exit ([`Reporter`](crate::machine::report::Reporter)), and after some hundreds of them with `immediate_exit` set the vCPU
+//! does (a) to (c) in the middle of its instruction.
 
 use std::fmt;
 use std::io;
@@ -31,10 +32,11 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vmm_sys_util::signal::{Killable, SIGRTMIN};
 
 use super::run_page::RunMapping;
+use crate::machine::error::MachineError;
 use crate::machine::event::RegisterDump;
 
-/// Takes a vCPU's registers; called on the vCPU's thread.
-pub(in crate::machine) type Inspector = Box<dyn FnOnce(RegisterDump) + Send>;
+/// Takes a vCPU's registers, or why KVM does not show them; called on the vCPU's thread.
+pub(in crate::machine) type Inspector = Box<dyn FnOnce(Result<RegisterDump, MachineError>) + Send>;
 
 /// Most register readings that may wait for one vCPU.
 pub(in crate::machine) const MAX_INSPECTORS: usize = 16;

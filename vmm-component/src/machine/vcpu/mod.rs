@@ -4,7 +4,7 @@
 //! KVM_RUN and, parked, its event manager: device models answer from memory. An idle guest's vCPU sleeps in KVM_RUN, and nothing of ours wakes it.
 //!
 //! System calls of the thread once it is confined, beside those of the allocator and locks (`futex`, `mmap`, `munmap`, `madvise`, `mprotect`, `brk`):
-//! `ioctl` with KVM_RUN, KVM_NMI, KVM_KVMCLOCK_CTRL, KVM_GET_REGS, KVM_GET_SREGS and KVM_TRANSLATE; for interrupts KVM_SIGNAL_MSI,
+//! `ioctl` with KVM_RUN, KVM_NMI, KVM_KVMCLOCK_CTRL, KVM_GET_REGS, KVM_GET_SREGS, KVM_GET_MP_STATE and KVM_TRANSLATE; for interrupts KVM_SIGNAL_MSI,
 //! KVM_SET_GSI_ROUTING and KVM_IRQFD, for doorbells KVM_IOEVENTFD, for both `eventfd2`; on hosts without hardware virtualization KVM_SET_REGS, KVM_SET_SREGS, KVM_GET_FPU, KVM_SET_FPU, KVM_GET_VCPU_EVENTS,
 //! KVM_SET_VCPU_EVENTS and KVM_SET_MSRS; `epoll_wait`, `read` and `write` on eventfds, `rt_sigreturn`; at its end `close`, `epoll_ctl`, `sigaltstack`,
 //! `rt_sigprocmask` and `exit`. Whoever kicks it needs `tgkill`, `getpid` and `rt_sigprocmask`.
@@ -28,6 +28,7 @@ use self::run_page::{Exit, PortAccess, RunMapping, RunPage};
 use super::boot_state;
 use super::config::{Hooks, ThreadRole};
 use super::cpuid;
+use super::error::MachineError;
 use super::event::{Happening, ResetCause};
 use super::pause::PauseLedger;
 use super::report::Reporter;
@@ -35,6 +36,10 @@ use super::stats::{ExitReason, VcpuCounters};
 use crate::boot::BootEntry;
 use crate::memory::GuestRam;
 use crate::unassisted::{self, Assist};
+
+/// Exits that an instruction may go on for after a kick, which KVM heeds at its end: a string instruction has one for each element, and as many
+/// elements as its guest likes. Then it is left in its middle, where it goes on with the next KVM_RUN.
+const LONGEST_INSTRUCTION: u32 = 256;
 
 /// Where a vCPU's accesses go. Must not block.
 pub(super) trait GuestBus: Send + Sync {
@@ -179,6 +184,7 @@ impl Vcpu {
     /// Runs the guest until a kick, or its end.
     fn run_guest(&mut self) {
         self.ran = true;
+        let mut since_kick = 0;
         while !self.shared.reporter.is_over() {
             match self.page.run(&self.fd) {
                 Ok(exit) => {
@@ -186,12 +192,18 @@ impl Vcpu {
                         self.shared.reporter.report(happening);
                         break;
                     }
+                    since_kick = if self.page.is_kicked() { since_kick + 1 } else { 0 };
+                    if since_kick > LONGEST_INSTRUCTION {
+                        since_kick = 0;
+                        self.follow_kick();
+                        if self.phase != Phase::Running {
+                            return;
+                        }
+                    }
                 }
                 Err(error) => match error.errno() {
                     libc::EINTR => {
-                        self.counters.count(ExitReason::Kick);
-                        self.page.clear_immediate_exit();
-                        self.listen(0);
+                        self.follow_kick();
                         if self.phase != Phase::Running {
                             return;
                         }
@@ -206,6 +218,13 @@ impl Vcpu {
             }
         }
         self.enter(Phase::Stopped);
+    }
+
+    /// Steps (a) to (c) of [`mailbox`].
+    fn follow_kick(&mut self) {
+        self.counters.count(ExitReason::Kick);
+        self.page.clear_immediate_exit();
+        self.listen(0);
     }
 
     /// Waits up to `milliseconds` (-1: for ever) for the bell, and follows the orders if it rang.
@@ -231,7 +250,11 @@ impl Vcpu {
             return;
         };
         for inspector in inspectors {
-            inspector(registers::dump(&self.fd, self.shared.ram.memory()));
+            let registers = registers::read(&self.fd, self.shared.ram.memory());
+            inspector(registers.map_err(|source| MachineError::Registers {
+                vcpu: self.index,
+                source,
+            }));
         }
         if nmi && let Err(error) = self.fd.nmi() {
             tracing::warn!(vcpu = self.index, %error, "NMI was refused");
@@ -270,7 +293,8 @@ impl Vcpu {
     }
 
     fn failure(&self, reason: String) -> Happening {
-        let registers = Box::new(registers::dump(&self.fd, self.shared.ram.memory()));
+        // What KVM refuses to show stays zero.
+        let registers = Box::new(registers::read(&self.fd, self.shared.ram.memory()).unwrap_or_default());
         Happening::VcpuFailed {
             vcpu: self.index,
             reason,

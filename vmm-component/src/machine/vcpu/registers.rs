@@ -1,7 +1,9 @@
 //! Reads a vCPU's registers, and the instruction that it is at, for a person to look at.
 
+use kvm_bindings::KVM_MP_STATE_HALTED;
 use kvm_ioctls::VcpuFd;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::errno;
 
 use crate::machine::event::RegisterDump;
 
@@ -13,21 +15,24 @@ const LONG_MODE_ACTIVE: u64 = 1 << 10;
 
 const PAGE: u64 = 4096;
 
-/// What can be read; what KVM refuses stays zero.
-pub(super) fn dump(vcpu: &VcpuFd, memory: &GuestMemoryMmap) -> RegisterDump {
-    let regs = vcpu.get_regs().unwrap_or_default();
-    let sregs = vcpu.get_sregs().unwrap_or_default();
+/// The registers as they are now. Of a vCPU that is between two exits of one instruction they are those of its beginning or its middle.
+pub(super) fn read(vcpu: &VcpuFd, memory: &GuestMemoryMmap) -> Result<RegisterDump, errno::Error> {
+    let regs = vcpu.get_regs()?;
+    let sregs = vcpu.get_sregs()?;
+    // A kick does not change it: a vCPU that was in `hlt` goes back there.
+    let halted = vcpu.get_mp_state()?.mp_state == KVM_MP_STATE_HALTED;
     let long = sregs.efer & LONG_MODE_ACTIVE != 0 && sregs.cs.l != 0;
     let address = if long {
         regs.rip
     } else {
         sregs.cs.base.wrapping_add(regs.rip) & u64::from(u32::MAX)
     };
-    RegisterDump {
+    Ok(RegisterDump {
         code: read_code(vcpu, memory, address),
         regs,
         sregs,
-    }
+        halted,
+    })
 }
 
 /// The bytes at a linear address, as far as the guest's page tables and memory reach.

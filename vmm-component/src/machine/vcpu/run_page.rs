@@ -243,6 +243,11 @@ impl RunPage {
         }
     }
 
+    /// Whether a kick has come since the last was taken back.
+    pub(in crate::machine) fn is_kicked(&self) -> bool {
+        self.mapping.immediate_exit().load(Ordering::Relaxed) != 0
+    }
+
     /// Takes back a kick; see [`mailbox`](super::mailbox).
     pub(in crate::machine) fn clear_immediate_exit(&self) {
         self.mapping.immediate_exit().store(0, Ordering::SeqCst);

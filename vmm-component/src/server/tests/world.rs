@@ -30,11 +30,11 @@ use sepal_schema::{
 
 use crate::{
     lifecycle::Generation,
-    machine::{Happening, MachineEvent, MachineStats},
+    machine::{Happening, MachineError, MachineEvent, MachineStats, RegisterDump, VcpuStats},
     server::{
         ComponentServer, Controller,
         devices::Handles,
-        vm::{Builder, Events, Vm},
+        vm::{Builder, Events, ShowRegisters, Vm},
     },
 };
 
@@ -62,6 +62,10 @@ pub(super) struct World {
     pub(super) alive: AtomicUsize,
     pub(super) started: AtomicUsize,
     pub(super) buttons: AtomicUsize,
+    /// What vCPUs show, in turn; after that they are stuck.
+    pub(super) registers: Mutex<VecDeque<Result<RegisterDump, MachineError>>>,
+    /// What stuck vCPUs were asked for.
+    pub(super) unanswered: Mutex<Vec<ShowRegisters>>,
 }
 
 struct PretendedVm {
@@ -79,7 +83,7 @@ impl Drop for PretendedVm {
 impl Vm for PretendedVm {
     fn start(&mut self) -> Result<(), Error> {
         if self.world.start_fails.load(Ordering::SeqCst) {
-            return Err(Error::new(Kind::VcpuStartFailure, "vCPU 0 did not start"));
+            return Err(Error::new(Kind::VcpuStartFailure, "vCPU 0 did not start").about("vcpu0"));
         }
         self.world.started.fetch_add(1, Ordering::SeqCst);
         Ok(())
@@ -101,8 +105,24 @@ impl Vm for PretendedVm {
     fn nmi(&mut self) -> Result<(), Error> {
         Ok(())
     }
+    fn registers(&self, _: u8, show: ShowRegisters) -> Result<(), Error> {
+        match self.world.registers.lock().unwrap().pop_front() {
+            Some(registers) => show(registers),
+            None => self.world.unanswered.lock().unwrap().push(show),
+        }
+        Ok(())
+    }
+    fn read_memory(&self, address: u64, length: u32) -> Result<Vec<u8>, Error> {
+        if address == 0 {
+            return Err(Error::bad_config("address", "0x0 is no memory"));
+        }
+        Ok(vec![address as u8; length as usize])
+    }
     fn stats(&self) -> MachineStats {
-        MachineStats::default()
+        MachineStats {
+            serial_dropped: 5,
+            vcpus: vec![VcpuStats::default(); 2],
+        }
     }
     fn devices(&self) -> Handles {
         Handles::default()

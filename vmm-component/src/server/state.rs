@@ -1,0 +1,337 @@
+//! What is known about one guest, from its creation to its end, and who is told of it.
+
+use std::{
+    cell::RefCell,
+    collections::HashSet,
+    os::fd::OwnedFd,
+    rc::Rc,
+    time::{Duration, Instant},
+};
+
+use futures::channel::oneshot;
+use sepal_schema::{
+    config,
+    error::{Error, Kind},
+    guest_capnp::{event, event_sink},
+    info::{GuestDescriptor, GuestInfo, GuestStatus},
+    lifecycle_capnp::backends,
+    news::DeviceNews,
+    report::{Reason, Rung, StopReport, now_ns},
+    transport::{FdTable, Handle},
+};
+
+use super::{devices::Handles, news::Pacer};
+use crate::lifecycle::{Ending, Generation};
+
+/// How often at most the same is told of a device.
+const PACE: Duration = Duration::from_secs(1);
+
+/// What is known about one guest. Outlives the machine for as long as somebody holds the guest.
+pub(super) struct GuestState {
+    generation: Generation,
+    descriptor: GuestDescriptor,
+    host: Lent,
+    spawner: Handle,
+    inner: RefCell<Inner>,
+}
+
+/// What the guest manager lends to a guest.
+pub(super) struct Lent {
+    /// Told what happens.
+    pub(super) events: Option<event_sink::Client>,
+    /// Asked for other processes behind vhost-user devices.
+    pub(super) backends: Option<backends::Client>,
+    /// The descriptors that travel with the messages.
+    pub(super) fds: FdTable,
+    /// What is done when a watchdog expires.
+    pub(super) watchdog: &'static str,
+}
+
+#[derive(Default)]
+struct Inner {
+    started: Option<Instant>,
+    paused: bool,
+    report: Option<StopReport>,
+    /// Who waits for the end.
+    waiting: Vec<oneshot::Sender<StopReport>>,
+    /// Who waits for all vCPUs to have left the guest.
+    pausing: Vec<oneshot::Sender<()>>,
+    pacer: Pacer,
+    /// Devices for which another process is awaited.
+    reconnecting: HashSet<String>,
+}
+
+impl GuestState {
+    /// A guest that is being created.
+    pub(super) fn new(generation: Generation, descriptor: GuestDescriptor, host: Lent, spawner: Handle) -> Rc<Self> {
+        Rc::new(Self {
+            generation,
+            descriptor,
+            host,
+            spawner,
+            inner: RefCell::default(),
+        })
+    }
+
+    /// Which creation it came of.
+    pub(super) fn generation(&self) -> Generation {
+        self.generation
+    }
+
+    /// The control loop.
+    pub(super) fn spawner(&self) -> &Handle {
+        &self.spawner
+    }
+
+    /// How the guest ended; none as long as it has not.
+    pub(super) fn report(&self) -> Option<StopReport> {
+        self.inner.borrow().report.clone()
+    }
+
+    /// The vCPUs run.
+    pub(super) fn started(&self) {
+        self.inner.borrow_mut().started = Some(Instant::now());
+        self.emit(|mut event| event.set_started(()));
+    }
+
+    /// The last vCPU has left the guest after a pause.
+    pub(super) fn paused(&self) {
+        let pausing = {
+            let inner = &mut *self.inner.borrow_mut();
+            inner.paused = true;
+            std::mem::take(&mut inner.pausing)
+        };
+        for waiter in pausing {
+            let _ = waiter.send(());
+        }
+        self.emit(|mut event| event.set_paused(()));
+    }
+
+    /// The vCPUs go on after a pause.
+    pub(super) fn resumed(&self) {
+        {
+            let inner = &mut *self.inner.borrow_mut();
+            inner.paused = false;
+            inner.pausing.clear();
+        }
+        self.emit(|mut event| event.set_resumed(()));
+    }
+
+    /// A device reports: told at once, or kept for a second where it reports too often.
+    pub(super) fn device_news(self: &Rc<Self>, mut news: DeviceNews) {
+        if let DeviceNews::WatchdogExpired { action } = &mut news {
+            *action = self.host.watchdog.to_owned();
+        }
+        let Some((topic, news)) = self.inner.borrow_mut().pacer.report(news) else {
+            return;
+        };
+        self.emit(|event| news.write(event));
+        let (state, handle) = (Rc::downgrade(self), self.spawner.clone());
+        self.spawner.spawn(async move {
+            loop {
+                handle.sleep(PACE).await;
+                let Some(state) = state.upgrade() else { return };
+                let Some(news) = state.inner.borrow_mut().pacer.due(&topic) else {
+                    return;
+                };
+                state.emit(|event| news.write(event));
+            }
+        });
+    }
+
+    /// The process behind a device is gone: asks the guest manager for another, once at a time.
+    pub(super) fn reconnect(self: &Rc<Self>, device: &str, devices: &Handles) {
+        let found = devices.vhost_user.iter().find(|(name, _)| name == device);
+        let (Some(backends), Some((name, handle))) = (&self.host.backends, found) else {
+            return;
+        };
+        if !self.inner.borrow_mut().reconnecting.insert(name.clone()) {
+            return;
+        }
+        let mut request = backends.reconnect_request();
+        request.get().set_device(name);
+        let (name, handle, fds) = (name.clone(), handle.clone(), self.host.fds.clone());
+        let state = Rc::downgrade(self);
+        self.spawner.spawn(async move {
+            let socket = backend(request.send().promise, &fds).await;
+            if let Some(state) = state.upgrade() {
+                state.inner.borrow_mut().reconnecting.remove(&name);
+            }
+            match socket {
+                Ok(socket) => handle.reconnect(socket),
+                Err(error) => tracing::warn!("device {name} stays without its process: {error}"),
+            }
+        });
+    }
+
+    /// The guest is no more.
+    pub(super) fn gone(&self, ending: &Result<Ending, Error>) {
+        let (report, waiting) = {
+            let inner = &mut *self.inner.borrow_mut();
+            let uptime = inner.started.map_or(0, |started| nanoseconds(started.elapsed()));
+            let report = report(ending, uptime);
+            inner.report = Some(report.clone());
+            inner.paused = false;
+            inner.pausing.clear();
+            (report, std::mem::take(&mut inner.waiting))
+        };
+        for waiter in waiting {
+            let _ = waiter.send(report.clone());
+        }
+    }
+
+    fn emit(&self, fill: impl FnOnce(event::Builder<'_>)) {
+        let Some(sink) = &self.host.events else { return };
+        let mut request = sink.event_request();
+        let mut event = request.get().init_event();
+        event.set_time_ns(now_ns());
+        event.set_generation(self.generation);
+        fill(event);
+        let sent = request.send();
+        self.spawner.spawn(async move {
+            // Events are few, and the manager that cannot be reached any more is about to end this process.
+            let _ = sent.await;
+        });
+    }
+
+    /// What the component knows of it; the guest manager adds the rest.
+    pub(super) fn info(&self) -> GuestInfo {
+        let inner = self.inner.borrow();
+        let running = inner.report.is_none().then_some(inner.started).flatten();
+        GuestInfo {
+            name: String::new(),
+            status: match (&inner.report, inner.started) {
+                (Some(_), _) => GuestStatus::Stopped,
+                (None, Some(_)) => GuestStatus::Running,
+                (None, None) => GuestStatus::NotStarted,
+            },
+            generation: self.generation,
+            uptime_ns: running.map_or(0, |started| nanoseconds(started.elapsed())),
+            descriptor: Some(self.descriptor.clone()),
+            stop: inner.report.clone(),
+            problems: Vec::new(),
+            layers: Vec::new(),
+            component_pid: 0,
+            paused: inner.paused,
+            detached: false,
+        }
+    }
+
+    /// Waits until all vCPUs have left the guest. Fails if it ends first, or is resumed.
+    pub(super) fn wait_until_paused(&self) -> impl Future<Output = Result<(), Error>> + use<> {
+        let inner = &mut *self.inner.borrow_mut();
+        let paused = inner.paused;
+        let (sender, receiver) = oneshot::channel();
+        if !paused {
+            enlist(&mut inner.pausing, sender);
+        }
+        async move {
+            match paused {
+                true => Ok(()),
+                false => receiver
+                    .await
+                    .map_err(|_| Error::new(Kind::NotRunning, "the guest went on or ended before it paused")),
+            }
+        }
+    }
+
+    /// How it ended, once it has; none if the component ends before.
+    pub(super) fn wait(&self) -> impl Future<Output = Option<StopReport>> + use<> {
+        let inner = &mut *self.inner.borrow_mut();
+        let done = inner.report.clone();
+        let (sender, receiver) = oneshot::channel();
+        if done.is_none() {
+            enlist(&mut inner.waiting, sender);
+        }
+        async move {
+            match done {
+                Some(report) => Some(report),
+                None => receiver.await.ok(),
+            }
+        }
+    }
+}
+
+/// Adds one who waits, in the place of those whose calls were dropped: no more are kept than calls may be in flight.
+fn enlist<T>(list: &mut Vec<oneshot::Sender<T>>, sender: oneshot::Sender<T>) {
+    list.retain(|waiter| !waiter.is_canceled());
+    list.push(sender);
+}
+
+/// The socket that the guest manager answers with.
+async fn backend(answer: impl Future<Output = Reconnected>, fds: &FdTable) -> Result<OwnedFd, Error> {
+    use backends::reconnect_result::Which;
+    let answer = answer.await?;
+    match answer.get()?.which().map_err(capnp::Error::from)? {
+        Which::Fd(fd) => config::Handles::take(fds, fd?.get_number()),
+        Which::Error(error) => Err(Error::read(error?)?),
+    }
+}
+
+type Reconnected = Result<capnp::capability::Response<backends::reconnect_result::Owned>, capnp::Error>;
+
+/// How the guest ended, from what ended it.
+fn report(ending: &Result<Ending, Error>, uptime_ns: u64) -> StopReport {
+    let (reason, detail) = match ending {
+        Ok(Ending::Shutdown) => (Reason::Shutdown, "the guest shut down".to_owned()),
+        Ok(Ending::Reset { detail, .. }) => (Reason::Reset, detail.clone()),
+        Err(error) => {
+            let reason = match error.kind {
+                Kind::ControllerForcedHalt | Kind::Cancelled => Reason::Killed,
+                Kind::VcpuRuntimeFailure => Reason::Crash,
+                _ => Reason::StartFailed,
+            };
+            (reason, error.message.clone())
+        }
+    };
+    StopReport {
+        reason,
+        detail,
+        error: ending.clone().err(),
+        uptime_ns,
+        time_ns: now_ns(),
+        about: about(ending).to_owned(),
+        rung: Rung::None,
+    }
+}
+
+/// The vCPU or device that ended the guest. What else an error is about, such as a field of the configuration, is in the error.
+fn about(ending: &Result<Ending, Error>) -> &str {
+    match ending {
+        Ok(Ending::Shutdown) => "",
+        Ok(Ending::Reset { about, .. }) => about,
+        Err(error) => match error.kind {
+            Kind::VcpuStartFailure
+            | Kind::VcpuRuntimeFailure
+            | Kind::DeviceStartFailure
+            // By the watchdog; otherwise it is about nothing.
+            | Kind::ControllerForcedHalt => &error.about,
+            _ => "",
+        },
+    }
+}
+
+fn nanoseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn calls_that_were_dropped_are_not_kept() {
+        let (kept, mut answer) = oneshot::channel();
+        let mut list = Vec::new();
+        enlist(&mut list, kept);
+        for _ in 0..100 {
+            let (dropped, _) = oneshot::channel();
+            enlist(&mut list, dropped);
+        }
+        assert_eq!(list.len(), 2, "the one who waits, and the last who went");
+        for waiter in list {
+            let _ = waiter.send(7);
+        }
+        assert_eq!(answer.try_recv(), Ok(Some(7)));
+    }
+}

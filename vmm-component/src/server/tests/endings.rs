@@ -1,0 +1,66 @@
+//! What ended a guest: the vCPU or device is named, where there is one.
+
+use std::sync::atomic::Ordering;
+
+use sepal_schema::report::Reason;
+
+use super::{ending, world::bench};
+use crate::machine::{Happening, RegisterDump, ResetCause};
+
+/// Reason and culprit of a guest that ends by `what`.
+fn ends_by(what: Happening) -> (Reason, String) {
+    let (sender, receiver) = std::sync::mpsc::channel();
+    bench(|bench| async move {
+        bench.create().await.unwrap();
+        let observer = bench.observer();
+        let run = bench.run();
+        bench.until_running().await;
+        bench.world.report(1, what);
+        let report = ending(&observer).await;
+        // The answer to run and what observers are told are one report.
+        if let Ok(answer) = run.await {
+            assert_eq!(answer, report);
+        }
+        sender.send((report.reason, report.about)).unwrap();
+    });
+    receiver.recv().unwrap()
+}
+
+#[test]
+fn what_ended_a_guest_is_named() {
+    let failed = Happening::VcpuFailed {
+        vcpu: 1,
+        reason: "emulation failure".into(),
+        registers: Box::<RegisterDump>::default(),
+    };
+    assert_eq!(ends_by(failed), (Reason::Crash, "vcpu1".into()));
+    let how = ResetCause::Watchdog;
+    assert_eq!(ends_by(Happening::Reset { how }), (Reason::Reset, "watchdog".into()));
+    assert_eq!(ends_by(Happening::WatchdogStop), (Reason::Killed, "watchdog".into()));
+    let how = ResetCause::I8042;
+    assert_eq!(ends_by(Happening::Reset { how }), (Reason::Reset, String::new()));
+    assert_eq!(ends_by(Happening::Shutdown), (Reason::Shutdown, String::new()));
+}
+
+#[test]
+fn a_vcpu_that_cannot_start_is_named() {
+    bench(|bench| async move {
+        bench.world.start_fails.store(true, Ordering::SeqCst);
+        bench.create().await.unwrap();
+        let observer = bench.observer();
+        bench.run().await.unwrap_err();
+        let report = ending(&observer).await;
+        assert_eq!((report.reason, report.about.as_str()), (Reason::StartFailed, "vcpu0"));
+    });
+}
+
+#[test]
+fn a_guest_that_is_stopped_ends_by_nobody() {
+    bench(|bench| async move {
+        bench.create().await.unwrap();
+        let observer = bench.observer();
+        bench.stop().await.unwrap();
+        let report = ending(&observer).await;
+        assert_eq!((report.reason, report.about.as_str()), (Reason::Killed, ""));
+    });
+}

@@ -1,0 +1,158 @@
+//! Looking into a guest: registers, memory, figures; also while a vCPU hangs.
+
+use std::pin::pin;
+
+use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
+use sepal_schema::{
+    debug_capnp::debug,
+    error::{Error, Kind},
+    guest_capnp::statistics::stats_result,
+    info::GuestInfo,
+};
+
+use super::world::{Bench, bench, is_pending, kind};
+use crate::machine::{MachineError, RegisterDump};
+
+impl Bench {
+    fn debug(&self) -> debug::Client {
+        self.guest().debug_request().send().pipeline.get_debug()
+    }
+}
+
+/// RIP, EFER, CS, base of GS, privilege level and whether it is halted.
+type Shown = (u64, u64, u16, u64, u8, bool);
+
+fn registers(debug: &debug::Client, vcpu: u8) -> impl Future<Output = Result<Shown, Error>> + use<> {
+    use debug::registers_result::Which;
+    let mut request = debug.registers_request();
+    request.get().set_vcpu(vcpu);
+    let answer = request.send().promise;
+    async move {
+        match answer.await.unwrap().get().unwrap().which().unwrap() {
+            Which::Registers(shown) => {
+                let shown = shown.unwrap();
+                Ok((
+                    shown.get_rip(),
+                    shown.get_efer(),
+                    shown.get_cs(),
+                    shown.get_gs_base(),
+                    shown.get_cpl(),
+                    shown.get_halted(),
+                ))
+            }
+            Which::Error(error) => Err(Error::read(error.unwrap()).unwrap()),
+        }
+    }
+}
+
+async fn memory(debug: &debug::Client, address: u64, length: u32) -> Result<Vec<u8>, Error> {
+    use debug::memory_result::Which;
+    let mut request = debug.read_physical_request();
+    request.get().set_address(address);
+    request.get().set_length(length);
+    match request.send().promise.await.unwrap().get().unwrap().which().unwrap() {
+        Which::Bytes(bytes) => Ok(bytes.unwrap().to_vec()),
+        Which::Error(error) => Err(Error::read(error.unwrap()).unwrap()),
+    }
+}
+
+fn serial_dropped(from: stats_result::Reader<'_>) -> Result<u64, Error> {
+    match from.which().unwrap() {
+        stats_result::Which::Stats(stats) => Ok(stats.unwrap().get_serial_dropped()),
+        stats_result::Which::Error(error) => Err(Error::read(error.unwrap()).unwrap()),
+    }
+}
+
+#[test]
+fn registers_and_memory_come_as_the_machine_tells_them() {
+    bench(|bench| async move {
+        let segment = |selector, base, dpl| kvm_segment {
+            selector,
+            base,
+            dpl,
+            ..kvm_segment::default()
+        };
+        let dump = RegisterDump {
+            regs: kvm_regs {
+                rip: 0x401000,
+                ..kvm_regs::default()
+            },
+            sregs: kvm_sregs {
+                cr0: 0x8000_0033,
+                efer: 0xd01,
+                cs: segment(0x33, 0, 3),
+                ss: segment(0x2b, 0, 3),
+                gs: segment(0, 0x7fff_0000, 3),
+                ..kvm_sregs::default()
+            },
+            halted: true,
+            ..RegisterDump::default()
+        };
+        bench.world.registers.lock().unwrap().push_back(Ok(dump));
+        bench.create().await.unwrap();
+        let debug = bench.debug();
+        assert_eq!(kind(registers(&debug, 0).await), Kind::NotRunning);
+        assert_eq!(kind(memory(&debug, 1, 1).await), Kind::NotRunning);
+        let _run = bench.lifecycle.run_request().send();
+        bench.until_running().await;
+        let shown = registers(&debug, 1).await.unwrap();
+        assert_eq!(shown, (0x401000, 0xd01, 0x33, 0x7fff_0000, 3, true));
+        assert_eq!(memory(&debug, 7, 65536).await.unwrap(), vec![7; 65536]);
+        let error = memory(&debug, 0, 1).await.unwrap_err();
+        assert_eq!((error.kind, error.about.as_str()), (Kind::BadConfig, "address"));
+    });
+}
+
+#[test]
+fn registers_that_cannot_be_read_are_an_error() {
+    bench(|bench| async move {
+        let refused = MachineError::Busy { vcpu: 1 };
+        bench.world.registers.lock().unwrap().push_back(Err(refused));
+        bench.create().await.unwrap();
+        let _run = bench.lifecycle.run_request().send();
+        bench.until_running().await;
+        let error = registers(&bench.debug(), 1).await.unwrap_err();
+        assert_eq!((error.kind, error.about.as_str()), (Kind::NoResources, "vcpu1"));
+    });
+}
+
+#[test]
+fn while_a_vcpu_hangs_everything_else_is_answered() {
+    bench(|bench| async move {
+        bench.create().await.unwrap();
+        let observer = bench.observer();
+        let statistics = bench.guest().statistics_request().send().pipeline.get_statistics();
+        let answer = statistics.get_request().send().promise.await.unwrap();
+        assert_eq!(kind(serial_dropped(answer.get().unwrap())), Kind::NotRunning);
+        let _run = bench.lifecycle.run_request().send();
+        bench.until_running().await;
+        let mut stuck = pin!(registers(&bench.debug(), 1));
+        assert!(is_pending(&mut stuck, &bench).await);
+        let answer = statistics.get_request().send().promise.await.unwrap();
+        assert_eq!(serial_dropped(answer.get().unwrap()), Ok(5));
+        let answer = observer.stats_request().send().promise.await.unwrap();
+        assert_eq!(serial_dropped(answer.get().unwrap()), Ok(5));
+        let answer = observer.info_request().send().promise.await.unwrap();
+        assert!(GuestInfo::read_result(answer.get().unwrap()).unwrap().uptime_ns > 0);
+        assert_eq!(memory(&bench.debug(), 1, 2).await, Ok(vec![1, 1]));
+        // All that before this gave up.
+        let error = stuck.await.unwrap_err();
+        assert_eq!((error.kind, error.about.as_str()), (Kind::TimedOut, "vcpu1"));
+    });
+}
+
+#[test]
+fn who_waits_for_registers_hears_that_the_guest_ended() {
+    bench(|bench| async move {
+        bench.create().await.unwrap();
+        let _run = bench.lifecycle.run_request().send();
+        bench.until_running().await;
+        let mut stuck = pin!(registers(&bench.debug(), 0));
+        assert!(is_pending(&mut stuck, &bench).await);
+        bench
+            .wait_for("the request", |world| !world.unanswered.lock().unwrap().is_empty())
+            .await;
+        bench.world.unanswered.lock().unwrap().clear();
+        assert_eq!(kind(stuck.await), Kind::NotRunning);
+    });
+}

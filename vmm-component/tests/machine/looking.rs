@@ -1,0 +1,115 @@
+//! Looking into real machines: registers of vCPUs wherever they are, and memory.
+
+use sepal_schema::error::Kind;
+use sepal_vmm_component::machine::{Happening, MachineError};
+
+use crate::guests::{self, guest};
+use crate::registers;
+use crate::rig::{PATIENCE, Rig, kvm};
+
+guest!(
+    /// Says 's', then writes 2^40 bytes to a port that nobody answers, by one instruction.
+    endless_string, "sepal_guest_endless", "sepal_guest_endless_end",
+    [
+        "mov $0x3f8, %edx", "mov $'s', %al", "out %al, (%dx)",
+        "mov $0x110000, %esi", "mov $1, %ecx", "shl $40, %rcx", "mov $0x5550, %edx", "cld", "rep outsb",
+        "1: hlt", "jmp 1b",
+    ]
+);
+
+#[test]
+fn a_vcpu_that_halts_says_so_and_goes_on_halting() {
+    let Some(kvm) = kvm() else { return };
+    let mut rig = Rig::start(&kvm, &guests::idle(), 2);
+    rig.await_byte(b'i');
+    // It writes before it halts.
+    while !registers(&rig, 0).halted {}
+    for _ in 0..10 {
+        let dump = registers(&rig, 0);
+        assert!(dump.halted, "{dump}");
+        assert_eq!((dump.privilege(), dump.sregs.cs.selector), (0, 0x10), "{dump}");
+        assert!(
+            (guests::BASE..guests::BASE + guests::idle().len() as u64).contains(&dump.regs.rip),
+            "{dump}"
+        );
+    }
+    assert!(!registers(&rig, 1).halted, "it was never started");
+    rig.machine.pause();
+    assert!(matches!(rig.next(), Happening::Paused));
+    assert!(registers(&rig, 0).halted);
+    rig.stop();
+}
+
+#[test]
+fn a_vcpu_that_runs_is_not_halted() {
+    let Some(kvm) = kvm() else { return };
+    let mut rig = Rig::start(&kvm, &guests::count(), 1);
+    rig.await_byte(b'c');
+    let before = registers(&rig, 0);
+    assert!(!before.halted);
+    // The guest counts on; if it never does, the test's time limit ends it.
+    while registers(&rig, 0).regs.rbx == before.regs.rbx {}
+    rig.stop();
+}
+
+#[test]
+fn a_guest_cannot_hide_in_one_instruction() {
+    let Some(kvm) = kvm() else { return };
+    let mut rig = Rig::start(&kvm, &endless_string(), 1);
+    rig.await_byte(b's');
+    // It is in the middle of its instruction.
+    while !(2..1 << 40).contains(&registers(&rig, 0).regs.rcx) {}
+    rig.machine.pause();
+    assert!(matches!(rig.next(), Happening::Paused));
+    rig.machine.wait_paused(PATIENCE).expect("nobody is inside");
+    let paused = registers(&rig, 0).regs.rcx;
+    assert_eq!(registers(&rig, 0).regs.rcx, paused);
+    rig.machine.resume();
+    // The instruction goes on where it was, and loses nothing.
+    let next = loop {
+        let next = registers(&rig, 0).regs.rcx;
+        if next != paused {
+            break next;
+        }
+    };
+    assert!(next < paused, "{next} comes after {paused}");
+    rig.stop();
+}
+
+#[test]
+fn memory_is_read_as_the_guest_has_it() {
+    let Some(kvm) = kvm() else { return };
+    let mut rig = Rig::start(&kvm, &guests::idle(), 1);
+    rig.await_byte(b'i');
+    let read = |address, length| rig.machine.read_memory(address, length);
+    let code = guests::idle();
+    assert_eq!(read(guests::BASE, code.len() as u32).expect("memory"), code);
+    assert_eq!(read(guests::BASE, 65536).expect("memory").len(), 65536);
+    let end = 16 << 20;
+    assert_eq!(read(end - 2, 2).expect("memory"), [0, 0]);
+    assert_eq!(read(u64::MAX, 0).expect("nothing"), b"");
+    let refused = |address, length, about: &str, says: &str| {
+        let error = read(address, length).expect_err("not memory").to_error();
+        assert_eq!((error.kind, error.about.as_str()), (Kind::BadConfig, about));
+        assert!(error.message.contains(says), "{}", error.message);
+    };
+    refused(guests::BASE, 65537, "length", "65536");
+    refused(end - 2, 3, "address", "0x1000000 ");
+    refused(end, 1, "address", "0x1000000 ");
+    refused(0xfee0_0000, 4, "address", "0xfee00000 ");
+    refused(u64::MAX, 2, "address", "0xffffffffffffffff ");
+    rig.stop();
+}
+
+#[test]
+fn a_vcpu_that_is_not_there_shows_nothing() {
+    let Some(kvm) = kvm() else { return };
+    let rig = Rig::start(&kvm, &guests::idle(), 2);
+    let error = rig.machine.registers(2, |_| {}).expect_err("there are two");
+    assert!(
+        matches!(error, MachineError::BadConfig { field: "vcpu", .. }),
+        "{error}"
+    );
+    assert!(error.to_string().contains("0 to 1"), "{error}");
+    rig.stop();
+}
