@@ -42,9 +42,10 @@ pub(crate) fn host() -> HostKind {
     }
 }
 
-/// A file without a name that holds `bytes`.
+/// A file in memory, so that it can be made in a jail, too.
 pub(crate) fn file(bytes: &[u8]) -> File {
-    let mut file = tempfile::tempfile().expect("a temporary file");
+    let memory = rustix::fs::memfd_create(c"file", rustix::fs::MemfdFlags::CLOEXEC);
+    let mut file = File::from(memory.expect("a memfd"));
     file.write_all(bytes).expect("its contents");
     file
 }

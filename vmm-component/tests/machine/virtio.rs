@@ -191,8 +191,8 @@ fn pointer(base: u64, bytes: u16) -> Vec<u8> {
 }
 
 /// Writes a letter into each request.
-struct Stamp {
-    served: Arc<AtomicU64>,
+pub(crate) struct Stamp {
+    pub(crate) served: Arc<AtomicU64>,
 }
 
 impl VirtioDevice for Stamp {
@@ -246,7 +246,16 @@ fn run(kvm: &kvm_ioctls::Kvm, kernel: &[u8]) -> (Happening, Vec<u8>, Stopped, u6
     (what, output, stopped, served.load(Ordering::Relaxed))
 }
 
-const REQUESTS: u64 = 1000;
+/// How many requests a guest makes.
+pub(crate) const REQUESTS: u64 = 1000;
+
+/// A kernel that drives the first device by messages, [`REQUESTS`] times.
+pub(crate) fn kernel_of_requests() -> Vec<u8> {
+    let mut script = Script::default();
+    script.set_up(0x13_0000);
+    script.message();
+    script.kernel(BAR, REQUESTS)
+}
 
 fn check(kernel: &[u8], most_exits: u64) {
     let Some(kvm) = kvm() else { return };
@@ -269,10 +278,7 @@ fn check(kernel: &[u8], most_exits: u64) {
 
 #[test]
 fn doorbells_and_messages_stay_in_the_kernel() {
-    let mut script = Script::default();
-    script.set_up(0x13_0000);
-    script.message();
-    check(&script.kernel(BAR, REQUESTS), 100);
+    check(&kernel_of_requests(), 100);
 }
 
 #[test]
