@@ -35,6 +35,8 @@ fn the_guest_connects_and_bytes_go_both_ways_in_any_layout() {
         Layout::Every(1),
         Layout::Every(7),
         Layout::Every(45),
+        Layout::Pieces(1),
+        Layout::Pieces(32768),
     ] {
         let mut guest = Guest::new();
         guest.layout = layout;

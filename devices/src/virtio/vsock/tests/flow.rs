@@ -154,9 +154,16 @@ fn megabytes_to_the_guest_arrive_in_order() {
 
 #[test]
 fn megabytes_to_the_host_arrive_in_order() {
+    for layout in [Layout::One, Layout::Two, Layout::Pieces(32768), Layout::Pieces(4096)] {
+        send_megabytes(layout);
+    }
+}
+
+/// In packets of up to 64 KiB, which is more than a piece.
+fn send_megabytes(layout: Layout) {
     const TOTAL: usize = 5 << 20;
     let mut guest = Guest::new();
-    guest.layout = Layout::One;
+    guest.layout = layout;
     let ports = (1, 2);
     let mut socket = guest.connected_by_guest(ports);
     let mut read = Vec::new();

@@ -26,10 +26,13 @@ const ROOM: usize = BUFFER as usize - Header::BYTES;
 /// How the fake driver lays out a packet.
 #[derive(Clone, Copy, Debug)]
 enum Layout {
-    /// Header and payload in a descriptor each.
+    /// Header and payload in a descriptor each, as Linux does with up to 32 KiB.
     Two,
-    /// Both in one, as Linux does from 6.17 on.
+    /// Both in one, as Linux 6.2 did.
     One,
+    /// The header in one of its own, and the payload in pieces of so many bytes: of 32768 as Linux does from 6.17 on, where a packet is not one
+    /// allocation any more.
+    Pieces(usize),
     /// A new descriptor every so many bytes.
     Every(usize),
 }
@@ -101,8 +104,12 @@ impl Guest {
         let buffers: Vec<Buffer> = match self.layout {
             Layout::One => vec![Buffer::Out(whole)],
             Layout::Every(step) => whole.chunks(step).map(|piece| Buffer::Out(piece.to_vec())).collect(),
-            Layout::Two if payload.is_empty() => vec![Buffer::Out(whole)],
+            Layout::Two | Layout::Pieces(_) if payload.is_empty() => vec![Buffer::Out(whole)],
             Layout::Two => vec![Buffer::Out(header.bytes().to_vec()), Buffer::Out(payload.to_vec())],
+            Layout::Pieces(bytes) => std::iter::once(&header.bytes()[..])
+                .chain(payload.chunks(bytes))
+                .map(|piece| Buffer::Out(piece.to_vec()))
+                .collect(),
         };
         let head = self.rig.add(TRANSMIT, &buffers);
         self.rig.kick(TRANSMIT);
