@@ -15,19 +15,25 @@ use sepal_agent::{
 };
 use sepal_schema::{
     agent_capnp::{agent, process},
+    answer,
     bytes_capnp::byte_stream,
     config::device::AGENT_PORT,
     error::{Error, Kind, write_completion},
+    facet::Right,
     news::DeviceNews,
     transport::{AsyncFd, guard, reactor::Task},
     vsock_capnp::vsock_acceptor,
 };
 
 use crate::{
+    access::{
+        facet::facets,
+        holder::{Deed, Holder},
+    },
     changed::Changed,
     guest::Guest,
     model::{EventKind, cut},
-    serial::{receive, send},
+    serial::{hang_up, receive, send},
     vsock,
 };
 
@@ -39,11 +45,6 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const MAX_SENTENCE: usize = 512;
 /// What is sent at a time.
 const CHUNK: usize = 64 * 1024;
-
-/// Gives a client the agent of a guest.
-pub(crate) fn new_client(guest: Rc<Guest>) -> agent::Client {
-    guard::new_client(AgentServer(guest))
-}
 
 /// Hears from the guest that its agent is there.
 pub(crate) fn ready_acceptor(guest: &Rc<Guest>) -> vsock_acceptor::Client {
@@ -89,8 +90,9 @@ struct Progress {
     outcome: Option<Result<Outcome, Error>>,
 }
 
-/// One operation.
+/// One operation, which ends with the capability that it was begun through.
 struct Operation {
+    holder: Holder,
     socket: AsyncFd<UnixStream>,
     client: Changed<Client>,
     progress: Changed<Progress>,
@@ -145,12 +147,13 @@ async fn connect(guest: &Guest, patience: Option<Duration>) -> Result<UnixStream
 }
 
 impl Operation {
-    async fn begin(guest: &Guest, wish: Wish, patience: Option<Duration>) -> Result<Rc<Self>, Error> {
+    async fn begin(holder: &Holder, wish: Wish, patience: Option<Duration>) -> Result<Rc<Self>, Error> {
         let client = Client::new(wish).map_err(|error| Error::bad_config("command", error.to_string()))?;
-        let socket = connect(guest, patience).await?;
-        let registered = guest.manager.handle.register(socket);
+        let socket = connect(&holder.guest, patience).await?;
+        let registered = holder.handle().register(socket);
         let socket = registered.map_err(|error| Error::new(Kind::NoResources, error.to_string()))?;
         Ok(Rc::new(Self {
+            holder: holder.clone(),
             socket,
             client: Changed::new(client),
             progress: Changed::default(),
@@ -159,17 +162,25 @@ impl Operation {
 
     /// Moves bytes to and fro until the operation is over; output goes to the streams.
     async fn drive(&self, stdout: Option<byte_stream::Client>, stderr: Option<byte_stream::Client>) {
-        let outcome = {
-            let (sending, hearing) = (pin!(self.send()), pin!(self.hear(stdout.as_ref(), stderr.as_ref())));
-            match select(hearing, sending).await {
-                Either::Left((outcome, _)) => outcome,
-                // The agent may have said why it takes no more.
-                Either::Right(((), hearing)) => hearing.await,
+        let drive = async {
+            let outcome = {
+                let (sending, hearing) = (pin!(self.send()), pin!(self.hear(stdout.as_ref(), stderr.as_ref())));
+                match select(hearing, sending).await {
+                    Either::Left((outcome, _)) => outcome,
+                    // The agent may have said why it takes no more.
+                    Either::Right(((), hearing)) => hearing.await,
+                }
+            };
+            for stream in [&stdout, &stderr].into_iter().flatten() {
+                // Whoever does not want to know the end needs no help.
+                let _ = stream.end_request().send().promise.await;
             }
+            outcome
         };
-        for stream in [&stdout, &stderr].into_iter().flatten() {
-            // Whoever does not want to know the end needs no help.
-            let _ = stream.end_request().send().promise.await;
+        let outcome = self.holder.while_live(drive).await;
+        if matches!(&outcome, Err(error) if error.kind == Kind::Revoked) {
+            // The agent ends what it was for.
+            hang_up(&self.socket);
         }
         self.progress.change(|progress| progress.outcome = Some(outcome));
     }
@@ -265,19 +276,25 @@ async fn pass(to: Option<&byte_stream::Client>, bytes: &[u8]) -> Result<(), Erro
 }
 
 /// Starts an operation on a task of its own, which ends when the task is dropped.
-fn start(
-    guest: &Guest,
-    operation: &Rc<Operation>,
-    stdout: Option<byte_stream::Client>,
-    stderr: Option<byte_stream::Client>,
-) -> Task {
-    let operation = operation.clone();
-    let drive = async move { operation.drive(stdout, stderr).await };
-    guest.manager.handle.spawn_owned(drive)
+fn start(operation: &Rc<Operation>, stdout: Option<byte_stream::Client>, stderr: Option<byte_stream::Client>) -> Task {
+    let driven = operation.clone();
+    let drive = async move { driven.drive(stdout, stderr).await };
+    operation.holder.handle().spawn_owned(drive)
 }
 
 /// See `agent.capnp`.
-struct AgentServer(Rc<Guest>);
+pub(crate) struct AgentServer(pub(crate) Holder);
+
+facets!(AgentServer { 0 });
+
+const READY: Deed = Deed::new("Agent.ready", &[Right::Agent]).only_looks();
+const PUT_FILE: Deed = Deed::new("Agent.putFile", &[Right::Agent]);
+const GET_FILE: Deed = Deed::new("Agent.getFile", &[Right::Agent]);
+const EXEC: Deed = Deed::new("Agent.exec", &[Right::Agent]);
+
+fn lossy(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
 
 fn strings(list: capnp::text_list::Reader<'_>) -> Result<Vec<Vec<u8>>, capnp::Error> {
     list.iter().map(|text| Ok(text?.as_bytes().to_vec())).collect()
@@ -302,8 +319,6 @@ fn command(from: agent::command::Reader<'_>) -> Result<Command, capnp::Error> {
     })
 }
 
-impl sepal_schema::facet_capnp::facet::Server for AgentServer {}
-
 impl agent::Server for AgentServer {
     async fn ready(self: Rc<Self>, _: agent::ReadyParams, mut results: agent::ReadyResults) -> Reply {
         let greet = async {
@@ -311,7 +326,7 @@ impl agent::Server for AgentServer {
             operation.drive(None, None).await;
             operation.outcome().await
         };
-        match greet.await {
+        match self.0.perform(READY, "", greet).await {
             Ok(Outcome::Version(version)) => results.get().set_version(&version),
             Ok(_) => client_error(&ClientError::Turn("another end")).write(results.get().init_error()),
             Err(error) => error.write(results.get().init_error()),
@@ -320,16 +335,15 @@ impl agent::Server for AgentServer {
     }
 
     async fn put_file(self: Rc<Self>, params: agent::PutFileParams, mut results: agent::PutFileResults) -> Reply {
-        let wish = {
+        let (path, mode) = {
             let params = params.get()?;
-            Wish::Put {
-                path: params.get_path()?.as_bytes().to_vec(),
-                mode: params.get_mode(),
-            }
+            (params.get_path()?.as_bytes().to_vec(), params.get_mode())
         };
+        let detail = lossy(&path);
+        let wish = Wish::Put { path, mode };
         let begin = async {
             let operation = Operation::begin(&self.0, wish, Some(PATIENCE)).await?;
-            let task = start(&self.0, &operation, None, None);
+            let task = start(&operation, None, None);
             operation.started().await?;
             Ok::<_, Error>(Input {
                 operation,
@@ -337,25 +351,23 @@ impl agent::Server for AgentServer {
                 is_file: true,
             })
         };
-        match begin.await {
-            Ok(sink) => results.get().set_sink(guard::new_client(sink)),
-            Err(error) => error.write(results.get().init_error()),
-        }
+        let sink = self.0.perform(PUT_FILE, detail, begin).await;
+        answer!(results, set_sink, sink.map(guard::new_client));
         Ok(())
     }
 
     async fn get_file(self: Rc<Self>, params: agent::GetFileParams, mut results: agent::GetFileResults) -> Reply {
-        let (wish, sink) = {
+        let (path, sink) = {
             let params = params.get()?;
-            let path = params.get_path()?.as_bytes().to_vec();
-            (Wish::Get { path }, params.get_sink()?)
+            (params.get_path()?.as_bytes().to_vec(), params.get_sink()?)
         };
+        let (detail, wish) = (lossy(&path), Wish::Get { path });
         let get = async {
             let operation = Operation::begin(&self.0, wish, Some(PATIENCE)).await?;
             operation.drive(Some(sink), None).await;
             operation.outcome().await
         };
-        match get.await {
+        match self.0.perform(GET_FILE, detail, get).await {
             Ok(Outcome::Done(size)) => results.get().set_size(size),
             Ok(_) => client_error(&ClientError::Turn("another end")).write(results.get().init_error()),
             Err(error) => error.write(results.get().init_error()),
@@ -364,22 +376,27 @@ impl agent::Server for AgentServer {
     }
 
     async fn exec(self: Rc<Self>, params: agent::ExecParams, mut results: agent::ExecResults) -> Reply {
-        let (wish, stdout, stderr) = {
+        let (command, stdout, stderr) = {
             let params = params.get()?;
             let stdout = params.has_stdout().then(|| params.get_stdout()).transpose()?;
             let stderr = params.has_stderr().then(|| params.get_stderr()).transpose()?;
-            (Wish::Exec(command(params.get_command()?)?), stdout, stderr)
+            (command(params.get_command()?)?, stdout, stderr)
         };
+        // The program alone: its arguments may be nobody else's business.
+        let detail = command
+            .arguments
+            .first()
+            .map(|program| lossy(program))
+            .unwrap_or_default();
+        let wish = Wish::Exec(command);
         let begin = async {
             let operation = Operation::begin(&self.0, wish, Some(PATIENCE)).await?;
-            let task = start(&self.0, &operation, stdout, stderr);
+            let task = start(&operation, stdout, stderr);
             operation.started().await?;
             Ok::<_, Error>(Running { operation, _task: task })
         };
-        match begin.await {
-            Ok(running) => results.get().set_process(guard::new_client(running)),
-            Err(error) => error.write(results.get().init_error()),
-        }
+        let running = self.0.perform(EXEC, detail, begin).await;
+        answer!(results, set_process, running.map(guard::new_client));
         Ok(())
     }
 }
@@ -409,16 +426,21 @@ impl byte_stream::Server for Input {
             let message = format!("{length} bytes were written at once; at most {CHUNK} are allowed");
             return Err(capnp::Error::failed(message));
         }
-        let written = self.operation.write(bytes).await;
-        written.map_err(|error| capnp::Error::failed(error.message))
+        let operation = &self.operation;
+        let written = operation.holder.while_live(operation.write(bytes)).await;
+        written.map_err(|error| error.exception())
     }
 
     async fn end(self: Rc<Self>, _: byte_stream::EndParams, mut results: byte_stream::EndResults) -> Reply {
-        self.operation.client.change(Client::end_input);
-        let outcome = match self.is_file {
-            true => self.operation.outcome().await.map(drop),
-            false => Ok(()),
+        let operation = &self.operation;
+        operation.client.change(Client::end_input);
+        let end = async {
+            match self.is_file {
+                true => operation.outcome().await.map(drop),
+                false => Ok(()),
+            }
         };
+        let outcome = operation.holder.while_live(end).await;
         write_completion(&outcome, results.get());
         Ok(())
     }
@@ -432,6 +454,7 @@ struct Running {
 
 impl process::Server for Running {
     async fn stdin(self: Rc<Self>, _: process::StdinParams, mut results: process::StdinResults) -> Reply {
+        self.operation.holder.check_live().map_err(|error| error.exception())?;
         let input = Input {
             operation: self.operation.clone(),
             task: None.into(),
@@ -447,20 +470,27 @@ impl process::Server for Running {
             columns: params.get_columns(),
             rows: params.get_rows(),
         };
-        self.operation.client.change(|client| client.resize(terminal));
-        write_completion(&Ok(()), results.get());
+        let outcome = self.operation.holder.check_live();
+        if outcome.is_ok() {
+            self.operation.client.change(|client| client.resize(terminal));
+        }
+        write_completion(&outcome, results.get());
         Ok(())
     }
 
     async fn signal(self: Rc<Self>, params: process::SignalParams, mut results: process::SignalResults) -> Reply {
         let number = params.get()?.get_number();
-        self.operation.client.change(|client| client.signal(number));
-        write_completion(&Ok(()), results.get());
+        let outcome = self.operation.holder.check_live();
+        if outcome.is_ok() {
+            self.operation.client.change(|client| client.signal(number));
+        }
+        write_completion(&outcome, results.get());
         Ok(())
     }
 
     async fn wait(self: Rc<Self>, _: process::WaitParams, mut results: process::WaitResults) -> Reply {
-        match self.operation.outcome().await {
+        let operation = &self.operation;
+        match operation.holder.while_live(operation.outcome()).await {
             Ok(Outcome::Exited(status)) => results.get().set_exited(status),
             Ok(Outcome::Killed(signal)) => results.get().set_killed(signal),
             Ok(_) => client_error(&ClientError::Turn("another end")).write(results.get().init_error()),

@@ -11,6 +11,7 @@ use sepal_schema::{
 };
 
 use crate::{
+    access::{redeem::redeem, thing},
     audit::Call,
     client::{Client, Who},
     guest::{Guest, StopCause},
@@ -273,6 +274,30 @@ impl guest_manager::Server for ManagerServer {
         let upload = create();
         call.done(upload.as_ref().map(drop));
         answer!(results, set_upload, upload);
+        reply(Ok(()))
+    }
+
+    fn redeem(
+        self: Rc<Self>,
+        params: guest_manager::RedeemParams,
+        mut results: guest_manager::RedeemResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        let redeem = || {
+            let token = params.get()?.get_token()?.to_str();
+            redeem(&self.manager, &self.client, token.unwrap_or_default())
+        };
+        let mut to = results.get();
+        match redeem() {
+            Ok(holder) => {
+                to.set_kind(holder.thing.kind());
+                to.set_guest(&*holder.guest.name);
+                to.set_facet(thing::serve(holder));
+            }
+            Err(error) => {
+                to.set_facet(error.broken());
+                error.write(to.init_error());
+            }
+        }
         reply(Ok(()))
     }
 

@@ -151,11 +151,17 @@ impl Port {
         })
     }
 
-    /// Opens a stream for a client: output from `position` on, and input.
+    /// Opens a stream for a client: output from `position` on, and input. It ends with `ended`, too.
     ///
     /// # Errors
     /// `NO_RESOURCES` when too many are open, or no socket is to be had.
-    pub fn open(self: &Rc<Self>, handle: &Handle, position: u64) -> Result<OwnedFd, Error> {
+    pub fn open(
+        self: &Rc<Self>,
+        handle: &Handle,
+        position: u64,
+        ways: Ways,
+        ended: impl Future<Output = ()> + 'static,
+    ) -> Result<OwnedFd, Error> {
         if self.streams.get() >= MAX_STREAMS {
             let message = format!("{MAX_STREAMS} streams of this serial port are open; no more are allowed");
             return Err(Error::new(Kind::NoResources, message));
@@ -164,15 +170,19 @@ impl Port {
         let (ours, theirs) = made.map_err(|error| Error::new(Kind::NoResources, format!("no stream: {error}")))?;
         let (open, handle) = (Open::new(self.clone()), handle.clone());
         handle.clone().spawn(async move {
-            let output = pin!(open.0.feed(&ours, position));
-            let input = pin!(open.0.listen(&handle, &ours));
-            select(output, input).await;
+            let output = pin!(open.0.feed(&ours, position, ways.output));
+            let input = pin!(open.0.listen(&handle, &ours, ways.input));
+            select(pin!(ended), select(output, input)).await;
+            hang_up(&ours);
         });
         Ok(theirs.into())
     }
 
-    /// Output to a stream, until the guest has ended or the client is gone.
-    async fn feed(&self, stream: &AsyncFd<UnixStream>, mut position: u64) {
+    /// Output to a stream, until the guest has ended or the client is gone; without `output` only the end.
+    async fn feed(&self, stream: &AsyncFd<UnixStream>, mut position: u64, output: bool) {
+        if !output {
+            return self.history.until(|history| history.ended().then_some(())).await;
+        }
         loop {
             let piece = self.read(position, CHUNK, true).await;
             position = piece.position + piece.bytes.len() as u64;
@@ -191,15 +201,26 @@ impl Port {
     }
 
     /// Input from a stream, until the client has closed it for good; a client that only has nothing more to type still wants output.
-    async fn listen(&self, handle: &Handle, stream: &AsyncFd<UnixStream>) {
+    async fn listen(&self, handle: &Handle, stream: &AsyncFd<UnixStream>, input: bool) {
         let mut buffer = vec![0; CHUNK];
         while let Ok(count @ 1..) = receive(stream, &mut buffer).await {
-            // Shorter than what would be refused.
-            let _ = self.write(&buffer[..count]).await;
+            if input {
+                // Shorter than what would be refused.
+                let _ = self.write(&buffer[..count]).await;
+            }
             yield_now().await;
         }
         closed(handle, stream).await;
     }
+}
+
+/// What goes through a stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ways {
+    /// What the guest prints arrives.
+    pub output: bool,
+    /// What is written is typed; else it is discarded.
+    pub input: bool,
 }
 
 /// Counts a stream as open.
@@ -250,6 +271,18 @@ pub(crate) async fn send(socket: &AsyncFd<UnixStream>, bytes: &[u8]) -> io::Resu
     socket
         .io(Direction::Write, |socket| Ok(rustix::net::send(socket, bytes, flags)?))
         .await
+}
+
+/// Ends a stream both ways, whoever else has a descriptor of it: the peer reads an end of file, not that what it sent was never read.
+pub(crate) fn hang_up(socket: &AsyncFd<UnixStream>) {
+    // Fails only if the peer is gone already.
+    let _ = rustix::net::shutdown(socket, rustix::net::Shutdown::Both);
+    let mut rest = [0; CHUNK];
+    for _ in 0..MAX_REST / CHUNK {
+        if !matches!(rustix::net::recv(socket, &mut rest, RecvFlags::DONTWAIT), Ok((_, 1..))) {
+            return;
+        }
+    }
 }
 
 /// Waits until the other end is closed both ways; that it has ended one way is known already.

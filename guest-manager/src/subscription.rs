@@ -1,7 +1,8 @@
 //! Tells subscribers what happens, each at its own pace: one call in flight, and a cursor into the ring of events.
 
-use std::rc::Rc;
+use std::{future::Future, pin::pin, rc::Rc};
 
+use futures::future::select;
 use sepal_schema::{
     guest_capnp::{event_sink, subscription},
     transport::{guard, reactor::Task},
@@ -17,9 +18,19 @@ struct Subscription {
 impl subscription::Server for Subscription {}
 
 /// Tells `sink` everything from `cursor` on, until the returned capability is dropped or the sink fails.
-pub(crate) fn new_client(manager: &Rc<Manager>, mut cursor: Cursor, sink: event_sink::Client) -> subscription::Client {
+pub(crate) fn new_client(manager: &Rc<Manager>, cursor: Cursor, sink: event_sink::Client) -> subscription::Client {
+    new_client_until(manager, cursor, sink, futures::future::pending())
+}
+
+/// As [`new_client`], until `ended` resolves, too: then the sink is dropped.
+pub(crate) fn new_client_until(
+    manager: &Rc<Manager>,
+    mut cursor: Cursor,
+    sink: event_sink::Client,
+    ended: impl Future<Output = ()> + 'static,
+) -> subscription::Client {
     let teller = manager.clone();
-    let task = manager.handle.spawn_owned(async move {
+    let tell = async move {
         loop {
             let (event, dropped) = teller.next_event(&mut cursor).await;
             let mut call = sink.event_request();
@@ -30,6 +41,9 @@ pub(crate) fn new_client(manager: &Rc<Manager>, mut cursor: Cursor, sink: event_
                 return;
             }
         }
+    };
+    let task = manager.handle.spawn_owned(async move {
+        select(pin!(ended), pin!(tell)).await;
     });
     guard::new_client(Subscription { _task: task })
 }

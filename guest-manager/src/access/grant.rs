@@ -256,6 +256,13 @@ impl Grant {
         self.0.parent.is_some()
     }
 
+    /// Whether it was derived from `other`, at any depth; a grant that comes from nowhere else stands for the whole guest.
+    pub fn is_under(&self, other: &Self) -> bool {
+        !other.can_end()
+            || std::iter::successors(self.0.parent.as_ref(), |grant| grant.0.parent.as_ref())
+                .any(|grant| Rc::ptr_eq(&grant.0, &other.0))
+    }
+
     /// Whether anybody else has it.
     pub fn is_shared(&self) -> bool {
         Rc::strong_count(&self.0) > 1

@@ -17,6 +17,14 @@ fn run<F: Future>(test: impl FnOnce(Handle) -> F) -> F::Output {
     reactor.run_until(test).unwrap()
 }
 
+fn open(port: &Rc<Port>, handle: &Handle) -> Result<OwnedFd, Error> {
+    let both = Ways {
+        output: true,
+        input: true,
+    };
+    port.open(handle, 0, both, futures::future::pending())
+}
+
 #[test]
 fn output_is_read_by_many_and_input_reaches_the_guest() {
     run(async |handle| {
@@ -84,7 +92,7 @@ fn a_stream_carries_both_ways_until_the_guest_ends() {
         let guest = handle.register(theirs).unwrap();
         send(&guest, b"login: ").await.unwrap();
         let client = handle
-            .register(UnixStream::from(port.open(&handle, 0).unwrap()))
+            .register(UnixStream::from(open(&port, &handle).unwrap()))
             .unwrap();
         let mut buffer = [0; 64];
         let count = receive(&client, &mut buffer).await.unwrap();
@@ -106,14 +114,14 @@ fn a_stream_carries_both_ways_until_the_guest_ends() {
 fn a_stream_whose_client_is_gone_makes_room_for_others() {
     run(async |handle| {
         let port = Port::new(1024);
-        let mut streams: Vec<_> = (0..MAX_STREAMS).map(|_| port.open(&handle, 0).unwrap()).collect();
-        assert_eq!(port.open(&handle, 0).unwrap_err().kind, Kind::NoResources);
+        let mut streams: Vec<_> = (0..MAX_STREAMS).map(|_| open(&port, &handle).unwrap()).collect();
+        assert_eq!(open(&port, &handle).unwrap_err().kind, Kind::NoResources);
         drop(streams.pop());
         while port.streams.get() == MAX_STREAMS {
             yield_now().await;
         }
         // One that has shut down first, so that its end was seen before it was gone.
-        let half = UnixStream::from(port.open(&handle, 0).unwrap());
+        let half = UnixStream::from(open(&port, &handle).unwrap());
         half.shutdown(Shutdown::Write).unwrap();
         for _ in 0..10 {
             yield_now().await;
@@ -132,7 +140,7 @@ fn a_stream_that_is_not_read_loses_the_oldest_and_holds_nobody_up() {
         let port = Port::new(CHUNK);
         let (ours, theirs) = UnixStream::pair().unwrap();
         let wire = port.attach(&handle, ours).unwrap();
-        let mut client = UnixStream::from(port.open(&handle, 0).unwrap());
+        let mut client = UnixStream::from(open(&port, &handle).unwrap());
         let guest = handle.register(theirs).unwrap();
         let total = 4 * 1024 * 1024;
         let mut sent = 0;

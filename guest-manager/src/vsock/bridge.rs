@@ -5,17 +5,14 @@
 //!   one <--bytes-- other       receiver that takes no more; what waits in between is never more than a chunk
 //! ```
 
-use std::{io, os::unix::net::UnixStream, pin::pin};
+use std::{future::Future, io, os::unix::net::UnixStream, pin::pin};
 
-use futures::{
-    future::{Either, select},
-    join,
-};
+use futures::future::{Either, join, select};
 use rustix::net::{SendFlags, Shutdown};
 use sepal_schema::transport::{AsyncFd, Handle, reactor::Direction};
 
 use super::stream::receive;
-use crate::serial::yield_now;
+use crate::serial::{hang_up, yield_now};
 
 /// Bytes that are carried at a time.
 const CHUNK: usize = 32 * 1024;
@@ -26,8 +23,30 @@ const CHUNK: usize = 32 * 1024;
 /// The sockets cannot be put on the event loop.
 pub(super) async fn bridge(handle: &Handle, one: UnixStream, other: UnixStream) -> io::Result<()> {
     let (one, other) = (handle.register(one)?, handle.register(other)?);
-    join!(carry(&one, &other), carry(&other, &one));
+    join(carry(&one, &other), carry(&other, &one)).await;
     Ok(())
+}
+
+/// A socket in place of `socket`, which it is bridged with until `ended` resolves: then both end, whoever has descriptors of them.
+///
+/// # Errors
+/// No socket is to be had, or they cannot be put on the event loop.
+pub(super) fn relay(
+    handle: &Handle,
+    socket: UnixStream,
+    ended: impl Future<Output = ()> + 'static,
+) -> io::Result<UnixStream> {
+    let (ours, theirs) = UnixStream::pair()?;
+    let (one, other) = (handle.register(socket)?, handle.register(ours)?);
+    handle.spawn(async move {
+        {
+            let both = join(carry(&one, &other), carry(&other, &one));
+            select(pin!(ended), pin!(both)).await;
+        }
+        hang_up(&one);
+        hang_up(&other);
+    });
+    Ok(theirs)
 }
 
 /// Carries bytes one way.

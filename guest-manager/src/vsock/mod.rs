@@ -25,24 +25,33 @@ mod stream;
 use std::{cell::RefCell, os::unix::net::UnixStream, rc::Rc};
 
 use sepal_schema::{
+    answer,
     bytes_capnp::byte_stream,
     config::Handles,
     error::{Error, Kind, Outcome},
+    facet::Right,
     guest_capnp::guest as component_guest,
-    transport::{FdTable, guard},
+    transport::{FdTable, guard, reactor::Task},
     vsock_capnp::{
-        host_vsock_endpoint::{self, byte_stream_result, stream_result},
+        host_vsock_endpoint::{self, stream_result},
         vsock_acceptor, vsock_connection, vsock_listener,
     },
 };
 
 use crate::{
+    access::{
+        facet::facets,
+        holder::{Deed, Holder},
+    },
     facets::{error_of, facet},
     guest::Guest,
     model::bounded_error,
 };
 
 type Reply = Result<(), capnp::Error>;
+
+const CONNECT: Deed = Deed::new("HostVsockEndpoint.connect", &[Right::Connect]);
+const LISTEN: Deed = Deed::new("HostVsockEndpoint.listen", &[Right::Listen]);
 
 /// The component's side of a guest's socket device.
 ///
@@ -51,19 +60,6 @@ type Reply = Result<(), capnp::Error>;
 pub(crate) async fn remote(guest: &Guest) -> Result<host_vsock_endpoint::Client, Error> {
     let ask = |remote: &component_guest::Client| remote.host_vsock_endpoint_request().send().promise;
     facet(guest, ask, |answer| Ok(answer.outcome()?.get_endpoint()?)).await
-}
-
-/// A guest's socket device, for a client with whose messages the descriptors of `fds` travel.
-///
-/// # Errors
-/// As [`remote`].
-pub(crate) async fn endpoint(guest: &Rc<Guest>, fds: FdTable) -> Result<host_vsock_endpoint::Client, Error> {
-    let remote = remote(guest).await?;
-    Ok(guard::new_client(Endpoint {
-        guest: guest.clone(),
-        remote,
-        fds,
-    }))
 }
 
 /// Connects to a port of the guest.
@@ -114,12 +110,14 @@ pub(crate) async fn listen(
     fds: FdTable,
 ) -> Result<vsock_listener::Client, Error> {
     let acceptor = guard::new_client(Acceptor {
-        guest: guest.clone(),
+        to: To::Owner(guest.clone(), fds),
         acceptor,
-        fds,
     });
     let listener = listen_here(guest, remote, port, acceptor).await?;
-    Ok(guard::new_client(Listener { _remote: listener }))
+    Ok(guard::new_client(Listener {
+        _remote: Rc::new(RefCell::new(Some(listener))),
+        _until: None,
+    }))
 }
 
 /// Listens with an acceptor of the manager's own, until what is returned is dropped.
@@ -139,44 +137,115 @@ pub(crate) async fn listen_here(
     Ok(answer.get()?.outcome().map_err(bounded_error)?.get_listener()?)
 }
 
-/// A client's listener; the component's goes with it.
+/// A client's listener; the component's goes with it, and with the capability that it was made through.
 struct Listener {
-    _remote: vsock_listener::Client,
+    _remote: Rc<RefCell<Option<vsock_listener::Client>>>,
+    _until: Option<Task>,
 }
 
 impl vsock_listener::Server for Listener {}
 
+/// Who a connection is for.
+#[derive(Clone)]
+enum To {
+    /// Whoever launched the guest, and listens for as long as it is there.
+    Owner(Rc<Guest>, FdTable),
+    /// Whoever holds a capability, for as long as that lasts.
+    Holder(Holder),
+}
+
+impl To {
+    fn guest(&self) -> &Rc<Guest> {
+        match self {
+            Self::Owner(guest, _) => guest,
+            Self::Holder(holder) => &holder.guest,
+        }
+    }
+
+    fn fds(&self) -> &FdTable {
+        match self {
+            Self::Owner(_, fds) => fds,
+            Self::Holder(holder) => &holder.client.fds,
+        }
+    }
+
+    /// Whether a connection may still be made.
+    fn check_live(&self) -> Result<(), Error> {
+        match self {
+            Self::Owner(..) => Ok(()),
+            Self::Holder(holder) => holder.check_live(),
+        }
+    }
+
+    /// Hands a socket over.
+    fn hand_over(&self, socket: Result<UnixStream, Error>, result: stream_result::Builder<'_>) {
+        let socket = socket.and_then(|socket| match self {
+            // Nobody can take it back: it goes as it is, without a detour.
+            Self::Holder(holder) if holder.grant.can_end() => {
+                let relayed = bridge::relay(holder.handle(), socket, holder.until_ended());
+                relayed.map_err(|error| Error::new(Kind::NoResources, format!("no stream: {error}")))
+            }
+            _ => Ok(socket),
+        });
+        match socket.and_then(|socket| Handles::send(self.fds(), socket.into())) {
+            Ok(number) => result.init_fd().set_number(number),
+            Err(error) => error.write(result.init_error()),
+        }
+    }
+
+    /// Makes two streams of bytes of a socket.
+    fn split(
+        &self,
+        socket: Result<UnixStream, Error>,
+        from_guest: byte_stream::Client,
+    ) -> Result<byte_stream::Client, Error> {
+        let holder = match self {
+            Self::Owner(..) => None,
+            Self::Holder(holder) => Some(holder.clone()),
+        };
+        stream::split(&self.guest().manager.handle, socket?, from_guest, holder)
+    }
+}
+
 /// A client's view of a guest's socket device.
-struct Endpoint {
-    guest: Rc<Guest>,
-    remote: host_vsock_endpoint::Client,
-    fds: FdTable,
-}
+pub(crate) struct Endpoint(pub(crate) Holder);
 
-/// Hands a socket to a client.
-fn hand_over(fds: &FdTable, socket: Result<UnixStream, Error>, result: stream_result::Builder<'_>) {
-    let number = socket.and_then(|socket| Handles::send(fds, socket.into()));
-    match number {
-        Ok(number) => result.init_fd().set_number(number),
-        Err(error) => error.write(result.init_error()),
+facets!(Endpoint { 0 });
+
+impl Endpoint {
+    async fn connect_to(&self, port: u32) -> Result<UnixStream, Error> {
+        let guest = &self.0.guest;
+        let connect = async {
+            self.0.grant.check_port(port)?;
+            connect(guest, &remote(guest).await?, port).await
+        };
+        self.0.perform(CONNECT, format!("port {port}"), connect).await
+    }
+
+    async fn listen_on(&self, port: u32, acceptor: vsock_acceptor::Client) -> Result<vsock_listener::Client, Error> {
+        let (holder, guest) = (&self.0, &self.0.guest);
+        let listen = async {
+            holder.grant.check_port(port)?;
+            let acceptor = guard::new_client(Acceptor {
+                to: To::Holder(holder.clone()),
+                acceptor,
+            });
+            let listener = listen_here(guest, &remote(guest).await?, port, acceptor).await?;
+            let listener = Rc::new(RefCell::new(Some(listener)));
+            let (held, ended) = (Rc::downgrade(&listener), holder.until_ended());
+            let until = holder.handle().spawn_owned(async move {
+                ended.await;
+                let listener = held.upgrade().and_then(|listener| listener.take());
+                drop(listener);
+            });
+            Ok(guard::new_client(Listener {
+                _remote: listener,
+                _until: Some(until),
+            }))
+        };
+        holder.perform(LISTEN, format!("port {port}"), listen).await
     }
 }
-
-/// Hands a socket to a client as two streams of bytes.
-fn hand_over_streams(
-    guest: &Guest,
-    socket: Result<UnixStream, Error>,
-    from_guest: byte_stream::Client,
-    mut result: byte_stream_result::Builder<'_>,
-) {
-    let to_guest = socket.and_then(|socket| stream::split(&guest.manager.handle, socket, from_guest));
-    match to_guest {
-        Ok(to_guest) => result.set_to_guest(to_guest),
-        Err(error) => error.write(result.init_error()),
-    }
-}
-
-impl sepal_schema::facet_capnp::facet::Server for Endpoint {}
 
 impl host_vsock_endpoint::Server for Endpoint {
     async fn listen(
@@ -188,10 +257,7 @@ impl host_vsock_endpoint::Server for Endpoint {
             let params = params.get()?;
             (params.get_port(), params.get_acceptor()?)
         };
-        match listen(&self.guest, &self.remote, port, acceptor, self.fds.clone()).await {
-            Ok(listener) => results.get().set_listener(listener),
-            Err(error) => error.write(results.get().init_error()),
-        }
+        answer!(results, set_listener, self.listen_on(port, acceptor).await);
         Ok(())
     }
 
@@ -201,8 +267,8 @@ impl host_vsock_endpoint::Server for Endpoint {
         mut results: host_vsock_endpoint::ConnectResults,
     ) -> Reply {
         let port = params.get()?.get_port();
-        let socket = connect(&self.guest, &self.remote, port).await;
-        hand_over(&self.fds, socket, results.get());
+        let socket = self.connect_to(port).await;
+        To::Holder(self.0.clone()).hand_over(socket, results.get());
         Ok(())
     }
 
@@ -215,8 +281,12 @@ impl host_vsock_endpoint::Server for Endpoint {
             let params = params.get()?;
             (params.get_port(), params.get_from_guest()?)
         };
-        let socket = connect(&self.guest, &self.remote, port).await;
-        hand_over_streams(&self.guest, socket, from_guest, results.get());
+        let socket = self.connect_to(port).await;
+        answer!(
+            results,
+            set_to_guest,
+            To::Holder(self.0.clone()).split(socket, from_guest)
+        );
         Ok(())
     }
 
@@ -225,50 +295,57 @@ impl host_vsock_endpoint::Server for Endpoint {
         _: host_vsock_endpoint::AddressParams,
         mut results: host_vsock_endpoint::AddressResults,
     ) -> Reply {
-        results.get().set_cid(self.guest.cid());
+        match self.0.check_live() {
+            Ok(()) => results.get().set_cid(self.0.guest.cid()),
+            Err(error) => error.write(results.get().init_error()),
+        }
         Ok(())
     }
 }
 
 /// Takes connections of the guest to a client that listens.
 struct Acceptor {
-    guest: Rc<Guest>,
+    to: To,
     acceptor: vsock_acceptor::Client,
-    fds: FdTable,
 }
 
 impl vsock_acceptor::Server for Acceptor {
     async fn accept(self: Rc<Self>, params: vsock_acceptor::AcceptParams, _: vsock_acceptor::AcceptResults) -> Reply {
+        // One that came before the component heard that nobody listens any more is refused.
+        self.to.check_live().map_err(|error| error.exception())?;
         let mut call = self.acceptor.accept_request();
         {
             let params = params.get()?;
             call.get().set_port(params.get_port());
             call.get().set_source_port(params.get_source_port());
             call.get().set_connection(guard::new_client(Connection {
-                guest: self.guest.clone(),
+                to: self.to.clone(),
                 remote: RefCell::new(Some(params.get_connection()?)),
-                fds: self.fds.clone(),
             }));
         }
         // Apart from this call: a component that does not wait for the answer must not take the question back.
         let answer = call.send().promise;
-        self.guest.manager.handle.spawn(async move { drop(answer.await) });
+        self.to.guest().manager.handle.spawn(async move { drop(answer.await) });
         Ok(())
     }
 }
 
 /// A connection that the guest asked for, until a client has opened it.
 struct Connection {
-    guest: Rc<Guest>,
+    to: To,
     remote: RefCell<Option<vsock_connection::Client>>,
-    fds: FdTable,
 }
 
 impl Connection {
     async fn socket(&self) -> Result<UnixStream, Error> {
+        self.to.check_live()?;
         let remote = self.remote.borrow_mut().take();
         let remote = remote.ok_or_else(|| Error::new(Kind::BadConfig, "the connection has been opened already"))?;
-        open(&self.guest, &remote).await
+        let open = open(self.to.guest(), &remote);
+        match &self.to {
+            To::Owner(..) => open.await,
+            To::Holder(holder) => holder.while_live(open).await,
+        }
     }
 }
 
@@ -279,7 +356,7 @@ impl vsock_connection::Server for Connection {
         mut results: vsock_connection::OpenResults,
     ) -> Reply {
         let socket = self.socket().await;
-        hand_over(&self.fds, socket, results.get());
+        self.to.hand_over(socket, results.get());
         Ok(())
     }
 
@@ -290,7 +367,7 @@ impl vsock_connection::Server for Connection {
     ) -> Reply {
         let from_guest = params.get()?.get_from_guest()?;
         let socket = self.socket().await;
-        hand_over_streams(&self.guest, socket, from_guest, results.get());
+        answer!(results, set_to_guest, self.to.split(socket, from_guest));
         Ok(())
     }
 }

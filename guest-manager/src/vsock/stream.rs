@@ -5,16 +5,20 @@
 //!           to_guest.write --> socket; end --> shutdown(WR); dropped without end: both directions end at once
 //! ```
 
-use std::{io, net::Shutdown, os::unix::net::UnixStream, rc::Rc};
+use std::{io, net::Shutdown, os::unix::net::UnixStream, pin::pin, rc::Rc};
 
+use futures::future::select;
 use rustix::net::{RecvFlags, SendFlags};
 use sepal_schema::{
     bytes_capnp::byte_stream,
     error::{Error, Kind, write_completion},
-    transport::{AsyncFd, Handle, guard, reactor::Direction},
+    transport::{
+        AsyncFd, Handle, guard,
+        reactor::{Direction, Task},
+    },
 };
 
-use crate::serial::yield_now;
+use crate::{access::holder::Holder, serial::yield_now};
 
 /// Most bytes of one write.
 const MAX_WRITE: usize = 64 * 1024;
@@ -37,7 +41,7 @@ async fn send_all(socket: &AsyncFd<UnixStream>, mut bytes: &[u8]) -> io::Result<
     Ok(())
 }
 
-/// Passes what comes from `socket` to `from_guest`, and returns a stream whose bytes go the other way.
+/// Passes what comes from `socket` to `from_guest`, and returns a stream whose bytes go the other way. All ends with the capability of `holder`.
 ///
 /// # Errors
 /// `NO_RESOURCES`: the socket cannot be waited for.
@@ -45,11 +49,12 @@ pub(crate) fn split(
     handle: &Handle,
     socket: UnixStream,
     from_guest: byte_stream::Client,
+    holder: Option<Holder>,
 ) -> Result<byte_stream::Client, Error> {
     let registered = handle.register(socket);
     let socket = Rc::new(registered.map_err(|error| Error::new(Kind::NoResources, format!("no stream: {error}")))?);
     let from = socket.clone();
-    handle.spawn(async move {
+    let pass = async move {
         let mut buffer = vec![0; CHUNK];
         loop {
             match receive(&from, &mut buffer).await {
@@ -69,9 +74,26 @@ pub(crate) fn split(
         }
         // Whoever does not want to know the end needs no help.
         let _ = from_guest.end_request().send().promise.await;
+    };
+    let until = holder.as_ref().map(Holder::until_ended);
+    handle.spawn(async move {
+        match until {
+            None => pass.await,
+            Some(ended) => drop(select(pin!(ended), pin!(pass)).await),
+        }
+    });
+    let until = holder.as_ref().map(|holder| {
+        let (ended, closed) = (holder.until_ended(), socket.clone());
+        handle.spawn_owned(async move {
+            ended.await;
+            // Fails only if the other side is gone already.
+            let _ = closed.get_ref().shutdown(Shutdown::Both);
+        })
     });
     Ok(guard::new_client(Writer {
         socket,
+        holder,
+        _until: until,
         ended: std::cell::Cell::new(false),
     }))
 }
@@ -79,6 +101,9 @@ pub(crate) fn split(
 /// A byte stream into a socket.
 struct Writer {
     socket: Rc<AsyncFd<UnixStream>>,
+    holder: Option<Holder>,
+    /// Ends the socket with the holder's capability.
+    _until: Option<Task>,
     ended: std::cell::Cell<bool>,
 }
 
@@ -100,8 +125,15 @@ impl byte_stream::Server for Writer {
                 "{length} bytes were written at once; at most {MAX_WRITE} are allowed"
             )));
         }
-        let sent = send_all(&self.socket, bytes).await;
-        sent.map_err(|error| capnp::Error::failed(format!("the stream has ended: {error}")))
+        let send = async {
+            let sent = send_all(&self.socket, bytes).await;
+            sent.map_err(|error| Error::new(Kind::NotRunning, format!("the stream has ended: {error}")))
+        };
+        let sent = match &self.holder {
+            None => send.await,
+            Some(holder) => holder.while_live(send).await,
+        };
+        sent.map_err(|error| error.exception())
     }
 
     async fn end(
@@ -110,8 +142,12 @@ impl byte_stream::Server for Writer {
         mut results: byte_stream::EndResults,
     ) -> Result<(), capnp::Error> {
         self.ended.set(true);
-        let ended = self.socket.get_ref().shutdown(Shutdown::Write);
-        let outcome = ended.map_err(|error| Error::new(Kind::NotRunning, format!("the stream has ended: {error}")));
+        let end = || {
+            self.holder.as_ref().map_or(Ok(()), Holder::check_live)?;
+            let ended = self.socket.get_ref().shutdown(Shutdown::Write);
+            ended.map_err(|error| Error::new(Kind::NotRunning, format!("the stream has ended: {error}")))
+        };
+        let outcome = end();
         write_completion(&outcome, results.get());
         Ok(())
     }
@@ -167,7 +203,7 @@ mod tests {
         run(async |handle| {
             let (ours, mut theirs) = UnixStream::pair().unwrap();
             let sink = Rc::new(Sink::default());
-            let to_guest = split(&handle, ours, guard::new_client(SinkServer(sink.clone()))).unwrap();
+            let to_guest = split(&handle, ours, guard::new_client(SinkServer(sink.clone())), None).unwrap();
             let guest = handle.spawn_blocking(move || {
                 theirs.write_all(&[7; 200_000]).unwrap();
                 theirs.shutdown(Shutdown::Write).unwrap();
@@ -193,7 +229,7 @@ mod tests {
         run(async |handle| {
             let (ours, mut theirs) = UnixStream::pair().unwrap();
             let sink = Rc::new(Sink::default());
-            drop(split(&handle, ours, guard::new_client(SinkServer(sink.clone()))).unwrap());
+            drop(split(&handle, ours, guard::new_client(SinkServer(sink.clone())), None).unwrap());
             let read = handle.spawn_blocking(move || theirs.read(&mut [0; 1]).unwrap());
             assert_eq!(read.await.unwrap(), 0);
         });
@@ -203,7 +239,7 @@ mod tests {
     fn too_much_at_once_is_refused() {
         run(async |handle| {
             let (ours, _theirs) = UnixStream::pair().unwrap();
-            let to_guest = split(&handle, ours, guard::new_client(SinkServer(Rc::default()))).unwrap();
+            let to_guest = split(&handle, ours, guard::new_client(SinkServer(Rc::default())), None).unwrap();
             let mut call = to_guest.write_request();
             call.get().set_bytes(&[9; MAX_WRITE + 1]);
             assert!(call.send().await.is_err());

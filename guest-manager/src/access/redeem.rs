@@ -1,0 +1,65 @@
+//! From a token to a capability, on the connection of whoever redeems it.
+
+use std::{rc::Rc, time::Instant};
+
+use sepal_schema::{
+    error::{Error, Kind},
+    facet::Bounds,
+};
+
+use super::{holder::Holder, shares::Token};
+use crate::{
+    audit::Call,
+    client::{Client, Who},
+    manager::Manager,
+};
+
+/// The capability that a token stands for, for `client`. The token is noted nowhere: it may be of use to others.
+///
+/// # Errors
+/// `NOT_FOUND` for what is none, was used up or has been revoked; `PERMISSION_DENIED` for a token of another user.
+pub(crate) fn redeem(manager: &Rc<Manager>, client: &Client, token: &str) -> Result<Holder, Error> {
+    let mut call = Call::new(&manager.audit, client.who, "GuestManager.redeem");
+    let redeemed = find(manager, client, token);
+    if let Ok(holder) = &redeemed {
+        call.guest(&holder.guest.name);
+        call.detail(holder.thing.to_string());
+    }
+    call.done(redeemed.as_ref().map(drop));
+    redeemed
+}
+
+fn find(manager: &Rc<Manager>, client: &Client, text: &str) -> Result<Holder, Error> {
+    let unknown = || {
+        let message = "there is no such token: it was used up or revoked, its guest has ended, or it never was";
+        Error::new(Kind::NotFound, message).about("token")
+    };
+    let token = Token::read(text).ok_or_else(unknown)?;
+    for guest in manager.guests() {
+        if !guest.live() {
+            continue;
+        }
+        let found = guest
+            .access
+            .shares
+            .borrow_mut()
+            .redeem(&token, client.who.uid, Instant::now())?;
+        let Some(redeemed) = found else { continue };
+        let who = Who {
+            share: Some(token.id),
+            ..client.who
+        };
+        let holder = Holder {
+            client: Client { who, ..client.clone() },
+            guest,
+            grant: redeemed.grant,
+            thing: redeemed.thing,
+        };
+        return match client.read_only {
+            // Whatever it comes by, it can only look.
+            true => holder.narrow(&Bounds::only(client.role.rights())),
+            false => Ok(holder),
+        };
+    }
+    Err(unknown())
+}

@@ -1,0 +1,209 @@
+//! What was shared of a guest: tokens with which other clients get a capability. Pure: secrets and time are passed in.
+//!
+//! ```text
+//!   share --> waiting --redeem--> waiting (lasting), or used up (once)
+//!                |                   |
+//!                '---- ended --------'-->  gone: the grant was revoked or has expired, or it is used up and nobody holds what it gave
+//! ```
+
+use std::{collections::BTreeMap, fmt::Write, hint::black_box, time::Instant};
+
+use sepal_schema::{
+    error::{Error, Kind},
+    facet::{MAX_TOKEN, Share, Terms, kind_name},
+};
+
+use super::{grant::Grant, thing::Thing};
+
+/// Shares of a guest at a time.
+pub(crate) const MAX_SHARES: usize = 256;
+
+/// What a token has to tell: 256 bits from the kernel's generator.
+pub(crate) type Secret = [u8; 32];
+
+/// A token: `console.7.5d...`, the kind, the share's id, and the secret in hexadecimal.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Token {
+    /// The name of the kind.
+    pub(crate) kind: String,
+    /// Identifies the share to its guest.
+    pub(crate) id: u64,
+    /// Known to whoever was given the token.
+    pub(crate) secret: Secret,
+}
+
+impl Token {
+    /// Reads a token; none if it is none.
+    pub(crate) fn read(text: &str) -> Option<Self> {
+        if text.len() > MAX_TOKEN || !text.is_ascii() {
+            return None;
+        }
+        let mut parts = text.trim().splitn(3, '.');
+        let (kind, id, hex) = (parts.next()?, parts.next()?, parts.next()?);
+        if hex.len() != 2 * size_of::<Secret>() || !hex.bytes().all(|digit| digit.is_ascii_hexdigit()) {
+            return None;
+        }
+        let mut secret = Secret::default();
+        for (byte, digits) in secret.iter_mut().zip(hex.as_bytes().chunks(2)) {
+            *byte = u8::from_str_radix(str::from_utf8(digits).ok()?, 16).ok()?;
+        }
+        Some(Self {
+            kind: kind.to_owned(),
+            id: id.parse().ok()?,
+            secret,
+        })
+    }
+
+    /// As it is given out.
+    pub(crate) fn write(&self) -> String {
+        let mut text = format!("{}.{}.", self.kind, self.id);
+        for byte in self.secret {
+            // Writing into a text does not fail.
+            let _ = write!(text, "{byte:02x}");
+        }
+        text
+    }
+}
+
+/// Compares in a time that does not depend on where they differ.
+fn same(one: &Secret, other: &Secret) -> bool {
+    let difference = one.iter().zip(other).fold(0, |all, (a, b)| black_box(all | (a ^ b)));
+    difference == 0
+}
+
+struct Entry {
+    secret: Secret,
+    thing: Thing,
+    terms: Terms,
+    grant: Grant,
+    redeemed: u32,
+    shared_by_uid: u32,
+}
+
+impl Entry {
+    fn used_up(&self) -> bool {
+        self.terms.once && self.redeemed > 0
+    }
+
+    fn gone(&self, now: Instant) -> bool {
+        self.grant.ended(now).is_some() || (self.used_up() && !self.grant.is_shared())
+    }
+}
+
+/// The shares of a guest.
+#[derive(Default)]
+pub(crate) struct Shares {
+    last: u64,
+    all: BTreeMap<u64, Entry>,
+}
+
+/// Who can redeem a token, or not.
+pub(crate) struct Redeemed {
+    /// What it is for.
+    pub(crate) thing: Thing,
+    /// What it permits.
+    pub(crate) grant: Grant,
+}
+
+impl Shares {
+    fn prune(&mut self, now: Instant) {
+        self.all.retain(|_, share| !share.gone(now));
+    }
+
+    /// Remembers a share of `thing` that permits `grant`, and returns its id.
+    ///
+    /// # Errors
+    /// `NO_RESOURCES`.
+    pub(crate) fn add(
+        &mut self,
+        (thing, grant): (Thing, Grant),
+        terms: Terms,
+        shared_by_uid: u32,
+        secret: Secret,
+        now: Instant,
+    ) -> Result<u64, Error> {
+        self.prune(now);
+        if self.all.len() >= MAX_SHARES {
+            let message = format!("{MAX_SHARES} things are shared of this guest; revoke some of them first");
+            return Err(Error::new(Kind::NoResources, message));
+        }
+        self.last += 1;
+        let share = Entry {
+            secret,
+            thing,
+            terms,
+            grant,
+            redeemed: 0,
+            shared_by_uid,
+        };
+        self.all.insert(self.last, share);
+        Ok(self.last)
+    }
+
+    /// What a token stands for; none if it is none of this guest's, was used up, or was revoked.
+    ///
+    /// # Errors
+    /// `PERMISSION_DENIED`: it is for another user.
+    pub(crate) fn redeem(&mut self, token: &Token, uid: u32, now: Instant) -> Result<Option<Redeemed>, Error> {
+        let Some(share) = self.all.get_mut(&token.id) else {
+            return Ok(None);
+        };
+        let known = same(&share.secret, &token.secret) && token.kind == kind_name(share.thing.kind());
+        if !known || share.used_up() || share.grant.ended(now).is_some() {
+            return Ok(None);
+        }
+        if let Some(only) = share.terms.uid
+            && only != uid
+        {
+            let message = format!("this token is for the user with uid {only}, and this client has uid {uid}");
+            return Err(Error::new(Kind::PermissionDenied, message).about("token"));
+        }
+        share.redeemed = share.redeemed.saturating_add(1);
+        Ok(Some(Redeemed {
+            thing: share.thing,
+            grant: share.grant.clone(),
+        }))
+    }
+
+    /// What is shared by `by` or what was derived from it, oldest first.
+    pub(crate) fn list(&mut self, by: &Grant, now: Instant) -> Vec<Share> {
+        self.prune(now);
+        let governed = self.all.iter().filter(|(_, share)| share.grant.is_under(by));
+        governed
+            .map(|(&id, share)| Share {
+                id,
+                kind: share.thing.kind(),
+                terms: share.terms.clone(),
+                rights: share.grant.rights().and(share.thing.rights()),
+                expires_in: share.grant.expires_in(now),
+                redeemed: share.redeemed,
+                shared_by_uid: share.shared_by_uid,
+            })
+            .collect()
+    }
+
+    /// Revokes a share of those that `by` governs; 0: all of them.
+    ///
+    /// # Errors
+    /// `NOT_FOUND`.
+    pub(crate) fn revoke(&mut self, by: &Grant, id: u64, now: Instant) -> Result<(), Error> {
+        self.prune(now);
+        let mut found = id == 0;
+        let governed = self.all.iter().filter(|(_, share)| share.grant.is_under(by));
+        for (_, share) in governed.filter(|(of, _)| id == 0 || **of == id) {
+            share.grant.revoke();
+            found = true;
+        }
+        self.prune(now);
+        match found {
+            true => Ok(()),
+            false => {
+                let message = format!("nothing that is shared of this guest has the id {id}");
+                Err(Error::new(Kind::NotFound, message).about("id"))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
