@@ -28,6 +28,7 @@ use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::channel;
 
 use event_manager::EventSet;
 use kvm_ioctls::Kvm;
@@ -190,7 +191,14 @@ fn machine_with_bad_devices(kvm: &Kvm, config: MachineConfig) {
     let create = || Machine::create(kvm, config, hooks, &AtomicBool::new(false));
     let created = std::thread::scope(|scope| scope.spawn(create).join());
     let mut machine = created.unwrap().unwrap();
+    machine.pause();
     machine.start().unwrap();
+    // Looking at registers takes more of the filter than running.
+    let (show, shown) = channel();
+    machine.registers(0, move |dump| show.send(dump).unwrap()).unwrap();
+    let dump = shown.recv_timeout(PATIENCE).unwrap().unwrap();
+    assert_eq!(dump.regs.rip, guests::BASE);
+    machine.resume();
     for trigger in &triggers {
         trigger.write(1).unwrap();
     }
@@ -199,6 +207,7 @@ fn machine_with_bad_devices(kvm: &Kvm, config: MachineConfig) {
         match events.recv_timeout(PATIENCE).unwrap().what {
             Happening::DeviceFailed { device, reason } => failures.push((device, reason)),
             Happening::Reset { how: ResetCause::I8042 } => ended = true,
+            Happening::Paused => {}
             other => panic!("{other:?}"),
         }
     }

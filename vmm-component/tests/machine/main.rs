@@ -8,6 +8,7 @@ mod guards;
     reason = "shared with the other tests of the machine, which use all of it"
 )]
 mod guests;
+mod hangs;
 mod looking;
 mod nmi;
 mod rig;
