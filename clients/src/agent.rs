@@ -19,7 +19,7 @@ use sepal_schema::{
 };
 
 use crate::{
-    args::Exec,
+    args::{Exec, ExecOptions},
     calls,
     manager::Manager,
     place::Place,
@@ -75,8 +75,12 @@ async fn end(to: &byte_stream::Client) -> Result<()> {
 pub(crate) async fn exec(handle: &Handle, place: &Place, args: &Exec) -> Result<u8> {
     let manager = Manager::running(handle, place)?;
     let guest = calls::lookup(&manager.client, &args.name).await?;
-    let agent = agent(&guest).await?;
-    let process = start(&agent, args).await?;
+    run(handle, &manager, &agent(&guest).await?, &args.options).await
+}
+
+/// Runs a program by this agent.
+pub(crate) async fn run(handle: &Handle, manager: &Manager, agent: &agent::Client, args: &ExecOptions) -> Result<u8> {
+    let process = start(agent, args).await?;
     // Before there are other threads: one that does not block the signal would take it, and forget it.
     let changes = args.tty.then(|| terminal::size_changes(handle)).transpose()?;
     let raw = match args.tty {
@@ -108,7 +112,7 @@ pub(crate) async fn exec(handle: &Handle, place: &Place, args: &Exec) -> Result<
     status
 }
 
-async fn start(agent: &agent::Client, args: &Exec) -> Result<process::Client> {
+async fn start(agent: &agent::Client, args: &ExecOptions) -> Result<process::Client> {
     let mut request = agent.exec_request();
     let mut command = request.get().init_command();
     command.set_arguments(&args.command[..])?;

@@ -1,25 +1,38 @@
 //! The command line of `guest`.
+//!
+//! ```text
+//!   launch, devices, sharing   what the commands with much to say can be told
+//!   units                      sizes, times, ranges
+//!   help                       the commands in groups, examples, exit statuses
+//! ```
+
+mod devices;
+mod help;
+mod launch;
+mod sharing;
+mod units;
 
 use std::{ffi::OsString, path::PathBuf, time::Duration};
 
 use clap::{
-    Args, Parser, Subcommand, ValueEnum,
+    Args, CommandFactory, FromArgMatches, Parser, Subcommand,
     builder::{OsStringValueParser, TypedValueParser},
 };
 use clap_complete::Shell;
-use sepal_schema::config::{
-    OnPanic, OnReset,
-    device::{Balloon, Console, MemoryDevice, Rng, WatchdogAction},
-};
 
+use self::units::parse_time;
+pub(crate) use self::{
+    devices::{BalloonCommand, ConsoleAt, DiskCommand, LinkState, MemCommand, NetCommand, VsockCommand},
+    launch::Launch,
+    sharing::{Action, Limits, Redeem, Revoke, Share},
+};
 use crate::place::Address;
-use crate::specs::{self, DiskSpec, NetSpec, ShareSpec, VhostUserSpec, VsockSpec};
 
 /// Runs virtual machines, each in a jail of its own.
 ///
 /// Without a running guest manager, `launch` starts a private one that lives as long as the guest.
 #[derive(Debug, Parser)]
-#[command(name = "guest", version, max_term_width = 100, after_help = EXIT_STATUS)]
+#[command(name = "guest", version, max_term_width = 100)]
 pub(crate) struct Cli {
     /// The guest manager: PATH or unix:PATH of its socket, or ssh://[USER@]HOST[:PORT][/PATH] on another machine [default: the user's own]
     #[arg(long, global = true, value_name = "ADDRESS", env = "SEPAL_MANAGER", hide_env_values = true,
@@ -40,19 +53,18 @@ pub(crate) struct Cli {
     pub(crate) command: Command,
 }
 
-const EXIT_STATUS: &str = "\
-Exit status of launch, attach, stop and wait:
-  0  the guest shut down (attach: or was detached from)
-  1  the command failed, and the message says why
-  2  the command line is wrong
- 10  the guest reset itself
- 11  the guest crashed
- 12  the guest was stopped by force
- 13  the guest could not be started (launch itself: 1)
- 14  the guest did not react to being asked to shut down, and was stopped by force
- 15  the guest's component died
- 16  the guest ended in a way that this version does not know
-124  the time given was over first";
+impl Cli {
+    /// What this program was called with; ends it where that is wrong, or asks for help alone.
+    pub(crate) fn read() -> Self {
+        let matches = Self::documented().get_matches();
+        Self::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
+    }
+
+    /// The command line, with its help.
+    pub(crate) fn documented() -> clap::Command {
+        help::add(Self::command())
+    }
+}
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
@@ -66,13 +78,31 @@ pub(crate) enum Command {
     /// Connect the terminal to a port of a guest's virtio console; Ctrl-] detaches
     Console(ConsoleAt),
     /// List the guests, those that have ended included
-    List(List),
+    List(Json),
     /// Show what there is to know about a guest
     Info(Named),
+    /// Print what happens to a guest, or to all, as it happens
+    ///
+    /// One line an event, cut at 80 columns; --json has all of it. Goes on until the guest has ended.
+    Events(Events),
+    /// Show what a guest's vCPUs and devices have done so far
+    Stats(Named),
+    /// Show the registers of a guest's vCPU
+    Registers(Registers),
     /// Ask a guest to shut down, and wait until it has
+    ///
+    /// Says which rung of the ladder it took: asked, forced (its component stopped it), killed (its component did not, and was killed).
     Stop(Stop),
     /// Wait until a guest has ended
     Wait(Wait),
+    /// Pause a guest: none of its vCPUs runs
+    Pause(Name),
+    /// Let a guest that is paused go on
+    Resume(Name),
+    /// Begin a guest again as at its start; what it has in memory is lost
+    Reset(Name),
+    /// Send a non-maskable interrupt to all vCPUs of a guest
+    Nmi(Name),
     /// Print what a guest's serial port printed
     Logs(Logs),
     /// Show and change how much memory a guest lends back to the host
@@ -102,14 +132,27 @@ pub(crate) enum Command {
         to: String,
     },
     /// Forget a guest that has ended
-    Remove {
-        /// Name of the guest
-        name: String,
-    },
+    Remove(Name),
+    /// Share a facet of a guest: print a token that others can redeem
+    ///
+    /// Whoever has the token gets what it permits, and no more, on a connection of their own: `guest redeem TOKEN`. The token is all of standard
+    /// output. The share ends with the guest, or by `guest revoke`.
+    Share(Share),
+    /// List what is shared of a guest
+    Shares(Named),
+    /// Take back what is shared of a guest, with all that was made of it
+    Revoke(Revoke),
+    /// Use what somebody has shared, by its token
+    ///
+    /// Without an action, does what the token is for: connects the terminal to a serial port or console, shows what an observer sees, or the
+    /// figures. Any other token needs an action, and is not used up when that is missing or does not fit.
+    Redeem(Redeem),
+    /// Show who this is to the guest manager, and what it permits
+    Whoami(Json),
     /// Stop all guests by force and end the guest manager
     EndManager,
     /// Print the versions of this program and of the guest manager
-    Version(Version),
+    Version(Json),
     /// Connect standard input and output to the guest manager of this machine, for a `guest` on another
     #[command(hide = true)]
     Relay(Relay),
@@ -117,235 +160,6 @@ pub(crate) enum Command {
     Completions {
         /// The shell
         shell: Shell,
-    },
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct Launch {
-    /// Name of the guest: letters, digits, '.', '_' and '-' [default: the manager chooses]
-    pub(crate) name: Option<String>,
-    /// Kernel: an ELF image (vmlinux) or a bzImage (vmlinuz)
-    #[arg(long, value_name = "FILE")]
-    pub(crate) kernel: Option<PathBuf>,
-    /// Initial RAM file system
-    #[arg(long, value_name = "FILE")]
-    pub(crate) initrd: Option<PathBuf>,
-    /// Kernel command line [default: "console=ttyS0" with --kernel]
-    #[arg(long, value_name = "STRING")]
-    pub(crate) cmdline: Option<String>,
-    /// Appended to the command line; may be given several times
-    #[arg(long, value_name = "STRING")]
-    pub(crate) cmdline_add: Vec<String>,
-    /// Memory: MiB, or with a unit (512M, 2G) [default: 256M]
-    #[arg(long, value_name = "SIZE", value_parser = parse_memory)]
-    pub(crate) memory: Option<i32>,
-    /// Number of vCPUs, 1 to 64
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64))]
-    pub(crate) cpus: u8,
-    /// Back the guest's memory with transparent huge pages where the host allows it
-    #[arg(long)]
-    pub(crate) huge_pages: bool,
-    /// Leave the guest running, and a guest manager with it; print its name
-    #[arg(long, short)]
-    pub(crate) detach: bool,
-    /// What becomes of a guest that resets itself: stop (the default), restart or pause (restarted, but paused before its first instruction)
-    #[arg(long, value_name = "ACTION", value_parser = specs::parse_on_reset)]
-    pub(crate) on_reset: Option<OnReset>,
-    /// What becomes of a guest whose kernel panics: leave (it to the guest; the default), stop, restart or pause; implies --panic-device
-    #[arg(long, value_name = "ACTION", value_parser = specs::parse_on_panic)]
-    pub(crate) on_panic: Option<OnPanic>,
-    /// Start even if this layer of the jail is missing on this host (see `guest info`); may be given several times
-    #[arg(long, value_name = "LAYER")]
-    pub(crate) waive_layer: Vec<String>,
-    /// Most memory that the guest and its component may use on the host, in MiB or with a unit
-    #[arg(long, value_name = "SIZE", value_parser = parse_memory)]
-    pub(crate) limit_memory: Option<i32>,
-    /// Most CPU time that it may use, in percent of one CPU
-    #[arg(long, value_name = "PERCENT")]
-    pub(crate) limit_cpu: Option<u32>,
-    /// Most threads that the component may have
-    #[arg(long, value_name = "N")]
-    pub(crate) limit_tasks: Option<u32>,
-    #[command(flatten)]
-    pub(crate) devices: Devices,
-}
-
-/// The devices of a guest to be launched. In a specification, a comma that belongs to a name is written twice.
-#[derive(Debug, Args)]
-#[command(next_help_heading = "Devices")]
-pub(crate) struct Devices {
-    /// A disk: FILE, then ro, rw or volatile; id=ID, format=raw or format=qcow2, direct, queues=N, block-size=N, bps=N, iops=N, burst-bytes=N,
-    /// burst-ops=N; and for qcow2 the files below it, nearest first: backing=FILE and backing-format=FORMAT
-    ///
-    /// All with commas between. rw is the default; with volatile, what the guest writes is forgotten when it stops. May be given several times.
-    #[arg(long = "disk", value_name = "FILE[,...]", value_parser = specs::parse_disk)]
-    pub(crate) disks: Vec<DiskSpec>,
-    /// A network device: user, tap, tap=NAME or bridge=NAME, then mac=ADDRESS, mtu=N, queues=N, offloads=on or off, link=up or down, bps=N,
-    /// iops=N, burst-bytes=N, burst-ops=N, with commas between
-    ///
-    /// user needs no privilege: the guest reaches out, nobody reaches in. May be given several times.
-    #[arg(long = "net", value_name = "KIND[,...]", value_parser = specs::parse_net)]
-    pub(crate) networks: Vec<NetSpec>,
-    /// A virtio console, of one port or this many (1 to 32)
-    #[arg(long, value_name = "PORTS", num_args = 0..=1, require_equals = true, default_missing_value = "1", value_parser = specs::parse_console)]
-    pub(crate) console: Option<Console>,
-    /// An entropy source, of 1 MiB a second or [bps=N]
-    #[arg(long, value_name = "LIMIT", num_args = 0..=1, require_equals = true, default_missing_value = "", value_parser = specs::parse_rng)]
-    pub(crate) rng: Option<Rng>,
-    /// A balloon: [deflate-on-oom][,reporting]
-    #[arg(long, value_name = "FLAGS", num_args = 0..=1, require_equals = true, default_missing_value = "", value_parser = specs::parse_balloon)]
-    pub(crate) balloon: Option<Balloon>,
-    /// No balloon, which is the default
-    #[arg(long, conflicts_with = "balloon")]
-    pub(crate) no_balloon: bool,
-    /// A socket device (vsock): [CID][,socket=PATH]; PATH offers it as a Unix socket to clients that say "CONNECT <port>"
-    #[arg(long, value_name = "CID[,...]", num_args = 0..=1, require_equals = true, default_missing_value = "", value_parser = specs::parse_vsock)]
-    pub(crate) vsock: Option<VsockSpec>,
-    /// Do not talk to the agent in the guest, which is done over vsock where there is one
-    #[arg(long, requires = "vsock")]
-    pub(crate) no_agent: bool,
-    /// Memory that can be plugged while the guest runs: SIZE[,requested=SIZE][,block=SIZE]
-    #[arg(long, value_name = "SIZE[,...]", value_parser = specs::parse_memory_device)]
-    pub(crate) memory_device: Option<MemoryDevice>,
-    /// A folder that virtiofsd serves at SOCKET, and the guest mounts by TAG: TAG=SOCKET[,queues=N]; may be given several times
-    #[arg(long = "share", value_name = "TAG=SOCKET", value_parser = specs::parse_share)]
-    pub(crate) shares: Vec<ShareSpec>,
-    /// Another device that a process serves at SOCKET: TYPE=SOCKET[,queues=N][,queue-size=N]; may be given several times
-    #[arg(long = "vhost-user", value_name = "TYPE=SOCKET", value_parser = specs::parse_vhost_user)]
-    pub(crate) vhost_user: Vec<VhostUserSpec>,
-    /// A watchdog, and what it does when it expires: reset (the default), stop or none
-    #[arg(long, value_name = "ACTION", num_args = 0..=1, require_equals = true, default_missing_value = "reset", value_parser = specs::parse_watchdog)]
-    pub(crate) watchdog: Option<WatchdogAction>,
-    /// A device by which the guest's kernel tells that it has panicked
-    #[arg(long)]
-    pub(crate) panic_device: bool,
-    /// A device that tells the guest when it is not the same machine any more
-    #[arg(long)]
-    pub(crate) generation_id: bool,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct Exec {
-    /// Run it on a terminal of its own
-    #[arg(long, short)]
-    pub(crate) tty: bool,
-    /// Added to its environment; may be given several times
-    #[arg(long, value_name = "NAME=VALUE")]
-    pub(crate) env: Vec<String>,
-    /// Where to run it
-    #[arg(long, value_name = "FOLDER")]
-    pub(crate) cwd: Option<String>,
-    /// Name of the guest
-    pub(crate) name: String,
-    /// The program and its arguments
-    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
-    pub(crate) command: Vec<String>,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct ConsoleAt {
-    /// Name of the guest, and of the port if it is not the first: NAME or NAME:PORT
-    #[arg(value_name = "NAME[:PORT]", value_parser = parse_console_at)]
-    pub(crate) at: (String, u32),
-}
-
-/// Reads a guest's name and a port of its console.
-fn parse_console_at(text: &str) -> Result<(String, u32), String> {
-    match text.split_once(':') {
-        None => Ok((text.to_owned(), 0)),
-        Some((name, port)) => match port.parse() {
-            Ok(port) => Ok((name.to_owned(), port)),
-            Err(_) => Err(format!("'{port}' is no port of a console; 0 to 31 are")),
-        },
-    }
-}
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum BalloonCommand {
-    /// Ask a guest to lend this much memory back to the host
-    Set {
-        /// Name of the guest
-        name: String,
-        /// Bytes, or with a unit (64M, 1G); 0 gives all back to the guest
-        #[arg(value_parser = specs::parse_bytes)]
-        size: u64,
-    },
-    /// Show the balloon's size and what the guest says about its memory
-    Stats(Named),
-}
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum MemCommand {
-    /// Show how much memory is plugged, requested and possible
-    Show(Named),
-    /// Ask a guest to have this much memory plugged
-    Request {
-        /// Name of the guest
-        name: String,
-        /// Bytes, or with a unit; a multiple of the block size
-        #[arg(value_parser = specs::parse_bytes)]
-        size: u64,
-    },
-}
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum DiskCommand {
-    /// List a guest's disks
-    List(Named),
-    /// Give a disk another size, and tell the guest
-    Resize {
-        /// Name of the guest
-        name: String,
-        /// The disk, by its name (disk0) or id
-        disk: String,
-        /// Bytes, or with a unit; 0 takes over the size that the image has by now
-        #[arg(value_parser = specs::parse_bytes)]
-        size: u64,
-    },
-    /// Show what the disks have read and written
-    Stats(Named),
-}
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum NetCommand {
-    /// List a guest's network devices
-    List(Named),
-    /// Plug the cable of a network device in or out
-    Link {
-        /// Name of the guest
-        name: String,
-        /// The device: net0, ...
-        network: String,
-        /// What the link is to be
-        state: LinkState,
-    },
-    /// Show what the network devices have sent and received
-    Stats(Named),
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum LinkState {
-    /// Plugged in
-    Up,
-    /// Plugged out
-    Down,
-}
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum VsockCommand {
-    /// Connect to a port of the guest
-    Connect {
-        /// Name of the guest
-        name: String,
-        /// The guest's port
-        port: u32,
-    },
-    /// Wait until the guest connects to a port of the host, and serve that connection
-    Listen {
-        /// Name of the guest
-        name: String,
-        /// The host's port
-        port: u32,
     },
 }
 
@@ -359,10 +173,16 @@ pub(crate) struct Attach {
 }
 
 #[derive(Debug, Args)]
-pub(crate) struct List {
+pub(crate) struct Json {
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Name {
+    /// Name of the guest
+    pub(crate) name: String,
 }
 
 #[derive(Debug, Args)]
@@ -378,12 +198,63 @@ pub(crate) struct Named {
 pub(crate) struct Stop {
     /// Name of the guest
     pub(crate) name: String,
+    #[command(flatten)]
+    pub(crate) options: StopOptions,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct StopOptions {
     /// Stop by force: at once, or with --timeout after the guest had that time to shut down
     #[arg(long, short)]
     pub(crate) force: bool,
-    /// Seconds to wait for the guest to shut down [default: 30]
-    #[arg(long, value_name = "S", value_parser = parse_seconds)]
+    /// Stop by force at once, without asking
+    #[arg(long, short, conflicts_with_all = ["force", "timeout"])]
+    pub(crate) kill: bool,
+    /// How long to wait for the guest to shut down: 90, 30s, 2m [default: 30s]
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
     pub(crate) timeout: Option<Duration>,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Events {
+    /// Name of the guest [default: all guests]
+    pub(crate) name: Option<String>,
+    #[command(flatten)]
+    pub(crate) options: EventOptions,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct EventOptions {
+    /// Begin with so many of the last events that are kept, at most 1024 [default: 0; with --no-follow all]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(..=1024))]
+    pub(crate) replay: Option<u32>,
+    /// Go on until the guest has ended, which is the default
+    #[arg(long, short, overrides_with = "no_follow")]
+    pub(crate) follow: bool,
+    /// Print what has happened so far, and no more
+    #[arg(long)]
+    pub(crate) no_follow: bool,
+    /// Print JSON, a line an event
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Registers {
+    /// Name of the guest
+    pub(crate) name: String,
+    #[command(flatten)]
+    pub(crate) options: RegisterOptions,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RegisterOptions {
+    /// The vCPU, from 0
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) vcpu: u8,
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,
@@ -393,8 +264,8 @@ pub(crate) struct Stop {
 pub(crate) struct Wait {
     /// Name of the guest
     pub(crate) name: String,
-    /// Seconds to wait at most [default: no limit]
-    #[arg(long, value_name = "S", value_parser = parse_seconds)]
+    /// How long to wait at most: 90, 30s, 2m [default: no limit]
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
     pub(crate) timeout: Option<Duration>,
     /// Print JSON
     #[arg(long)]
@@ -424,40 +295,27 @@ pub(crate) struct Relay {
 }
 
 #[derive(Debug, Args)]
-pub(crate) struct Version {
-    /// Print JSON
-    #[arg(long)]
-    pub(crate) json: bool,
+pub(crate) struct Exec {
+    /// Name of the guest
+    pub(crate) name: String,
+    #[command(flatten)]
+    pub(crate) options: ExecOptions,
 }
 
-/// Reads a memory size as MiB: a number of MiB, or a number with one of the units M, MiB, G, GiB, T, TiB.
-fn parse_memory(text: &str) -> Result<i32, String> {
-    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-    let (number, unit) = text.split_at(digits);
-    let mib: u64 = match unit.trim().to_ascii_lowercase().as_str() {
-        "" | "m" | "mb" | "mib" => 1,
-        "g" | "gb" | "gib" => 1 << 10,
-        "t" | "tb" | "tib" => 1 << 20,
-        _ => return Err(format!("'{unit}' is no unit of memory; M, G and T are (MiB, GiB, TiB)")),
-    };
-    let number: u64 = number
-        .parse()
-        .map_err(|_| "a memory size starts with a number: 512M, 2G".to_owned())?;
-    let size = number.checked_mul(mib).and_then(|size| i32::try_from(size).ok());
-    match size {
-        Some(0) => Err("a guest needs some memory".into()),
-        Some(size) => Ok(size),
-        None => Err(format!(
-            "{text} is more than the {} MiB that can be asked for",
-            i32::MAX
-        )),
-    }
-}
-
-/// Reads a time in seconds, fractions allowed.
-fn parse_seconds(text: &str) -> Result<Duration, String> {
-    let seconds: f64 = text.parse().map_err(|_| "a number of seconds is needed".to_owned())?;
-    Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())
+#[derive(Debug, Args)]
+pub(crate) struct ExecOptions {
+    /// Run it on a terminal of its own
+    #[arg(long, short)]
+    pub(crate) tty: bool,
+    /// Added to its environment; may be given several times
+    #[arg(long, value_name = "NAME=VALUE")]
+    pub(crate) env: Vec<String>,
+    /// Where to run it
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) cwd: Option<String>,
+    /// The program and its arguments
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    pub(crate) command: Vec<String>,
 }
 
 #[cfg(test)]
@@ -466,93 +324,19 @@ mod tests {
 
     #[test]
     fn the_command_line_is_consistent() {
-        use clap::CommandFactory;
-        Cli::command().debug_assert();
+        Cli::documented().debug_assert();
     }
 
     #[test]
-    fn devices() {
-        let launch = |arguments: &[&str]| {
-            let all = ["guest", "launch"].iter().chain(arguments);
+    fn following_is_the_default_and_the_last_word_counts() {
+        let follows = |arguments: &[&str]| {
+            let all = ["guest", "events"].iter().chain(arguments);
             match Cli::try_parse_from(all).map(|cli| cli.command) {
-                Ok(Command::Launch(launch)) => Ok(launch.devices),
-                Ok(_) => panic!("another command"),
-                Err(error) => Err(error.to_string()),
+                Ok(Command::Events(events)) => !events.options.no_follow,
+                other => panic!("{other:?}"),
             }
         };
-        let all = [
-            "--disk",
-            "a,ro",
-            "--disk",
-            "b",
-            "--net",
-            "user",
-            "--console",
-            "--rng",
-            "--balloon=reporting",
-            "--vsock",
-        ];
-        let devices = launch(&all).unwrap();
-        assert_eq!((devices.disks.len(), devices.networks.len()), (2, 1));
-        assert_eq!(devices.console, Some(Console { ports: 1 }));
-        assert!(devices.rng.is_some() && devices.vsock.is_some() && devices.watchdog.is_none());
-        assert_eq!(launch(&["--console=3"]).unwrap().console, Some(Console { ports: 3 }));
-        assert_eq!(
-            launch(&["--watchdog=stop"]).unwrap().watchdog,
-            Some(WatchdogAction::Stop)
-        );
-        assert!(
-            launch(&["--balloon", "--no-balloon"])
-                .unwrap_err()
-                .contains("cannot be used with")
-        );
-        assert!(launch(&["--no-agent"]).unwrap_err().contains("--vsock"));
-        assert!(
-            launch(&["--disk", "a,read-only"])
-                .unwrap_err()
-                .contains("'read-only' is not known here")
-        );
-    }
-
-    #[test]
-    fn console_ports() {
-        assert_eq!(parse_console_at("bee"), Ok(("bee".into(), 0)));
-        assert_eq!(parse_console_at("bee:3"), Ok(("bee".into(), 3)));
-        assert!(parse_console_at("bee:x").is_err());
-    }
-
-    #[test]
-    fn memory_sizes() {
-        for (text, mib) in [
-            ("128", 128),
-            ("512M", 512),
-            ("2G", 2048),
-            ("1GiB", 1024),
-            ("1 T", 1 << 20),
-            ("7mb", 7),
-        ] {
-            assert_eq!(parse_memory(text), Ok(mib), "{text}");
-        }
-        for text in [
-            "",
-            "M",
-            "0",
-            "-1",
-            "1.5G",
-            "12K",
-            "4000000000",
-            "99999999999999999999",
-            "9999T",
-        ] {
-            assert!(parse_memory(text).is_err(), "{text}");
-        }
-    }
-
-    #[test]
-    fn seconds() {
-        assert_eq!(parse_seconds("0.05"), Ok(Duration::from_millis(50)));
-        for text in ["", "x", "-1", "NaN", "inf", "1e30"] {
-            assert!(parse_seconds(text).is_err(), "{text}");
-        }
+        assert!(follows(&[]) && follows(&["--follow"]) && follows(&["--no-follow", "--follow"]));
+        assert!(!follows(&["--no-follow"]));
     }
 }

@@ -5,6 +5,8 @@ use std::time::Duration;
 use anyhow::Result;
 use sepal_schema::{
     error::{Error, Outcome, read_completion},
+    facet::Description,
+    facet_capnp::facet,
     guest_capnp::{console, guest, observer, output, power, serial},
     info::GuestInfo,
     manager_capnp::guest_manager,
@@ -48,6 +50,16 @@ pub(crate) async fn resize(console: &console::Client, columns: u16, rows: u16) -
     request.get().set_columns(columns);
     request.get().set_rows(rows);
     Ok(read_completion(request.send().promise.await?.get()?)?)
+}
+
+/// What a capability is, and what it permits.
+pub(crate) async fn describe(facet: &facet::Client) -> Result<Description> {
+    use facet::describe_result::Which;
+    let response = facet.describe_request().send().promise.await?;
+    match response.get()?.which()? {
+        Which::Description(description) => Ok(Description::read(description?)?),
+        Which::Error(error) => Err(Error::read(error?)?.into()),
+    }
 }
 
 /// What the serial port printed.

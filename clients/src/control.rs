@@ -1,4 +1,4 @@
-//! `guest stop`, `wait`, `remove` and `end-manager`.
+//! `guest stop`, `wait`, `pause`, `resume`, `reset`, `nmi`, `remove` and `end-manager`.
 
 use std::time::Duration;
 
@@ -6,12 +6,13 @@ use anyhow::Result;
 use futures::{FutureExt, pin_mut, select};
 use sepal_schema::{
     error::{Error, Kind, read_completion},
-    report::StopReport,
+    guest_capnp::power,
+    report::{Rung, StopReport, rung_name},
     transport::Handle,
 };
 
 use crate::{
-    args::{Stop, Wait},
+    args::{Stop, StopOptions, Wait},
     calls,
     manager::Manager,
     place::Place,
@@ -27,22 +28,67 @@ const HINT_AFTER: Duration = Duration::from_secs(10);
 pub(crate) async fn stop(handle: &Handle, place: &Place, args: &Stop) -> Result<u8> {
     let manager = Manager::running(handle, place)?;
     let guest = calls::lookup(&manager.client, &args.name).await?;
-    let power = calls::power(&guest);
-    let report = match (args.force, args.timeout) {
-        (true, None) => calls::kill(&power).await?,
-        (force, timeout) => {
-            let stopping = calls::stop(&power, timeout.unwrap_or(PATIENCE), force).fuse();
-            let hint = handle.sleep(HINT_AFTER).fuse();
-            pin_mut!(stopping, hint);
-            loop {
-                select! {
-                    report = stopping => break report?,
-                    () = hint => eprintln!("still waiting for {0}; `guest stop --force {0}` stops it in any case", args.name),
-                }
+    stop_by(handle, &calls::power(&guest), &args.name, &args.options).await
+}
+
+/// Goes down the ladder as far as it may, and tells which rung it took.
+pub(crate) async fn stop_by(handle: &Handle, power: &power::Client, name: &str, options: &StopOptions) -> Result<u8> {
+    let at_once = options.kill || options.force && options.timeout.is_none();
+    let report = if at_once {
+        calls::kill(power).await?
+    } else {
+        let timeout = options.timeout.unwrap_or(PATIENCE);
+        let stopping = calls::stop(power, timeout, options.force).fuse();
+        let hint = handle.sleep(HINT_AFTER).fuse();
+        pin_mut!(stopping, hint);
+        loop {
+            select! {
+                report = stopping => break report?,
+                () = hint => eprintln!("still waiting for {name}; `guest stop --kill {name}` stops it in any case"),
             }
         }
     };
-    tell(&args.name, &report, args.json)?;
+    tell(name, &report, options.json)?;
+    Ok(status::SUCCESS)
+}
+
+/// Stops by force at once, and tells which rung it took.
+pub(crate) async fn kill(power: &power::Client, name: &str) -> Result<u8> {
+    tell(name, &calls::kill(power).await?, false)?;
+    Ok(status::SUCCESS)
+}
+
+/// What the power facet does without waiting for the guest's end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Press {
+    Shutdown,
+    Pause,
+    Resume,
+    Reset,
+    Nmi,
+}
+
+/// `guest pause`, `resume`, `reset` and `nmi`.
+pub(crate) async fn press(handle: &Handle, place: &Place, name: &str, what: Press) -> Result<u8> {
+    let manager = Manager::running(handle, place)?;
+    let guest = calls::lookup(&manager.client, name).await?;
+    press_on(&calls::power(&guest), what).await
+}
+
+/// Does it.
+pub(crate) async fn press_on(power: &power::Client, what: Press) -> Result<u8> {
+    macro_rules! call {
+        ($request:ident) => {
+            read_completion(power.$request().send().promise.await?.get()?)
+        };
+    }
+    match what {
+        Press::Shutdown => call!(shutdown_request),
+        Press::Pause => call!(pause_request),
+        Press::Resume => call!(resume_request),
+        Press::Reset => call!(reset_request),
+        Press::Nmi => call!(nmi_request),
+    }?;
     Ok(status::SUCCESS)
 }
 
@@ -87,6 +133,9 @@ fn tell(name: &str, report: &StopReport, json: bool) -> Result<()> {
     if json {
         return show::print_json(&show::Ending::from(report));
     }
-    eprintln!("{name}: {}", report.detail);
+    match report.rung {
+        Rung::None => eprintln!("{name}: {}", report.detail),
+        rung => eprintln!("{name}: {}: {}", rung_name(rung), report.detail),
+    }
     Ok(())
 }

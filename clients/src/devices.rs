@@ -6,9 +6,9 @@ use sepal_schema::{
         device::{DiskFormat, DiskMode},
         show_mac,
     },
-    device_capnp::{balloon_controller, device_stats, disk_controller, mem_controller, net_controller},
+    device_capnp::{balloon_controller, disk_controller, mem_controller, net_controller},
     error::{Error, Kind, Outcome, read_completion},
-    guest_capnp::{guest, statistics},
+    guest_capnp::guest,
     transport::Handle,
 };
 use serde::Serialize;
@@ -18,7 +18,7 @@ use crate::{
     calls,
     manager::Manager,
     place::Place,
-    show, status, table,
+    show, stats, status, table,
 };
 
 /// Bytes of a balloon's page.
@@ -39,15 +39,8 @@ async fn lookup(handle: &Handle, place: &Place, name: &str) -> Result<(Manager, 
 }
 
 /// A text of a guest's, fit for a terminal.
-fn fit(text: capnp::text::Reader<'_>) -> Result<String> {
+pub(crate) fn fit(text: capnp::text::Reader<'_>) -> Result<String> {
     Ok(text.to_str()?.chars().filter(|c| !c.is_control()).collect())
-}
-
-fn mebibytes(bytes: u64) -> String {
-    match bytes % (1 << 20) {
-        0 => format!("{} MiB", bytes >> 20),
-        _ => format!("{bytes} bytes"),
-    }
 }
 
 #[derive(Serialize)]
@@ -92,33 +85,39 @@ pub(crate) async fn balloon(handle: &Handle, place: &Place, args: &BalloonComman
     let (_manager, guest) = lookup(handle, place, name).await?;
     let balloon: balloon_controller::Client = facet!(guest, balloon_controller_request);
     match args {
-        BalloonCommand::Set { size, .. } => {
-            let pages =
-                u32::try_from(size / PAGE).map_err(|_| Error::bad_config("size", "the balloon is too large"))?;
-            let mut request = balloon.request_balloon_size_request();
-            request.get().set_pages(pages);
-            read_completion(request.send().promise.await?.get()?)?;
-        }
-        BalloonCommand::Stats(named) => {
-            let found = balloon_stats(&balloon).await?;
-            if named.json {
-                show::print_json(&found)?;
-                return Ok(status::SUCCESS);
-            }
-            let mut facts = vec![
-                ("current", mebibytes(found.current_bytes)),
-                ("requested", mebibytes(found.requested_bytes)),
-            ];
-            match &found.memory {
-                Some(stats) => facts.extend(stats.iter().map(|stat| match stat_name(stat.tag) {
-                    (name, true) => (name, mebibytes(stat.value)),
-                    (name, false) => (name, stat.value.to_string()),
-                })),
-                None => facts.push(("memory", "the guest's driver does not tell".into())),
-            }
-            show::print(table::facts(&facts).as_bytes())?;
-        }
+        BalloonCommand::Set { size, .. } => set_balloon(&balloon, *size).await,
+        BalloonCommand::Stats(named) => show_balloon(&balloon, named.json).await,
     }
+}
+
+/// Asks for a balloon of this size, in bytes.
+pub(crate) async fn set_balloon(balloon: &balloon_controller::Client, size: u64) -> Result<u8> {
+    let pages = u32::try_from(size / PAGE).map_err(|_| Error::bad_config("size", "the balloon is too large"))?;
+    let mut request = balloon.request_balloon_size_request();
+    request.get().set_pages(pages);
+    read_completion(request.send().promise.await?.get()?)?;
+    Ok(status::SUCCESS)
+}
+
+/// Shows a balloon's size, and what the guest says about its memory.
+pub(crate) async fn show_balloon(balloon: &balloon_controller::Client, json: bool) -> Result<u8> {
+    let found = balloon_stats(balloon).await?;
+    if json {
+        show::print_json(&found)?;
+        return Ok(status::SUCCESS);
+    }
+    let mut facts = vec![
+        ("current", table::size(found.current_bytes)),
+        ("requested", table::size(found.requested_bytes)),
+    ];
+    match &found.memory {
+        Some(stats) => facts.extend(stats.iter().map(|stat| match stat_name(stat.tag) {
+            (name, true) => (name, table::size(stat.value)),
+            (name, false) => (name, stat.value.to_string()),
+        })),
+        None => facts.push(("memory", "the guest's driver does not tell".into())),
+    }
+    show::print(table::facts(&facts).as_bytes())?;
     Ok(status::SUCCESS)
 }
 
@@ -171,41 +170,48 @@ pub(crate) async fn mem(handle: &Handle, place: &Place, args: &MemCommand) -> Re
     let (_manager, guest) = lookup(handle, place, name).await?;
     let memory: mem_controller::Client = facet!(guest, mem_controller_request);
     match args {
-        MemCommand::Request { size, .. } => {
-            let mut request = memory.request_size_request();
-            request.get().set_bytes(*size);
-            read_completion(request.send().promise.await?.get()?)?;
-        }
-        MemCommand::Show(named) => {
-            use mem_controller::size_result::Which;
-            let response = memory.get_mem_size_request().send().promise.await?;
-            let found = match response.get()?.which()? {
-                Which::Size(size) => {
-                    let size = size?;
-                    Memory {
-                        block_bytes: size.get_block_size(),
-                        region_bytes: size.get_region_size(),
-                        usable_bytes: size.get_usable_region_size(),
-                        plugged_bytes: size.get_plugged_size(),
-                        requested_bytes: size.get_requested_size(),
-                    }
-                }
-                Which::Error(error) => return Err(Error::read(error?)?.into()),
-            };
-            if named.json {
-                show::print_json(&found)?;
-                return Ok(status::SUCCESS);
-            }
-            let facts = [
-                ("plugged", mebibytes(found.plugged_bytes)),
-                ("requested", mebibytes(found.requested_bytes)),
-                ("usable", mebibytes(found.usable_bytes)),
-                ("region", mebibytes(found.region_bytes)),
-                ("block", mebibytes(found.block_bytes)),
-            ];
-            show::print(table::facts(&facts).as_bytes())?;
-        }
+        MemCommand::Request { size, .. } => set_memory(&memory, *size).await,
+        MemCommand::Show(named) => show_memory(&memory, named.json).await,
     }
+}
+
+/// Asks for this much to be plugged, in bytes.
+pub(crate) async fn set_memory(memory: &mem_controller::Client, size: u64) -> Result<u8> {
+    let mut request = memory.request_size_request();
+    request.get().set_bytes(size);
+    read_completion(request.send().promise.await?.get()?)?;
+    Ok(status::SUCCESS)
+}
+
+/// Shows how much is plugged, requested and possible.
+pub(crate) async fn show_memory(memory: &mem_controller::Client, json: bool) -> Result<u8> {
+    use mem_controller::size_result::Which;
+    let response = memory.get_mem_size_request().send().promise.await?;
+    let found = match response.get()?.which()? {
+        Which::Size(size) => {
+            let size = size?;
+            Memory {
+                block_bytes: size.get_block_size(),
+                region_bytes: size.get_region_size(),
+                usable_bytes: size.get_usable_region_size(),
+                plugged_bytes: size.get_plugged_size(),
+                requested_bytes: size.get_requested_size(),
+            }
+        }
+        Which::Error(error) => return Err(Error::read(error?)?.into()),
+    };
+    if json {
+        show::print_json(&found)?;
+        return Ok(status::SUCCESS);
+    }
+    let facts = [
+        ("plugged", table::size(found.plugged_bytes)),
+        ("requested", table::size(found.requested_bytes)),
+        ("usable", table::size(found.usable_bytes)),
+        ("region", table::size(found.region_bytes)),
+        ("block", table::size(found.block_bytes)),
+    ];
+    show::print(table::facts(&facts).as_bytes())?;
     Ok(status::SUCCESS)
 }
 
@@ -248,20 +254,26 @@ pub(crate) async fn disk(handle: &Handle, place: &Place, args: &DiskCommand) -> 
         DiskCommand::Resize { name, disk, size } => {
             let (_manager, guest) = lookup(handle, place, name).await?;
             let disks: disk_controller::Client = facet!(guest, disk_controller_request);
-            let mut request = disks.resize_request();
-            request.get().set_disk(disk);
-            request.get().set_bytes(*size);
-            read_completion(request.send().promise.await?.get()?)?;
+            resize(&disks, disk, *size).await?;
         }
         DiskCommand::Stats(named) => {
             let (_manager, guest) = lookup(handle, place, &named.name).await?;
-            disk_stats(&guest, named.json).await?;
+            stats::disks(&guest, named.json).await?;
         }
     }
     Ok(status::SUCCESS)
 }
 
-async fn list_disks(disks: &disk_controller::Client, json: bool) -> Result<()> {
+/// Gives a disk another size, in bytes.
+pub(crate) async fn resize(disks: &disk_controller::Client, disk: &str, size: u64) -> Result<()> {
+    let mut request = disks.resize_request();
+    request.get().set_disk(disk);
+    request.get().set_bytes(size);
+    Ok(read_completion(request.send().promise.await?.get()?)?)
+}
+
+/// Shows the disks.
+pub(crate) async fn list_disks(disks: &disk_controller::Client, json: bool) -> Result<()> {
     use disk_controller::list_result::Which;
     let response = disks.list_request().send().promise.await?;
     let list = match response.get()?.which()? {
@@ -290,86 +302,13 @@ async fn list_disks(disks: &disk_controller::Client, json: bool) -> Result<()> {
             if disk.id.is_empty() { "-".into() } else { disk.id },
             disk.mode.into(),
             disk.format.into(),
-            mebibytes(disk.bytes),
+            table::size(disk.bytes),
             disk.block_size.to_string(),
             disk.queues.to_string(),
             if disk.direct { "yes" } else { "no" }.into(),
         ]
     });
     let headings = ["NAME", "ID", "MODE", "FORMAT", "SIZE", "BLOCK", "QUEUES", "DIRECT"];
-    show::print(table::table(&headings, rows).as_bytes())?;
-    Ok(())
-}
-
-/// What the devices of a guest have counted.
-async fn stats(guest: &guest::Client) -> Result<capnp::capability::Response<statistics::stats_result::Owned>> {
-    Ok(calls::observer(guest).stats_request().send().promise.await?)
-}
-
-fn devices<'a>(
-    response: &'a capnp::capability::Response<statistics::stats_result::Owned>,
-) -> Result<device_stats::Reader<'a>> {
-    use statistics::stats_result::Which;
-    match response.get()?.which()? {
-        Which::Stats(stats) => Ok(stats?.get_devices()?),
-        Which::Error(error) => Err(Error::read(error?)?.into()),
-    }
-}
-
-#[derive(Serialize)]
-#[serde(rename_all = "camelCase")]
-struct DiskStats {
-    name: String,
-    read_operations: u64,
-    write_operations: u64,
-    other_operations: u64,
-    read_bytes: u64,
-    written_bytes: u64,
-    errors: u64,
-}
-
-async fn disk_stats(guest: &guest::Client, json: bool) -> Result<()> {
-    let response = stats(guest).await?;
-    let disk = |disk: device_stats::disk::Reader<'_>| {
-        Ok::<_, anyhow::Error>(DiskStats {
-            name: fit(disk.get_name()?)?,
-            read_operations: disk.get_read_operations(),
-            write_operations: disk.get_write_operations(),
-            other_operations: disk.get_other_operations(),
-            read_bytes: disk.get_read_bytes(),
-            written_bytes: disk.get_written_bytes(),
-            errors: disk.get_errors(),
-        })
-    };
-    let found = devices(&response)?
-        .get_disks()?
-        .iter()
-        .map(disk)
-        .collect::<Result<Vec<_>>>()?;
-    if json {
-        return show::print_json(&found);
-    }
-    let rows = found.into_iter().map(|disk| {
-        let counts = [
-            disk.read_operations,
-            disk.read_bytes,
-            disk.write_operations,
-            disk.written_bytes,
-            disk.other_operations,
-            disk.errors,
-        ];
-        let [a, b, c, d, e, f] = counts.map(|count| count.to_string());
-        [disk.name, a, b, c, d, e, f]
-    });
-    let headings = [
-        "NAME",
-        "READS",
-        "BYTES READ",
-        "WRITES",
-        "BYTES WRITTEN",
-        "OTHERS",
-        "ERRORS",
-    ];
     show::print(table::table(&headings, rows).as_bytes())?;
     Ok(())
 }
@@ -396,20 +335,26 @@ pub(crate) async fn net(handle: &Handle, place: &Place, args: &NetCommand) -> Re
         NetCommand::Link { name, network, state } => {
             let (_manager, guest) = lookup(handle, place, name).await?;
             let networks: net_controller::Client = facet!(guest, net_controller_request);
-            let mut request = networks.set_link_request();
-            request.get().set_network(network);
-            request.get().set_up(*state == LinkState::Up);
-            read_completion(request.send().promise.await?.get()?)?;
+            set_link(&networks, network, *state).await?;
         }
         NetCommand::Stats(named) => {
             let (_manager, guest) = lookup(handle, place, &named.name).await?;
-            net_stats(&guest, named.json).await?;
+            stats::networks(&guest, named.json).await?;
         }
     }
     Ok(status::SUCCESS)
 }
 
-async fn list_networks(networks: &net_controller::Client, json: bool) -> Result<()> {
+/// Plugs a cable in or out.
+pub(crate) async fn set_link(networks: &net_controller::Client, network: &str, state: LinkState) -> Result<()> {
+    let mut request = networks.set_link_request();
+    request.get().set_network(network);
+    request.get().set_up(state == LinkState::Up);
+    Ok(read_completion(request.send().promise.await?.get()?)?)
+}
+
+/// Shows the network devices.
+pub(crate) async fn list_networks(networks: &net_controller::Client, json: bool) -> Result<()> {
     use net_controller::{list_result::Which, network::Kind as Link};
     let response = networks.list_request().send().promise.await?;
     let list = match response.get()?.which()? {
@@ -446,71 +391,4 @@ async fn list_networks(networks: &net_controller::Client, json: bool) -> Result<
     });
     show::print(table::table(&["NAME", "MAC", "KIND", "LINK", "MTU", "QUEUES"], rows).as_bytes())?;
     Ok(())
-}
-
-#[derive(Serialize)]
-#[serde(rename_all = "camelCase")]
-struct NetworkStats {
-    name: String,
-    received: Direction,
-    sent: Direction,
-}
-
-#[derive(Serialize)]
-struct Direction {
-    frames: u64,
-    bytes: u64,
-    dropped: u64,
-    errors: u64,
-}
-
-async fn net_stats(guest: &guest::Client, json: bool) -> Result<()> {
-    let response = stats(guest).await?;
-    let network = |network: device_stats::network::Reader<'_>| {
-        Ok::<_, anyhow::Error>(NetworkStats {
-            name: fit(network.get_name()?)?,
-            received: Direction {
-                frames: network.get_received_frames(),
-                bytes: network.get_received_bytes(),
-                dropped: network.get_received_dropped(),
-                errors: network.get_received_errors(),
-            },
-            sent: Direction {
-                frames: network.get_sent_frames(),
-                bytes: network.get_sent_bytes(),
-                dropped: network.get_sent_dropped(),
-                errors: network.get_sent_errors(),
-            },
-        })
-    };
-    let found = devices(&response)?
-        .get_networks()?
-        .iter()
-        .map(network)
-        .collect::<Result<Vec<_>>>()?;
-    if json {
-        return show::print_json(&found);
-    }
-    let rows = found.into_iter().flat_map(|network| {
-        let row = |way: &str, counts: &Direction| {
-            let counts = [counts.frames, counts.bytes, counts.dropped, counts.errors];
-            let [a, b, c, d] = counts.map(|count| count.to_string());
-            [network.name.clone(), way.to_owned(), a, b, c, d]
-        };
-        [row("received", &network.received), row("sent", &network.sent)]
-    });
-    let headings = ["NAME", "DIRECTION", "FRAMES", "BYTES", "DROPPED", "ERRORS"];
-    show::print(table::table(&headings, rows).as_bytes())?;
-    Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sizes_are_readable() {
-        assert_eq!(mebibytes(3 << 20), "3 MiB");
-        assert_eq!(mebibytes(4096), "4096 bytes");
-    }
 }

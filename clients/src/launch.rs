@@ -1,11 +1,8 @@
 //! `guest launch`.
 
-use std::{
-    fs::File,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use sepal_schema::{
     config::{
         self, GuestConfig, Limits, OnPanic, OnReset,
@@ -23,7 +20,7 @@ use crate::{
     place::{Otherwise, Place},
     session, show,
     specs::{DiskSpec, LinkSpec, NetSpec, ShareSpec, VhostUserSpec, VsockSpec},
-    status,
+    status, uploads,
 };
 
 /// What a Linux kernel needs to be told to print on the serial port.
@@ -38,19 +35,29 @@ struct Launched {
 
 /// Boots a guest; stays connected to its serial port until it ends, unless it is to be left running.
 pub(crate) async fn launch(handle: &Handle, place: &Place, args: &Launch) -> Result<u8> {
-    let config = config(args)?;
     let otherwise = match args.detach {
         true => Otherwise::Daemon,
         false => Otherwise::Private,
     };
+    // What is wrong with the files here needs no manager to be told.
+    let mut config = config(args, place.is_here())?;
     let mut manager = Manager::connect(handle, place, otherwise)?;
-    let outcome = match send(&manager, config, args.detach).await {
+    let disks: Vec<&Path> = args.devices.disks.iter().map(|disk| disk.file.as_path()).collect();
+    let ready = match manager.carries_fds() {
+        true => Ok(()),
+        false => uploads::replace(&manager, &mut config, &disks).await,
+    };
+    let launched = match ready {
+        Ok(()) => send(&manager, config, args.detach).await,
+        Err(error) => Err(error),
+    };
+    let outcome = match launched {
         Ok(launched) if args.detach => {
             show::print(format!("{}\n", launched.name).as_bytes())?;
             Ok(status::SUCCESS)
         }
         Ok(Launched { guest, lease, name }) => {
-            let ended = session::run(&manager, &guest, &name, session::Mode::Launched).await;
+            let ended = session::launched(handle, &manager, &guest, &name).await;
             drop(lease);
             ended
         }
@@ -60,7 +67,7 @@ pub(crate) async fn launch(handle: &Handle, place: &Place, args: &Launch) -> Res
     outcome
 }
 
-fn config(args: &Launch) -> Result<GuestConfig> {
+fn config(args: &Launch, here: bool) -> Result<GuestConfig> {
     let cmdline = match (&args.cmdline, &args.kernel) {
         (Some(cmdline), _) => cmdline.clone(),
         (None, Some(_)) => LINUX_CONSOLE.to_owned(),
@@ -69,6 +76,8 @@ fn config(args: &Launch) -> Result<GuestConfig> {
     let megabytes = |size: Option<i32>| size.and_then(|mib| u64::try_from(mib).ok()).unwrap_or(0);
     let devices = &args.devices;
     let vsock = devices.vsock.as_ref();
+    let open =
+        |what, path: Option<&PathBuf>| path.map_or(Ok(config::File::None), |path| uploads::open(what, path, false));
     Ok(GuestConfig {
         name: args.name.clone().unwrap_or_default(),
         kernel: open("kernel", args.kernel.as_ref())?,
@@ -90,10 +99,18 @@ fn config(args: &Launch) -> Result<GuestConfig> {
         console: devices.console,
         rng: devices.rng,
         balloon: devices.balloon,
-        vsock: vsock.map(socket_device).transpose()?,
+        vsock: vsock.map(|spec| socket_device(spec, here)).transpose()?,
         memory_device: devices.memory_device,
-        shares: devices.shares.iter().map(share).collect::<Result<_>>()?,
-        vhost_user: devices.vhost_user.iter().map(vhost_user).collect::<Result<_>>()?,
+        shares: devices
+            .shares
+            .iter()
+            .map(|spec| share(spec, here))
+            .collect::<Result<_>>()?,
+        vhost_user: devices
+            .vhost_user
+            .iter()
+            .map(|spec| vhost_user(spec, here))
+            .collect::<Result<_>>()?,
         watchdog: devices.watchdog,
         generation_id: devices.generation_id,
         panic_device: devices.panic_device || args.on_panic.is_some_and(|does| does != OnPanic::Leave),
@@ -104,30 +121,16 @@ fn config(args: &Launch) -> Result<GuestConfig> {
     })
 }
 
-fn open(what: &str, path: Option<&PathBuf>) -> Result<config::File> {
-    let Some(path) = path else {
-        return Ok(config::File::None);
-    };
-    let file = File::open(path).with_context(|| format!("opening the {what} {}", path.display()))?;
-    Ok(config::File::Fd(file.into()))
-}
-
 fn disk(spec: &DiskSpec) -> Result<Disk> {
-    let open = |path: &PathBuf, write: bool| {
-        let file = File::options().read(true).write(write).open(path);
-        let how = if write { " for reading and writing" } else { "" };
-        let file = file.with_context(|| format!("opening the disk {}{how}", path.display()))?;
-        Ok::<_, anyhow::Error>(config::File::Fd(file.into()))
-    };
     let below = |(path, format): &(PathBuf, DiskFormat)| {
         Ok::<_, anyhow::Error>(Backing {
-            file: open(path, false)?,
+            file: uploads::open("disk", path, false)?,
             format: *format,
         })
     };
     Ok(Disk {
         id: spec.id.clone(),
-        image: open(&spec.file, spec.mode == DiskMode::ReadWrite)?,
+        image: uploads::open("disk", &spec.file, spec.mode == DiskMode::ReadWrite)?,
         mode: spec.mode,
         format: spec.format,
         direct: spec.direct,
@@ -155,8 +158,14 @@ fn network(spec: &NetSpec) -> Network {
     }
 }
 
-/// A path as the manager needs it, whose own folder is another.
-fn absolute(path: &Path) -> Result<String> {
+/// A path as the manager needs it, whose own folder is another. On another machine nobody knows ours.
+fn absolute(path: &Path, here: bool) -> Result<String> {
+    if !here && !path.is_absolute() {
+        bail!(
+            "{} is a path of the guest manager's machine, and has to begin with '/'",
+            path.display()
+        );
+    }
     let path = std::path::absolute(path).with_context(|| format!("the path {}", path.display()))?;
     let text = path
         .to_str()
@@ -164,26 +173,27 @@ fn absolute(path: &Path) -> Result<String> {
     Ok(text.to_owned())
 }
 
-fn socket_device(spec: &VsockSpec) -> Result<Vsock> {
+fn socket_device(spec: &VsockSpec, here: bool) -> Result<Vsock> {
+    let socket = spec.socket.as_deref().map(|path| absolute(path, here)).transpose()?;
     Ok(Vsock {
         cid: spec.cid,
         listeners: Vec::new(),
-        socket_path: spec.socket.as_deref().map(absolute).transpose()?.unwrap_or_default(),
+        socket_path: socket.unwrap_or_default(),
     })
 }
 
-fn share(spec: &ShareSpec) -> Result<Share> {
+fn share(spec: &ShareSpec, here: bool) -> Result<Share> {
     Ok(Share {
         tag: spec.tag.clone(),
-        backend: Backend::Path(absolute(&spec.socket)?),
+        backend: Backend::Path(absolute(&spec.socket, here)?),
         queues: spec.queues,
     })
 }
 
-fn vhost_user(spec: &VhostUserSpec) -> Result<VhostUser> {
+fn vhost_user(spec: &VhostUserSpec, here: bool) -> Result<VhostUser> {
     Ok(VhostUser {
         device_type: spec.device_type,
-        backend: Backend::Path(absolute(&spec.socket)?),
+        backend: Backend::Path(absolute(&spec.socket, here)?),
         queues: spec.queues,
         queue_size: spec.queue_size,
     })

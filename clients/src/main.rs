@@ -1,12 +1,13 @@
 //! `guest`: the command line of Sepal, a client of the guest manager like any other.
 //!
 //! ```text
-//!   args      what can be said
-//!   manager   finds the guest manager, or starts one
-//!   calls     the protocol's calls, as Rust functions
-//!   launch, session, show, control, devices, vsock, agent   the commands
-//!   specs     what the options for devices mean
-//!   terminal, status, table          what the user sees
+//!   args                      what can be said
+//!   place, local, manager     finds the guest manager here or on another machine, or starts one; relay is the other machine's side
+//!   calls                     the protocol's calls, as Rust functions
+//!   launch, session, show, events, stats, registers, control, devices, vsock, agent, sharing, redeem      the commands
+//!   streams, uploads          what stands in for descriptors on connections that carry none
+//!   specs                     what the options for devices mean
+//!   terminal, status, table, users        what the user sees
 //! ```
 
 mod agent;
@@ -14,32 +15,40 @@ mod args;
 mod calls;
 mod control;
 mod devices;
+mod events;
 mod launch;
 mod local;
 mod manager;
 mod place;
+mod redeem;
+mod registers;
 mod relay;
 mod session;
+mod sharing;
 mod show;
 mod specs;
+mod stats;
 mod status;
+mod streams;
 mod table;
 mod terminal;
+mod uploads;
+mod users;
 mod vsock;
 
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, anyhow};
-use clap::{CommandFactory, Parser};
 use sepal_schema::transport::Reactor;
 
 use crate::{
     args::{Cli, Command},
+    control::Press,
     place::Place,
 };
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::read();
     let place = Place::new(cli.manager.clone(), cli.ssh.clone());
     let outcome = run(&cli, &place);
     terminal::restore();
@@ -70,14 +79,26 @@ fn run(cli: &Cli, place: &Place) -> Result<u8> {
         Command::Info(args) => reactor.run_until(show::info(&handle, place, args)),
         Command::Logs(args) => reactor.run_until(show::logs(&handle, place, args)),
         Command::Version(args) => reactor.run_until(show::version(&handle, place, args)),
+        Command::Events(args) => reactor.run_until(events::events(&handle, place, args)),
+        Command::Stats(args) => reactor.run_until(stats::stats(&handle, place, args)),
+        Command::Registers(args) => reactor.run_until(registers::registers(&handle, place, args)),
+        Command::Pause(args) => reactor.run_until(control::press(&handle, place, &args.name, Press::Pause)),
+        Command::Resume(args) => reactor.run_until(control::press(&handle, place, &args.name, Press::Resume)),
+        Command::Reset(args) => reactor.run_until(control::press(&handle, place, &args.name, Press::Reset)),
+        Command::Nmi(args) => reactor.run_until(control::press(&handle, place, &args.name, Press::Nmi)),
+        Command::Share(args) => reactor.run_until(sharing::share(&handle, place, args)),
+        Command::Shares(args) => reactor.run_until(sharing::shares(&handle, place, args)),
+        Command::Revoke(args) => reactor.run_until(sharing::revoke(&handle, place, args)),
+        Command::Redeem(args) => reactor.run_until(redeem::redeem(&handle, place, args)),
+        Command::Whoami(args) => reactor.run_until(sharing::whoami(&handle, place, args)),
         Command::Stop(args) => reactor.run_until(control::stop(&handle, place, args)),
         Command::Wait(args) => reactor.run_until(control::wait(&handle, place, args)),
-        Command::Remove { name } => reactor.run_until(control::remove(&handle, place, name)),
+        Command::Remove(args) => reactor.run_until(control::remove(&handle, place, &args.name)),
         Command::EndManager => reactor.run_until(control::end_manager(&handle, place)),
         Command::Relay(args) => return relay::relay(args),
         Command::Completions { shell } => {
             let mut script = Vec::new();
-            clap_complete::generate(*shell, &mut Cli::command(), "guest", &mut script);
+            clap_complete::generate(*shell, &mut Cli::documented(), "guest", &mut script);
             show::print(&script)?;
             return Ok(status::SUCCESS);
         }

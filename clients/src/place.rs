@@ -199,6 +199,11 @@ impl Place {
         self.address.as_ref()
     }
 
+    /// Whether the manager is on this machine.
+    pub(crate) fn is_here(&self) -> bool {
+        !matches!(self.address, Some(Address::Ssh(_)))
+    }
+
     /// Starts the program that leads to `remote`, and returns what it writes and reads.
     pub(crate) fn dial(&self, remote: &Remote, otherwise: Otherwise) -> Result<(ChildStdout, ChildStdin)> {
         let mut command = Command::new(&self.ssh);

@@ -5,7 +5,7 @@
 //!   standard output <--(thread)--  stream  <-- guest      end of file: the guest is gone
 //! ```
 //!
-//! The stream is a socket of the guest manager's, which never makes the guest wait: a terminal that stands still loses the oldest output. Two threads
+//! The stream is a socket of the guest manager's, or leads to one (`streams`), which never makes the guest wait: a terminal that stands still loses the oldest output. Two threads
 //! copy, because a terminal or a file cannot be waited for by an event loop in every case.
 
 use std::{
@@ -18,11 +18,11 @@ use anyhow::{Context, Result, bail};
 use capnp::capability::FromClientHook;
 use futures::{FutureExt, channel::oneshot, future, select};
 use sepal_schema::{
-    config::Handles,
     error::{Error, Kind},
-    guest_capnp::{guest, output, serial},
+    facet_capnp::facet,
+    guest_capnp::{console, guest, output, serial},
     info::{GuestInfo, GuestStatus},
-    report::Reason,
+    report::{Reason, StopReport},
     transport::Handle,
 };
 
@@ -31,28 +31,64 @@ use crate::{
     calls,
     manager::Manager,
     place::Place,
-    status,
+    status, streams,
     terminal::{self, Raw},
 };
 
 /// Bytes copied at a time.
 const CHUNK: usize = 16 * 1024;
 
-/// How the session came about, which decides what detaching means.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Mode {
-    /// The guest lives as long as the session.
-    Launched,
-    /// The guest lives on.
-    Attached,
+/// Whose session it is, which decides what detaching means, and who tells how it ended.
+pub(crate) enum Holder {
+    /// Who launched the guest: it lives as long as the session.
+    Launched(guest::Client),
+    /// Who holds the guest, which lives on.
+    Attached(guest::Client),
+    /// Who holds the port alone.
+    Port,
+}
+
+/// A port of a guest that a terminal is to be connected to.
+pub(crate) struct Port<'a> {
+    pub(crate) handle: &'a Handle,
+    pub(crate) manager: &'a Manager,
+    /// The guest's name.
+    pub(crate) name: &'a str,
+    pub(crate) port: serial::Client,
+    pub(crate) holder: Holder,
 }
 
 /// Connects the terminal to a guest that runs.
 pub(crate) async fn attach(handle: &Handle, place: &Place, args: &Attach) -> Result<u8> {
     let manager = Manager::running(handle, place)?;
     let guest = calls::lookup(&manager.client, &args.name).await?;
+    attach_to(handle, &manager, guest, &args.name).await
+}
+
+/// Connects the terminal to the serial port of this guest.
+pub(crate) async fn attach_to(handle: &Handle, manager: &Manager, guest: guest::Client, name: &str) -> Result<u8> {
     check_live(&calls::info(&calls::observer(&guest)).await?)?;
-    run(&manager, &guest, &args.name, Mode::Attached).await
+    let session = Port {
+        handle,
+        manager,
+        name,
+        port: calls::serial(&guest),
+        holder: Holder::Attached(guest),
+    };
+    let position = end_of(&session.port).await?;
+    session.converse(position).await
+}
+
+/// Connects the terminal to a guest that was just launched.
+pub(crate) async fn launched(handle: &Handle, manager: &Manager, guest: &guest::Client, name: &str) -> Result<u8> {
+    let session = Port {
+        handle,
+        manager,
+        name,
+        port: calls::serial(guest),
+        holder: Holder::Launched(guest.clone()),
+    };
+    session.converse(0).await
 }
 
 /// Connects the terminal to a port of the console of a guest that runs.
@@ -62,26 +98,29 @@ pub(crate) async fn console(handle: &Handle, place: &Place, args: &ConsoleAt) ->
     let guest = calls::lookup(&manager.client, name).await?;
     check_live(&calls::info(&calls::observer(&guest)).await?)?;
     let console = calls::console(&guest, *port).await?;
-    let sizes = console.clone();
-    let resized = handle.spawn_owned({
-        let changes = terminal::size_changes(handle)?;
-        async move {
-            // Whoever has no terminal has no size; a guest that cannot be told does without.
-            if let Some((columns, rows)) = terminal::size() {
-                let _ = calls::resize(&sizes, columns, rows).await;
-            }
-            while changes.next().await.is_ok() {
-                if let Some((columns, rows)) = terminal::size() {
-                    let _ = calls::resize(&sizes, columns, rows).await;
-                }
-            }
-        }
-    });
-    let end = console.clone().cast_to::<output::Client>().end_request().send().promise;
-    let position = end.await?.get()?.get_position();
-    let ended = converse(&manager, &guest, name, Mode::Attached, console.cast_to(), position).await;
-    drop(resized);
-    ended
+    let session = Port {
+        handle,
+        manager: &manager,
+        name,
+        port: console.clone().cast_to(),
+        holder: Holder::Attached(guest),
+    };
+    session.console(console).await
+}
+
+/// The position after what a port printed so far; the beginning where that cannot be told.
+async fn end_of(port: &serial::Client) -> Result<u64> {
+    let end = port.clone().cast_to::<output::Client>().end_request().send().promise;
+    let end = end.await?;
+    let end = end.get()?;
+    match end.has_error() {
+        false => Ok(end.get_position()),
+        // Who may only type sees nothing.
+        true => match Error::read(end.get_error()?)? {
+            error if error.kind == Kind::PermissionDenied => Ok(0),
+            error => Err(error.into()),
+        },
+    }
 }
 
 /// Whether there is something to connect to: a guest that has ended would give an empty session.
@@ -95,92 +134,107 @@ fn check_live(info: &GuestInfo) -> Result<(), Error> {
     }
 }
 
-/// Copies until the guest ends or the user detaches. Returns the exit status.
-pub(crate) async fn run(manager: &Manager, guest: &guest::Client, name: &str, mode: Mode) -> Result<u8> {
-    let observer = calls::observer(guest);
-    let position = match mode {
-        Mode::Launched => 0,
-        Mode::Attached => calls::output(&observer)
-            .end_request()
-            .send()
-            .promise
-            .await?
-            .get()?
-            .get_position(),
-    };
-    converse(manager, guest, name, mode, calls::serial(guest), position).await
-}
-
-/// Copies between the terminal and a port, from `position` of its output on.
-async fn converse(
-    manager: &Manager,
-    guest: &guest::Client,
-    name: &str,
-    mode: Mode,
-    port: serial::Client,
-    position: u64,
-) -> Result<u8> {
-    let observer = calls::observer(guest);
-    let stream = open(manager, &port, position).await?;
-    let raw = Raw::enter().context("making the terminal raw")?;
-    let terminal = raw.is_some();
-    if terminal {
-        let leaving = if mode == Mode::Launched {
-            "stops the guest"
-        } else {
-            "detaches"
-        };
-        eprint!("connected to {name}; Ctrl-] {leaving}\r\n");
-    }
-
-    let printed = copy_output(stream.try_clone()?)?;
-    let escape = copy_input(stream, terminal)?;
-    let ended = async {
-        // All output has been printed before the end is told; output that cannot be printed ends the session.
-        printed.await.unwrap_or(Ok(())).context("writing the guest's output")?;
-        calls::wait(&observer).await
-    }
-    .fuse();
-    let escaped = async {
-        // Input that ends is no wish to leave.
-        if escape.await.is_err() {
-            future::pending::<()>().await;
-        }
-    }
-    .fuse();
-    futures::pin_mut!(ended, escaped);
-    let report = select! {
-        report = ended => report,
-        () = escaped => {
-            drop(raw);
-            eprintln!();
-            if mode == Mode::Attached {
-                eprintln!("detached from {name}, which runs on");
-                return Ok(status::SUCCESS);
+impl Port<'_> {
+    /// Connects the terminal to a port of the console, which is told the terminal's size. Returns the exit status.
+    pub(crate) async fn console(self, console: console::Client) -> Result<u8> {
+        let changes = terminal::size_changes(self.handle)?;
+        let resized = self.handle.spawn_owned({
+            let console = console.clone();
+            async move {
+                // Whoever has no terminal has no size; a guest that cannot be told does without.
+                if let Some((columns, rows)) = terminal::size() {
+                    let _ = calls::resize(&console, columns, rows).await;
+                }
+                while changes.next().await.is_ok() {
+                    if let Some((columns, rows)) = terminal::size() {
+                        let _ = calls::resize(&console, columns, rows).await;
+                    }
+                }
             }
-            calls::kill(&calls::power(guest)).await
-        }
-        reason = manager.connection.ended().fuse() => {
-            bail!("the connection to the guest manager ended: {reason}")
-        }
-    };
-    let report = report?;
-    terminal::restore();
-    // Redirected, a guest that simply shut down is not worth a word; at a terminal, a session that is suddenly over is.
-    if terminal || report.reason != Reason::Shutdown {
-        eprintln!("{name}: {}", report.detail);
+        });
+        let position = end_of(&self.port).await?;
+        let ended = self.converse(position).await;
+        drop(resized);
+        ended
     }
-    Ok(status::of(&report))
-}
 
-async fn open(manager: &Manager, serial: &serial::Client, position: u64) -> Result<UnixStream> {
-    use serial::open_result::Which;
-    let mut request = serial.open_request();
-    request.get().set_position(position);
-    let response = request.send().promise.await?;
-    match response.get()?.which()? {
-        Which::Fd(fd) => Ok(UnixStream::from(manager.fds().take(fd?.get_number())?)),
-        Which::Error(error) => Err(Error::read(error?)?.into()),
+    /// Connects the terminal to the serial port, from its present end on. Returns the exit status.
+    pub(crate) async fn serial(self) -> Result<u8> {
+        let position = end_of(&self.port).await?;
+        self.converse(position).await
+    }
+
+    /// Copies between the terminal and the port, from `position` of its output on, until the guest ends or the user detaches. Returns the exit
+    /// status.
+    async fn converse(self, position: u64) -> Result<u8> {
+        let Self { name, holder, .. } = &self;
+        let stream = streams::port(self.handle, self.manager, &self.port, position).await?;
+        let raw = Raw::enter().context("making the terminal raw")?;
+        let terminal = raw.is_some();
+        if terminal {
+            let leaving = match holder {
+                Holder::Launched(_) => "stops the guest",
+                Holder::Attached(_) | Holder::Port => "detaches",
+            };
+            eprint!("connected to {name}; Ctrl-] {leaving}\r\n");
+        }
+
+        let printed = copy_output(stream.try_clone()?)?;
+        let escape = copy_input(stream, terminal)?;
+        let ended = async {
+            // All output has been printed before the end is told; output that cannot be printed ends the session.
+            printed.await.unwrap_or(Ok(())).context("writing the guest's output")?;
+            self.ended().await
+        }
+        .fuse();
+        let escaped = async {
+            // Input that ends is no wish to leave.
+            if escape.await.is_err() {
+                future::pending::<()>().await;
+            }
+        }
+        .fuse();
+        futures::pin_mut!(ended, escaped);
+        let report = select! {
+            report = ended => report,
+            () = escaped => {
+                drop(raw);
+                eprintln!();
+                match holder {
+                    Holder::Launched(guest) => calls::kill(&calls::power(guest)).await.map(Some),
+                    Holder::Attached(_) | Holder::Port => {
+                        eprintln!("detached from {name}, which runs on");
+                        return Ok(status::SUCCESS);
+                    }
+                }
+            }
+            reason = self.manager.connection.ended().fuse() => {
+                bail!("the connection to the guest manager ended: {reason}")
+            }
+        };
+        let report = report?;
+        terminal::restore();
+        let Some(report) = report else {
+            eprintln!("{name}: the guest has ended");
+            return Ok(status::SUCCESS);
+        };
+        // Redirected, a guest that simply shut down is not worth a word; at a terminal, a session that is suddenly over is.
+        if terminal || report.reason != Reason::Shutdown {
+            eprintln!("{name}: {}", report.detail);
+        }
+        Ok(status::of(&report))
+    }
+
+    /// Why there is no more output: the guest's end, which who holds the port alone is not told about.
+    async fn ended(&self) -> Result<Option<StopReport>> {
+        match &self.holder {
+            Holder::Launched(guest) | Holder::Attached(guest) => calls::wait(&calls::observer(guest)).await.map(Some),
+            Holder::Port => {
+                let port: facet::Client = self.port.clone().cast_to();
+                // A capability that was taken back says so.
+                calls::describe(&port).await.map(|_| None)
+            }
+        }
     }
 }
 

@@ -7,15 +7,16 @@ use std::{
 
 use anyhow::{Context, Result};
 use sepal_schema::{
-    error::kind_name,
+    error::{Outcome, kind_name},
+    guest_capnp::{observer, output},
     info::{GuestInfo, GuestStatus, LayerState, status_name},
-    report::{StopReport, reason_name},
+    report::{Rung, StopReport, reason_name, rung_name},
     transport::Handle,
 };
 use serde::Serialize;
 
 use crate::{
-    args::{List, Logs, Named, Version},
+    args::{Json, Logs, Named},
     calls,
     manager::Manager,
     place::Place,
@@ -60,6 +61,8 @@ pub(crate) struct Ending<'a> {
     error: Option<&'static str>,
     uptime_seconds: f64,
     time_unix_seconds: f64,
+    about: &'a str,
+    rung: &'static str,
 }
 
 impl<'a> From<&'a StopReport> for Ending<'a> {
@@ -70,6 +73,8 @@ impl<'a> From<&'a StopReport> for Ending<'a> {
             error: report.error.as_ref().map(|error| kind_name(error.kind)),
             uptime_seconds: seconds(report.uptime_ns),
             time_unix_seconds: seconds(report.time_ns),
+            about: &report.about,
+            rung: rung_name(report.rung),
         }
     }
 }
@@ -106,7 +111,7 @@ impl<'a> From<&'a GuestInfo> for Guest<'a> {
 }
 
 /// Lists all guests.
-pub(crate) async fn list(handle: &Handle, place: &Place, args: &List) -> Result<u8> {
+pub(crate) async fn list(handle: &Handle, place: &Place, args: &Json) -> Result<u8> {
     let manager = Manager::running(handle, place)?;
     let response = manager.client.list_request().send().promise.await?;
     let guests = response
@@ -148,8 +153,13 @@ pub(crate) async fn list(handle: &Handle, place: &Place, args: &List) -> Result<
 pub(crate) async fn info(handle: &Handle, place: &Place, args: &Named) -> Result<u8> {
     let manager = Manager::running(handle, place)?;
     let guest = calls::lookup(&manager.client, &args.name).await?;
-    let info = calls::info(&calls::observer(&guest)).await?;
-    if args.json {
+    info_of(&calls::observer(&guest), args.json).await
+}
+
+/// Shows what an observer sees.
+pub(crate) async fn info_of(observer: &observer::Client, json: bool) -> Result<u8> {
+    let info = calls::info(observer).await?;
+    if json {
         print_json(&Guest::from(&info))?;
         return Ok(status::SUCCESS);
     }
@@ -166,6 +176,9 @@ pub(crate) async fn info(handle: &Handle, place: &Place, args: &Named) -> Result
     }
     if let Some(stop) = &info.stop {
         facts.push(("ended", format!("{}: {}", reason_name(stop.reason), stop.detail)));
+        if stop.rung != Rung::None {
+            facts.push(("made to stop", rung_name(stop.rung).into()));
+        }
         facts.push(("had run", table::duration(stop.uptime_ns)));
     }
     if info.component_pid != 0 {
@@ -203,14 +216,18 @@ pub(crate) async fn info(handle: &Handle, place: &Place, args: &Named) -> Result
 pub(crate) async fn logs(handle: &Handle, place: &Place, args: &Logs) -> Result<u8> {
     let manager = Manager::running(handle, place)?;
     let guest = calls::lookup(&manager.client, &args.name).await?;
-    let output = calls::output(&calls::observer(&guest));
+    logs_of(&calls::output(&calls::observer(&guest)), args.follow).await
+}
+
+/// Prints what a port has printed.
+pub(crate) async fn logs_of(output: &output::Client, follow: bool) -> Result<u8> {
     let mut position = 0;
     loop {
         let mut request = output.read_request();
         request.get().set_position(position);
-        request.get().set_wait(args.follow);
+        request.get().set_wait(follow);
         let response = request.send().promise.await?;
-        let piece = response.get()?;
+        let piece = response.get()?.outcome()?;
         if piece.get_dropped() > 0 {
             eprintln!("[{} bytes are no longer kept]", piece.get_dropped());
         }
@@ -219,7 +236,7 @@ pub(crate) async fn logs(handle: &Handle, place: &Place, args: &Logs) -> Result<
             return Ok(status::SUCCESS);
         }
         position = piece.get_position() + bytes.len() as u64;
-        let over = piece.get_ended() || !args.follow;
+        let over = piece.get_ended() || !follow;
         if bytes.is_empty() && over {
             return Ok(status::SUCCESS);
         }
@@ -227,7 +244,7 @@ pub(crate) async fn logs(handle: &Handle, place: &Place, args: &Logs) -> Result<
 }
 
 /// Prints both versions.
-pub(crate) async fn version(handle: &Handle, place: &Place, args: &Version) -> Result<u8> {
+pub(crate) async fn version(handle: &Handle, place: &Place, args: &Json) -> Result<u8> {
     #[derive(Serialize)]
     #[serde(rename_all = "camelCase")]
     struct Versions {
@@ -300,6 +317,6 @@ fn layer_state(state: LayerState) -> &'static str {
     }
 }
 
-fn seconds(ns: u64) -> f64 {
+pub(crate) fn seconds(ns: u64) -> f64 {
     Duration::from_nanos(ns).as_secs_f64()
 }

@@ -2,29 +2,114 @@
 
 use std::time::Duration;
 
-/// Rows under headings, in columns as wide as their widest cell; the last column is not padded.
+/// The width that all text fits into.
+const COLUMNS: usize = 80;
+/// The narrowest that a column is made for the others' sake.
+const NARROWEST: usize = 12;
+/// Blanks between columns.
+const GAP: usize = 2;
+
+/// Rows under headings, in columns as wide as their widest cell; the last column is not padded. Where that is wider than 80 columns, the widest ones are
+/// made narrower, and what does not fit goes on in the next line.
 pub(crate) fn table<const N: usize>(headings: &[&str; N], rows: impl IntoIterator<Item = [String; N]>) -> String {
     let mut lines = vec![headings.map(String::from)];
     lines.extend(rows);
-    let widths: [usize; N] =
+    let mut widths: [usize; N] =
         std::array::from_fn(|column| lines.iter().map(|line| line[column].chars().count()).max().unwrap_or(0));
+    while widths.iter().sum::<usize>() + GAP * N.saturating_sub(1) > COLUMNS {
+        match widths.iter_mut().max() {
+            Some(widest) if *widest > NARROWEST => *widest -= 1,
+            _ => break,
+        }
+    }
     let mut text = String::new();
     for line in lines {
-        let mut row = String::new();
-        for (cell, width) in line.iter().zip(widths) {
-            row.push_str(&format!("{cell:width$}  "));
+        let cells: Vec<Vec<String>> = line.iter().zip(widths).map(|(cell, width)| wrap(cell, width)).collect();
+        let height = cells.iter().map(Vec::len).max().unwrap_or(0);
+        for i in 0..height {
+            let mut row = String::new();
+            for (cell, width) in cells.iter().zip(widths) {
+                let piece = cell.get(i).map_or("", String::as_str);
+                row.push_str(&format!("{piece:width$}{:GAP$}", ""));
+            }
+            text.push_str(row.trim_end());
+            text.push('\n');
         }
-        text.push_str(row.trim_end());
-        text.push('\n');
     }
     text
 }
 
-/// A fact a line, what it is about on the left.
+/// A fact a line, what it is about on the left; what does not fit goes on in the next line.
 pub(crate) fn facts(facts: &[(&str, String)]) -> String {
     let width = facts.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0);
-    let line = |(name, value): &(&str, String)| format!("{}\n", format!("{name:width$}  {value}").trim_end());
-    facts.iter().map(line).collect()
+    let mut text = String::new();
+    for (name, value) in facts {
+        let room = COLUMNS.saturating_sub(width + GAP).max(NARROWEST);
+        for (i, piece) in wrap(value, room).iter().enumerate() {
+            let name = if i == 0 { name } else { "" };
+            let line = format!("{name:width$}{:GAP$}{piece}", "");
+            text.push_str(line.trim_end());
+            text.push('\n');
+        }
+    }
+    text
+}
+
+/// A text in lines of at most `width` characters, broken at blanks where there are any. At least one line.
+fn wrap(text: &str, width: usize) -> Vec<String> {
+    let mut lines = Vec::new();
+    // Blanks at the beginning are meant.
+    let mut rest = text;
+    while rest.chars().count() > width {
+        let end = rest.char_indices().nth(width).map_or(rest.len(), |(at, _)| at);
+        let after = rest[end..].starts_with(' ');
+        let at = match rest[..end].trim_start().rfind(' ') {
+            _ if after => end,
+            Some(_) => rest[..end].rfind(' ').unwrap_or(end),
+            None => end,
+        };
+        lines.push(rest[..at].trim_end().to_owned());
+        rest = rest[at..].trim_start();
+    }
+    if !rest.is_empty() || lines.is_empty() {
+        lines.push(rest.to_owned());
+    }
+    lines
+}
+
+/// A line that fits; what does not is left out, and a sign says so.
+pub(crate) fn cut(line: &str) -> String {
+    match line.char_indices().nth(COLUMNS) {
+        None => line.to_owned(),
+        Some(_) => line.chars().take(COLUMNS - 1).chain(['…']).collect(),
+    }
+}
+
+/// A text, or what stands for none.
+pub(crate) fn or_dash(text: &str) -> String {
+    if text.is_empty() { "-".into() } else { text.into() }
+}
+
+/// Bytes as people say them.
+pub(crate) fn size(bytes: u64) -> String {
+    match bytes % (1 << 20) {
+        0 => format!("{} MiB", bytes >> 20),
+        _ => format!("{bytes} bytes"),
+    }
+}
+
+/// The time of day here, of a time in nanoseconds since 1970: "15:04:05.678".
+pub(crate) fn clock(ns: u64) -> String {
+    let seconds = libc::time_t::try_from(ns / 1_000_000_000).unwrap_or(libc::time_t::MAX);
+    // SAFETY: all fields of the structure may be zero.
+    let mut local: libc::tm = unsafe { std::mem::zeroed() };
+    // SAFETY: both are locals that live through the call. A time that it cannot convert leaves the structure as it was.
+    unsafe { libc::localtime_r(&raw const seconds, &raw mut local) };
+    let milliseconds = ns / 1_000_000 % 1000;
+    format!(
+        "{:02}:{:02}:{:02}.{milliseconds:03}",
+        local.tm_hour, local.tm_min, local.tm_sec
+    )
 }
 
 /// A duration as people say it: "3.2s", "4m 10s", "2h 5m", "3d 4h".
@@ -50,6 +135,29 @@ mod tests {
             [["a".into(), "1".into()], ["longer".into(), String::new()]],
         );
         assert_eq!(text, "NAME    X\na       1\nlonger\n");
+    }
+
+    #[test]
+    fn nothing_is_wider_than_a_terminal_and_nothing_is_lost() {
+        let long = "a sentence of several words ".repeat(6);
+        let word = "x".repeat(200);
+        let text = table(&["NAME", "DETAIL"], [[word.clone(), long.clone()]]);
+        let joined = facts(&[("detail", long.clone()), ("word", word.clone())]);
+        for text in [&text, &joined] {
+            assert!(text.lines().all(|line| line.chars().count() <= COLUMNS), "{text}");
+            assert_eq!(text.matches('x').count(), 200, "{text}");
+            assert_eq!(text.matches("sentence").count(), 6, "{text}");
+        }
+        assert_eq!(wrap("", 9), [""]);
+        assert_eq!(wrap("  two words", 6), ["  two", "words"]);
+        assert_eq!(cut(&word).chars().count(), COLUMNS);
+        assert_eq!(cut("short"), "short");
+    }
+
+    #[test]
+    fn sizes_are_readable() {
+        assert_eq!(size(3 << 20), "3 MiB");
+        assert_eq!(size(4096), "4096 bytes");
     }
 
     #[test]

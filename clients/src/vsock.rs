@@ -10,17 +10,13 @@ use std::{cell::RefCell, io, net::Shutdown, os::unix::net::UnixStream, rc::Rc, t
 use anyhow::{Context, Result, bail};
 use futures::{FutureExt, channel::oneshot, select};
 use sepal_schema::{
-    config::Handles,
-    error::{Error, Outcome},
+    error::Outcome,
     guest_capnp::guest,
     transport::{Handle, guard},
-    vsock_capnp::{
-        host_vsock_endpoint::{self, stream_result},
-        vsock_acceptor, vsock_connection,
-    },
+    vsock_capnp::{host_vsock_endpoint, vsock_acceptor, vsock_connection},
 };
 
-use crate::{args::VsockCommand, calls, manager::Manager, place::Place, status};
+use crate::{args::VsockCommand, calls, manager::Manager, place::Place, status, streams};
 
 /// `guest vsock`.
 pub(crate) async fn vsock(handle: &Handle, place: &Place, args: &VsockCommand) -> Result<u8> {
@@ -28,19 +24,45 @@ pub(crate) async fn vsock(handle: &Handle, place: &Place, args: &VsockCommand) -
     let manager = Manager::running(handle, place)?;
     let guest = calls::lookup(&manager.client, name).await?;
     let endpoint = endpoint(&guest).await?;
-    let stream = match args {
-        VsockCommand::Connect { .. } => connect(&manager, &endpoint, *port).await?,
+    match args {
+        VsockCommand::Connect { .. } => connect(handle, &manager, &endpoint, *port).await,
         VsockCommand::Listen { .. } => {
             let observer = calls::observer(&guest);
             let ended = calls::wait(&observer).fuse();
-            let accepted = accept(&manager, &endpoint, *port).fuse();
+            let accepted = accept(handle, &manager, &endpoint, *port).fuse();
             futures::pin_mut!(ended, accepted);
-            select! {
+            let stream = select! {
                 stream = accepted => stream?,
                 report = ended => bail!("guest \"{name}\" has ended: {}", report?.detail),
-            }
+            };
+            converse(&manager, stream).await
         }
-    };
+    }
+}
+
+/// Connects to a port of the guest, and copies until the guest has sent its last.
+pub(crate) async fn connect(
+    handle: &Handle,
+    manager: &Manager,
+    endpoint: &host_vsock_endpoint::Client,
+    port: u32,
+) -> Result<u8> {
+    let stream = streams::connect(handle, manager, endpoint, port).await?;
+    converse(manager, stream).await
+}
+
+/// Waits until the guest connects to a port of the host, and copies until it has sent its last.
+pub(crate) async fn listen(
+    handle: &Handle,
+    manager: &Manager,
+    endpoint: &host_vsock_endpoint::Client,
+    port: u32,
+) -> Result<u8> {
+    let stream = accept(handle, manager, endpoint, port).await?;
+    converse(manager, stream).await
+}
+
+async fn converse(manager: &Manager, stream: UnixStream) -> Result<u8> {
     let copied = copy(stream)?;
     select! {
         result = copied.fuse() => result.unwrap_or(Ok(())).context("writing what the guest sent")?,
@@ -54,22 +76,13 @@ async fn endpoint(guest: &guest::Client) -> Result<host_vsock_endpoint::Client> 
     Ok(response.get()?.outcome()?.get_endpoint()?)
 }
 
-fn stream(fds: &impl Handles, result: stream_result::Reader<'_>) -> Result<UnixStream> {
-    match result.which()? {
-        stream_result::Fd(fd) => Ok(UnixStream::from(fds.take(fd?.get_number())?)),
-        stream_result::Error(error) => Err(Error::read(error?)?.into()),
-    }
-}
-
-async fn connect(manager: &Manager, endpoint: &host_vsock_endpoint::Client, port: u32) -> Result<UnixStream> {
-    let mut request = endpoint.connect_request();
-    request.get().set_port(port);
-    let response = request.send().promise.await?;
-    stream(&manager.fds(), response.get()?)
-}
-
 /// Listens until the guest connects, once.
-async fn accept(manager: &Manager, endpoint: &host_vsock_endpoint::Client, port: u32) -> Result<UnixStream> {
+async fn accept(
+    handle: &Handle,
+    manager: &Manager,
+    endpoint: &host_vsock_endpoint::Client,
+    port: u32,
+) -> Result<UnixStream> {
     let (sender, asked) = oneshot::channel();
     let mut request = endpoint.listen_request();
     request.get().set_port(port);
@@ -81,8 +94,7 @@ async fn accept(manager: &Manager, endpoint: &host_vsock_endpoint::Client, port:
     eprintln!("listening on port {port}");
     let connection = asked.await.context("the guest manager listens no longer")?;
     drop(listener);
-    let response = connection.open_request().send().promise.await?;
-    stream(&manager.fds(), response.get()?)
+    streams::open(handle, manager, &connection).await
 }
 
 /// Takes the first connection; those after it are refused.

@@ -1,0 +1,336 @@
+//! `guest redeem`: what somebody has shared, used on a connection of one's own.
+//!
+//! ```text
+//!   token --(its kind, which it begins with)--> does the action fit? --no--> say which do; the token is as it was
+//!                                                    | yes
+//!                                                 redeem --> facet --> action
+//! ```
+
+use anyhow::Result;
+use capnp::capability::FromClientHook;
+use sepal_schema::{
+    error::{Error, Outcome},
+    facet::{FacetKind, kind_name, kind_of},
+    facet_capnp::facet,
+    guest_capnp::{guest, output, serial},
+    transport::Handle,
+};
+
+use crate::{
+    agent,
+    args::{Action, Redeem},
+    calls,
+    control::{self, Press},
+    devices, events,
+    manager::Manager,
+    place::Place,
+    registers,
+    session::{self, Holder, Port},
+    sharing::{bound_facts, description, facet_of, left, spaced},
+    show, stats, status, table, vsock,
+};
+
+/// What was redeemed.
+struct Redeemed<'a> {
+    handle: &'a Handle,
+    manager: &'a Manager,
+    facet: facet::Client,
+    kind: FacetKind,
+    /// The guest's name.
+    guest: String,
+}
+
+/// `guest redeem`.
+pub(crate) async fn redeem(handle: &Handle, place: &Place, args: &Redeem) -> Result<u8> {
+    // What is no token is for the manager to refuse.
+    let told = args.token.split('.').next().and_then(kind_of);
+    if let Some(kind) = told
+        && let Some(status) = refuse(kind, args.action.as_ref(), false)
+    {
+        return Ok(status);
+    }
+    let manager = Manager::running(handle, place)?;
+    let mut request = manager.client.redeem_request();
+    request.get().set_token(args.token.trim());
+    let response = request.send().promise.await?;
+    let redeemed = response.get()?.outcome()?;
+    let unknown = |_| Error::not_supported("kind", "the token is for something that this version does not know");
+    let redeemed = Redeemed {
+        handle,
+        manager: &manager,
+        facet: redeemed.get_facet()?,
+        kind: redeemed.get_kind().map_err(unknown)?,
+        guest: redeemed.get_guest()?.to_string()?,
+    };
+    match refuse(redeemed.kind, args.action.as_ref(), true) {
+        Some(status) => Ok(status),
+        None => redeemed.act(args.action.as_ref()).await,
+    }
+}
+
+/// The actions that fit a kind of facet, `describe` left out; the first without arguments is what is done where none is named.
+fn actions(kind: FacetKind) -> &'static [&'static str] {
+    match kind {
+        FacetKind::Guest => &[
+            "attach",
+            "read",
+            "info",
+            "events",
+            "stats",
+            "shutdown",
+            "stop",
+            "kill",
+            "pause",
+            "resume",
+            "reset",
+            "nmi",
+            "disks",
+            "resize",
+            "networks",
+            "link",
+            "connect",
+            "listen",
+            "exec",
+            "registers",
+        ],
+        FacetKind::Serial | FacetKind::Console => &["attach", "read"],
+        FacetKind::Power => &["shutdown", "stop", "kill", "pause", "resume", "reset", "nmi"],
+        FacetKind::BalloonController | FacetKind::MemController => &["size", "set"],
+        FacetKind::DiskController => &["disks", "resize"],
+        FacetKind::NetController => &["networks", "link"],
+        FacetKind::HostVsockEndpoint => &["connect", "listen"],
+        FacetKind::Agent => &["exec"],
+        FacetKind::Observer => &["info", "read", "events", "stats"],
+        FacetKind::Statistics => &["stats"],
+        FacetKind::Debug => &["registers"],
+    }
+}
+
+/// Whether there is something that a token of this kind is naturally for.
+fn is_plain(kind: FacetKind) -> bool {
+    matches!(
+        kind,
+        FacetKind::Serial | FacetKind::Console | FacetKind::Observer | FacetKind::Statistics
+    )
+}
+
+/// The name of an action on the command line.
+fn name_of(action: &Action) -> &'static str {
+    match action {
+        Action::Describe { .. } => "describe",
+        Action::Attach => "attach",
+        Action::Read { .. } => "read",
+        Action::Info { .. } => "info",
+        Action::Events(_) => "events",
+        Action::Stats { .. } => "stats",
+        Action::Shutdown => "shutdown",
+        Action::Stop(_) => "stop",
+        Action::Kill => "kill",
+        Action::Pause => "pause",
+        Action::Resume => "resume",
+        Action::Reset => "reset",
+        Action::Nmi => "nmi",
+        Action::Size { .. } => "size",
+        Action::Set { .. } => "set",
+        Action::Disks { .. } => "disks",
+        Action::Resize { .. } => "resize",
+        Action::Networks { .. } => "networks",
+        Action::Link { .. } => "link",
+        Action::Connect { .. } => "connect",
+        Action::Listen { .. } => "listen",
+        Action::Exec(_) => "exec",
+        Action::Registers(_) => "registers",
+    }
+}
+
+/// Why this cannot be done with a token of this kind, told; none if it can.
+fn refuse(kind: FacetKind, action: Option<&Action>, used: bool) -> Option<u8> {
+    let fits = match action {
+        None => is_plain(kind),
+        Some(Action::Describe { .. }) => true,
+        Some(action) => actions(kind).contains(&name_of(action)),
+    };
+    if fits {
+        return None;
+    }
+    let kind_name = kind_name(kind);
+    match action {
+        None => eprintln!("guest: a token for the {kind_name} of a guest: say what to do with it"),
+        Some(action) => eprintln!(
+            "guest: {} is nothing that a token for the {kind_name} of a guest is for",
+            name_of(action)
+        ),
+    }
+    let all: Vec<_> = actions(kind).iter().copied().chain(["describe"]).collect();
+    eprintln!("hint: guest redeem TOKEN {}", all.join("|"));
+    if !used {
+        eprintln!("hint: the token has not been used up; `guest redeem --help` says more");
+    }
+    Some(status::USAGE)
+}
+
+impl Redeemed<'_> {
+    /// The facet of this kind: what was redeemed, or a facet of the guest that was.
+    async fn of<C: FromClientHook>(&self, kind: FacetKind) -> Result<C> {
+        if self.kind == kind {
+            return Ok(self.facet.clone().cast_to());
+        }
+        let guest: guest::Client = self.facet.clone().cast_to();
+        Ok(facet_of(&guest, kind, 0).await?.cast_to())
+    }
+
+    async fn act(&self, action: Option<&Action>) -> Result<u8> {
+        match action {
+            None => match self.kind {
+                FacetKind::Observer => show::info_of(&self.facet.clone().cast_to(), false).await,
+                FacetKind::Statistics => stats::show(&self.facet.clone().cast_to(), false).await,
+                _ => self.attach().await,
+            },
+            Some(Action::Describe { json }) => self.describe(*json).await,
+            Some(Action::Attach) => self.attach().await,
+            Some(Action::Read { follow }) => show::logs_of(&self.output().await?, *follow).await,
+            Some(Action::Info { json }) => show::info_of(&self.of(FacetKind::Observer).await?, *json).await,
+            Some(Action::Events(options)) => {
+                events::of_guest(self.manager, &self.of(FacetKind::Observer).await?, options).await
+            }
+            Some(Action::Stats { json }) => self.stats(*json).await,
+            Some(Action::Shutdown) => self.press(Press::Shutdown).await,
+            Some(Action::Pause) => self.press(Press::Pause).await,
+            Some(Action::Resume) => self.press(Press::Resume).await,
+            Some(Action::Reset) => self.press(Press::Reset).await,
+            Some(Action::Nmi) => self.press(Press::Nmi).await,
+            Some(Action::Stop(options)) => {
+                let power = self.of(FacetKind::Power).await?;
+                control::stop_by(self.handle, &power, &self.guest, options).await
+            }
+            Some(Action::Kill) => control::kill(&self.of(FacetKind::Power).await?, &self.guest).await,
+            Some(Action::Size { json }) => match self.kind {
+                FacetKind::MemController => devices::show_memory(&self.facet.clone().cast_to(), *json).await,
+                _ => devices::show_balloon(&self.facet.clone().cast_to(), *json).await,
+            },
+            Some(Action::Set { size }) => match self.kind {
+                FacetKind::MemController => devices::set_memory(&self.facet.clone().cast_to(), *size).await,
+                _ => devices::set_balloon(&self.facet.clone().cast_to(), *size).await,
+            },
+            Some(Action::Disks { json }) => {
+                done(devices::list_disks(&self.of(FacetKind::DiskController).await?, *json).await)
+            }
+            Some(Action::Resize { disk, size }) => {
+                done(devices::resize(&self.of(FacetKind::DiskController).await?, disk, *size).await)
+            }
+            Some(Action::Networks { json }) => {
+                done(devices::list_networks(&self.of(FacetKind::NetController).await?, *json).await)
+            }
+            Some(Action::Link { network, state }) => {
+                done(devices::set_link(&self.of(FacetKind::NetController).await?, network, *state).await)
+            }
+            Some(Action::Connect { port }) => {
+                let endpoint = self.of(FacetKind::HostVsockEndpoint).await?;
+                vsock::connect(self.handle, self.manager, &endpoint, *port).await
+            }
+            Some(Action::Listen { port }) => {
+                let endpoint = self.of(FacetKind::HostVsockEndpoint).await?;
+                vsock::listen(self.handle, self.manager, &endpoint, *port).await
+            }
+            Some(Action::Exec(options)) => {
+                agent::run(self.handle, self.manager, &self.of(FacetKind::Agent).await?, options).await
+            }
+            Some(Action::Registers(options)) => registers::show(&self.of(FacetKind::Debug).await?, options).await,
+        }
+    }
+
+    async fn press(&self, what: Press) -> Result<u8> {
+        control::press_on(&self.of(FacetKind::Power).await?, what).await
+    }
+
+    async fn attach(&self) -> Result<u8> {
+        if self.kind == FacetKind::Guest {
+            return session::attach_to(self.handle, self.manager, self.facet.clone().cast_to(), &self.guest).await;
+        }
+        let port: serial::Client = self.facet.clone().cast_to();
+        let session = Port {
+            handle: self.handle,
+            manager: self.manager,
+            name: &self.guest,
+            port: port.clone(),
+            holder: Holder::Port,
+        };
+        match self.kind {
+            FacetKind::Console => session.console(port.cast_to()).await,
+            _ => session.serial().await,
+        }
+    }
+
+    /// What the port has printed that this is, or the serial port of the guest.
+    async fn output(&self) -> Result<output::Client> {
+        match self.kind {
+            FacetKind::Serial | FacetKind::Console => Ok(self.facet.clone().cast_to()),
+            _ => Ok(calls::output(&self.of(FacetKind::Observer).await?)),
+        }
+    }
+
+    async fn stats(&self, json: bool) -> Result<u8> {
+        match self.kind {
+            FacetKind::Observer => stats::show_seen(&self.facet.clone().cast_to(), json).await,
+            _ => stats::show(&self.of(FacetKind::Statistics).await?, json).await,
+        }
+    }
+
+    async fn describe(&self, json: bool) -> Result<u8> {
+        let found = calls::describe(&self.facet).await?;
+        if json {
+            show::print_json(&description(&found))?;
+            return Ok(status::SUCCESS);
+        }
+        let mut facts = vec![
+            ("facet", kind_name(found.kind).to_owned()),
+            ("guest", found.guest.clone()),
+            ("permits", spaced(found.rights)),
+            ("expires in", found.expires_in.map_or("- (with the guest)".into(), left)),
+        ];
+        facts.extend(bound_facts(&found.bounds));
+        facts.push(("actions", actions(found.kind).join(", ")));
+        show::print(table::facts(&facts).as_bytes())?;
+        Ok(status::SUCCESS)
+    }
+}
+
+fn done(outcome: Result<()>) -> Result<u8> {
+    outcome.map(|()| status::SUCCESS)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Subcommand;
+    use sepal_schema::facet::KINDS;
+
+    use super::*;
+
+    #[test]
+    fn every_action_is_for_something_and_there_is() {
+        let command = Action::augment_subcommands(clap::Command::new("redeem"));
+        let known: Vec<_> = command.get_subcommands().map(clap::Command::get_name).collect();
+        for kind in KINDS {
+            for action in actions(kind) {
+                assert!(known.contains(action), "{action}");
+            }
+        }
+        for action in known {
+            let fits = KINDS.into_iter().any(|kind| actions(kind).contains(&action));
+            assert!(fits || action == "describe", "{action}");
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let json = false;
+        assert_eq!(refuse(FacetKind::Console, None, false), None);
+        assert_eq!(refuse(FacetKind::Power, None, false), Some(status::USAGE));
+        assert_eq!(refuse(FacetKind::Power, Some(&Action::Pause), false), None);
+        assert_eq!(refuse(FacetKind::Power, Some(&Action::Describe { json }), false), None);
+        assert_eq!(
+            refuse(FacetKind::Statistics, Some(&Action::Pause), true),
+            Some(status::USAGE)
+        );
+    }
+}
