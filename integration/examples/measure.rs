@@ -2,39 +2,55 @@
 //!
 //! ```text
 //! cargo build --release --workspace --bins
-//! cargo run --release -p sepal-integration --example measure -- [ROUNDS]
+//! cargo run --release -p sepal-integration --example measure -- [ROUNDS [DEVICE...]]
 //! ```
 //!
 //! - start: from sending `launch` until the guest's first byte has come back to the client, the embedded guest, 128 MiB, one vCPU;
-//! - memory: the component's PSS without the guest's own memory, while the guest waits at its prompt.
+//! - memory: the component's PSS without the guest's own memory, while the guest waits at its prompt, and where the most of it is;
+//! - threads of the component.
+//!
+//! The devices are disk, net, console, rng, balloon, vsock, or `all` of them. The guest has no drivers for them: what is measured is what having them
+//! costs.
 
 use std::{
+    collections::BTreeMap,
     env,
     error::Error,
-    fs,
+    fs::{self, File},
+    os::unix::net::UnixStream,
     time::{Duration, Instant},
 };
 
-use sepal_integration::{Boot, Guest, Manager};
+use sepal_integration::{Boot, Guest, Manager, disk};
+use sepal_schema::config::device::{Balloon, Console, DiskFormat, DiskMode, Link, Network, Rng, Vsock};
 
 const PATIENCE: Duration = Duration::from_secs(60);
+const DEVICES: [&str; 6] = ["disk", "net", "console", "rng", "balloon", "vsock"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     let rounds = env::args().nth(1).map_or(Ok(50), |text| text.parse::<usize>())?;
+    let mut devices: Vec<String> = env::args().skip(2).collect();
+    if devices.iter().any(|device| device == "all") {
+        devices = DEVICES.map(String::from).into();
+    }
     let mut starts = Vec::with_capacity(rounds);
-    let mut memory = None;
+    let mut cost = None;
     let mut manager = Manager::start()?;
     for round in 0..=rounds {
+        let mut peers = Vec::new();
+        let boot = devices
+            .iter()
+            .try_fold(Boot::new(), |boot, name| with(boot, name, &mut peers))?;
         let sent = Instant::now();
-        let mut guest = manager.launch(Boot::new().memory_mib(128).cmdline("quiet"))?;
+        let mut guest = manager.launch(boot.memory_mib(128).cmdline("quiet"))?;
         guest.wait_for("S", PATIENCE)?;
         // The first round warms the page cache up.
         if round > 0 {
             starts.push(sent.elapsed());
         }
         guest.wait_for("sepal> ", PATIENCE)?;
-        if memory.is_none() {
-            memory = Some(overhead(&mut guest)?);
+        if cost.is_none() {
+            cost = Some((overhead(&mut guest)?, threads(&mut guest)?));
         }
         manager = guest.finish()?;
     }
@@ -51,17 +67,56 @@ fn main() -> Result<(), Box<dyn Error>> {
         at(50),
         at(90)
     );
-    if let Some((pss, rss)) = memory {
-        println!("component at idle, without guest memory: PSS {pss} KiB, RSS {rss} KiB");
+    if let Some((memory, threads)) = cost {
+        println!(
+            "component at idle, without guest memory: PSS {} KiB, RSS {} KiB",
+            memory.pss, memory.rss
+        );
+        let mut parts: Vec<_> = memory.parts.into_iter().filter(|(_, kib)| *kib > 0).collect();
+        parts.sort_by_key(|(_, kib)| std::cmp::Reverse(*kib));
+        for (name, kib) in parts.into_iter().take(8) {
+            println!("{kib:6} KiB {name}");
+        }
+        println!("{} threads: {}", threads.len(), threads.join(" "));
     }
     Ok(())
 }
 
-/// PSS and RSS of the component in KiB, without the mapping of the guest's memory.
-fn overhead(guest: &mut Guest) -> Result<(u64, u64), Box<dyn Error>> {
+/// The guest with a device more. What is at the other end of it goes to `peers`, which keep it open.
+fn with(boot: Boot, name: &str, peers: &mut Vec<UnixStream>) -> Result<Boot, Box<dyn Error>> {
+    Ok(match name {
+        "disk" => {
+            let image = tempfile::NamedTempFile::new()?;
+            File::set_len(image.as_file(), 64 << 20)?;
+            boot.disk(disk(image.path(), DiskMode::ReadWrite, DiskFormat::Raw)?)
+        }
+        "net" => {
+            let (ours, theirs) = UnixStream::pair()?;
+            peers.push(ours);
+            boot.network(Network::new(Link::Socket(theirs.into())))
+        }
+        "console" => boot.configure(|config| config.console = Some(Console::default())),
+        "rng" => boot.configure(|config| config.rng = Some(Rng::default())),
+        "balloon" => boot.configure(|config| config.balloon = Some(Balloon::default())),
+        "vsock" => boot.configure(|config| config.vsock = Some(Vsock::default())),
+        other => return Err(format!("{other}: not one of {}", DEVICES.join(", ")).into()),
+    })
+}
+
+/// What the component has in memory, in KiB, without the mapping of the guest's memory.
+#[derive(Default)]
+struct Memory {
+    pss: u64,
+    rss: u64,
+    /// PSS by mapping.
+    parts: BTreeMap<String, u64>,
+}
+
+fn overhead(guest: &mut Guest) -> Result<Memory, Box<dyn Error>> {
     let pid = guest.info()?.component_pid;
     let smaps = fs::read_to_string(format!("/proc/{pid}/smaps"))?;
-    let (mut pss, mut rss, mut counted) = (0, 0, true);
+    let mut memory = Memory::default();
+    let (mut mapping, mut counted) = (String::new(), true);
     for line in smaps.lines() {
         let mut words = line.split_whitespace();
         let Some(first) = words.next() else { continue };
@@ -73,11 +128,29 @@ fn overhead(guest: &mut Guest) -> Result<(u64, u64), Box<dyn Error>> {
                 .unwrap_or(0)
         };
         match first {
-            "Pss:" if counted => pss += kib(),
-            "Rss:" if counted => rss += kib(),
-            first if first.contains('-') && !first.ends_with(':') => counted = !line.contains("memfd:"),
+            "Pss:" if counted => {
+                memory.pss += kib();
+                *memory.parts.entry(mapping.clone()).or_default() += kib();
+            }
+            "Rss:" if counted => memory.rss += kib(),
+            first if first.contains('-') && !first.ends_with(':') => {
+                counted = !line.contains("memfd:");
+                // Address, access, offset, device, inode, and the name, if it has one.
+                let name = line.split_whitespace().nth(5).unwrap_or("anonymous");
+                mapping = format!("{} {name}", words.next().unwrap_or_default());
+            }
             _ => {}
         }
     }
-    Ok((pss, rss))
+    Ok(memory)
+}
+
+fn threads(guest: &mut Guest) -> Result<Vec<String>, Box<dyn Error>> {
+    let pid = guest.info()?.component_pid;
+    let mut names = Vec::new();
+    for task in fs::read_dir(format!("/proc/{pid}/task"))? {
+        names.push(fs::read_to_string(task?.path().join("comm"))?.trim().to_owned());
+    }
+    names.sort();
+    Ok(names)
 }
