@@ -20,7 +20,7 @@ interface Agent extends (Facet) {
   # wrong (NO_STORAGE, PERMISSION_DENIED, NOT_FOUND).
 
   getFile @2 (path :Text, sink :ByteStream) -> SizeResult;
-  # Reads a file of the guest into `sink`, ends that, and returns how many bytes it had.
+  # Reads a file of the guest into `sink`, ends that, and returns how many bytes it had and its mode.
 
   exec @3 (command :Command, stdout :ByteStream, stderr :ByteStream) -> ExecResult;
   # Runs a program in the guest. Each of `stdout` and `stderr` is ended when the program has closed it; null: its bytes are dropped. With a
@@ -60,6 +60,8 @@ interface Agent extends (Facet) {
       size @0 :UInt64;
       error @1 :Error;
     }
+    mode @2 :UInt32;
+    # Its permission bits, as the guest says.
   }
 
   struct ExecResult {

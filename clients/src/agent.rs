@@ -2,14 +2,18 @@
 
 use std::{
     cell::RefCell,
-    fs::File,
+    ffi::OsString,
+    fs::{self, File, OpenOptions, Permissions},
     io::{self, Read, Write},
+    os::unix::fs::{OpenOptionsExt, PermissionsExt},
+    path::{Path, PathBuf},
     rc::Rc,
     thread,
 };
 
 use anyhow::{Context, Result, bail};
 use futures::{FutureExt, StreamExt, channel::mpsc, select};
+use rustix::fs::Mode;
 use sepal_schema::{
     agent_capnp::{agent, process},
     bytes_capnp::byte_stream,
@@ -19,7 +23,7 @@ use sepal_schema::{
 };
 
 use crate::{
-    args::{Exec, ExecOptions},
+    args::Exec,
     calls,
     manager::Manager,
     place::Place,
@@ -75,14 +79,10 @@ async fn end(to: &byte_stream::Client) -> Result<()> {
 pub(crate) async fn exec(handle: &Handle, place: &Place, args: &Exec) -> Result<u8> {
     let manager = Manager::running(handle, place)?;
     let guest = calls::lookup(&manager.client, &args.name).await?;
-    run(handle, &manager, &agent(&guest).await?, &args.options).await
-}
-
-/// Runs a program by this agent.
-pub(crate) async fn run(handle: &Handle, manager: &Manager, agent: &agent::Client, args: &ExecOptions) -> Result<u8> {
-    let process = start(agent, args).await?;
-    // Before there are other threads: one that does not block the signal would take it, and forget it.
+    let agent = agent(&guest).await?;
+    // Before the size is looked at, and before there are other threads: one that does not block the signal would take it, and forget it.
     let changes = args.tty.then(|| terminal::size_changes(handle)).transpose()?;
+    let process = start(&agent, args).await?;
     let raw = match args.tty {
         true => Raw::enter().context("making the terminal raw")?,
         false => None,
@@ -112,7 +112,7 @@ pub(crate) async fn run(handle: &Handle, manager: &Manager, agent: &agent::Clien
     status
 }
 
-async fn start(agent: &agent::Client, args: &ExecOptions) -> Result<process::Client> {
+async fn start(agent: &agent::Client, args: &Exec) -> Result<process::Client> {
     let mut request = agent.exec_request();
     let mut command = request.get().init_command();
     command.set_arguments(&args.command[..])?;
@@ -208,7 +208,6 @@ fn in_guest(text: &str) -> Option<(&str, &str)> {
 }
 
 async fn put(agent: &agent::Client, from: &str, to: &str) -> Result<()> {
-    use std::os::unix::fs::PermissionsExt;
     let mut file = File::open(from).with_context(|| format!("opening {from}"))?;
     let found = file.metadata().with_context(|| format!("looking at {from}"))?;
     if found.is_dir() {
@@ -231,17 +230,96 @@ async fn put(agent: &agent::Client, from: &str, to: &str) -> Result<()> {
 }
 
 async fn get(agent: &agent::Client, from: &str, to: &str) -> Result<()> {
-    let file = File::create(to).with_context(|| format!("creating {to}"))?;
+    let target = Target::new(Path::new(to)).with_context(|| format!("creating {to}"))?;
     let mut request = agent.get_file_request();
     request.get().set_path(from);
+    let file = target.file.try_clone().with_context(|| format!("creating {to}"))?;
     request.get().set_sink(Writer::new_client(file));
     let response = request.send().promise.await?;
-    match response.get()?.which()? {
-        agent::size_result::Size(_) => Ok(()),
-        agent::size_result::Error(error) => {
-            // What is there is not the file.
-            let _ = std::fs::remove_file(to);
-            Err(Error::read(error?)?.into())
+    let answer = response.get()?;
+    match answer.which()? {
+        agent::size_result::Size(_) => target
+            .finish(answer.get_mode())
+            .with_context(|| format!("writing {to}")),
+        agent::size_result::Error(error) => Err(Error::read(error?)?.into()),
+    }
+}
+
+/// A file that is to be written, and is there whole or as it was before: what is written goes into a file beside it that takes its place. What is there
+/// and no regular file, like a pipe, is written itself.
+struct Target {
+    file: File,
+    part: Option<Part>,
+}
+
+struct Part {
+    path: PathBuf,
+    target: PathBuf,
+    /// Those of the file that is replaced.
+    permissions: Option<Permissions>,
+}
+
+impl Target {
+    fn new(path: &Path) -> io::Result<Self> {
+        let found = match fs::metadata(path) {
+            Ok(found) => Some(found),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => return Err(error),
+        };
+        if found.as_ref().is_some_and(|found| !found.is_file()) {
+            return Ok(Self {
+                file: OpenOptions::new().write(true).open(path)?,
+                part: None,
+            });
+        }
+        // Links are followed: the file that they lead to is replaced.
+        let target = match &found {
+            Some(_) => fs::canonicalize(path)?,
+            None => path.to_owned(),
+        };
+        let Some(name) = target.file_name() else {
+            return Err(io::ErrorKind::IsADirectory.into());
+        };
+        let mut part = OsString::from(".");
+        part.push(name);
+        part.push(format!(".{}.part", std::process::id()));
+        let part = target.with_file_name(part);
+        Ok(Self {
+            file: OpenOptions::new()
+                .write(true)
+                .create_new(true)
+                .mode(0o600)
+                .open(&part)?,
+            part: Some(Part {
+                path: part,
+                target,
+                permissions: found.map(|found| found.permissions()),
+            }),
+        })
+    }
+
+    /// Gives the file its name, and its mode if it is new: `mode` without what the umask forbids, and without what makes a program run as its
+    /// owner, which no guest gives to a file of the host.
+    fn finish(mut self, mode: u32) -> io::Result<()> {
+        let Some(part) = &self.part else { return Ok(()) };
+        let permissions = part.permissions.clone().unwrap_or_else(|| {
+            // There is no way to look at it without setting it; nobody else makes files meanwhile.
+            let mask = rustix::process::umask(Mode::empty());
+            rustix::process::umask(mask);
+            Permissions::from_mode(mode & 0o777 & !mask.bits())
+        });
+        self.file.set_permissions(permissions)?;
+        fs::rename(&part.path, &part.target)?;
+        self.part = None;
+        Ok(())
+    }
+}
+
+impl Drop for Target {
+    fn drop(&mut self) {
+        if let Some(part) = &self.part {
+            // There is nothing to do if it cannot be removed.
+            let _ = fs::remove_file(&part.path);
         }
     }
 }
@@ -249,6 +327,39 @@ async fn get(agent: &agent::Client, from: &str, to: &str) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn names(folder: &Path) -> Vec<OsString> {
+        let entries = fs::read_dir(folder).unwrap();
+        entries.map(|entry| entry.unwrap().file_name()).collect()
+    }
+
+    fn write(target: &Path, content: &[u8], mode: u32) {
+        let mut target = Target::new(target).unwrap();
+        target.file.write_all(content).unwrap();
+        target.finish(mode).unwrap();
+    }
+
+    #[test]
+    fn a_file_appears_whole_or_stays_as_it_was() {
+        let folder = tempfile::tempdir().unwrap();
+        let (file, link) = (folder.path().join("file"), folder.path().join("link"));
+        write(&file, b"first", 0o4700);
+        assert_eq!(fs::metadata(&file).unwrap().permissions().mode() & 0o7777, 0o700);
+
+        std::os::unix::fs::symlink(&file, &link).unwrap();
+        write(&link, b"second", 0o755);
+        assert_eq!(fs::read(&file).unwrap(), b"second");
+        assert_eq!(fs::metadata(&file).unwrap().permissions().mode() & 0o7777, 0o700);
+        assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
+
+        let mut given_up = Target::new(&file).unwrap();
+        given_up.file.write_all(b"third").unwrap();
+        drop(given_up);
+        assert_eq!(fs::read(&file).unwrap(), b"second");
+        assert_eq!(names(folder.path()).len(), 2, "{:?}", names(folder.path()));
+        let refused = Target::new(folder.path()).map(|_| ()).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::IsADirectory);
+    }
 
     #[test]
     fn guests_are_told_from_paths() {

@@ -87,6 +87,8 @@ enum Outcome {
 #[derive(Debug, Default)]
 struct Progress {
     started: bool,
+    /// Permission bits of the file that is read.
+    mode: u32,
     outcome: Option<Result<Outcome, Error>>,
 }
 
@@ -221,9 +223,11 @@ impl Operation {
                         return Ok(Outcome::Version(cut(&software, MAX_SENTENCE)));
                     }
                     Event::Hello(_) | Event::Room => {}
-                    Event::Started | Event::File { .. } => {
-                        self.progress.change(|progress| progress.started = true);
-                    }
+                    Event::Started => self.progress.change(|progress| progress.started = true),
+                    Event::File { mode, .. } => self.progress.change(|progress| {
+                        progress.started = true;
+                        progress.mode = mode;
+                    }),
                     Event::Data(bytes) | Event::Output(bytes) => pass(stdout, &bytes).await?,
                     Event::Errors(bytes) => pass(stderr, &bytes).await?,
                     Event::Finished { size } => return Ok(Outcome::Done(size)),
@@ -365,10 +369,14 @@ impl agent::Server for AgentServer {
         let get = async {
             let operation = Operation::begin(&self.0, wish, Some(PATIENCE)).await?;
             operation.drive(Some(sink), None).await;
-            operation.outcome().await
+            let mode = operation.progress.look(|progress| progress.mode);
+            Ok::<_, Error>((operation.outcome().await?, mode))
         };
         match self.0.perform(GET_FILE, detail, get).await {
-            Ok(Outcome::Done(size)) => results.get().set_size(size),
+            Ok((Outcome::Done(size), mode)) => {
+                results.get().set_size(size);
+                results.get().set_mode(mode);
+            }
             Ok(_) => client_error(&ClientError::Turn("another end")).write(results.get().init_error()),
             Err(error) => error.write(results.get().init_error()),
         }
