@@ -82,6 +82,20 @@ impl Pty {
         self.keyboard.write_all(text.as_bytes()).unwrap();
     }
 
+    /// Gives the terminal another size, which the program is told by a signal.
+    ///
+    /// # Panics
+    /// If the terminal is gone.
+    pub fn resize(&self, columns: u16, rows: u16) {
+        let size = Winsize {
+            ws_row: rows,
+            ws_col: columns,
+            ws_xpixel: 0,
+            ws_ypixel: 0,
+        };
+        tcsetwinsize(&self.keyboard, size).unwrap();
+    }
+
     /// Waits until the terminal shows `text`, after what earlier waits have found; returns everything from there to its end.
     ///
     /// # Panics
