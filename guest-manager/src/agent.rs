@@ -57,6 +57,7 @@ impl vsock_acceptor::Server for Ready {
     async fn accept(self: Rc<Self>, params: vsock_acceptor::AcceptParams, _: vsock_acceptor::AcceptResults) -> Reply {
         let connection = params.get()?.get_connection()?;
         let guest = self.0.clone();
+        let generation = guest.generation();
         let handle = guest.manager.handle.clone();
         let opened = vsock::open(&guest, &connection).await;
         let Ok(Ok(socket)) = opened.map(|socket| handle.register(socket)) else {
@@ -69,7 +70,9 @@ impl vsock_acceptor::Server for Ready {
             // Its greeting says nothing that is needed here; the connection ends when the agent does.
             let mut buffer = [0; 4096];
             while let Ok(1..) = receive(&socket, &mut buffer).await {}
-            guest.set_agent_ready(false);
+            if guest.generation() == generation {
+                guest.set_agent_ready(false);
+            }
         });
         Ok(())
     }
@@ -133,7 +136,8 @@ async fn connect(guest: &Guest, patience: Option<Duration>) -> Result<UnixStream
         None => Ok(there.await),
     };
     match waited {
-        Ok(Either::Left(_)) => vsock::connect(guest, &remote, AGENT_PORT).await,
+        // The guest may have begun again meanwhile.
+        Ok(Either::Left(_)) => vsock::connect(guest, &vsock::remote(guest).await?, AGENT_PORT).await,
         Ok(Either::Right(_)) => Err(guest
             .check_live()
             .err()
@@ -146,6 +150,31 @@ async fn connect(guest: &Guest, patience: Option<Duration>) -> Result<UnixStream
             Err(Error::new(Kind::TimedOut, message).about("agent"))
         }
     }
+}
+
+/// Has the agent turn the guest off, for who may have it shut down.
+///
+/// # Errors
+/// No agent answers, or it cannot run the program.
+pub(crate) async fn power_off(holder: &Holder) -> Result<(), Error> {
+    let command = Command {
+        arguments: vec![b"poweroff".to_vec()],
+        ..Command::default()
+    };
+    let operation = Operation::begin(holder, Wish::Exec(command), Some(PATIENCE)).await?;
+    // Input that never ends would not matter to it, but is nobody's to give.
+    operation.client.change(Client::end_input);
+    operation.drive(None, None).await;
+    match operation.outcome().await? {
+        Outcome::Exited(0) => Ok(()),
+        Outcome::Exited(status) => Err(failed(&format!("poweroff exited with status {status}"))),
+        Outcome::Killed(signal) => Err(failed(&format!("poweroff was killed by signal {signal}"))),
+        Outcome::Version(_) | Outcome::Done(_) => Err(client_error(&ClientError::Turn("another end"))),
+    }
+}
+
+fn failed(what: &str) -> Error {
+    Error::new(Kind::InternalError, format!("in the guest: {what}")).about("agent")
 }
 
 impl Operation {

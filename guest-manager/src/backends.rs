@@ -23,11 +23,16 @@ const WAITS: (Duration, Duration) = (Duration::from_millis(20), Duration::from_s
 /// The paths of the devices' back ends, by the device's name.
 pub(crate) type Paths = Rc<HashMap<String, String>>;
 
-/// Connects to the back ends that `config` names by path.
+/// Connects to the back ends that `config` names by path, and waits for those that are not there for as long as `patience` says.
 ///
 /// # Errors
 /// `PERMISSION_DENIED` for a client that may not name paths, `FAILED_SERVICE_CONNECT`, both with the field's name.
-pub(crate) async fn connect(handle: &Handle, config: &mut GuestConfig, may_name_paths: bool) -> Result<Paths, Error> {
+pub(crate) async fn connect(
+    handle: &Handle,
+    config: &mut GuestConfig,
+    may_name_paths: bool,
+    patience: Duration,
+) -> Result<Paths, Error> {
     let shares = config.shares.iter_mut().enumerate();
     let shares = shares.map(|(i, share)| (format!("share{i}"), format!("shares[{i}].backend"), &mut share.backend));
     let others = config.vhost_user.iter_mut().enumerate();
@@ -45,7 +50,12 @@ pub(crate) async fn connect(handle: &Handle, config: &mut GuestConfig, may_name_
             Backend::Path(path) if !may_name_paths => return Err(no_paths(&field, path)),
             Backend::Path(path) => path.clone(),
         };
-        let socket = attempt(handle, path.clone()).await.map_err(|error| {
+        let mut attempted = attempt(handle, path.clone()).await;
+        if attempted.is_err() && !patience.is_zero() {
+            let again = persist(handle, &path);
+            attempted = handle.timeout(patience, again).await.map_or(attempted, Ok);
+        }
+        let socket = attempted.map_err(|error| {
             let message = format!("{field}: nobody serves at {path}: {error}");
             Error::new(Kind::FailedServiceConnect, message).about(field)
         })?;
@@ -60,6 +70,19 @@ async fn attempt(handle: &Handle, path: String) -> io::Result<OwnedFd> {
     Ok(connected.map_err(io::Error::other)??.into())
 }
 
+/// Tries until somebody serves. That a listener has come back is nothing that the system would tell: the socket's file may be there long before,
+/// or all along.
+async fn persist(handle: &Handle, path: &str) -> OwnedFd {
+    let (mut wait, longest) = WAITS;
+    loop {
+        handle.sleep(wait).await;
+        if let Ok(socket) = attempt(handle, path.to_owned()).await {
+            return socket;
+        }
+        wait = (wait * 2).min(longest);
+    }
+}
+
 /// Connects a component's devices again.
 pub(crate) struct Reconnector {
     pub(crate) handle: Handle,
@@ -69,21 +92,12 @@ pub(crate) struct Reconnector {
 }
 
 impl Reconnector {
-    /// Tries until somebody serves. That a listener has come back is nothing that the system would tell: the socket's file may be there
-    /// long before, or all along.
     async fn connect(&self, device: &str) -> Result<OwnedFd, Error> {
         let Some(path) = self.paths.get(device) else {
             let message = format!("{device}: its process was given as a socket, and cannot be connected to again");
             return Err(Error::not_supported("device", message));
         };
-        let (mut wait, longest) = WAITS;
-        loop {
-            self.handle.sleep(wait).await;
-            if let Ok(socket) = attempt(&self.handle, path.clone()).await {
-                return Ok(socket);
-            }
-            wait = (wait * 2).min(longest);
-        }
+        Ok(persist(&self.handle, path).await)
     }
 }
 

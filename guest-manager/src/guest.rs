@@ -1,20 +1,26 @@
 //! One guest, from its creation to its end: what its capabilities lead to. What drives it is in `life`.
 //!
 //! ```text
-//!   creating --> created --> started --> ended          each waited for by any number of clients
-//!       \            \__________________/  ^
-//!        \_________________________________|
-//!   run wanted, stop wanted: asked for by clients, at any time, heard by `life`
+//!       .----------------------- begin again ----------------.   (the next generation: same name, ports, capabilities)
+//!       v                                                    |
+//!   creating --> created --> started -----------------> (run over) --> ended     each waited for by any number of clients
+//!       |            |  '--> held: paused before its first   ^
+//!       |            |       instruction, then started       |
+//!       '------------'---------------------------------------'
+//!   run wanted, again wanted, stop wanted: asked for by clients, at any time, heard by `life`; a stop wins
 //! ```
+
+mod cause;
+mod state;
 
 use std::{
     cell::{Cell, RefCell},
     future::Future,
     rc::Rc,
-    time::Duration,
 };
 
 use sepal_schema::{
+    config::OnPanic,
     error::{Error, Kind},
     guest_capnp::{guest as component_guest, power},
     info::{GuestDescriptor, GuestInfo, GuestStatus},
@@ -22,6 +28,8 @@ use sepal_schema::{
     transport::FdTable,
 };
 
+pub use self::cause::{Again, StopCause};
+use self::state::{Ended, Run, State};
 use crate::{
     access::Access,
     changed::Changed,
@@ -29,49 +37,8 @@ use crate::{
     manager::Manager,
     model::{self, Ending, EventKind, GuestId},
     serial::Port,
+    vsock::listeners::Listeners,
 };
-
-/// Why a guest is stopped by force.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum StopCause {
-    /// Somebody wanted it at once; the sentence says who or what.
-    Killed(String),
-    /// It was asked to shut down, and did not within this time.
-    Hangup(Duration),
-}
-
-impl StopCause {
-    /// How a guest that is stopped for this ends.
-    pub fn ending(&self) -> Ending {
-        let (reason, detail) = match self {
-            Self::Killed(why) => (Reason::Killed, why.clone()),
-            Self::Hangup(after) => {
-                let after = after.as_millis();
-                (
-                    Reason::Hangup,
-                    format!("it did not shut down within {after} ms, and was stopped by force"),
-                )
-            }
-        };
-        Ending::failed(reason, Error::new(Kind::ControllerForcedHalt, detail))
-    }
-}
-
-/// What became of a guest.
-#[derive(Debug, Clone)]
-struct Ended {
-    report: StopReport,
-    info: Option<GuestInfo>,
-}
-
-#[derive(Debug, Default)]
-struct State {
-    created: Option<Result<(), Error>>,
-    run_wanted: bool,
-    started: bool,
-    stop_wanted: Option<StopCause>,
-    ended: Option<Ended>,
-}
 
 /// The component's side of a guest.
 #[derive(Clone)]
@@ -81,7 +48,7 @@ struct Remote {
 }
 
 /// What a guest is created with.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy)]
 pub struct Creation {
     /// Which creation under its name.
     pub generation: u64,
@@ -91,6 +58,8 @@ pub struct Creation {
     pub consoles: u16,
     /// Whether the agent in it is talked to.
     pub agent: bool,
+    /// What happens when its kernel has panicked.
+    pub on_panic: OnPanic,
 }
 
 /// A guest.
@@ -99,8 +68,6 @@ pub struct Guest {
     pub manager: Rc<Manager>,
     /// Who holds its name.
     pub id: GuestId,
-    /// Which creation under this name.
-    pub generation: u64,
     /// Its name.
     pub name: Rc<str>,
     /// Its serial port.
@@ -111,6 +78,11 @@ pub struct Guest {
     pub has_agent: bool,
     /// What was given out of it, and to whom it is open.
     pub access: Access,
+    /// What happens when its kernel has panicked.
+    pub on_panic: OnPanic,
+    /// Who listens for it on ports of the host.
+    pub(crate) listeners: Listeners,
+    only_once: RefCell<Option<Error>>,
     cid: Cell<u32>,
     notes: RefCell<Vec<String>>,
     agent_ready: Changed<bool>,
@@ -123,25 +95,37 @@ impl Guest {
     pub fn new(manager: Rc<Manager>, id: GuestId, name: Rc<str>, creation: Creation) -> Rc<Self> {
         let port = || Port::new(manager.settings.history);
         let (serial, consoles) = (port(), (0..creation.consoles).map(|_| port()).collect());
+        let run = Run {
+            generation: creation.generation,
+            wanted: creation.run_wanted,
+            ..Run::default()
+        };
         let state = State {
-            run_wanted: creation.run_wanted,
+            run,
             ..State::default()
         };
         Rc::new(Self {
             manager,
             id,
-            generation: creation.generation,
             name,
             port: serial,
             consoles,
             has_agent: creation.agent,
             access: Access::default(),
+            on_panic: creation.on_panic,
+            listeners: Listeners::default(),
+            only_once: RefCell::default(),
             cid: Cell::new(0),
             notes: RefCell::default(),
             agent_ready: Changed::default(),
             remote: RefCell::default(),
             state: Changed::new(state),
         })
+    }
+
+    /// Which creation under its name. Moves on when the guest begins again.
+    pub fn generation(&self) -> u64 {
+        self.state.look(|state| state.run.generation)
     }
 
     /// Whether it has not ended.
@@ -157,14 +141,29 @@ impl Guest {
         self.state.until(|state| state.created.clone()).await
     }
 
-    /// Whether its vCPUs ever ran.
+    /// Whether its vCPUs run, or ran in this generation.
     pub fn has_started(&self) -> bool {
-        self.state.look(|state| state.started)
+        self.state.look(|state| state.run.started)
     }
 
-    /// Whether it was created.
+    /// Whether this generation was created.
     pub fn is_created(&self) -> bool {
-        self.state.look(|state| matches!(state.created, Some(Ok(()))))
+        self.state.look(|state| state.run.created)
+    }
+
+    /// Whether it waits, or will, paused before its first instruction.
+    pub fn is_held(&self) -> bool {
+        self.state.look(|state| state.run.held)
+    }
+
+    /// Whether it was asked to shut down in this generation.
+    pub fn was_asked(&self) -> bool {
+        self.state.look(|state| state.run.asked)
+    }
+
+    /// Whether the generation has ended, and another is to follow.
+    pub fn is_restarting(&self) -> bool {
+        self.state.look(|state| state.run.over && state.ended.is_none())
     }
 
     /// Waits until its vCPUs run.
@@ -172,8 +171,16 @@ impl Guest {
     /// # Errors
     /// What kept them from running.
     pub async fn started(&self) -> Result<(), Error> {
+        self.started_since(0).await
+    }
+
+    /// Waits until the vCPUs of this generation, or a later one, run.
+    ///
+    /// # Errors
+    /// As [`Guest::started`].
+    pub async fn started_since(&self, generation: u64) -> Result<(), Error> {
         let started = |state: &mut State| {
-            if state.started {
+            if state.run.started && state.run.generation >= generation {
                 return Some(Ok(()));
             }
             let report = &state.ended.as_ref()?.report;
@@ -193,19 +200,64 @@ impl Guest {
         self.state.until(report).await
     }
 
-    /// Asks for its vCPUs to be started as soon as it is created.
+    /// Waits until the generation is over: none if another is to follow, or how the guest ended.
+    pub async fn over(&self, generation: u64) -> Option<StopReport> {
+        let over = |state: &mut State| match &state.ended {
+            Some(ended) => Some(Some(ended.report.clone())),
+            None => (state.run.generation > generation || state.run.over).then_some(None),
+        };
+        self.state.until(over).await
+    }
+
+    /// Asks for its vCPUs to be started as soon as it is created, also where it was to be held.
     pub fn want_run(&self) {
-        self.state.change(|state| state.run_wanted = true);
+        self.state.change(|state| {
+            state.run.wanted = true;
+            state.run.held = false;
+        });
     }
 
     /// Whether its vCPUs are to be started.
     pub fn run_is_wanted(&self) -> bool {
-        self.state.look(|state| state.run_wanted)
+        self.state.look(|state| state.run.wanted)
     }
 
     /// Waits until its vCPUs are to be started.
     pub async fn run_wanted(&self) {
-        self.state.until(|state| state.run_wanted.then_some(())).await;
+        self.state.until(|state| state.run.wanted.then_some(())).await;
+    }
+
+    /// Has the generation end, and the next one begin. The first cause counts. Nothing comes of it before the vCPUs run.
+    pub fn want_again(&self, again: Again) {
+        self.state.change(|state| {
+            if state.run.started {
+                state.run.again_wanted.get_or_insert(again);
+            }
+        });
+    }
+
+    /// Why the generation is to give way to the next one, if it is.
+    pub fn again_cause(&self) -> Option<Again> {
+        self.state.look(|state| state.run.again_wanted)
+    }
+
+    /// Waits until the generation is to end: for good, or for the next one.
+    pub async fn end_wanted(&self) {
+        let wanted = |state: &mut State| {
+            let wanted = state.stop_wanted.is_some() || state.run.again_wanted.is_some();
+            wanted.then_some(())
+        };
+        self.state.until(wanted).await;
+    }
+
+    /// Why it cannot begin again, if it cannot: something that it was given serves one run only.
+    pub fn only_once(&self) -> Option<Error> {
+        self.only_once.borrow().clone()
+    }
+
+    /// Whether it can begin again.
+    pub(crate) fn set_only_once(&self, why: Option<Error>) {
+        self.only_once.replace(why);
     }
 
     /// Stops it by force. The first cause counts. [`Guest::ended`] tells when it is done.
@@ -213,8 +265,9 @@ impl Guest {
         if !self.live() {
             return;
         }
+        let generation = self.generation();
         self.manager
-            .registry(|registry, now| registry.stopping(self.id, self.generation, now));
+            .registry(|registry, now| registry.stopping(self.id, generation, now));
         self.state
             .change(|state| state.stop_wanted.get_or_insert(cause).clone());
     }
@@ -267,6 +320,11 @@ impl Guest {
         self.agent_ready.until(|ready| ready.then_some(())).await;
     }
 
+    /// Whether the agent in it has said that it is there.
+    pub fn agent_is_ready(&self) -> bool {
+        self.agent_ready.look(|ready| *ready)
+    }
+
     /// The agent in it is there, or is no more; whether that is news.
     pub(crate) fn set_agent_ready(&self, ready: bool) -> bool {
         self.agent_ready
@@ -310,8 +368,9 @@ impl Guest {
     /// The answer of its component to `call`; when there is none, because the guest ended meanwhile, how it ended.
     ///
     /// # Errors
-    /// `VMM_TERMINATED`, `NOT_RUNNING`, or what else kept the component from answering.
+    /// `VMM_TERMINATED`, `NOT_RUNNING` (also of a guest that has begun again meanwhile), or what else kept the component from answering.
     pub async fn answer<T>(&self, call: impl Future<Output = Result<T, capnp::Error>>) -> Result<T, Error> {
+        let generation = self.generation();
         let broken = match call.await {
             Ok(answer) => return Ok(answer),
             Err(error) => error,
@@ -320,8 +379,11 @@ impl Guest {
             self.check_live()?;
             return Err(broken.into());
         }
-        // The connection has ended, and with it the guest, as soon as that is noticed.
-        let report = self.ended().await;
+        // The connection has ended, and with it the run, as soon as that is noticed.
+        let Some(report) = self.over(generation).await else {
+            let message = format!("guest \"{}\" began again before it could answer", self.name);
+            return Err(Error::new(Kind::NotRunning, message));
+        };
         Err(match report.reason {
             Reason::VmmTerminated => Error::new(Kind::VmmTerminated, report.detail),
             _ => self.not_running(&report),
@@ -335,8 +397,9 @@ impl Guest {
 
     /// All that is known about it. When its name has gone on to another, what was known at its end.
     pub fn info(&self) -> GuestInfo {
+        let generation = self.generation();
         let current = self.manager.info(self.id, host::available_mib());
-        let current = current.filter(|info| info.generation == self.generation);
+        let current = current.filter(|info| info.generation == generation);
         let last = || {
             self.state
                 .look(|state| state.ended.as_ref().and_then(|ended| ended.info.clone()))
@@ -345,7 +408,7 @@ impl Guest {
             // Let go of, and not quite gone yet.
             name: self.name.to_string(),
             status: GuestStatus::Stopping,
-            generation: self.generation,
+            generation,
             uptime_ns: 0,
             descriptor: None,
             stop: None,
@@ -370,27 +433,75 @@ impl Guest {
 
     /// The machine is there.
     pub(crate) fn set_created(&self) {
-        self.manager.registry(|registry, _| {
-            if registry.created(self.id, self.generation) && self.run_is_wanted() {
+        let generation = self.generation();
+        let (wanted, held) = (self.run_is_wanted(), self.is_held());
+        self.manager.registry(|registry, now| {
+            if !registry.created(self.id, generation) {
+                return;
+            }
+            if wanted {
                 // Asked for together with create; nothing but a stop can have come in between, which wins.
-                let _ = registry.run(self.id, self.generation);
+                let _ = registry.run(self.id, generation);
+            } else if held {
+                registry.hold(self.id, generation, now);
             }
         });
-        self.state.change(|state| state.created.get_or_insert(Ok(())).is_ok());
+        self.state.change(|state| {
+            state.run.created = true;
+            state.created.get_or_insert(Ok(())).is_ok()
+        });
+    }
+
+    /// The run is over, and another is to follow; its report, or none if nothing is to follow after all.
+    pub(crate) fn set_restarting(&self, ending: Ending, uptime_ns: u64) -> Option<StopReport> {
+        let generation = self.generation();
+        let report = self
+            .manager
+            .registry(|registry, now| registry.restarting(self.id, generation, ending, uptime_ns, now))?;
+        *self.remote.borrow_mut() = None;
+        self.set_agent_ready(false);
+        self.state.change(|state| {
+            state.run = Run {
+                generation,
+                over: true,
+                ..Run::default()
+            };
+        });
+        Some(report)
+    }
+
+    /// The next generation begins, to be run as soon as it is created, or held unless somebody wanted it to run meanwhile. False if nothing is to
+    /// follow after all.
+    pub(crate) fn begin_again(&self, hold: bool) -> bool {
+        let before = self.generation();
+        let again = self
+            .manager
+            .registry(|registry, now| registry.again(self.id, before, now));
+        let Some(generation) = again else { return false };
+        self.state.change(|state| {
+            let hold = hold && !state.run.wanted;
+            state.run = Run {
+                generation,
+                wanted: !hold,
+                held: hold,
+                ..Run::default()
+            };
+        });
+        true
     }
 
     /// All is over, and nothing is left of it.
     pub(crate) fn set_ended(&self, ending: Ending, uptime_ns: u64) -> StopReport {
-        let fallback = ending.clone();
+        let (fallback, generation) = (ending.clone(), self.generation());
         let report = self.manager.registry(|registry, now| {
-            let report = registry.ended(self.id, self.generation, ending, uptime_ns, now);
+            let report = registry.ended(self.id, generation, ending, uptime_ns, now);
             // Its name was let go of while it was being stopped, and told about then.
             report.unwrap_or_else(|| fallback.report(uptime_ns, now))
         });
         let info = self
             .manager
             .info(self.id, None)
-            .filter(|info| info.generation == self.generation);
+            .filter(|info| info.generation == generation);
         *self.remote.borrow_mut() = None;
         self.state.change(|state| {
             let error = report.error.clone();
@@ -406,7 +517,7 @@ impl Guest {
 
     /// Its component says that something happened.
     pub(crate) fn happened(&self, kind: EventKind) {
-        let (id, generation) = (self.id, self.generation);
+        let (id, generation) = (self.id, self.generation());
         match kind {
             EventKind::Started => {
                 if !self.run_is_wanted() {
@@ -414,7 +525,7 @@ impl Guest {
                 }
                 self.manager
                     .registry(|registry, now| registry.started(id, generation, now));
-                self.state.change(|state| state.started = true);
+                self.state.change(|state| state.run.started = true);
             }
             EventKind::Paused => self.set_paused(true),
             EventKind::Resumed => self.set_paused(false),
@@ -425,20 +536,34 @@ impl Guest {
                     .registry(|registry, now| registry.device_news(id, generation, news, now));
             }
             // What the manager knows better itself.
-            EventKind::Defined | EventKind::Starting | EventKind::Stopped(_) | EventKind::Removed => {}
+            EventKind::Defined
+            | EventKind::Starting
+            | EventKind::Stopped(_)
+            | EventKind::Restarting(_)
+            | EventKind::Crashed(_)
+            | EventKind::Removed => {}
         }
     }
 
     /// Its vCPUs are held, or go on.
     pub fn set_paused(&self, paused: bool) {
+        let generation = self.generation();
         self.manager
-            .registry(|registry, now| registry.paused(self.id, self.generation, paused, now));
+            .registry(|registry, now| registry.paused(self.id, generation, paused, now));
     }
 
     /// It was asked to shut down.
     pub fn set_shutting_down(&self) {
+        let generation = self.generation();
+        self.state.change(|state| state.run.asked = true);
         self.manager
-            .registry(|registry, now| registry.shutting_down(self.id, self.generation, now));
+            .registry(|registry, now| registry.shutting_down(self.id, generation, now));
+    }
+
+    /// Whether its vCPUs are held, as far as is known here.
+    pub fn is_paused(&self) -> bool {
+        let info = self.manager.registry(|registry, now| registry.info(self.id, now));
+        info.is_some_and(|info| info.paused && info.generation == self.generation())
     }
 
     /// Another creation under its name has taken its place before it ran.
@@ -450,8 +575,9 @@ impl Guest {
 
     /// Its component knows better what it is made of.
     pub(crate) fn describe(&self, from: &GuestDescriptor) {
+        let generation = self.generation();
         self.manager.registry(|registry, _| {
-            registry.describe(self.id, self.generation, |descriptor| {
+            registry.describe(self.id, generation, |descriptor| {
                 if !from.cmdline.is_empty() {
                     descriptor.cmdline = model::cut(&from.cmdline, sepal_schema::config::MAX_CMDLINE);
                 }

@@ -1,21 +1,25 @@
-//! What drives a guest from its creation to its end: one task for each creation, the only one that talks to its component about its life.
+//! What drives a guest from its creation to its end: one task, the only one that talks to its components about its life.
 //!
 //! ```text
-//!   files -> component -> create -----> wait for run ----> run --+--> outcome --> ending --> all gone --> ended
-//!     |          |          |  (run asked for at once is         |
-//!     |          |          |   sent together with create)       |
-//!     '----------'----------'------------------------------------'  heard all the time:
-//!         a stop by force: asks the component, and kills it when it does not answer
-//!         the component's death
+//!   files --> furnish -> component -> create -----> wait for run ----> run --+--> outcome --> all gone --> ended
+//!          ^     |          |          |  (run asked for at once is          |       |
+//!          |     |          |          |   sent together with create)        |       |
+//!          |     '----------'----------'-------------------------------------'       |
+//!          |        heard all the time: a stop or a reset by force: asks the         |
+//!          |        component, and kills it when it does not answer; its death       |
+//!          '------------ wait, if it restarts too often <--- component gone <--------'  begins again
 //! ```
 //!
-//! The conversation has effects; what its outcome means ([`Outcome::ending`]) is decided without any.
+//! The conversation has effects; what its outcome means and what follows it (`outcome`) is decided without any. Each run has a component of its
+//! own: whatever the guest made of the one before is gone with it.
 
 use std::{
+    cell::Cell,
     future::Future,
     os::unix::net::UnixStream,
     pin::pin,
     rc::{Rc, Weak},
+    time::Duration,
 };
 
 use futures::{
@@ -28,7 +32,8 @@ use sepal_schema::{
     guest_capnp::{event_sink, guest as component_guest},
     info::GuestInfo,
     lifecycle_capnp::guest_lifecycle::{self, run_result},
-    report::{Reason, StopReport},
+    news::{DeviceNews, Panic},
+    report::{Rung, StopReport, reason_name},
     transport::guard,
 };
 
@@ -37,151 +42,156 @@ use crate::{
     changed::Changed,
     client::Client,
     component::{Component, Exit, StartRequest},
-    guest::{Guest, StopCause},
-    model::{Ending, EventKind, bounded_error, bounded_report, read_event},
+    guest::{Again, Guest, StopCause},
+    model::{Ending, EventKind, read_event},
+    outcome::{Next, Outcome, Run},
+    pace::Pace,
+    power,
     resources::{self, Listening, Resources},
     serial::{Port, Wire},
     slot::Slot,
+    vsock,
 };
 
-/// What came of the conversation with the component.
-#[derive(Debug, Clone, PartialEq, Eq)]
-enum Outcome {
-    /// It never came to a component, or the component could not make the machine.
-    NotCreated(Error),
-    /// It was stopped before it ran.
-    NotRun,
-    /// `run` returned.
-    Ran(Result<StopReport, Error>),
-    /// The component's process ended.
-    Exited {
-        exit: Exit,
-        last_line: Option<String>,
-        /// Why we had killed it without anybody asking, if we had.
-        broken: Option<String>,
-    },
-}
-
-impl Outcome {
-    /// How the guest ended: its reason, and its uptime as far as the component told.
-    fn ending(self, cause: Option<&StopCause>, started: bool) -> (Ending, u64) {
-        let halted = |error: &Error| matches!(error.kind, Kind::ControllerForcedHalt | Kind::Cancelled);
-        let ending = match (self, cause) {
-            (Self::Ran(Ok(report)), _) => {
-                let StopReport {
-                    reason,
-                    detail,
-                    error,
-                    uptime_ns,
-                    ..
-                } = bounded_report(report);
-                return (Ending { reason, detail, error }, uptime_ns);
-            }
-            (Self::NotCreated(error) | Self::Ran(Err(error)), Some(cause)) if halted(&error) => cause.ending(),
-            (Self::NotRun | Self::Exited { broken: None, .. }, Some(cause)) => cause.ending(),
-            (Self::NotRun, None) => Ending::new(Reason::Killed, "it was stopped before it ran"),
-            (Self::NotCreated(error), _) => Ending::failed(Reason::StartFailed, bounded_error(error)),
-            (Self::Ran(Err(error)), _) => {
-                let error = bounded_error(error);
-                let reason = match error.kind {
-                    Kind::VcpuRuntimeFailure => Reason::Crash,
-                    Kind::ControllerForcedHalt => Reason::Killed,
-                    _ if started => Reason::Crash,
-                    _ => Reason::StartFailed,
-                };
-                Ending::failed(reason, error)
-            }
-            (
-                Self::Exited {
-                    exit,
-                    last_line,
-                    broken,
-                },
-                _,
-            ) => {
-                let mut words = match broken {
-                    Some(broken) => format!("the component broke off its connection ({broken}) and was killed"),
-                    None => format!("the component's process ended: {exit}"),
-                };
-                if let Some(line) = last_line {
-                    words = format!("{words}; its last words: {line}");
-                }
-                Ending::failed(
-                    Reason::VmmTerminated,
-                    bounded_error(Error::new(Kind::VmmTerminated, words)),
-                )
-            }
-        };
-        (ending, 0)
-    }
-}
-
-/// What is held for a guest until it has ended and its component has let go of it.
-#[derive(Default)]
-struct Held {
+/// What is held for a run until its component has let go of it.
+struct Held<'a> {
     /// Of the serial port, then those of the console's ports.
     wires: Vec<Wire>,
-    resources: Resources,
+    resources: &'a mut Resources,
+    /// What was done to make it end.
+    made: Rung,
 }
 
 /// Drives `guest` until it has ended and nothing is left of it.
 pub(crate) async fn live(guest: Rc<Guest>, slot: Rc<Slot>, config: GuestConfig, client: Client) {
-    let mut held = Held::default();
-    let outcome = conversation(&guest, &slot, config, &client, &mut held).await;
-    let Some(outcome) = outcome else {
-        // Another creation has its component now.
-        guest.close_ports();
-        return;
-    };
-    let (ending, uptime_ns) = outcome.ending(guest.stop_cause().as_ref(), guest.has_started());
-    if !slot.keeps_component() {
-        slot.end_component().await;
-    }
-    // After the end of whoever writes to it.
-    held.wires.iter().for_each(Wire::finish);
-    guest.close_ports();
-    std::mem::take(&mut held.resources.networks).end().await;
-    drop(held);
-    let report = guest.set_ended(ending, uptime_ns);
-    let (reason, detail) = (sepal_schema::report::reason_name(report.reason), &report.detail);
-    tracing::info!(
-        guest = &*guest.name,
-        generation = guest.generation,
-        reason,
-        "ended: {detail}"
-    );
-}
-
-/// From the configuration to the outcome; none if another creation took the guest's place before it ran.
-async fn conversation(
-    guest: &Rc<Guest>,
-    slot: &Rc<Slot>,
-    config: GuestConfig,
-    client: &Client,
-    held: &mut Held,
-) -> Option<Outcome> {
     let request = StartRequest {
         name: guest.name.clone(),
         limits: config.limits,
         waived_layers: config.waived_layers.clone(),
     };
-    let prepared = resources::prepare(guest, config, client);
-    let config = match select(pin!(prepared), pin!(guest.stop_wanted())).await {
-        Either::Left((Ok((config, resources)), _)) => {
-            held.resources = resources;
-            let told = Rc::downgrade(guest);
-            held.resources.networks.watch(move |news| {
-                if let Some(guest) = told.upgrade() {
-                    guest.happened(EventKind::Device(news));
-                }
-            });
-            config
+    let on_reset = config.on_reset;
+    let prepared = resources::prepare(&guest, config, &client);
+    let prepared = match select(pin!(prepared), pin!(guest.stop_wanted())).await {
+        Either::Left((Ok(resources), _)) => Ok(resources),
+        Either::Left((Err(error), _)) => Err(Outcome::NotCreated(error)),
+        Either::Right(_) => Err(Outcome::NotRun),
+    };
+    let mut resources = match prepared {
+        Ok(resources) => resources,
+        Err(outcome) => {
+            let stop = guest.stop_cause();
+            return end(&guest, outcome.ending(run_of(&guest, stop.as_ref(), None, Rung::None)));
         }
+    };
+    let mut pace = Pace::default();
+    let ending = loop {
+        let mut held = Held {
+            wires: Vec::new(),
+            resources: &mut resources,
+            made: Rung::None,
+        };
+        let outcome = conversation(&guest, &slot, &request, &mut held).await;
+        let Some(outcome) = outcome else {
+            // Another creation has its component now.
+            guest.close_ports();
+            return;
+        };
+        let (stop, again) = (guest.stop_cause(), guest.again_cause());
+        let run = run_of(&guest, stop.as_ref(), again.as_ref(), held.made);
+        let next = outcome.next(run, on_reset);
+        let (ending, uptime_ns) = outcome.ending(run);
+        let follows = match next {
+            Next::End => None,
+            Next::Again { hold, paced } => {
+                let report = guest.set_restarting(ending.clone(), uptime_ns);
+                report.map(|report| (report, hold, paced))
+            }
+        };
+        if follows.is_some() || !slot.keeps_component() {
+            slot.end_component().await;
+        }
+        // After the end of whoever writes to it.
+        held.wires.iter().for_each(Wire::end_run);
+        drop(held);
+        resources.end_run().await;
+        let Some((report, hold, paced)) = follows else {
+            break (ending, uptime_ns);
+        };
+        let (reason, detail) = (reason_name(report.reason), &report.detail);
+        tracing::info!(guest = &*guest.name, reason, "begins again: {detail}");
+        if paced {
+            wait(&guest, pace.after(Duration::from_nanos(report.uptime_ns))).await;
+        }
+        if !guest.begin_again(hold) {
+            let stop = guest.stop_cause();
+            break Outcome::NotRun.ending(run_of(&guest, stop.as_ref(), None, Rung::None));
+        }
+        tracing::info!(guest = &*guest.name, generation = guest.generation(), "creating");
+    };
+    drop(resources);
+    end(&guest, ending);
+}
+
+/// Lets a guest that restarts too often wait, unless somebody stops or resets it.
+async fn wait(guest: &Guest, delay: Duration) {
+    if delay.is_zero() {
+        return;
+    }
+    tracing::info!(
+        guest = &*guest.name,
+        "restarts too often, and waits for {} ms",
+        delay.as_millis()
+    );
+    let handle = &guest.manager.handle;
+    let (stopped, wanted) = (pin!(guest.stop_wanted()), pin!(guest.run_wanted()));
+    // Whichever comes first.
+    let _ = handle.timeout(delay, select(stopped, wanted)).await;
+}
+
+fn run_of<'a>(guest: &Guest, stop: Option<&'a StopCause>, again: Option<&'a Again>, made: Rung) -> Run<'a> {
+    Run {
+        stop,
+        again,
+        started: guest.has_started(),
+        asked: guest.was_asked(),
+        made,
+    }
+}
+
+/// Says that it is over.
+fn end(guest: &Guest, (ending, uptime_ns): (Ending, u64)) {
+    guest.close_ports();
+    let report = guest.set_ended(ending, uptime_ns);
+    let (reason, detail) = (reason_name(report.reason), &report.detail);
+    tracing::info!(
+        guest = &*guest.name,
+        generation = guest.generation(),
+        reason,
+        "ended: {detail}"
+    );
+}
+
+/// From what the guest was prepared to the outcome of one run; none if another creation took the guest's place before it ran.
+async fn conversation(
+    guest: &Rc<Guest>,
+    slot: &Rc<Slot>,
+    request: &StartRequest,
+    held: &mut Held<'_>,
+) -> Option<Outcome> {
+    let furnished = held.resources.furnish(guest);
+    let config = match select(pin!(furnished), pin!(guest.stop_wanted())).await {
+        Either::Left((Ok(config), _)) => config,
         Either::Left((Err(error), _)) => return Some(Outcome::NotCreated(error)),
         Either::Right(_) => return Some(Outcome::NotRun),
     };
+    let told = Rc::downgrade(guest);
+    held.resources.watch(move |news| {
+        if let Some(guest) = told.upgrade() {
+            guest.happened(EventKind::Device(news));
+        }
+    });
     // Not interrupted by a stop: a component that is half started would have to be waited for all the same.
-    let component = match slot.component(request).await {
+    let component = match slot.component(request.clone()).await {
         Ok(component) => component,
         Err(error) => return Some(Outcome::NotCreated(error)),
     };
@@ -193,9 +203,10 @@ async fn conversation(
         Err(error) => return Some(Outcome::NotCreated(error)),
     };
 
-    let stopped = Changed::new(false);
-    let force = pin!(force(guest, &component, &stopped));
-    let mut talk = pin!(talk.on(guest, &component, &stopped));
+    let (stopped, made) = (Changed::new(false), Cell::new(Rung::None));
+    let force = pin!(force(guest, &component, &stopped, &made));
+    let listening = held.resources.listening.as_mut();
+    let mut talk = pin!(talk.on(guest, &component, &stopped, listening));
     let died = pin!(component.exited());
     // In this order, so that an answer counts more than the death that follows it.
     let first = match select(select(talk.as_mut(), died), force).await {
@@ -212,6 +223,7 @@ async fn conversation(
             rest.unwrap_or_else(|_| Said::Nothing("its process ended".to_owned()))
         }
     };
+    held.made = made.get();
     match said {
         Said::Outcome(outcome) => Some(outcome),
         Said::Superseded => None,
@@ -242,9 +254,16 @@ async fn conversation(
     }
 }
 
-/// Stops the guest by force when somebody wants that: asks the component, then kills it. Sets `stopped` when the component has answered.
-async fn force(guest: &Guest, component: &Component, stopped: &Changed<bool>) -> std::convert::Infallible {
-    guest.stop_wanted().await;
+/// Ends the run by force when somebody wants that: asks the component, then kills it. Sets `stopped` when the component has answered, and
+/// `made` to what was done.
+async fn force(
+    guest: &Guest,
+    component: &Component,
+    stopped: &Changed<bool>,
+    made: &Cell<Rung>,
+) -> std::convert::Infallible {
+    guest.end_wanted().await;
+    made.set(Rung::Forced);
     let (handle, patience) = (&guest.manager.handle, guest.manager.settings.force_after);
     let stop = component.lifecycle().stop_request().send().promise;
     match handle.timeout(patience, stop).await {
@@ -262,6 +281,7 @@ async fn force(guest: &Guest, component: &Component, stopped: &Changed<bool>) ->
             "the component does not answer to stop; killing it"
         ),
     }
+    made.set(Rung::Killed);
     component.kill();
     pending().await
 }
@@ -289,12 +309,16 @@ struct Talk {
     remote: component_guest::Client,
     create: Promise<sepal_schema::error_capnp::completion::Owned>,
     run: Option<Promise<run_result::Owned>>,
-    listening: Option<Listening>,
 }
 
 impl Talk {
     /// Sends create and bind, and run too if it is wanted already: one round trip.
-    fn begin(guest: &Rc<Guest>, component: &Component, config: GuestConfig, held: &mut Held) -> Result<Self, Error> {
+    fn begin(
+        guest: &Rc<Guest>,
+        component: &Component,
+        config: GuestConfig,
+        held: &mut Held<'_>,
+    ) -> Result<Self, Error> {
         let manager = &guest.manager;
         let mut wire = |port: &Rc<Port>| {
             let attached = UnixStream::pair().and_then(|(ours, theirs)| {
@@ -320,7 +344,10 @@ impl Talk {
         for (i, console) in (0..).zip(consoles) {
             list.reborrow().get(i).set_number(Handles::send(&fds, console.into())?);
         }
-        host.set_events(guard::new_client(Events(Rc::downgrade(guest))));
+        host.set_events(guard::new_client(Events {
+            guest: Rc::downgrade(guest),
+            generation: guest.generation(),
+        }));
         host.set_backends(guard::new_client(Reconnector {
             handle: manager.handle.clone(),
             paths: held.resources.backends.clone(),
@@ -330,28 +357,38 @@ impl Talk {
         let remote = lifecycle.bind_request().send().pipeline.get_guest();
         guest.set_remote(remote.clone(), fds);
         // Who listens is to be there before the guest runs.
-        let listening = held.resources.listening.take();
-        let at_once = guest.run_is_wanted() && listening.is_none();
+        let nobody_listens = held.resources.listening.is_none() && guest.listeners.is_empty();
+        let at_once = guest.run_is_wanted() && nobody_listens;
         let run = at_once.then(|| lifecycle.run_request().send().promise);
         Ok(Self {
             lifecycle,
             remote,
             create,
             run,
-            listening,
         })
     }
 
-    async fn on(mut self, guest: &Rc<Guest>, component: &Component, stopped: &Changed<bool>) -> Said {
+    async fn on(
+        self,
+        guest: &Rc<Guest>,
+        component: &Component,
+        stopped: &Changed<bool>,
+        listening: Option<&mut Listening>,
+    ) -> Said {
         let created = async { Ok(read_completion(self.create.await?.get()?)) };
         match created.await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => return Said::Outcome(Outcome::NotCreated(error)),
             Err(error) => return Said::of_exception(&error),
         }
-        if let Some(listening) = &mut self.listening
-            && let Err(error) = listening.begin(guest).await
-        {
+        let listen = async {
+            vsock::listen_again(guest).await?;
+            match listening {
+                Some(listening) => listening.begin(guest).await,
+                None => Ok(()),
+            }
+        };
+        if let Err(error) = listen.await {
             return Said::Outcome(Outcome::NotCreated(error));
         }
         guest.set_created();
@@ -394,8 +431,11 @@ async fn describe(guest: Weak<Guest>, remote: component_guest::Client) {
     }
 }
 
-/// Hears from the component what happens in the machine.
-struct Events(Weak<Guest>);
+/// Hears from a generation's component what happens in the machine.
+struct Events {
+    guest: Weak<Guest>,
+    generation: u64,
+}
 
 impl event_sink::Server for Events {
     fn event(
@@ -404,119 +444,16 @@ impl event_sink::Server for Events {
     ) -> impl Future<Output = Result<(), capnp::Error>> + 'static {
         let heard = params.get().and_then(|params| read_event(params.get_event()?));
         let result = heard.map(|kind| {
-            if let (Some(kind), Some(guest)) = (kind, self.0.upgrade()) {
+            // What comes late of a run that is over is of no interest any more.
+            let current = |guest: &Rc<Guest>| guest.generation() == self.generation && !guest.is_restarting();
+            if let (Some(kind), Some(guest)) = (kind, self.guest.upgrade().filter(current)) {
+                let panicked = kind == EventKind::Device(DeviceNews::GuestPanicked(Panic::Panicked));
                 guest.happened(kind);
+                if panicked {
+                    power::panicked(&guest);
+                }
             }
         });
         futures::future::ready(result)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::time::Duration;
-
-    use super::*;
-
-    fn error(kind: Kind) -> Error {
-        Error::new(kind, "it went wrong")
-    }
-
-    fn reason(outcome: Outcome, cause: Option<&StopCause>, started: bool) -> Reason {
-        outcome.ending(cause, started).0.reason
-    }
-
-    #[test]
-    fn a_guest_that_ends_by_itself_ends_so_whatever_was_wanted() {
-        let report = StopReport {
-            reason: Reason::Shutdown,
-            detail: "ACPI".into(),
-            error: None,
-            uptime_ns: 5,
-            time_ns: 0,
-            about: String::new(),
-            rung: sepal_schema::report::Rung::None,
-        };
-        let cause = StopCause::Killed("by hand".into());
-        for cause in [None, Some(&cause)] {
-            let (ending, uptime) = Outcome::Ran(Ok(report.clone())).ending(cause, true);
-            assert_eq!((ending.reason, ending.error, uptime), (Reason::Shutdown, None, 5));
-        }
-    }
-
-    #[test]
-    fn what_was_stopped_by_force_says_why() {
-        let killed = StopCause::Killed("its lease was dropped".into());
-        let hangup = StopCause::Hangup(Duration::from_millis(50));
-        let exited = || Outcome::Exited {
-            exit: Exit::Signal(9),
-            last_line: None,
-            broken: None,
-        };
-        let outcomes = [
-            Outcome::NotRun,
-            Outcome::NotCreated(error(Kind::Cancelled)),
-            Outcome::Ran(Err(error(Kind::ControllerForcedHalt))),
-            exited(),
-        ];
-        for outcome in outcomes {
-            let (ending, _) = outcome.clone().ending(Some(&killed), true);
-            assert_eq!(
-                (ending.reason, &ending.detail[..]),
-                (Reason::Killed, "its lease was dropped")
-            );
-            assert_eq!(ending.error.unwrap().kind, Kind::ControllerForcedHalt);
-            assert_eq!(reason(outcome, Some(&hangup), true), Reason::Hangup);
-        }
-    }
-
-    #[test]
-    fn a_component_that_dies_says_how() {
-        let last_line = Some("out of luck".to_owned());
-        let exited = Outcome::Exited {
-            exit: Exit::Signal(11),
-            last_line,
-            broken: None,
-        };
-        let (ending, _) = exited.ending(None, true);
-        assert_eq!(ending.reason, Reason::VmmTerminated);
-        assert!(
-            ending.detail.contains("SIGSEGV") && ending.detail.contains("out of luck"),
-            "{}",
-            ending.detail
-        );
-        assert_eq!(ending.error.unwrap().kind, Kind::VmmTerminated);
-        let broken = Outcome::Exited {
-            exit: Exit::Signal(9),
-            last_line: None,
-            broken: Some("protocol".into()),
-        };
-        assert!(broken.ending(None, true).0.detail.contains("protocol"));
-    }
-
-    #[test]
-    fn failures_before_and_after_the_start_are_told_apart() {
-        assert_eq!(
-            reason(Outcome::NotCreated(error(Kind::KernelLoadFailure)), None, false),
-            Reason::StartFailed
-        );
-        assert_eq!(
-            reason(Outcome::Ran(Err(error(Kind::VcpuStartFailure))), None, false),
-            Reason::StartFailed
-        );
-        assert_eq!(
-            reason(Outcome::Ran(Err(error(Kind::VcpuRuntimeFailure))), None, false),
-            Reason::Crash
-        );
-        assert_eq!(
-            reason(Outcome::Ran(Err(error(Kind::InternalError))), None, true),
-            Reason::Crash
-        );
-        // A stop that comes together with another failure does not hide it.
-        let cause = StopCause::Killed("by hand".into());
-        assert_eq!(
-            reason(Outcome::Ran(Err(error(Kind::VcpuRuntimeFailure))), Some(&cause), true),
-            Reason::Crash
-        );
     }
 }

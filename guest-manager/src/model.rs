@@ -52,6 +52,10 @@ pub struct Ending {
     pub detail: String,
     /// The typed error behind it; none for a shutdown or reset.
     pub error: Option<Error>,
+    /// The vCPU or device that it ended by; empty where there is none.
+    pub about: String,
+    /// Which rung of the ladder ended it.
+    pub rung: Rung,
 }
 
 impl Ending {
@@ -61,7 +65,20 @@ impl Ending {
             reason,
             detail: detail.into(),
             error: None,
+            about: String::new(),
+            rung: Rung::None,
         }
+    }
+
+    /// The same, ended by this rung.
+    #[must_use]
+    pub fn by(self, rung: Rung) -> Self {
+        Self { rung, ..self }
+    }
+
+    /// Whether a vCPU or the component failed, without anybody having asked for an end.
+    pub fn crashed(&self) -> bool {
+        matches!(self.reason, Reason::Crash | Reason::VmmTerminated) && self.rung == Rung::None
     }
 
     /// The report, once the times are known.
@@ -72,17 +89,16 @@ impl Ending {
             error: self.error,
             uptime_ns,
             time_ns: now.unix_ns,
-            about: String::new(),
-            rung: Rung::None,
+            about: self.about,
+            rung: self.rung,
         }
     }
 
     /// An ending with an error: the error's message is the detail.
     pub fn failed(reason: Reason, error: Error) -> Self {
         Self {
-            reason,
-            detail: error.message.clone(),
-            error: Some(error),
+            error: Some(error.clone()),
+            ..Self::new(reason, error.message)
         }
     }
 }
@@ -108,6 +124,10 @@ pub enum EventKind {
     ShuttingDown,
     /// It ended.
     Stopped(StopReport),
+    /// It has ended so, and is created again.
+    Restarting(StopReport),
+    /// A vCPU or the component failed; what follows tells what becomes of the guest.
+    Crashed(StopReport),
     /// Something happened to a device.
     Device(DeviceNews),
     /// The name is free again.
@@ -148,6 +168,8 @@ impl Event {
             EventKind::Resumed => to.set_resumed(()),
             EventKind::ShuttingDown => to.set_shutting_down(()),
             EventKind::Stopped(report) => report.write(to.init_stopped()),
+            EventKind::Restarting(report) => report.write(to.init_restarting()),
+            EventKind::Crashed(report) => report.write(to.init_crashed()),
             EventKind::Device(news) => news.write(to),
             EventKind::Removed => to.set_removed(()),
         }
@@ -172,6 +194,8 @@ pub fn read_event(from: event::Reader<'_>) -> Result<Option<EventKind>, capnp::E
         Ok(Which::Resumed(())) => EventKind::Resumed,
         Ok(Which::ShuttingDown(())) => EventKind::ShuttingDown,
         Ok(Which::Stopped(report)) => EventKind::Stopped(bounded_report(StopReport::read(report?)?)),
+        Ok(Which::Restarting(report)) => EventKind::Restarting(bounded_report(StopReport::read(report?)?)),
+        Ok(Which::Crashed(report)) => EventKind::Crashed(bounded_report(StopReport::read(report?)?)),
         Ok(Which::Removed(())) => EventKind::Removed,
         Ok(_) | Err(_) => return Ok(None),
     }))
@@ -198,6 +222,7 @@ pub fn bounded_report(report: StopReport) -> StopReport {
     StopReport {
         detail: cut(&report.detail, MAX_SENTENCE),
         error: report.error.map(bounded_error),
+        about: cut(&report.about, MAX_NOTE),
         ..report
     }
 }
@@ -240,7 +265,13 @@ mod tests {
             EventKind::Paused,
             EventKind::Resumed,
         ];
-        let rest = [EventKind::ShuttingDown, EventKind::Removed, EventKind::Stopped(report)];
+        let rest = [
+            EventKind::ShuttingDown,
+            EventKind::Removed,
+            EventKind::Stopped(report.clone()),
+            EventKind::Restarting(report.clone()),
+            EventKind::Crashed(report),
+        ];
         let devices = sepal_schema::news::examples().into_iter().map(EventKind::Device);
         for kind in plain.into_iter().chain(rest).chain(devices) {
             let event = Event {

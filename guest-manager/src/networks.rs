@@ -1,4 +1,8 @@
 //! The networks of a guest: made on worker threads, watched, and taken away again.
+//!
+//! ```text
+//!   taps, once: names become descriptors --> start, for each of the guest's runs: what else has to serve a network --> end
+//! ```
 
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -22,43 +26,63 @@ pub(crate) struct Networks {
     watches: Vec<Task>,
 }
 
-impl Networks {
-    /// Opens the other ends of `networks`. `trusted` tells whether the client has the manager's own authority, which names of taps and bridges
-    /// need.
-    ///
-    /// # Errors
-    /// With the field's name: what is lacking.
-    pub(crate) async fn open(
-        handle: &Handle,
-        networks: Vec<Network>,
-        trusted: bool,
-    ) -> Result<(Vec<Network>, Self), Error> {
+/// Opens or makes the taps that `networks` name. `trusted` tells whether the client has the manager's own authority, which that needs.
+///
+/// # Errors
+/// With the field's name: what is lacking.
+pub(crate) async fn taps(handle: &Handle, networks: Vec<Network>, trusted: bool) -> Result<Vec<Network>, Error> {
+    let is_named = |network: &Network| matches!(network.link, Link::TapNamed(_) | Link::Bridge(_));
+    if !trusted {
         for (i, network) in networks.iter().enumerate() {
             let field = match network.link {
                 Link::TapNamed(_) => "tapNamed",
                 Link::Bridge(_) => "bridge",
                 Link::User | Link::Tap(_) | Link::Socket(_) => continue,
             };
-            if !trusted {
-                let field = format!("networks[{i}].{field}");
-                let message =
-                    format!("{field}: only a client with the manager's own uid may have the manager make a tap");
-                return Err(Error::new(Kind::PermissionDenied, message).about(field));
-            }
+            let field = format!("networks[{i}].{field}");
+            let message = format!("{field}: only a client with the manager's own uid may have the manager make a tap");
+            return Err(Error::new(Kind::PermissionDenied, message).about(field));
         }
+    }
+    if !networks.iter().any(is_named) {
+        return Ok(networks);
+    }
+    // Nothing has to be kept for a tap but its descriptors.
+    let opened = open(handle, networks, is_named).await?;
+    Ok(opened.into_iter().map(|(network, _)| network).collect())
+}
+
+/// Opens the other ends of those networks that `wanted` says, on a worker thread.
+async fn open(
+    handle: &Handle,
+    networks: Vec<Network>,
+    wanted: impl Fn(&Network) -> bool + Send + 'static,
+) -> Result<Vec<(Network, Guard)>, Error> {
+    let open = move || {
+        let opened = networks
+            .into_iter()
+            .enumerate()
+            .map(|(i, network)| match wanted(&network) {
+                true => network::open(i, network),
+                false => Ok((network, Guard::default())),
+            });
+        // Those that were opened go where the first failure is seen: here, on the worker.
+        opened.collect::<Result<Vec<_>, _>>()
+    };
+    let opened = handle.spawn_blocking(open).await;
+    opened.map_err(|error| Error::new(Kind::NoResources, format!("no network: {error}")))?
+}
+
+impl Networks {
+    /// Starts what serves `networks` in one of the guest's runs.
+    ///
+    /// # Errors
+    /// With the field's name: what is lacking.
+    pub(crate) async fn start(handle: &Handle, networks: Vec<Network>) -> Result<(Vec<Network>, Self), Error> {
         if networks.is_empty() {
             return Ok((networks, Self::default()));
         }
-        let open = move || {
-            let opened = networks
-                .into_iter()
-                .enumerate()
-                .map(|(i, network)| network::open(i, network));
-            // Those that were opened go where the first failure is seen: here, on the worker.
-            opened.collect::<Result<Vec<_>, _>>()
-        };
-        let opened = handle.spawn_blocking(open).await;
-        let opened = opened.map_err(|error| Error::new(Kind::NoResources, format!("no network: {error}")))??;
+        let opened = open(handle, networks, |_| true).await?;
         let (networks, guards) = opened.into_iter().unzip();
         let handle = Some(handle.clone());
         Ok((

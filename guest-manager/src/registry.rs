@@ -17,6 +17,11 @@
 //! carries its number; what comes late for an older one, or for one that has ended, changes nothing. A name that `launch` took is
 //! remembered after the end, until it is removed, launched again, or 64 others have ended since. A name that a client drives itself
 //! (`newGuest`) is held until that client lets go of it.
+//!
+//! A guest that begins again goes from any of the live phases but Stopping to Restarting, and from there, when its time has come, to Creating
+//! with the next generation, without its name or anything else having been let go of.
+
+mod entry;
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -26,11 +31,12 @@ use std::{
 use sepal_schema::{
     config::check_name,
     error::{Error, Kind},
-    info::{GuestDescriptor, GuestInfo, GuestStatus, LayerInfo},
+    info::{GuestDescriptor, GuestInfo, LayerInfo},
     news::DeviceNews,
     report::{Reason, StopReport},
 };
 
+use self::entry::{Entry, Phase, taken};
 use crate::{
     events::{EventLog, KEPT},
     model::{Ending, EventKind, GuestId, Moment, cut},
@@ -80,88 +86,6 @@ pub struct Creation {
     pub generation: u64,
     /// How the one before ended, if it was created, did not run, and gave way to this one.
     pub replaced: Option<StopReport>,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Phase {
-    NotStarted,
-    Creating,
-    Created,
-    Launching,
-    Running,
-    Stopping,
-    Stopped,
-    Died,
-}
-
-impl Phase {
-    fn live(self) -> bool {
-        matches!(
-            self,
-            Self::Creating | Self::Created | Self::Launching | Self::Running | Self::Stopping
-        )
-    }
-
-    fn ended(self) -> bool {
-        matches!(self, Self::Stopped | Self::Died)
-    }
-
-    fn status(self) -> GuestStatus {
-        match self {
-            Self::NotStarted => GuestStatus::NotStarted,
-            Self::Creating | Self::Created | Self::Launching => GuestStatus::Starting,
-            Self::Running => GuestStatus::Running,
-            Self::Stopping => GuestStatus::Stopping,
-            Self::Stopped => GuestStatus::Stopped,
-            Self::Died => GuestStatus::VmmUnexpectedTermination,
-        }
-    }
-}
-
-#[derive(Debug)]
-struct Entry {
-    id: GuestId,
-    name: Rc<str>,
-    origin: Origin,
-    phase: Phase,
-    generation: u64,
-    started_at: Option<u64>,
-    shutdown_told: bool,
-    paused: bool,
-    detached: bool,
-    descriptor: Option<GuestDescriptor>,
-    stop: Option<StopReport>,
-    ended_as: u64,
-    component_pid: u32,
-    layers: Vec<LayerInfo>,
-    failures: Vec<(String, String)>,
-}
-
-impl Entry {
-    fn remembered(&self) -> bool {
-        self.origin == Origin::Launch && self.phase.ended()
-    }
-
-    fn info(&self, now: Moment) -> GuestInfo {
-        let runs = matches!(self.phase, Phase::Running | Phase::Stopping);
-        let uptime = self
-            .started_at
-            .filter(|_| runs)
-            .map(|start| now.monotonic_ns.saturating_sub(start));
-        GuestInfo {
-            name: self.name.to_string(),
-            status: self.phase.status(),
-            generation: self.generation,
-            uptime_ns: uptime.unwrap_or(0),
-            descriptor: self.descriptor.clone(),
-            stop: self.stop.clone(),
-            problems: Vec::new(),
-            layers: self.layers.clone(),
-            component_pid: self.component_pid,
-            paused: self.paused,
-            detached: self.detached,
-        }
-    }
 }
 
 /// All names.
@@ -266,20 +190,59 @@ impl Registry {
                 let detail = "it was created and never run, and a new creation took its place";
                 replaced = self.ended(id, entry.generation, Ending::new(Reason::Killed, detail), 0, now);
             }
-            Phase::Creating | Phase::Launching | Phase::Running | Phase::Stopping => return Err(taken(entry)),
+            Phase::Creating | Phase::Launching | Phase::Running | Phase::Restarting | Phase::Stopping => {
+                return Err(taken(entry));
+            }
         }
         let entry = self.entries.get_mut(&id).ok_or_else(gone)?;
-        entry.phase = Phase::Creating;
-        entry.generation += 1;
-        entry.started_at = None;
-        entry.shutdown_told = false;
-        entry.paused = false;
+        let generation = entry.begin();
         entry.descriptor = Some(descriptor);
         entry.stop = None;
-        entry.failures.clear();
-        let generation = entry.generation;
         self.tell(id, now, EventKind::Starting);
         Ok(Creation { generation, replaced })
+    }
+
+    /// The generation ended, and another is to follow it. The uptime is as for [`Registry::ended`]. None if nothing is to follow: the guest is
+    /// being stopped, or its name was let go of.
+    pub fn restarting(
+        &mut self,
+        id: GuestId,
+        generation: u64,
+        ending: Ending,
+        uptime_ns: u64,
+        now: Moment,
+    ) -> Option<StopReport> {
+        let going_on = |entry: &&mut Entry| !matches!(entry.phase, Phase::Stopping | Phase::Restarting);
+        let entry = self.live(id, generation).filter(going_on)?;
+        let (crashed, report) = (ending.crashed(), entry.report(ending, uptime_ns, now));
+        entry.phase = Phase::Restarting;
+        entry.started_at = None;
+        entry.paused = false;
+        entry.stop = Some(report.clone());
+        if crashed {
+            self.tell(id, now, EventKind::Crashed(report.clone()));
+        }
+        self.tell(id, now, EventKind::Restarting(report.clone()));
+        Some(report)
+    }
+
+    /// Begins the creation that follows a generation; returns its number. None as for [`Registry::restarting`].
+    pub fn again(&mut self, id: GuestId, generation: u64, now: Moment) -> Option<u64> {
+        let waits = |entry: &&mut Entry| entry.phase == Phase::Restarting;
+        let entry = self.live(id, generation).filter(waits)?;
+        let generation = entry.begin();
+        self.tell(id, now, EventKind::Starting);
+        Some(generation)
+    }
+
+    /// What was created is to wait, paused, before its first instruction; [`Registry::paused`] lets it go on.
+    pub fn hold(&mut self, id: GuestId, generation: u64, now: Moment) {
+        let Some(entry) = self.live(id, generation) else { return };
+        if entry.phase == Phase::Created {
+            entry.phase = Phase::Launching;
+            entry.paused = true;
+            self.tell(id, now, EventKind::Paused);
+        }
     }
 
     /// The machine is there. False if nobody waits for it any more.
@@ -304,7 +267,7 @@ impl Registry {
                 entry.phase = Phase::Launching;
                 Ok(())
             }
-            Phase::Launching | Phase::Running | Phase::Stopping => Err(taken(entry)),
+            Phase::Launching | Phase::Running | Phase::Restarting | Phase::Stopping => Err(taken(entry)),
             Phase::NotStarted | Phase::Stopped | Phase::Died | Phase::Creating | Phase::Created => {
                 let message = format!(
                     "guest \"{}\" has not been created: run needs a create that worked",
@@ -320,7 +283,7 @@ impl Registry {
         let Some(entry) = self.live(id, generation) else {
             return;
         };
-        if entry.started_at.is_some() {
+        if entry.started_at.is_some() || entry.phase == Phase::Restarting {
             return;
         }
         entry.started_at = Some(now.monotonic_ns);
@@ -348,7 +311,13 @@ impl Registry {
     /// The guest's vCPUs are held, or go on.
     pub fn paused(&mut self, id: GuestId, generation: u64, paused: bool, now: Moment) {
         let Some(entry) = self.live(id, generation) else { return };
-        if entry.phase == Phase::Running && entry.paused != paused {
+        let may_change = match entry.phase {
+            Phase::Running => true,
+            // It is held before its first instruction.
+            Phase::Launching => entry.paused,
+            _ => false,
+        };
+        if may_change && entry.paused != paused {
             entry.paused = paused;
             self.tell(id, now, if paused { EventKind::Paused } else { EventKind::Resumed });
         }
@@ -384,16 +353,15 @@ impl Registry {
         self.endings += 1;
         let endings = self.endings;
         let entry = self.live(id, generation)?;
-        let measured = entry
-            .started_at
-            .map_or(0, |start| now.monotonic_ns.saturating_sub(start));
-        let uptime_ns = if uptime_ns == 0 { measured } else { uptime_ns };
         let died = ending.reason == Reason::VmmTerminated;
-        let report = ending.report(uptime_ns, now);
+        let (crashed, report) = (ending.crashed(), entry.report(ending, uptime_ns, now));
         entry.phase = if died { Phase::Died } else { Phase::Stopped };
         entry.paused = false;
         entry.ended_as = endings;
         entry.stop = Some(report.clone());
+        if crashed {
+            self.tell(id, now, EventKind::Crashed(report.clone()));
+        }
         self.tell(id, now, EventKind::Stopped(report.clone()));
         self.forget_oldest(now);
         Some(report)
@@ -529,16 +497,6 @@ impl Registry {
             self.forgotten.push(id);
         }
     }
-}
-
-fn taken(entry: &Entry) -> Error {
-    let what = match entry.phase {
-        Phase::NotStarted | Phase::Stopped | Phase::Died => "is held by the client that drives it",
-        Phase::Creating | Phase::Created | Phase::Launching => "is starting",
-        Phase::Running => "is running",
-        Phase::Stopping => "is stopping",
-    };
-    Error::new(Kind::AlreadyRunning, format!("guest \"{}\" {what}", entry.name)).about("name")
 }
 
 fn gone() -> Error {

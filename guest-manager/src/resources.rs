@@ -2,19 +2,21 @@
 //! until it has ended and its component has let go.
 //!
 //! ```text
-//!   configuration of a client --prepare--> configuration for the component: descriptors, addresses and numbers, nothing left to choose
-//!                                '-------> Resources
+//!   configuration of a client --prepare--> Resources: descriptors, addresses and numbers, nothing left to choose
+//!                                              '--furnish, for each run--> configuration for the component: descriptors of its own for the
+//!                                                                          same files; processes of its own for networks and devices
 //! ```
 
-use std::rc::Rc;
+use std::{rc::Rc, time::Duration};
 
 use sepal_schema::{
     config::{
-        GuestConfig,
-        device::{AGENT_PORT, Listener, Vsock},
+        File, GuestConfig, OnPanic, OnReset,
+        device::{AGENT_PORT, Backend, Link, Listener, Vsock},
     },
     error::{Error, Kind},
-    transport::FdTable,
+    news::DeviceNews,
+    transport::{FdTable, Handle},
     vsock_capnp::vsock_listener,
 };
 
@@ -26,16 +28,24 @@ use crate::{
     files::{self, ImageUse, no_paths},
     guest::Guest,
     macs,
-    networks::Networks,
+    networks::{self, Networks},
     vsock::{self, path::PathSocket},
 };
 
+/// How long a guest that begins again waits for the processes behind its devices. They end with the connection, as a rule, and whoever started
+/// them starts them again.
+const BACKENDS_AGAIN: Duration = Duration::from_secs(10);
+
 /// What is held for a guest. Dropping it gives all of it back.
-#[derive(Default)]
 pub(crate) struct Resources {
+    /// What every run is configured from.
+    template: GuestConfig,
+    /// How often it was used.
+    runs: u64,
+    trusted: bool,
     _images: Vec<ImageUse>,
     _cid: Option<Cid>,
-    pub(crate) networks: Networks,
+    networks: Networks,
     /// Where the processes behind its devices are.
     pub(crate) backends: Paths,
     /// Who listens from the start.
@@ -48,43 +58,139 @@ pub(crate) struct Listening {
     path: Option<PathSocket>,
     /// The descriptors that travel with the messages of the listeners' client.
     fds: FdTable,
-    held: Vec<vsock_listener::Client>,
+    /// What listens, once somebody does.
+    held: Option<Vec<vsock_listener::Client>>,
 }
 
 /// Gets what `config` needs from the host, for the client who sent it.
 ///
 /// # Errors
 /// With the field's name: what cannot be had, who has it, or which privilege is lacking.
-pub(crate) async fn prepare(
-    guest: &Guest,
-    config: GuestConfig,
-    client: &Client,
-) -> Result<(GuestConfig, Resources), Error> {
+pub(crate) async fn prepare(guest: &Guest, config: GuestConfig, client: &Client) -> Result<Resources, Error> {
     let manager = &guest.manager;
+    let only_once = only_once(&config);
+    let may_begin_again = config.on_reset != OnReset::Stop || config.on_panic == OnPanic::Restart;
+    if let (true, Some(error)) = (may_begin_again, &only_once) {
+        return Err(error.clone());
+    }
+    guest.set_only_once(only_once);
     let files::Opened {
         mut config,
         images,
         notes,
     } = files::open(manager, &guest.name, config, client.trusted).await?;
     guest.set_notes(notes);
-    let mut resources = Resources {
-        _images: images,
-        backends: backends::connect(&manager.handle, &mut config, client.trusted).await?,
-        ..Resources::default()
-    };
     for (i, network) in config.networks.iter_mut().enumerate() {
         network.mac.get_or_insert_with(|| macs::derive(&guest.name, i));
     }
-    let networks = std::mem::take(&mut config.networks);
-    (config.networks, resources.networks) = Networks::open(&manager.handle, networks, client.trusted).await?;
+    let named = std::mem::take(&mut config.networks);
+    config.networks = networks::taps(&manager.handle, named, client.trusted).await?;
+    let (mut held_cid, mut listens) = (None, None);
     if let Some(vsock) = &mut config.vsock {
         let cid = manager.cids.take(vsock.cid, &guest.name)?;
         vsock.cid = cid.number();
         guest.set_cid(cid.number());
-        resources._cid = Some(cid);
-        resources.listening = listening(guest, vsock, client).await?;
+        held_cid = Some(cid);
+        listens = listening(guest, vsock, client).await?;
     }
-    Ok((config, resources))
+    Ok(Resources {
+        template: config,
+        runs: 0,
+        trusted: client.trusted,
+        _images: images,
+        _cid: held_cid,
+        networks: Networks::default(),
+        backends: Paths::default(),
+        listening: listens,
+    })
+}
+
+/// Why a guest with this configuration cannot begin again, if it cannot. What has begun on a stream, a new component cannot go on with.
+fn only_once(config: &GuestConfig) -> Option<Error> {
+    let shares = config.shares.iter().enumerate();
+    let shares = shares.map(|(i, share)| (format!("shares[{i}].backend"), &share.backend));
+    let others = config.vhost_user.iter().enumerate();
+    let others = others.map(|(i, device)| (format!("vhostUser[{i}].backend"), &device.backend));
+    let backend = shares
+        .chain(others)
+        .find(|(_, backend)| matches!(backend, Backend::Socket(_)));
+    let network = config
+        .networks
+        .iter()
+        .position(|network| matches!(network.link, Link::Socket(_)));
+    let field = backend
+        .map(|(field, _)| field)
+        .or_else(|| network.map(|i| format!("networks[{i}].socket")))?;
+    let message =
+        format!("{field} was given as a connected socket, which serves one run only: such a guest cannot begin again");
+    Some(Error::not_supported(field, message))
+}
+
+impl Resources {
+    /// The configuration for the next run's component. Returns when all that serves it is there.
+    ///
+    /// # Errors
+    /// With the field's name: what cannot be had. `NO_RESOURCES`: there are no descriptors left.
+    pub(crate) async fn furnish(&mut self, guest: &Guest) -> Result<GuestConfig, Error> {
+        let handle = &guest.manager.handle;
+        let again = self.runs > 0;
+        self.runs += 1;
+        let mut config = match guest.only_once() {
+            Some(error) if again => return Err(error),
+            // Nobody else is to keep the other end of a connection from being told that this one has closed.
+            Some(_) => std::mem::take(&mut self.template),
+            None => self.template.try_clone().map_err(|error| {
+                Error::new(
+                    Kind::NoResources,
+                    format!("no descriptors for the guest's files: {error}"),
+                )
+            })?,
+        };
+        if again {
+            clear_scratch(handle, &config).await?;
+        }
+        let patience = if again { BACKENDS_AGAIN } else { Duration::ZERO };
+        self.backends = backends::connect(handle, &mut config, self.trusted, patience).await?;
+        let networks = std::mem::take(&mut config.networks);
+        (config.networks, self.networks) = Networks::start(handle, networks).await?;
+        Ok(config)
+    }
+
+    /// Tells when a process that serves a network has ended by itself.
+    pub(crate) fn watch(&mut self, tell: impl Fn(DeviceNews) + Clone + 'static) {
+        self.networks.watch(tell);
+    }
+
+    /// Ends what served one run, whose component is gone.
+    pub(crate) async fn end_run(&mut self) {
+        std::mem::take(&mut self.networks).end().await;
+        self.backends = Paths::default();
+    }
+}
+
+/// Empties the files of volatile disks: a new component does not know what is in them.
+async fn clear_scratch(handle: &Handle, config: &GuestConfig) -> Result<(), Error> {
+    let mut files = Vec::new();
+    for (i, disk) in config.disks.iter().enumerate() {
+        if let File::Fd(file) = &disk.scratch {
+            files.push((format!("disks[{i}].scratch"), file.try_clone()));
+        }
+    }
+    if files.is_empty() {
+        return Ok(());
+    }
+    let clear = move || {
+        for (field, file) in files {
+            let cleared = file.and_then(|file| Ok(rustix::fs::ftruncate(file, 0)?));
+            cleared.map_err(|error| {
+                let message = format!("{field}: what was written to the disk cannot be dropped: {error}");
+                Error::new(Kind::NoStorage, message).about(field)
+            })?;
+        }
+        Ok(())
+    };
+    let cleared = handle.spawn_blocking(clear).await;
+    cleared.map_err(|error| Error::new(Kind::NoResources, error.to_string()))?
 }
 
 async fn listening(guest: &Guest, vsock: &mut Vsock, client: &Client) -> Result<Option<Listening>, Error> {
@@ -109,32 +215,34 @@ async fn listening(guest: &Guest, vsock: &mut Vsock, client: &Client) -> Result<
         listeners,
         path,
         fds: client.fds.clone(),
-        held: Vec::new(),
+        held: None,
     }))
 }
 
 impl Listening {
-    /// Begins to listen; the component has been asked to create the guest.
+    /// Begins to listen, for all runs of the guest, unless that was done for an earlier one; the component has been asked to create it.
     ///
     /// # Errors
     /// What keeps somebody from listening.
     pub(crate) async fn begin(&mut self, guest: &Rc<Guest>) -> Result<(), Error> {
-        let remote = vsock::remote(guest).await?;
+        if self.held.is_some() {
+            return Ok(());
+        }
+        let mut held = Vec::new();
         // A client that listens there itself hears of the agent instead.
         let taken = self.listeners.iter().any(|listener| listener.port == AGENT_PORT);
         if guest.has_agent && !taken {
             let acceptor = agent::ready_acceptor(guest);
-            self.held
-                .push(vsock::listen_here(guest, &remote, AGENT_PORT, acceptor).await?);
+            held.push(vsock::listen_here(guest, AGENT_PORT, acceptor).await?);
         }
         for Listener { port, acceptor } in std::mem::take(&mut self.listeners) {
-            let listener = vsock::listen(guest, &remote, port, acceptor, self.fds.clone()).await;
-            self.held
-                .push(listener.map_err(|error| error.about("vsock.listeners"))?);
+            let listener = vsock::listen(guest, port, acceptor, self.fds.clone()).await;
+            held.push(listener.map_err(|error| error.about("vsock.listeners"))?);
         }
         if let Some(path) = &mut self.path {
-            path.serve(guest, remote).await?;
+            path.serve(guest).await?;
         }
+        self.held = Some(held);
         Ok(())
     }
 }

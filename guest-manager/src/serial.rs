@@ -249,6 +249,12 @@ pub struct Wire {
 impl Wire {
     /// The guest has ended: takes what it wrote before, and closes the port.
     pub fn finish(&self) {
+        self.end_run();
+        self.port.close();
+    }
+
+    /// A run of the guest has ended, and another is to follow: takes what it wrote before. The port stays open.
+    pub fn end_run(&self) {
         drop(self.tasks.take());
         let mut buffer = vec![0; CHUNK];
         for _ in 0..MAX_REST / CHUNK {
@@ -257,7 +263,6 @@ impl Wire {
                 _ => break,
             }
         }
-        self.port.close();
     }
 }
 

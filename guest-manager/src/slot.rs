@@ -84,6 +84,7 @@ impl Slot {
             run_wanted: run,
             consoles: config.console.map_or(0, |console| console.ports()),
             agent: config.agent,
+            on_panic: config.on_panic,
         };
         let guest = Guest::new(manager.clone(), self.id, self.name.clone(), creation);
         *self.current.borrow_mut() = Some(guest.clone());
@@ -103,7 +104,7 @@ impl Slot {
             Some(guest) => {
                 // Whatever kept it from being created was the answer to create.
                 let _ = guest.created().await;
-                guest.generation
+                guest.generation()
             }
             None => 0,
         };

@@ -9,16 +9,14 @@ use sepal_schema::{
     report::StopReport,
 };
 
-use super::{Answer, Reply, complete};
+use super::Reply;
 use crate::{
     access::{
         facet::facets,
         holder::{Deed, Holder},
     },
-    guest::Guest,
-    ladder,
+    ladder, power as runs,
 };
-use sepal_schema::error_capnp::completion;
 
 const SHUTDOWN: Deed = Deed::new("Power.shutdown", &[Right::Shutdown]);
 const STOP: Deed = Deed::new("Power.stop", &[Right::Shutdown]);
@@ -33,13 +31,6 @@ const NMI: Deed = Deed::new("Power.nmi", &[Right::Nmi]);
 pub(crate) struct PowerServer(pub(crate) Holder);
 
 facets!(PowerServer { 0 });
-
-/// Passes a question on to the component.
-async fn forward(guest: &Guest, ask: impl FnOnce(&power::Client) -> Answer<completion::Owned>) -> Result<(), Error> {
-    // Held until the answer is there: dropping what a question is sent to takes it back.
-    let power = guest.power()?;
-    complete(guest, ask(&power)).await
-}
 
 fn write_stopped(outcome: Result<StopReport, Error>, to: power::stop_result::Builder<'_>) {
     match outcome {
@@ -69,7 +60,7 @@ impl power::Server for PowerServer {
             false => (STOP, ""),
         };
         let detail = format!("within {} ms{way}", timeout.as_millis());
-        let stop = ladder::stop(&self.0.guest, timeout, force);
+        let stop = ladder::stop(&self.0, timeout, force);
         write_stopped(self.0.perform(deed, detail, stop).await, results.get());
         Ok(())
     }
@@ -81,37 +72,25 @@ impl power::Server for PowerServer {
     }
 
     async fn pause(self: Rc<Self>, _: power::PauseParams, mut results: power::PauseResults) -> Reply {
-        let pause = async {
-            forward(&self.0.guest, |power| power.pause_request().send().promise).await?;
-            self.0.guest.set_paused(true);
-            Ok(())
-        };
-        let outcome = self.0.perform(PAUSE, "", pause).await;
+        let outcome = self.0.perform(PAUSE, "", runs::pause(&self.0.guest)).await;
         write_completion(&outcome, results.get());
         Ok(())
     }
 
     async fn resume(self: Rc<Self>, _: power::ResumeParams, mut results: power::ResumeResults) -> Reply {
-        let resume = async {
-            forward(&self.0.guest, |power| power.resume_request().send().promise).await?;
-            self.0.guest.set_paused(false);
-            Ok(())
-        };
-        let outcome = self.0.perform(RESUME, "", resume).await;
+        let outcome = self.0.perform(RESUME, "", runs::resume(&self.0.guest)).await;
         write_completion(&outcome, results.get());
         Ok(())
     }
 
     async fn reset(self: Rc<Self>, _: power::ResetParams, mut results: power::ResetResults) -> Reply {
-        let reset = forward(&self.0.guest, |power| power.reset_request().send().promise);
-        let outcome = self.0.perform(RESET, "", reset).await;
+        let outcome = self.0.perform(RESET, "", runs::reset(&self.0.guest)).await;
         write_completion(&outcome, results.get());
         Ok(())
     }
 
     async fn nmi(self: Rc<Self>, _: power::NmiParams, mut results: power::NmiResults) -> Reply {
-        let nmi = forward(&self.0.guest, |power| power.nmi_request().send().promise);
-        let outcome = self.0.perform(NMI, "", nmi).await;
+        let outcome = self.0.perform(NMI, "", runs::nmi(&self.0.guest)).await;
         write_completion(&outcome, results.get());
         Ok(())
     }

@@ -2,6 +2,8 @@
 
 use proptest::prelude::*;
 
+use sepal_schema::info::GuestStatus;
+
 use super::*;
 use crate::model::Event;
 
@@ -286,6 +288,9 @@ enum Op {
     Stopping(usize, u64),
     Paused(usize, u64, bool),
     Ended(usize, u64, bool),
+    Restarting(usize, u64, bool),
+    Again(usize, u64),
+    Hold(usize, u64),
     Release(usize),
     Remove(usize),
 }
@@ -302,7 +307,10 @@ fn op() -> impl Strategy<Value = Op> {
         (name.clone(), back.clone()).prop_map(|(n, b)| Op::ShuttingDown(n, b)),
         (name.clone(), back.clone()).prop_map(|(n, b)| Op::Stopping(n, b)),
         (name.clone(), back.clone(), any::<bool>()).prop_map(|(n, b, p)| Op::Paused(n, b, p)),
-        (name.clone(), back, any::<bool>()).prop_map(|(n, b, d)| Op::Ended(n, b, d)),
+        (name.clone(), back.clone(), any::<bool>()).prop_map(|(n, b, d)| Op::Ended(n, b, d)),
+        (name.clone(), back.clone(), any::<bool>()).prop_map(|(n, b, d)| Op::Restarting(n, b, d)),
+        (name.clone(), back.clone()).prop_map(|(n, b)| Op::Again(n, b)),
+        (name.clone(), back).prop_map(|(n, b)| Op::Hold(n, b)),
         name.clone().prop_map(Op::Release),
         name.prop_map(Op::Remove),
     ]
@@ -336,13 +344,19 @@ fn apply(registry: &mut Registry, op: &Op, now: Moment) {
             };
             registry.created(id, generation);
         }
-        Op::Started(n, back) | Op::ShuttingDown(n, back) | Op::Stopping(n, back) => {
+        Op::Started(n, back)
+        | Op::ShuttingDown(n, back)
+        | Op::Stopping(n, back)
+        | Op::Again(n, back)
+        | Op::Hold(n, back) => {
             let Some((id, generation)) = find(registry, n, *back) else {
                 return;
             };
             match op {
                 Op::Started(..) => registry.started(id, generation, now),
                 Op::ShuttingDown(..) => registry.shutting_down(id, generation, now),
+                Op::Again(..) => drop(registry.again(id, generation, now)),
+                Op::Hold(..) => registry.hold(id, generation, now),
                 _ => registry.stopping(id, generation, now),
             }
         }
@@ -352,13 +366,104 @@ fn apply(registry: &mut Registry, op: &Op, now: Moment) {
             };
             registry.paused(id, generation, *paused, now);
         }
-        Op::Ended(n, back, component) => {
+        Op::Ended(n, back, component) | Op::Restarting(n, back, component) => {
             let Some((id, generation)) = find(registry, n, *back) else {
                 return;
             };
-            registry.ended(id, generation, if *component { died() } else { killed() }, 0, now);
+            let ending = if *component { died() } else { killed() };
+            match op {
+                Op::Ended(..) => registry.ended(id, generation, ending, 0, now),
+                _ => registry.restarting(id, generation, ending, 0, now),
+            };
         }
     }
+}
+
+#[test]
+fn a_guest_that_begins_again_keeps_its_name_and_counts_its_generations() {
+    let mut registry = registry(4, 4);
+    let (id, generation) = run(&mut registry, "web");
+    registry.paused(id, generation, true, at(11));
+    let reset = Ending::new(Reason::Reset, "by ACPI");
+    let report = registry.restarting(id, generation, reset, 0, at(30)).unwrap();
+    assert_eq!((report.reason, report.uptime_ns), (Reason::Reset, 20));
+    // What comes late of the run that is over changes nothing.
+    registry.started(id, generation, at(31));
+    registry.paused(id, generation, false, at(31));
+    let info = registry.info(id, at(32)).unwrap();
+    assert_eq!(
+        (info.status, info.generation, info.paused),
+        (GuestStatus::Starting, 1, false)
+    );
+    assert_eq!(info.stop, Some(report));
+    assert_eq!(
+        kind(registry.reserve("web", Origin::Launch, at(33))),
+        Kind::AlreadyRunning
+    );
+
+    assert_eq!(registry.again(id, generation, at(34)), Some(2));
+    assert_eq!(registry.again(id, generation, at(34)), None);
+    assert!(registry.created(id, 2) && !registry.created(id, 1));
+    registry.hold(id, 2, at(35));
+    assert_eq!(kind(registry.run(id, 2)), Kind::AlreadyRunning);
+    assert!(registry.info(id, at(36)).unwrap().paused);
+    registry.paused(id, 2, false, at(37));
+    registry.started(id, 2, at(38));
+    let info = registry.info(id, at(40)).unwrap();
+    assert_eq!(
+        (info.status, info.uptime_ns, info.paused),
+        (GuestStatus::Running, 2, false)
+    );
+}
+
+#[test]
+fn a_stop_wins_over_a_restart() {
+    let mut registry = registry(4, 4);
+    let (id, generation) = run(&mut registry, "web");
+    registry.stopping(id, generation, at(11));
+    assert_eq!(registry.restarting(id, generation, killed(), 0, at(12)), None);
+    registry.ended(id, generation, killed(), 0, at(13)).unwrap();
+
+    let (id, generation) = run(&mut registry, "db");
+    registry.restarting(id, generation, killed(), 0, at(14)).unwrap();
+    registry.stopping(id, generation, at(15));
+    assert_eq!(registry.again(id, generation, at(16)), None);
+    registry.ended(id, generation, killed(), 0, at(17)).unwrap();
+}
+
+#[test]
+fn a_crash_is_told_before_what_follows() {
+    let mut registry = registry(4, 4);
+    let (id, generation) = run(&mut registry, "web");
+    registry.restarting(id, generation, died(), 0, at(20)).unwrap();
+    let again = registry.again(id, generation, at(21)).unwrap();
+    registry.ended(id, again, died(), 0, at(22)).unwrap();
+    let told = events(&registry).split_off(3);
+    assert!(matches!(
+        told.iter().map(|event| &event.kind).collect::<Vec<_>>()[..],
+        [
+            EventKind::Crashed(_),
+            EventKind::Restarting(_),
+            EventKind::Starting,
+            EventKind::Crashed(_),
+            EventKind::Stopped(_)
+        ]
+    ));
+    // What was killed did not crash.
+    let (id, generation) = run(&mut registry, "db");
+    let forced = died().by(sepal_schema::report::Rung::Killed);
+    registry.ended(id, generation, forced, 0, at(23)).unwrap();
+    let last = events(&registry).split_off(11);
+    assert!(
+        matches!(
+            last[..],
+            [Event {
+                kind: EventKind::Stopped(_),
+                ..
+            }]
+        ),
+        "{last:?}"
+    );
 }
 
 /// What a subscriber can conclude about one guest from its events alone.
@@ -368,7 +473,12 @@ enum Seen {
     Nothing,
     Defined,
     Starting,
+    /// Paused before its first instruction.
+    Held,
     Started,
+    /// A vCPU or the component failed, and what becomes of the guest comes next.
+    Crashed,
+    Restarting,
     Ended,
     Removed,
 }
@@ -388,8 +498,10 @@ proptest! {
             prop_assert!(remembered <= 2 && infos.len() - remembered <= 3);
             for info in infos {
                 let ended = matches!(info.status, GuestStatus::Stopped | GuestStatus::VmmUnexpectedTermination);
-                prop_assert_eq!(info.stop.is_some(), ended);
-                prop_assert!(!info.paused || matches!(info.status, GuestStatus::Running | GuestStatus::Stopping));
+                // A guest that has begun again remembers how it ended before.
+                prop_assert!(info.stop.is_some() || !ended);
+                prop_assert!(info.stop.is_none() || info.status != GuestStatus::NotStarted);
+                prop_assert!(!info.paused || !ended && info.status != GuestStatus::NotStarted);
             }
         }
         let mut lives: HashMap<GuestId, (Seen, u64)> = HashMap::new();
@@ -398,15 +510,21 @@ proptest! {
             let (seen, generation) = lives.entry(event.id).or_default();
             let next = match (&event.kind, *seen) {
                 (EventKind::Defined, Seen::Nothing) => Seen::Defined,
-                (EventKind::Starting, Seen::Defined | Seen::Ended) => Seen::Starting,
-                (EventKind::Started, Seen::Starting) => Seen::Started,
+                (EventKind::Starting, Seen::Defined | Seen::Ended | Seen::Restarting) => Seen::Starting,
+                (EventKind::Paused, Seen::Starting) => Seen::Held,
+                (EventKind::Resumed, Seen::Held) => Seen::Starting,
+                (EventKind::Started, Seen::Starting | Seen::Held) => Seen::Started,
                 (EventKind::Paused | EventKind::Resumed, Seen::Started) => Seen::Started,
-                (EventKind::ShuttingDown, Seen::Starting | Seen::Started) => *seen,
-                (EventKind::Stopped(_), Seen::Starting | Seen::Started) => Seen::Ended,
+                (EventKind::ShuttingDown, Seen::Starting | Seen::Held | Seen::Started | Seen::Restarting) => *seen,
+                (EventKind::Crashed(_), Seen::Starting | Seen::Held | Seen::Started | Seen::Restarting) => Seen::Crashed,
+                (EventKind::Restarting(_), Seen::Starting | Seen::Held | Seen::Started | Seen::Crashed) => Seen::Restarting,
+                (EventKind::Stopped(_), Seen::Starting | Seen::Held | Seen::Started | Seen::Restarting | Seen::Crashed) => {
+                    Seen::Ended
+                }
                 (EventKind::Removed, Seen::Defined | Seen::Ended) => Seen::Removed,
                 (kind, seen) => panic!("{kind:?} after {seen:?}"),
             };
-            prop_assert_eq!(event.generation, *generation + u64::from(next == Seen::Starting && *seen != Seen::Starting)
+            prop_assert_eq!(event.generation, *generation + u64::from(event.kind == EventKind::Starting)
                 + if *seen == Seen::Nothing { event.generation } else { 0 });
             (*seen, *generation) = (next, event.generation);
         }

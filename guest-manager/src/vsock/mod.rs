@@ -5,6 +5,7 @@
 //!   client <--VsockAcceptor------ Acceptor <---------- component        a guest asks: the client gets a Connection
 //!   client --VsockConnection----> Connection --------> component        open: as connect, once
 //!
+//!   listeners    who listens, whichever run of the guest it is
 //!   path         the same as Unix sockets, for clients of other monitors
 //!     convention   who may wait how long, and how many
 //!       request      the line that a client begins with (pure)
@@ -17,6 +18,7 @@
 
 mod bridge;
 mod convention;
+pub(crate) mod listeners;
 pub(crate) mod path;
 mod request;
 pub(crate) mod reservation;
@@ -38,6 +40,7 @@ use sepal_schema::{
     },
 };
 
+pub(crate) use self::listeners::{listen_again, listen_here};
 use crate::{
     access::{
         facet::facets,
@@ -45,7 +48,6 @@ use crate::{
     },
     facets::{error_of, facet},
     guest::Guest,
-    model::bounded_error,
 };
 
 type Reply = Result<(), capnp::Error>;
@@ -104,7 +106,6 @@ fn taken(guest: &Guest, answer: stream_result::Reader<'_>) -> Result<UnixStream,
 /// `ALREADY_BOUND`, `NO_RESOURCES`, or that the guest does not answer.
 pub(crate) async fn listen(
     guest: &Rc<Guest>,
-    remote: &host_vsock_endpoint::Client,
     port: u32,
     acceptor: vsock_acceptor::Client,
     fds: FdTable,
@@ -113,28 +114,11 @@ pub(crate) async fn listen(
         to: To::Owner(guest.clone(), fds),
         acceptor,
     });
-    let listener = listen_here(guest, remote, port, acceptor).await?;
+    let listener = listen_here(guest, port, acceptor).await?;
     Ok(guard::new_client(Listener {
         _remote: Rc::new(RefCell::new(Some(listener))),
         _until: None,
     }))
-}
-
-/// Listens with an acceptor of the manager's own, until what is returned is dropped.
-///
-/// # Errors
-/// As [`listen`].
-pub(crate) async fn listen_here(
-    guest: &Guest,
-    remote: &host_vsock_endpoint::Client,
-    port: u32,
-    acceptor: vsock_acceptor::Client,
-) -> Result<vsock_listener::Client, Error> {
-    let mut call = remote.listen_request();
-    call.get().set_port(port);
-    call.get().set_acceptor(acceptor);
-    let answer = guest.answer(call.send().promise).await?;
-    Ok(answer.get()?.outcome().map_err(bounded_error)?.get_listener()?)
 }
 
 /// A client's listener; the component's goes with it, and with the capability that it was made through.
@@ -230,7 +214,7 @@ impl Endpoint {
                 to: To::Holder(holder.clone()),
                 acceptor,
             });
-            let listener = listen_here(guest, &remote(guest).await?, port, acceptor).await?;
+            let listener = listen_here(guest, port, acceptor).await?;
             let listener = Rc::new(RefCell::new(Some(listener)));
             let (held, ended) = (Rc::downgrade(&listener), holder.until_ended());
             let until = holder.handle().spawn_owned(async move {

@@ -11,7 +11,7 @@ use futures::future::{LocalBoxFuture, pending};
 use sepal_schema::{
     error::{Error, Kind},
     transport::{guard, reactor::Task},
-    vsock_capnp::{host_vsock_endpoint, vsock_acceptor, vsock_connection},
+    vsock_capnp::{vsock_acceptor, vsock_connection},
 };
 
 use super::convention::{Convention, Endpoint, Incoming, LINE_WITHIN};
@@ -74,14 +74,11 @@ impl PathSocket {
     ///
     /// # Errors
     /// As [`super::listen`], or the socket cannot be waited for.
-    pub(crate) async fn serve(&mut self, guest: &Rc<Guest>, remote: host_vsock_endpoint::Client) -> Result<(), Error> {
+    pub(crate) async fn serve(&mut self, guest: &Rc<Guest>) -> Result<(), Error> {
         let Some(listener) = self.listener.take() else {
             return Ok(());
         };
-        let inward = Rc::new(Inward {
-            guest: guest.clone(),
-            remote: remote.clone(),
-        });
+        let inward = Rc::new(Inward { guest: guest.clone() });
         let convention = Convention::new(&guest.manager.handle, listener, &self.path, inward, LINE_WITHIN);
         let convention =
             convention.map_err(|error| Error::new(Kind::NoResources, format!("vsock.socketPath: {error}")))?;
@@ -90,7 +87,7 @@ impl PathSocket {
             guest: guest.clone(),
             convention: Rc::downgrade(&convention),
         });
-        let outward = super::listen_here(guest, &remote, ANY_PORT, acceptor).await?;
+        let outward = super::listen_here(guest, ANY_PORT, acceptor).await?;
         self.serving = Some(guest.manager.handle.spawn_owned(async move {
             let _held = (convention, outward);
             pending::<()>().await;
@@ -109,13 +106,15 @@ fn is_stale(path: &Path) -> bool {
 /// Takes clients of the path to the guest.
 struct Inward {
     guest: Rc<Guest>,
-    remote: host_vsock_endpoint::Client,
 }
 
 impl Endpoint for Inward {
     fn connect(&self, port: u32) -> LocalBoxFuture<'static, Result<UnixStream, Error>> {
-        let (guest, remote) = (self.guest.clone(), self.remote.clone());
-        Box::pin(async move { super::connect(&guest, &remote, port).await })
+        let guest = self.guest.clone();
+        Box::pin(async move {
+            let remote = super::remote(&guest).await?;
+            super::connect(&guest, &remote, port).await
+        })
     }
 }
 

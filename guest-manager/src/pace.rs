@@ -1,0 +1,73 @@
+//! How soon a guest begins again that ended by itself. Pure.
+//!
+//! A guest that resets itself right after its start, again and again, must not keep the host busy. Three short runs in a row are let pass,
+//! as an installer or an update may need them; after each further one it waits twice as long.
+
+use std::time::Duration;
+
+/// A run that lasted that long is none of a series.
+const SHORT: Duration = Duration::from_secs(10);
+/// Short runs in a row after which it begins again at once.
+const AT_ONCE: u32 = 3;
+/// The first wait.
+const FIRST: Duration = Duration::from_millis(100);
+/// The longest wait.
+const LONGEST: Duration = Duration::from_secs(5);
+
+/// How many short runs a guest has had in a row.
+#[derive(Debug, Default)]
+pub(crate) struct Pace {
+    short_runs: u32,
+}
+
+impl Pace {
+    /// How long to wait before the next run, after one that lasted for `uptime`.
+    pub(crate) fn after(&mut self, uptime: Duration) -> Duration {
+        if uptime >= SHORT {
+            self.short_runs = 0;
+            return Duration::ZERO;
+        }
+        self.short_runs = self.short_runs.saturating_add(1);
+        match self.short_runs.checked_sub(AT_ONCE + 1) {
+            None => Duration::ZERO,
+            Some(doublings) => FIRST.saturating_mul(1 << doublings.min(16)).min(LONGEST),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_series_of_short_runs_waits_longer_and_longer() {
+        let mut pace = Pace::default();
+        let waits: Vec<_> = (0..12)
+            .map(|_| pace.after(Duration::from_millis(900)).as_millis())
+            .collect();
+        assert_eq!(waits, [0, 0, 0, 100, 200, 400, 800, 1600, 3200, 5000, 5000, 5000]);
+        assert_eq!(pace.after(SHORT), Duration::ZERO);
+        assert_eq!(pace.after(Duration::ZERO), Duration::ZERO);
+    }
+
+    proptest! {
+        /// Whatever the runs are: in any 10 s there are few restarts, and nobody waits longer than 5 s.
+        #[test]
+        fn restarts_are_bounded(uptimes in prop::collection::vec(0u64..12_000, 1..300)) {
+            let mut pace = Pace::default();
+            let (mut now, mut restarts) = (0, Vec::new());
+            for uptime in uptimes {
+                let wait = pace.after(Duration::from_millis(uptime));
+                prop_assert!(wait <= LONGEST);
+                now += uptime + u64::try_from(wait.as_millis()).unwrap();
+                restarts.push(now);
+            }
+            for (i, start) in restarts.iter().enumerate() {
+                let within = restarts[i..].iter().filter(|at| **at - start < 10_000).count();
+                prop_assert!(within <= 12, "{within} restarts within 10 s");
+            }
+        }
+    }
+}

@@ -1,0 +1,126 @@
+//! What is known behind a name.
+
+use std::rc::Rc;
+
+use sepal_schema::{
+    error::{Error, Kind},
+    info::{GuestDescriptor, GuestInfo, GuestStatus, LayerInfo},
+    report::StopReport,
+};
+
+use super::Origin;
+use crate::model::{Ending, GuestId, Moment};
+
+/// Where a guest is in its life; the registry's head draws it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Phase {
+    NotStarted,
+    Creating,
+    Created,
+    Launching,
+    Running,
+    Restarting,
+    Stopping,
+    Stopped,
+    Died,
+}
+
+impl Phase {
+    pub(super) fn live(self) -> bool {
+        !matches!(self, Self::NotStarted | Self::Stopped | Self::Died)
+    }
+
+    pub(super) fn ended(self) -> bool {
+        matches!(self, Self::Stopped | Self::Died)
+    }
+
+    fn status(self) -> GuestStatus {
+        match self {
+            Self::NotStarted => GuestStatus::NotStarted,
+            Self::Creating | Self::Created | Self::Launching | Self::Restarting => GuestStatus::Starting,
+            Self::Running => GuestStatus::Running,
+            Self::Stopping => GuestStatus::Stopping,
+            Self::Stopped => GuestStatus::Stopped,
+            Self::Died => GuestStatus::VmmUnexpectedTermination,
+        }
+    }
+}
+
+/// A name, and what is known of the guest behind it.
+#[derive(Debug)]
+pub(super) struct Entry {
+    pub(super) id: GuestId,
+    pub(super) name: Rc<str>,
+    pub(super) origin: Origin,
+    pub(super) phase: Phase,
+    pub(super) generation: u64,
+    pub(super) started_at: Option<u64>,
+    pub(super) shutdown_told: bool,
+    pub(super) paused: bool,
+    pub(super) detached: bool,
+    pub(super) descriptor: Option<GuestDescriptor>,
+    pub(super) stop: Option<StopReport>,
+    pub(super) ended_as: u64,
+    pub(super) component_pid: u32,
+    pub(super) layers: Vec<LayerInfo>,
+    pub(super) failures: Vec<(String, String)>,
+}
+
+impl Entry {
+    /// Whether it has ended, and is only remembered.
+    pub(super) fn remembered(&self) -> bool {
+        self.origin == Origin::Launch && self.phase.ended()
+    }
+
+    /// Its next generation.
+    pub(super) fn begin(&mut self) -> u64 {
+        self.phase = Phase::Creating;
+        self.generation += 1;
+        self.started_at = None;
+        self.shutdown_told = false;
+        self.paused = false;
+        self.failures.clear();
+        self.generation
+    }
+
+    /// How a generation ended. An uptime of 0 is measured.
+    pub(super) fn report(&self, ending: Ending, uptime_ns: u64, now: Moment) -> StopReport {
+        let measured = self
+            .started_at
+            .map_or(0, |start| now.monotonic_ns.saturating_sub(start));
+        ending.report(if uptime_ns == 0 { measured } else { uptime_ns }, now)
+    }
+
+    pub(super) fn info(&self, now: Moment) -> GuestInfo {
+        let runs = matches!(self.phase, Phase::Running | Phase::Stopping);
+        let uptime = self
+            .started_at
+            .filter(|_| runs)
+            .map(|start| now.monotonic_ns.saturating_sub(start));
+        GuestInfo {
+            name: self.name.to_string(),
+            status: self.phase.status(),
+            generation: self.generation,
+            uptime_ns: uptime.unwrap_or(0),
+            descriptor: self.descriptor.clone(),
+            stop: self.stop.clone(),
+            problems: Vec::new(),
+            layers: self.layers.clone(),
+            component_pid: self.component_pid,
+            paused: self.paused,
+            detached: self.detached,
+        }
+    }
+}
+
+/// The refusal of a name that somebody has.
+pub(super) fn taken(entry: &Entry) -> Error {
+    let what = match entry.phase {
+        Phase::NotStarted | Phase::Stopped | Phase::Died => "is held by the client that drives it",
+        Phase::Creating | Phase::Created | Phase::Launching => "is starting",
+        Phase::Running => "is running",
+        Phase::Restarting => "is restarting",
+        Phase::Stopping => "is stopping",
+    };
+    Error::new(Kind::AlreadyRunning, format!("guest \"{}\" {what}", entry.name)).about("name")
+}
