@@ -23,7 +23,7 @@ use sepal_schema::{
 };
 
 use crate::{
-    args::Exec,
+    args::{Exec, ExecOptions},
     calls,
     manager::Manager,
     place::Place,
@@ -79,10 +79,14 @@ async fn end(to: &byte_stream::Client) -> Result<()> {
 pub(crate) async fn exec(handle: &Handle, place: &Place, args: &Exec) -> Result<u8> {
     let manager = Manager::running(handle, place)?;
     let guest = calls::lookup(&manager.client, &args.name).await?;
-    let agent = agent(&guest).await?;
+    run(handle, &manager, &agent(&guest).await?, &args.options).await
+}
+
+/// Runs a program by this agent.
+pub(crate) async fn run(handle: &Handle, manager: &Manager, agent: &agent::Client, args: &ExecOptions) -> Result<u8> {
     // Before the size is looked at, and before there are other threads: one that does not block the signal would take it, and forget it.
     let changes = args.tty.then(|| terminal::size_changes(handle)).transpose()?;
-    let process = start(&agent, args).await?;
+    let process = start(agent, args).await?;
     let raw = match args.tty {
         true => Raw::enter().context("making the terminal raw")?,
         false => None,
@@ -112,7 +116,7 @@ pub(crate) async fn exec(handle: &Handle, place: &Place, args: &Exec) -> Result<
     status
 }
 
-async fn start(agent: &agent::Client, args: &Exec) -> Result<process::Client> {
+async fn start(agent: &agent::Client, args: &ExecOptions) -> Result<process::Client> {
     let mut request = agent.exec_request();
     let mut command = request.get().init_command();
     command.set_arguments(&args.command[..])?;
