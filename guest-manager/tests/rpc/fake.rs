@@ -23,7 +23,10 @@ use sepal_schema::{
     transport::{Connection, FdTable, Handle, Limits, guard, serve_with},
 };
 
-use crate::vsock;
+use crate::{
+    fake_devices::{Devices, Told},
+    vsock,
+};
 
 type Reply = Result<(), capnp::Error>;
 
@@ -113,6 +116,7 @@ impl ComponentStarter for Starter {
                 consoles: RefCell::default(),
                 config: RefCell::default(),
                 sockets: Rc::default(),
+                told: Rc::default(),
             });
             let serve = |fds: FdTable| {
                 let process = process.clone();
@@ -165,6 +169,8 @@ pub(crate) struct Process {
     pub(crate) config: RefCell<Option<GuestConfig>>,
     /// Its guest's.
     pub(crate) sockets: Rc<vsock::Sockets>,
+    /// What its devices were told.
+    pub(crate) told: Rc<Told>,
 }
 
 impl Process {
@@ -375,6 +381,12 @@ impl component::Server for Server {
 
 struct Machine(Rc<Process>);
 
+impl Machine {
+    fn devices(&self) -> Devices {
+        Devices(self.0.told.clone())
+    }
+}
+
 impl sepal_schema::facet_capnp::facet::Server for Machine {}
 
 impl guest::Server for Machine {
@@ -391,6 +403,52 @@ impl guest::Server for Machine {
             Error::new(Kind::DeviceNotPresent, "there is none").write(results.get().init_error());
         }
         futures::future::ready(Ok(()))
+    }
+
+    async fn console(self: Rc<Self>, _: guest::ConsoleParams, mut results: guest::ConsoleResults) -> Reply {
+        results.get().set_console(guard::new_client(self.devices()));
+        Ok(())
+    }
+
+    async fn balloon_controller(
+        self: Rc<Self>,
+        _: guest::BalloonControllerParams,
+        mut results: guest::BalloonControllerResults,
+    ) -> Reply {
+        results.get().set_controller(guard::new_client(self.devices()));
+        Ok(())
+    }
+
+    async fn mem_controller(
+        self: Rc<Self>,
+        _: guest::MemControllerParams,
+        mut results: guest::MemControllerResults,
+    ) -> Reply {
+        results.get().set_controller(guard::new_client(self.devices()));
+        Ok(())
+    }
+
+    async fn disk_controller(
+        self: Rc<Self>,
+        _: guest::DiskControllerParams,
+        mut results: guest::DiskControllerResults,
+    ) -> Reply {
+        results.get().set_controller(guard::new_client(self.devices()));
+        Ok(())
+    }
+
+    async fn net_controller(
+        self: Rc<Self>,
+        _: guest::NetControllerParams,
+        mut results: guest::NetControllerResults,
+    ) -> Reply {
+        results.get().set_controller(guard::new_client(self.devices()));
+        Ok(())
+    }
+
+    async fn debug(self: Rc<Self>, _: guest::DebugParams, mut results: guest::DebugResults) -> Reply {
+        results.get().set_debug(guard::new_client(self.devices()));
+        Ok(())
     }
 
     fn power(

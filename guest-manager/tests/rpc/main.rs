@@ -2,9 +2,11 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "helpers of tests")]
 
+mod access;
 mod devices;
 mod events;
 mod fake;
+mod fake_devices;
 mod files;
 mod launch;
 mod lifecycle;

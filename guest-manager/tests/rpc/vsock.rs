@@ -53,14 +53,24 @@ impl Sockets {
         Handles::send(self.fds.borrow().as_ref().unwrap(), socket.into()).unwrap()
     }
 
+    /// As [`Sockets::next`], for a guest that blocks.
+    pub(crate) async fn next_raw(&self) -> (u32, UnixStream) {
+        self.connected.until(Vec::pop).await
+    }
+
+    /// Waits until nobody offers a port any more.
+    pub(crate) async fn nobody_listens(&self) {
+        self.listeners.until(|all| all.is_empty().then_some(())).await;
+    }
+
     /// The guest's end of the next connection of the host.
-    async fn next(&self, world: &World) -> (u32, AsyncFd<UnixStream>) {
+    pub(crate) async fn next(&self, world: &World) -> (u32, AsyncFd<UnixStream>) {
         let (port, socket) = self.connected.until(Vec::pop).await;
         (port, world.handle.register(socket).unwrap())
     }
 
     /// The guest connects to a port of the host: its end, once it has been accepted; none if it is refused.
-    async fn connect(&self, world: &World, port: u32) -> Option<AsyncFd<UnixStream>> {
+    pub(crate) async fn connect(&self, world: &World, port: u32) -> Option<AsyncFd<UnixStream>> {
         let acceptor = self
             .listeners
             .look(|all| all.get(&port).or_else(|| all.get(&ANY)).cloned())?;
@@ -175,10 +185,10 @@ impl host_vsock_endpoint::Server for Endpoint {
 
 /// A client that takes what the guest asks for.
 #[derive(Clone, Default)]
-struct Taker(Rc<Changed<Vec<(u32, u32, vsock_connection::Client)>>>);
+pub(crate) struct Taker(Rc<Changed<Vec<(u32, u32, vsock_connection::Client)>>>);
 
 impl Taker {
-    async fn next(&self) -> (u32, u32, vsock_connection::Client) {
+    pub(crate) async fn next(&self) -> (u32, u32, vsock_connection::Client) {
         self.0.until(Vec::pop).await
     }
 }
@@ -213,7 +223,7 @@ impl vsock_acceptor::Server for Opener {
 
 /// Remembers what it is given.
 #[derive(Clone, Default)]
-struct Sink(Rc<Changed<(Vec<u8>, bool)>>);
+pub(crate) struct Sink(pub(crate) Rc<Changed<(Vec<u8>, bool)>>);
 
 impl byte_stream::Server for Sink {
     async fn write(self: Rc<Self>, params: byte_stream::WriteParams) -> Reply {
@@ -229,7 +239,7 @@ impl byte_stream::Server for Sink {
     }
 }
 
-fn with_vsock(vsock: Vsock) -> GuestConfig {
+pub(crate) fn with_vsock(vsock: Vsock) -> GuestConfig {
     GuestConfig {
         vsock: Some(vsock),
         ..named("web")
@@ -256,7 +266,7 @@ fn socket(world: &World, caller: &Caller, answer: stream_result::Reader<'_>) -> 
     }
 }
 
-async fn connect(
+pub(crate) async fn connect(
     world: &World,
     caller: &Caller,
     endpoint: &host_vsock_endpoint::Client,
@@ -268,7 +278,7 @@ async fn connect(
     socket(world, caller, answer.get()?)
 }
 
-async fn listen(
+pub(crate) async fn listen(
     endpoint: &host_vsock_endpoint::Client,
     port: u32,
     acceptor: impl vsock_acceptor::Server + 'static,
@@ -281,7 +291,7 @@ async fn listen(
 }
 
 /// That bytes go both ways, and the ends too.
-async fn talk(mut one: &AsyncFd<UnixStream>, mut other: &AsyncFd<UnixStream>) {
+pub(crate) async fn talk(mut one: &AsyncFd<UnixStream>, mut other: &AsyncFd<UnixStream>) {
     let mut bytes = Vec::new();
     one.write_all(b"question").await.unwrap();
     one.get_ref().shutdown(Shutdown::Write).unwrap();
