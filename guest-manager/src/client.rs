@@ -2,7 +2,7 @@
 
 use std::{cell::Cell, fmt, rc::Rc};
 
-use sepal_schema::{config::GuestConfig, error::Error, facet::Rights, transport::FdTable};
+use sepal_schema::{config::GuestConfig, error::Error, transport::FdTable};
 
 use crate::{
     authority::{self, Needed},
@@ -63,15 +63,6 @@ impl Client {
         Self {
             read_only: true,
             ..Self::new(fds, who, Role::Observe)
-        }
-    }
-
-    /// The most that a token gives it: by the read-only socket nobody comes by more than looking.
-    pub fn most_rights(&self) -> Rights {
-        if self.read_only {
-            self.role.rights()
-        } else {
-            Rights::ALL
         }
     }
 

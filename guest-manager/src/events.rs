@@ -97,11 +97,21 @@ impl EventLog {
         }
     }
 
-    /// A cursor over one guest's events from now on.
-    pub fn cursor_of(&self, id: GuestId) -> Cursor {
-        let next_ordinal = self.ordinals.get(&id).copied().unwrap_or(0) + 1;
+    /// A cursor over one guest's events from now on, after the last `replay` of them that are kept.
+    pub fn cursor_of(&self, id: GuestId, replay: usize) -> Cursor {
+        let replayed = self
+            .kept
+            .iter()
+            .rev()
+            .filter(|event| event.id == id)
+            .take(replay)
+            .last();
+        let (next_sequence, next_ordinal) = match replayed {
+            Some(event) => (event.sequence, event.ordinal),
+            None => (self.last_sequence + 1, self.ordinals.get(&id).copied().unwrap_or(0) + 1),
+        };
         Cursor {
-            next_sequence: self.last_sequence + 1,
+            next_sequence,
             only: Some(Only { id, next_ordinal }),
         }
     }
@@ -178,7 +188,7 @@ mod tests {
     #[test]
     fn losses_of_other_guests_are_not_counted() {
         let mut log = EventLog::new(2);
-        let mut cursor = log.cursor_of(GuestId(7));
+        let mut cursor = log.cursor_of(GuestId(7), 0);
         append(&mut log, 7);
         for _ in 0..5 {
             append(&mut log, 8);
@@ -187,12 +197,29 @@ mod tests {
         assert_eq!(drain(&log, &mut cursor), [(7, 1)]);
     }
 
+    #[test]
+    fn a_replay_of_one_guest_skips_the_others() {
+        let mut log = EventLog::new(5);
+        for id in [7, 7, 8, 7, 8, 8, 7] {
+            append(&mut log, id);
+        }
+        let replay = |count| drain(&log, &mut log.cursor_of(GuestId(7), count));
+        assert_eq!(replay(1), [(7, 0)]);
+        assert_eq!(
+            replay(99),
+            [(4, 0), (7, 0)],
+            "the first two are not kept any more, and nothing was promised of them"
+        );
+        assert_eq!(replay(0), []);
+        assert_eq!(drain(&log, &mut log.cursor_of(GuestId(9), 3)), []);
+    }
+
     proptest! {
         /// Whatever the pace: what is seen and what is told as lost add up to all that concerned the reader, in order.
         #[test]
         fn nothing_is_lost_silently(steps in prop::collection::vec((0u64..3, any::<bool>()), 0..200), capacity in 1usize..9) {
             let mut log = EventLog::new(capacity);
-            let (mut all, mut one) = (log.cursor(0), log.cursor_of(GuestId(1)));
+            let (mut all, mut one) = (log.cursor(0), log.cursor_of(GuestId(1), 0));
             let (mut seen_all, mut seen_one) = (0u64, 0u64);
             let (mut sent_all, mut sent_one) = (0u64, 0u64);
             let mut last = 0;

@@ -37,6 +37,7 @@ use crate::{
     manager::Manager,
     model::{self, Ending, EventKind, GuestId},
     serial::Port,
+    statistics::Figures,
     vsock::listeners::Listeners,
 };
 
@@ -85,6 +86,7 @@ pub struct Guest {
     only_once: RefCell<Option<Error>>,
     cid: Cell<u32>,
     notes: RefCell<Vec<String>>,
+    pub(crate) figures: Figures,
     agent_ready: Changed<bool>,
     remote: RefCell<Option<Remote>>,
     state: Changed<State>,
@@ -117,6 +119,7 @@ impl Guest {
             only_once: RefCell::default(),
             cid: Cell::new(0),
             notes: RefCell::default(),
+            figures: Figures::default(),
             agent_ready: Changed::default(),
             remote: RefCell::default(),
             state: Changed::new(state),

@@ -56,6 +56,7 @@ pub mod serial;
 pub mod server;
 pub mod slot;
 pub mod starter;
+mod statistics;
 mod subscription;
 pub mod uploads;
 mod vsock;

@@ -50,7 +50,7 @@ use crate::{
     resources::{self, Listening, Resources},
     serial::{Port, Wire},
     slot::Slot,
-    vsock,
+    statistics, vsock,
 };
 
 /// What is held for a run until its component has let go of it.
@@ -448,7 +448,12 @@ impl event_sink::Server for Events {
             let current = |guest: &Rc<Guest>| guest.generation() == self.generation && !guest.is_restarting();
             if let (Some(kind), Some(guest)) = (kind, self.guest.upgrade().filter(current)) {
                 let panicked = kind == EventKind::Device(DeviceNews::GuestPanicked(Panic::Panicked));
+                let started = kind == EventKind::Started;
                 guest.happened(kind);
+                if started {
+                    // There is somebody to ask, who tells so; and nobody waits for the answer.
+                    let _ = statistics::ask(&guest);
+                }
                 if panicked {
                     power::panicked(&guest);
                 }

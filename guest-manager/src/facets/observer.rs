@@ -15,7 +15,7 @@ use crate::{
         holder::{Deed, Holder},
         thing::{Thing, serve_as},
     },
-    subscription,
+    statistics as figures, subscription,
 };
 
 const INFO: Deed = Deed::new("Observer.info", &[Right::Observe]);
@@ -78,9 +78,10 @@ impl observer::Server for ObserverServer {
             self.0.admit(SUBSCRIBE)?;
             let guest = &self.0.guest;
             let params = params.get()?;
+            let replay = usize::try_from(params.get_replay()).unwrap_or(usize::MAX);
             let cursor = guest
                 .manager
-                .registry(|registry, _| registry.log().cursor_of(guest.id));
+                .registry(|registry, _| registry.log().cursor_of(guest.id, replay));
             let ended = self.0.until_ended();
             Ok::<_, Error>(subscription::new_client_until(
                 &guest.manager,
@@ -116,13 +117,11 @@ impl statistics::Server for StatisticsServer {
 }
 
 async fn stats(holder: Holder, deed: Deed, mut results: statistics::GetResults) -> Reply {
-    let ask = async {
-        let observer = holder.guest.remote()?.observer_request().send().pipeline.get_observer();
-        holder.guest.answer(observer.stats_request().send().promise).await
-    };
-    match holder.perform(deed, "", ask).await {
-        Ok(answer) => results.set(answer.get()?)?,
-        Err(error) => error.write(results.get().init_error()),
+    match holder.perform(deed, "", figures::of(&holder.guest)).await {
+        Ok(figures) => figures.write(results.get()),
+        Err(error) => {
+            error.write(results.get().init_error());
+            Ok(())
+        }
     }
-    Ok(())
 }
