@@ -79,8 +79,9 @@ impl Uploads {
     /// `BAD_CONFIG` about `field` for one that is not finished, or none of ours.
     pub async fn content(&self, field: &str, client: upload::Client) -> Result<OwnedFd, Error> {
         let client = get_resolved_cap(client).await;
-        let key = client.into_client_hook().get_ptr();
-        let upload = self.known.borrow().get(&key).and_then(Weak::upgrade);
+        // Held on to: the client may have let go of it with the message that names it.
+        let hook = client.into_client_hook();
+        let upload = self.known.borrow().get(&hook.get_ptr()).and_then(Weak::upgrade);
         let Some(upload) = upload else {
             return Err(Error::bad_config(
                 field,
