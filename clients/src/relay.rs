@@ -15,7 +15,7 @@ use std::{
 
 use anyhow::{Context, Result};
 
-use crate::{args::Relay, local, place::Otherwise, status};
+use crate::{args::Relay, local, place::Otherwise, status, streams};
 
 /// Copies until one of the two sides has ended.
 pub(crate) fn relay(args: &Relay) -> Result<u8> {
@@ -32,14 +32,14 @@ pub(crate) fn relay(args: &Relay) -> Result<u8> {
     let mut away = socket.try_clone().context("copying to the guest manager")?;
     let input = move || {
         // However the input ended, nothing follows; if the socket has, its other direction tells.
-        let _ = io::copy(&mut from, &mut away);
+        let _ = streams::copy(&mut from, &mut away);
         let _ = away.shutdown(Shutdown::Write);
     };
     thread::Builder::new()
         .name("input".into())
         .spawn(input)
         .context("starting a thread for the input")?;
-    let copied = io::copy(&mut socket, &mut to);
+    let copied = streams::copy(&mut socket, &mut to);
     // The manager ends a connection whose other end is gone; that of this connection alone ends with it.
     let _ = socket.shutdown(Shutdown::Both);
     if let Some(child) = found.child {
@@ -50,7 +50,7 @@ pub(crate) fn relay(args: &Relay) -> Result<u8> {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(status::SUCCESS),
         copied => copied
             .context("copying what the guest manager sends")
-            .map(|_| status::SUCCESS),
+            .map(|()| status::SUCCESS),
     }
 }
 

@@ -7,7 +7,12 @@
 //!                   ours --pair--> write, or a stream of the guest's side             --> guest
 //! ```
 
-use std::{net::Shutdown, os::unix::net::UnixStream, rc::Rc};
+use std::{
+    io::{self, Read, Write},
+    net::Shutdown,
+    os::unix::net::UnixStream,
+    rc::Rc,
+};
 
 use anyhow::{Context, Result};
 use capnp::capability::FromClientHook;
@@ -207,5 +212,19 @@ impl Drop for FromGuest {
     fn drop(&mut self) {
         // The task that feeds the guest may hold the socket as well.
         let _ = self.0.shutdown(Shutdown::Write);
+    }
+}
+
+/// Copies until there is no more, each piece as it comes. Not the standard library's copy: splice(2), which that makes of it, keeps a pipe locked while it
+/// waits for a socket, and whoever wants to look whether there is something in the pipe waits with it.
+pub(crate) fn copy(from: &mut impl Read, to: &mut impl Write) -> io::Result<()> {
+    let mut buffer = vec![0; CHUNK];
+    loop {
+        match from.read(&mut buffer) {
+            Ok(0) => return Ok(()),
+            Ok(count) => to.write_all(&buffer[..count]).and_then(|()| to.flush())?,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
     }
 }

@@ -121,7 +121,7 @@ fn copy(stream: UnixStream) -> Result<oneshot::Receiver<io::Result<()>>> {
     let (mut from, mut to) = (stream.try_clone().context("waiting for the guest")?, stream);
     let input = move || {
         // Whatever ends the input, the guest is told that there is no more.
-        let _ = io::copy(&mut io::stdin().lock(), &mut to);
+        let _ = streams::copy(&mut io::stdin().lock(), &mut to);
         let _ = to.shutdown(Shutdown::Write);
     };
     thread::Builder::new()
@@ -131,7 +131,7 @@ fn copy(stream: UnixStream) -> Result<oneshot::Receiver<io::Result<()>>> {
     let (done, copied) = oneshot::channel();
     let output = move || {
         let mut out = io::stdout().lock();
-        let result = io::copy(&mut from, &mut out).and_then(|_| io::Write::flush(&mut out));
+        let result = streams::copy(&mut from, &mut out);
         // Nobody listens any more if the command is ending.
         let _ = done.send(result);
     };
