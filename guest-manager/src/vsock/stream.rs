@@ -79,7 +79,9 @@ pub(crate) fn split(
     handle.spawn(async move {
         match until {
             None => pass.await,
-            Some(ended) => drop(select(pin!(ended), pin!(pass)).await),
+            Some(ended) => {
+                select(pin!(ended), pin!(pass)).await;
+            }
         }
     });
     let until = holder.as_ref().map(|holder| {
