@@ -99,7 +99,7 @@ struct Bounds {
 interface Facet {
   narrow @0 (bounds :Bounds) -> NarrowResult;
   # A new capability for the same thing, with at most the power of this one and revoked with it. At most 32 levels deep, and 1024 alive for a
-  # guest: NO_RESOURCES.
+  # guest: NO_RESOURCES. BAD_CONFIG for ranges or ports that have nothing in common with what this one permits.
 
   share @1 (bounds :Bounds, terms :Terms) -> ShareResult;
   # A token with which another client of this manager gets a capability for the same thing, narrowed by `bounds`: `GuestManager.redeem`.
@@ -146,7 +146,7 @@ struct Description {
   kind @0 :FacetKind;
   guest @1 :Text;
   rights @2 :List(Right);
-  # All that it permits.
+  # All that it permits: of the rights that mean something for its kind, those that it has.
   expiresInMs @3 :UInt64;
   # Milliseconds until it is revoked by itself; 0 if it stays.
   bounds @4 :Bounds;

@@ -233,7 +233,7 @@ struct ReadResult {
 
 interface Output extends (Facet) {
   # What a serial port or console printed: a bounded history that readers share without disturbing each other or the guest. Needs the
-  # right `output`.
+  # right `output`. `describe` calls it a serial port that permits no input.
 
   read @0 (position :UInt64, maxBytes :UInt32, wait :Bool = true) -> ReadResult;
   # Bytes from `position` on, at most `maxBytes` (0: 65536, which is also the most). Waits for at least one byte, unless `wait` is false or
@@ -249,7 +249,7 @@ interface Serial extends (Output) {
 
   write @0 (bytes :Data) -> stream;
   # Types into the guest; at most 64 KiB a call. Flow-controlled: completes when the guest's side has taken the bytes or they are queued
-  # within the bound of 64 KiB. After the guest has ended the bytes are discarded.
+  # within the bound of 64 KiB. After the guest has ended the bytes are discarded. Needs the right `input`.
 
   open @1 (position :UInt64) -> OpenResult;
   # One end of a stream socket: output from `position` on arrives there, what is written to it is typed into the guest. End of file means
@@ -268,7 +268,7 @@ interface Console extends (Serial) {
   # A port of the virtio console: as the serial port, with a size. What is typed waits while the guest has not opened the port.
 
   resize @0 (columns :UInt16, rows :UInt16) -> Completion;
-  # Tells the guest the size of the terminal at the other end. The latest of several clients counts.
+  # Tells the guest the size of the terminal at the other end. The latest of several clients counts. Needs the right `input`.
 }
 
 interface Power extends (Facet) {
@@ -315,7 +315,7 @@ interface Observer extends (Facet) {
   # Returns when the guest has ended, at once if it has already. Dropping the call ends the waiting.
 
   output @2 () -> (output :Output);
-  # What the serial port printed.
+  # What the serial port printed; reading it needs the right `output` besides.
 
   subscribe @3 (sink :EventSink, replay :UInt32) -> SubscribeResult;
   # The events of this guest from now on, after the last `replay` of them that are kept. When this is revoked, the sink is dropped.
@@ -386,7 +386,7 @@ struct Stats {
 
 interface Guest extends (Facet) {
   # One guest, from its creation to its end. When the guest ends, calls to its facets fail with NOT_RUNNING, but the read-only ones still
-  # answer as long as the manager remembers the guest. A facet permits what the Guest does that it was asked of.
+  # answer as long as the manager remembers the guest. A facet permits what the Guest does that it was asked of; asking needs no right.
 
   serial @0 () -> (serial :Serial);
   power @1 () -> (power :Power);
@@ -408,10 +408,11 @@ interface Guest extends (Facet) {
   debug @11 () -> (debug :Debug);
 
   shares @12 () -> SharesResult;
-  # What was shared of this guest and can still be redeemed or used, oldest first. Needs the right `share`.
+  # What was shared of this guest and can still be redeemed or used, oldest first; through a narrowed guest, what was shared through it or what came
+  # of it. Needs the right `share`.
 
   revokeShare @13 (id :UInt64) -> Completion;
-  # Takes a share back, and all that was made of it; 0: all shares. NOT_FOUND. Needs the right `share`.
+  # Takes a share back, and all that was made of it; 0: all that `shares` tells. NOT_FOUND. Needs the right `share`.
 
   struct SharesResult {
     union {

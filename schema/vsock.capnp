@@ -7,22 +7,23 @@ using import "bytes.capnp".ByteStream;
 using import "facet.capnp".Facet;
 
 interface HostVsockEndpoint extends (Facet) {
-  # The host's side of a guest's vsock device. The host's context id is 2. Needs the rights `connect` and `listen`; connections end with the
-  # capability that they were made through.
+  # The host's side of a guest's vsock device. The host's context id is 2. Connections and listeners end with the capability that they were made
+  # through.
 
   listen @0 (port :UInt32, acceptor :VsockAcceptor) -> ListenResult;
   # Offers a port to the guest, until the listener is dropped; 2^32-1 (VMADDR_PORT_ANY) stands for every port that has no listener of its own.
-  # ALREADY_BOUND if somebody listens there; NO_RESOURCES past 64 listeners.
+  # ALREADY_BOUND if somebody listens there; NO_RESOURCES past 64 listeners. Needs the right `listen`.
 
   connect @1 (port :UInt32) -> StreamResult;
   # Connects to a port of the guest. CONNECTION_REFUSED if nobody listens there, NO_RESOURCES if there are too many connections (1024),
-  # TIMED_OUT if the guest does not answer within 2 s.
+  # TIMED_OUT if the guest does not answer within 2 s. Needs the right `connect`.
 
   connectStream @2 (port :UInt32, fromGuest :ByteStream) -> ByteStreamResult;
-  # The same for clients that receive no descriptors: what the guest sends goes to `fromGuest`, which is ended when the guest ends it.
+  # The same for clients that receive no descriptors: what the guest sends goes to `fromGuest`, which is ended when the guest ends it, and dropped when
+  # the capability is revoked.
 
   address @3 () -> (cid :UInt32, error :Error);
-  # The guest's context id; `error` is null if it can be told.
+  # The guest's context id; `error` is null if it can be told. Needs no right.
 
   struct ListenResult {
     listener @0 :VsockListener;
