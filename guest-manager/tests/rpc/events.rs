@@ -152,6 +152,68 @@ fn one_guests_events_are_told_to_whoever_observes_it() {
 }
 
 #[test]
+fn one_guests_past_is_told_first_to_those_who_ask() {
+    run(async |world| {
+        let caller = world.caller();
+        let one = caller.launch("one").await.unwrap();
+        let _two = caller.launch("two").await.unwrap();
+        let (last, all) = (Rc::new(Sink::default()), Rc::new(Sink::default()));
+        let mut subscribed = Vec::new();
+        for (sink, replay) in [(&last, 1), (&all, u32::MAX)] {
+            let mut request = observer(&one.guest).subscribe_request();
+            request.get().set_sink(guard::new_client(Server(sink.clone())));
+            request.get().set_replay(replay);
+            subscribed.push(request.send().promise.await.unwrap());
+        }
+        kill(&one.guest).await.unwrap();
+        assert_eq!(kinds(&last.hears(3).await), ["started", "shutting-down", "stopped"]);
+        let all = all.hears(5).await;
+        assert_eq!(
+            kinds(&all),
+            ["defined", "starting", "started", "shutting-down", "stopped"]
+        );
+        assert!(all.iter().all(|(name, ..)| name == "one"));
+    });
+}
+
+#[test]
+fn ten_thousand_events_for_one_who_never_answers_cost_nobody_else_anything() {
+    const EVENTS: usize = 10_000;
+    run(async |world| {
+        let caller = world.caller();
+        let launched = caller.launch("web").await.unwrap();
+        let (never, quick) = (Rc::new(Sink::default()), Rc::new(Sink::default()));
+        never.slow.change(|slow| *slow = true);
+        let deaf = world.caller();
+        let _never = subscribe(&deaf, &never, 0).await;
+        let _quick = subscribe(&caller, &quick, 0).await;
+        let power = power(&launched.guest);
+        for pair in 1..=EVENTS / 2 {
+            power.pause_request().send().promise.await.unwrap();
+            power.resume_request().send().promise.await.unwrap();
+            // Some hundreds at a time, so that whoever keeps up loses none.
+            if pair % 256 == 0 {
+                quick.hears(pair * 2).await;
+            }
+        }
+        let quick = quick.hears(EVENTS).await;
+        assert!(quick.iter().all(|(_, _, dropped)| *dropped == 0));
+        assert_eq!(
+            never.calls.look(|calls| *calls),
+            1,
+            "one event is under way, the others only in the ring"
+        );
+        never.slow.change(|slow| *slow = false);
+        let late = never.hears(1025).await;
+        let dropped: u64 = late.iter().map(|(_, _, dropped)| *dropped).sum();
+        assert_eq!(
+            (late.len() as u64 + dropped, late[1].2 as usize),
+            (EVENTS as u64, EVENTS - 1025)
+        );
+    });
+}
+
+#[test]
 fn a_slow_subscriber_has_one_call_in_flight_and_learns_what_it_lost() {
     let limits = Limits {
         events: 4,

@@ -115,6 +115,7 @@ impl ComponentStarter for Starter {
                 serial: RefCell::default(),
                 consoles: RefCell::default(),
                 config: RefCell::default(),
+                figures: Figures::default(),
                 sockets: Rc::default(),
                 told: Rc::default(),
             });
@@ -155,6 +156,17 @@ struct State {
     stops: usize,
 }
 
+/// A component's figures.
+#[derive(Debug, Default)]
+pub(crate) struct Figures {
+    /// It does not answer as long as this is set.
+    pub(crate) mute: Changed<bool>,
+    /// How often it was asked.
+    pub(crate) asked: Changed<u64>,
+    /// Lost bytes of serial output, and 17.
+    pub(crate) lost: Cell<u64>,
+}
+
 /// A component's "process".
 pub(crate) struct Process {
     pub(crate) pid: u32,
@@ -167,6 +179,8 @@ pub(crate) struct Process {
     /// Its ends of the console's ports.
     pub(crate) consoles: RefCell<Vec<UnixStream>>,
     pub(crate) config: RefCell<Option<GuestConfig>>,
+    /// What it tells of its figures.
+    pub(crate) figures: Figures,
     /// Its guest's.
     pub(crate) sockets: Rc<vsock::Sockets>,
     /// What its devices were told.
@@ -549,7 +563,15 @@ impl observer::Server for Eye {
         _: observer::StatsParams,
         mut results: observer::StatsResults,
     ) -> impl Future<Output = Reply> + 'static {
-        results.get().init_stats().set_serial_dropped(17);
-        futures::future::ready(Ok(()))
+        let process = self.0.upgrade().unwrap();
+        process.figures.asked.change(|asked| *asked += 1);
+        async move {
+            process.figures.mute.until(|mute| (!*mute).then_some(())).await;
+            results
+                .get()
+                .init_stats()
+                .set_serial_dropped(17 + process.figures.lost.get());
+            Ok(())
+        }
     }
 }

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "helpers of tests")]
 
 mod access;
+mod audit;
 mod devices;
 mod events;
 mod fake;
@@ -10,6 +11,8 @@ mod fake_devices;
 mod files;
 mod launch;
 mod lifecycle;
+mod queries;
+mod roles;
 mod stopping;
 mod vsock;
 mod world;
