@@ -1,22 +1,25 @@
 //! A device's dispatch loop: one thread with its own event manager, which hands ready file descriptors to the device.
 //!
 //! ```text
-//!            spawn                 start ok                 stop requested
+//!            begin                 start ok                 stop requested
 //!   (none) --------> starting --------------> running --------------------> stopping (device.stop) ---> ended: Ok
 //!                       |  setup or start         |  handler panics or                                      ^
 //!                       |  fails or panics        |  returns an error                                       |
 //!                       v                         v                                                         |
-//!            spawn returns StartError   quarantined: device.quarantine(), dropped, DeviceEvent::Failed -> ended: Err
+//!             wait returns StartError   quarantined: device.quarantine(), dropped, DeviceEvent::Failed -> ended: Err
 //! ```
 //!
 //! - `setup` runs on the thread before anything else: it narrows the thread's system-call filter. The epoll and the stop eventfd exist by then.
-//! - `spawn` returns only when the device has started, so a failure to start is its result and not a message somebody has to wait for.
+//! - `wait` returns only when the device has started, so a failure to start is its result and not a message somebody has to look for. `spawn` does
+//!   both; who has many devices begins them all, and then waits.
 //! - What a device watches (queue doorbells, host files, timerfds) it registers under tokens of its own through [`Watches`].
 //! - Nothing here is on a vCPU's path: a device shares with its bus side whatever it needs, behind locks that it never holds in a system call.
 //!
 //! System calls of the loop itself, beside those of the device and of the allocator and locks (`futex`, `mmap`, `munmap`, `madvise`, `brk`,
 //! `mprotect`): `epoll_wait`, `epoll_ctl`, `read` and `write` on eventfds, `close`, `clock_gettime`, and at the thread's end `sigaltstack`,
 //! `rt_sigprocmask` and `exit`. A panic's message needs `write` to standard error; builds with debug assertions call `fcntl` before a `close`.
+
+mod error;
 
 use std::any::Any;
 use std::os::fd::AsRawFd;
@@ -29,6 +32,7 @@ use std::time::{Duration, Instant};
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberId, SubscriberOps};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+pub use error::{StartError, StopError};
 pub use event_manager::EventSet;
 
 use crate::interrupt::lock;
@@ -208,62 +212,6 @@ impl Watches<'_, '_> {
     }
 }
 
-/// Why a loop did not start.
-#[derive(Debug, thiserror::Error)]
-pub enum StartError {
-    /// The host gave no thread, epoll or eventfd.
-    #[error("{device}: no resources for its dispatch loop: {reason}")]
-    Resources {
-        /// The device's name.
-        device: String,
-        /// What the host said.
-        reason: String,
-    },
-    /// The thread could not be set up (its system-call filter).
-    #[error("{device}: its thread could not be set up: {reason}")]
-    Setup {
-        /// The device's name.
-        device: String,
-        /// What the setup said.
-        reason: String,
-    },
-    /// The device refused to start.
-    #[error("{device}: did not start: {reason}")]
-    Device {
-        /// The device's name.
-        device: String,
-        /// What the device said.
-        reason: String,
-    },
-    /// The setup or the device panicked.
-    #[error("{device}: panicked while it started: {reason}")]
-    Panicked {
-        /// The device's name.
-        device: String,
-        /// The panic's message.
-        reason: String,
-    },
-}
-
-/// Why a loop did not end well.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum StopError {
-    /// The device had failed before (it was reported then), or failed while it stopped.
-    #[error("{device}: failed: {reason}")]
-    Failed {
-        /// The device's name.
-        device: String,
-        /// What happened.
-        reason: String,
-    },
-    /// The loop did not end in time. Its thread goes on by itself; only the end of the process ends it.
-    #[error("{device}: does not stop")]
-    Hung {
-        /// The device's name.
-        device: String,
-    },
-}
-
 /// Who a loop is, and whom it tells.
 struct Identity {
     name: String,
@@ -286,9 +234,37 @@ pub struct DispatchLoop {
     thread: Option<JoinHandle<()>>,
 }
 
+/// A dispatch loop whose device has not said yet that it has started. Dropping it stops the loop.
+pub struct StartingLoop {
+    started: Receiver<Result<(), StartError>>,
+    the_loop: DispatchLoop,
+}
+
+impl StartingLoop {
+    /// Waits until the device has started.
+    ///
+    /// # Errors
+    ///
+    /// [`StartError`] says which step failed; the thread is gone then, and the reporter has heard nothing.
+    pub fn wait(mut self) -> Result<DispatchLoop, StartError> {
+        let refused = match self.started.recv() {
+            Ok(Ok(())) => return Ok(self.the_loop),
+            Ok(Err(refused)) => refused,
+            // The sender is dropped unused only when the thread unwinds outside of what it catches.
+            Err(_) => StartError::Panicked {
+                device: self.the_loop.name.clone(),
+                reason: "the thread ended".into(),
+            },
+        };
+        if let Some(thread) = self.the_loop.thread.take() {
+            let _ = thread.join();
+        }
+        Err(refused)
+    }
+}
+
 impl DispatchLoop {
-    /// Starts a thread called `name` (of which Linux shows 15 bytes) that runs `setup`, then starts `device` and hands it its events.
-    /// Returns once the device has started.
+    /// [`begin`](Self::begin), and waits until the device has started.
     ///
     /// # Errors
     ///
@@ -299,6 +275,25 @@ impl DispatchLoop {
         device: D,
         reporter: Arc<dyn DeviceReporter>,
     ) -> Result<Self, StartError>
+    where
+        D: DispatchDevice + 'static,
+        E: std::fmt::Display,
+    {
+        Self::begin(name, setup, device, reporter)?.wait()
+    }
+
+    /// Starts a thread called `name` (of which Linux shows 15 bytes) that runs `setup`, then starts `device` and hands it its events.
+    /// Returns before it has done so: who starts many devices waits for all of them together.
+    ///
+    /// # Errors
+    ///
+    /// [`StartError::Resources`]: there is no thread then.
+    pub fn begin<D, E>(
+        name: impl Into<String>,
+        setup: impl FnOnce() -> Result<(), E> + Send + 'static,
+        device: D,
+        reporter: Arc<dyn DeviceReporter>,
+    ) -> Result<StartingLoop, StartError>
     where
         D: DispatchDevice + 'static,
         E: std::fmt::Display,
@@ -332,25 +327,15 @@ impl DispatchLoop {
             .name(name.clone())
             .spawn(move || body.run(setup, subscriber, started_sender, outcome_sender))
             .map_err(|e| resources(e.to_string()))?;
-
-        let refused = match started.recv() {
-            Ok(Ok(())) => {
-                return Ok(Self {
-                    name,
-                    stop,
-                    outcome,
-                    thread: Some(thread),
-                });
-            }
-            Ok(Err(refused)) => refused,
-            // The sender is dropped unused only when the thread unwinds outside of what it catches.
-            Err(_) => StartError::Panicked {
-                device: name,
-                reason: "the thread ended".into(),
+        Ok(StartingLoop {
+            started,
+            the_loop: Self {
+                name,
+                stop,
+                outcome,
+                thread: Some(thread),
             },
-        };
-        let _ = thread.join();
-        Err(refused)
+        })
     }
 
     /// Asks the loop to end and gives the device `within` to bring out what must not be lost; returns at once. Lets a machine stop many

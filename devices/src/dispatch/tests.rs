@@ -164,6 +164,37 @@ fn a_panic_in_start_is_the_result_of_spawn() {
     );
 }
 
+#[test]
+fn devices_that_are_begun_together_start_together() {
+    let meeting = Arc::new(std::sync::Barrier::new(2));
+    let starting: Vec<_> = (0..2)
+        .map(|_| {
+            let (rig, probe) = rig(Plan::Count);
+            let meeting = Arc::clone(&meeting);
+            // Neither gets past this without the other.
+            let setup = move || {
+                meeting.wait();
+                Ok::<_, String>(())
+            };
+            let starting = DispatchLoop::begin("probe", setup, probe, rig.reporter.clone());
+            (rig, starting.unwrap())
+        })
+        .collect();
+    for (_rig, starting) in starting {
+        let running = starting.wait().unwrap();
+        assert_eq!(running.stop(Duration::from_secs(10)), Ok(()));
+    }
+}
+
+#[test]
+fn nobody_has_to_wait_for_a_device_that_was_begun() {
+    let (rig, probe) = rig(Plan::Count);
+    let starting = DispatchLoop::begin("probe", || Ok::<_, String>(()), probe, rig.reporter.clone());
+    drop(starting.unwrap());
+    assert!(rig.rung.recv().is_err(), "the thread is gone, and its device with it");
+    assert!(rig.events.try_recv().is_err());
+}
+
 /// Rings the doorbell of a device that then fails with `reason`.
 fn fails_when_rung(plan: Plan, reason: &str) {
     let (rig, spawned) = spawn(plan);
