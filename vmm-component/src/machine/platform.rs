@@ -13,7 +13,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use sepal_devices::bus::{Bus, BusDevice, BusError};
-use sepal_devices::dispatch::{DeviceEvent, DeviceReporter, DispatchDevice, DispatchLoop, StopError};
+use sepal_devices::dispatch::{
+    DeviceEvent, DeviceReporter, DispatchDevice, DispatchLoop, StartError, StartingLoop, StopError,
+};
 use sepal_devices::legacy::acpi_pm::{self, AcpiPm, PowerButton, PowerEvent, PowerSink};
 use sepal_devices::legacy::i8042::{self, I8042};
 use sepal_devices::legacy::ioapic::{self, IoApic};
@@ -178,23 +180,25 @@ impl Platform {
     /// Starts the devices' loops.
     pub(super) fn start(&self, reporter: &Arc<Reporter>, hooks: &Hooks) -> Result<(), MachineError> {
         let mut loops = self.loops();
+        let mut starting = Vec::new();
         if let Some(device) = loops.serial.take() {
             let role = ThreadRole::Device(SERIAL);
-            loops.running.push(spawn(SERIAL, role, device, reporter, hooks)?);
+            starting.push(begin(SERIAL, role, device, reporter, hooks)?);
         }
         if let Some(device) = loops.rtc.take() {
             let role = ThreadRole::Device(RTC);
-            loops.running.push(spawn(RTC, role, device, reporter, hooks)?);
+            starting.push(begin(RTC, role, device, reporter, hooks)?);
         }
         if let Some(device) = loops.watchdog.take() {
             let role = ThreadRole::Device(guards::WATCHDOG);
-            loops
-                .running
-                .push(spawn(guards::WATCHDOG, role, device, reporter, hooks)?);
+            starting.push(begin(guards::WATCHDOG, role, device, reporter, hooks)?);
         }
         for Pending { name, kind, worker } in std::mem::take(&mut loops.virtio) {
             let role = ThreadRole::Virtio(kind);
-            loops.running.push(spawn(&name, role, worker, reporter, hooks)?);
+            starting.push(begin(&name, role, worker, reporter, hooks)?);
+        }
+        for (name, device) in starting {
+            loops.running.push(device.wait().map_err(start_error(&name))?);
         }
         Ok(())
     }
@@ -317,20 +321,24 @@ impl DeviceReporter for Reporter {
     }
 }
 
-fn spawn(
+/// Starts the thread of a device, and does not wait for it: all get ready at the same time.
+fn begin(
     name: &str,
     role: ThreadRole,
     device: impl DispatchDevice + 'static,
     reporter: &Arc<Reporter>,
     hooks: &Hooks,
-) -> Result<DispatchLoop, MachineError> {
+) -> Result<(String, StartingLoop), MachineError> {
     let setup = Arc::clone(&hooks.thread_setup);
-    DispatchLoop::spawn(name, move || setup(role), device, Arc::clone(reporter) as _).map_err(|e| {
-        MachineError::DeviceStart {
-            device: name.to_owned(),
-            reason: e.to_string(),
-        }
-    })
+    let starting = DispatchLoop::begin(name, move || setup(role), device, Arc::clone(reporter) as _);
+    Ok((name.to_owned(), starting.map_err(start_error(name))?))
+}
+
+fn start_error(device: &str) -> impl FnOnce(StartError) -> MachineError {
+    move |error| MachineError::DeviceStart {
+        device: device.to_owned(),
+        reason: error.to_string(),
+    }
 }
 
 fn memory_sizes(ram: &GuestRam) -> MemorySizes {
