@@ -4,6 +4,7 @@
 //!   main       command line, signals, the order in which things begin and end
 //!   server     connections ---> manager_server, lifecycle_server, guest_server: the protocol's interfaces
 //!   listener   the socket         |      ladder (stopping), subscription, uploads, list, facets, vsock (devices)
+//!                                 |      access: the grant that each capability goes through: narrowed, shared, revoked
 //!                                 v
 //!   manager    what all share: registry (names and statuses, pure), events and history (rings, pure), host, problems
 //!     slot     who holds a name: one guest after the other, and a component

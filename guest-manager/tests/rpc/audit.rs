@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use crate::world::{Caller, World, info, kill, named, run_lifecycle, with};
 
 /// What the audit's file says in the end.
-fn audited(test: impl AsyncFnOnce(World)) -> Vec<Value> {
+pub(crate) fn audited(test: impl AsyncFnOnce(World)) -> Vec<Value> {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("audit");
     let (audit, writer) = Audit::to_file(&path).unwrap();

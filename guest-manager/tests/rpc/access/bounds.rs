@@ -200,6 +200,24 @@ fn the_tightest_bounds_are_told() {
 }
 
 #[test]
+fn a_lifetime_of_ages_is_one() {
+    run(async |world| {
+        let caller = world.caller();
+        let launched = launch(&world, &caller, "web").await;
+        let ages = Duration::from_millis(u64::MAX);
+        let (power, revoker) = narrow(&Part::Power.of(&launched.guest), &lasting(ages)).await.unwrap();
+        // Its timer does not keep others from theirs.
+        let short = lasting(Duration::from_millis(1));
+        let (observer, _) = narrow(&Part::Observer.of(&launched.guest), &short).await.unwrap();
+        world.handle.sleep(Duration::from_millis(2)).await;
+        assert_eq!(describe(&observer).await.unwrap_err().kind, Kind::Revoked);
+        pause(&power).await.unwrap();
+        super::revoke(&revoker).await;
+        assert_eq!(pause(&power).await.unwrap_err().kind, Kind::Revoked);
+    });
+}
+
+#[test]
 fn bounds_that_make_no_sense_are_refused() {
     run(async |world| {
         let caller = world.caller();

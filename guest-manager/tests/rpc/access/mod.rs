@@ -1,5 +1,6 @@
 //! What capabilities permit: rights, bounds, revoking, shares; over every facet and every method.
 
+mod audit;
 mod bounds;
 mod every;
 mod methods;
