@@ -182,6 +182,39 @@ fn a_share_ends_with_its_time_and_with_its_guest() {
     });
 }
 
+#[test]
+fn a_guest_that_begins_again_is_the_same_guest_to_those_who_hold_it() {
+    run(async |world| {
+        let (caller, other) = (world.caller(), user(&world, 7));
+        let launched = launch(&world, &caller, "web").await;
+        let shared = share(
+            &Part::Balloon.of(&launched.guest),
+            &Bounds::default(),
+            &Terms::default(),
+        )
+        .await
+        .unwrap();
+        let (before, ..) = redeem(&other, &shared.token).await.unwrap();
+        let (revoked, revoker) = narrow(&Part::Balloon.of(&launched.guest), &Bounds::default())
+            .await
+            .unwrap();
+        revoke(&revoker).await;
+        let call = |name: &str| METHODS.iter().find(|method| method.name == name).unwrap().call;
+        call("Power.reset")(Part::Power.of(&launched.guest)).await.unwrap();
+        assert_eq!(world.fake.count(), 2, "it has a component of its own");
+        let (after, ..) = redeem(&other, &shared.token).await.unwrap();
+        let size = call("BalloonController.getBalloonSize");
+        for facet in [&before, &after] {
+            size(facet.clone()).await.unwrap();
+        }
+        assert_eq!(size(revoked).await.unwrap_err().kind, Kind::Revoked);
+        revoke_share(&launched.guest, shared.id).await.unwrap();
+        for facet in [before, after] {
+            assert_eq!(size(facet).await.unwrap_err().kind, Kind::Revoked);
+        }
+    });
+}
+
 /// Descriptors go with the messages of whoever redeemed, not of whoever shared.
 #[test]
 fn a_redeemed_console_opens_on_the_redeemers_connection() {
