@@ -1,4 +1,14 @@
-//! A cpio archive with one file, which Linux unpacks after the initramfs that it is appended to.
+//! Cpio archives with one file each, which Linux unpacks after the initramfs that they are appended to.
+
+use std::{
+    fs,
+    io::{Seek, Write},
+    path::Path,
+};
+
+use tempfile::NamedTempFile;
+
+use crate::HarnessError;
 
 /// Fields of a header of the "newc" format after its magic number, eight hexadecimal digits each: inode, mode, uid, gid, links, time, size,
 /// device (2), special device (2), bytes of the name, checksum (Documentation/driver-api/early-userspace/buffer-format.rst of Linux).
@@ -21,11 +31,31 @@ fn pad(into: &mut Vec<u8>) {
 }
 
 /// The archive, which begins at a multiple of four bytes wherever it is appended to another one.
-pub(crate) fn archive(name: &str, content: &[u8]) -> Vec<u8> {
+fn archive(name: &str, content: &[u8]) -> Vec<u8> {
     let mut archive = Vec::new();
     entry(&mut archive, name, 0o100_755, content);
     entry(&mut archive, "TRAILER!!!", 0, &[]);
     archive
+}
+
+/// The initramfs at `base` with these files besides, as programs: names without the first '/', in folders that are there, and contents.
+///
+/// # Errors
+/// `base` cannot be read, or the host has no room.
+pub fn initrd(base: &Path, files: &[(&str, &[u8])]) -> Result<NamedTempFile, HarnessError> {
+    let first = fs::read(base).map_err(|source| HarnessError::Open {
+        path: base.into(),
+        source,
+    })?;
+    let written = NamedTempFile::new().and_then(|mut file| {
+        file.write_all(&first)?;
+        for (name, content) in files {
+            file.write_all(&archive(name, content))?;
+        }
+        file.rewind()?;
+        Ok(file)
+    });
+    written.map_err(HarnessError::io("writing an initramfs"))
 }
 
 #[cfg(test)]

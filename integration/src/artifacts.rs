@@ -1,4 +1,5 @@
-//! What the guests are made of: a minimal Linux kernel and an initramfs, built by scripts of this folder once and then cached.
+//! What the guests are made of: a minimal Linux kernel and an initramfs, built by scripts of this folder once and then cached; and programs that some of
+//! them need.
 
 use std::{
     path::{Path, PathBuf},
@@ -34,6 +35,22 @@ pub fn kernel() -> Result<Kernel, HarnessError> {
 /// As [`kernel`].
 pub fn initramfs() -> Result<PathBuf, HarnessError> {
     build("initramfs/build")
+}
+
+/// The guests' agent, as one static file.
+///
+/// # Errors
+/// As [`kernel`].
+pub fn agent() -> Result<PathBuf, HarnessError> {
+    build("agent/build")
+}
+
+/// A virtiofsd of the host's, or of the distribution's.
+///
+/// # Errors
+/// As [`kernel`].
+pub fn virtiofsd() -> Result<PathBuf, HarnessError> {
+    build("virtiofsd/find")
 }
 
 /// Runs a build script, whose last line of output is where its result is.

@@ -1,7 +1,7 @@
 //! What to boot, and one guest driven step by step.
 
 use std::{
-    fs::{self, File, OpenOptions},
+    fs::{File, OpenOptions},
     io::{Seek, Write},
     path::{Path, PathBuf},
     time::{Duration, Instant},
@@ -20,8 +20,9 @@ use sepal_schema::{
 };
 
 use crate::{
-    archive,
+    archive::initrd,
     error::HarnessError,
+    events::News,
     manager::{Manager, PATIENCE},
     report::Report,
 };
@@ -129,16 +130,15 @@ impl Boot {
     pub(crate) fn config(self) -> Result<GuestConfig, HarnessError> {
         let mut config = self.config;
         if let Some(image) = self.image {
-            config.kernel = config::File::Fd(temporary(&[image])?.into());
+            config.kernel = config::File::Fd(temporary(image)?.into());
         }
         if let Some(path) = self.kernel {
             config.kernel = open(path)?;
         }
         match (self.initrd, self.script) {
             (Some(path), Some(script)) => {
-                let first = fs::read(&path).map_err(|source| HarnessError::Open { path, source })?;
-                let second = archive::archive("script", script.as_bytes());
-                config.initrd = config::File::Fd(temporary(&[&first, &second])?.into());
+                let file = initrd(&path, &[("script", script.as_bytes())])?;
+                config.initrd = config::File::Fd(file.into_file().into());
             }
             (Some(path), None) => config.initrd = open(path)?,
             (None, _) => {}
@@ -172,10 +172,10 @@ fn open(path: PathBuf) -> Result<config::File, HarnessError> {
     }
 }
 
-/// A file without a name that holds these pieces.
-fn temporary(pieces: &[&[u8]]) -> Result<File, HarnessError> {
+/// A file without a name that holds this.
+fn temporary(content: &[u8]) -> Result<File, HarnessError> {
     let written = tempfile::tempfile().and_then(|mut file| {
-        pieces.iter().try_for_each(|piece| file.write_all(piece))?;
+        file.write_all(content)?;
         file.rewind()?;
         Ok(file)
     });
@@ -186,8 +186,9 @@ fn temporary(pieces: &[&[u8]]) -> Result<File, HarnessError> {
 pub struct Guest {
     pub(crate) manager: Manager,
     pub(crate) guest: guest::Client,
-    /// Held: the guest ends when it is dropped.
-    _lease: guest_manager::lease::Client,
+    /// Held: the guest ends when it is dropped. None of a guest that somebody else launched.
+    _lease: Option<guest_manager::lease::Client>,
+    pub(crate) news: Option<News>,
     output: Vec<u8>,
     /// Position of the serial port's output after what has been read.
     position: u64,
@@ -197,11 +198,12 @@ pub struct Guest {
 }
 
 impl Guest {
-    pub(crate) fn new(manager: Manager, guest: guest::Client, lease: guest_manager::lease::Client) -> Self {
+    pub(crate) fn new(manager: Manager, guest: guest::Client, lease: Option<guest_manager::lease::Client>) -> Self {
         Self {
             manager,
             guest,
             _lease: lease,
+            news: None,
             output: Vec::new(),
             position: 0,
             seen: 0,

@@ -12,23 +12,27 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! - `artifacts`: the test kernel and its initramfs, built once and cached.
+//! - `archive`: an initramfs with more files in it.
+//! - `artifacts`: the test kernel and its initramfs, built once and cached; the guests' agent, virtiofsd.
 //! - `boot`: [`Boot`] says what to boot; [`Guest`] waits for lines, types, and asserts how it ended.
+//! - `events`: what the manager tells about devices.
 //! - `facets`: what a client does to the devices of a guest.
 //! - `host`: what devices need on the host: images, networks apart from the host's, the other ends of connections.
-//! - `manager`: [`Manager`], a guest manager of one's own.
+//! - `manager`: [`Manager`], a guest manager of one's own or one that runs.
 //! - `programs`: where the programs of this build are.
 
 mod archive;
 pub mod artifacts;
 mod boot;
 mod error;
+mod events;
 mod facets;
 pub mod host;
 mod manager;
 mod programs;
 mod report;
 
+pub use archive::initrd;
 pub use boot::{Boot, Guest, disk};
 pub use error::HarnessError;
 pub use facets::{BalloonSize, MemorySize};

@@ -1,4 +1,4 @@
-//! A guest manager of one's own, that ends with its connection.
+//! A guest manager: one of one's own, that ends with its connection, or one that runs.
 
 use std::{
     future::Future,
@@ -6,6 +6,7 @@ use std::{
         fd::{AsRawFd, OwnedFd},
         unix::net::UnixStream,
     },
+    path::Path,
     process::{Child, Command, ExitStatus, Stdio},
     time::Duration,
 };
@@ -26,23 +27,37 @@ use crate::{
 /// How long the manager may take for anything that does not depend on the guest.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A private guest manager and the connection to it. Dropping it ends both, and every guest that is left.
+/// A guest manager, and the connection to it. Dropping one that was started here ends both, and every guest that is left.
 pub struct Manager {
     reactor: Reactor,
     client: guest_manager::Client,
     connection: Option<Connection>,
-    child: Child,
+    /// The process, if it was started here.
+    child: Option<Child>,
 }
 
 impl Manager {
-    /// Starts one.
+    /// Starts a private one.
     ///
     /// # Errors
     /// [`HarnessError`]: its program is missing, or the host refused something.
     pub fn start() -> Result<Self, HarnessError> {
-        let reactor = Reactor::new().map_err(HarnessError::io("making the event loop"))?;
         let (ours, theirs) = UnixStream::pair().map_err(HarnessError::io("making a socket pair"))?;
         let child = spawn(theirs.into())?;
+        Self::over(ours, Some(child))
+    }
+
+    /// Connects to the one that listens at `socket`.
+    ///
+    /// # Errors
+    /// Nobody listens there.
+    pub fn connect(socket: &Path) -> Result<Self, HarnessError> {
+        let ours = UnixStream::connect(socket).map_err(HarnessError::io("connecting to the guest manager"))?;
+        Self::over(ours, None)
+    }
+
+    fn over(ours: UnixStream, child: Option<Child>) -> Result<Self, HarnessError> {
+        let reactor = Reactor::new().map_err(HarnessError::io("making the event loop"))?;
         let (client, connection) = connect::<guest_manager::Client>(&reactor.handle(), ours, Limits::default())
             .map_err(HarnessError::io("connecting to the guest manager"))?;
         Ok(Self {
@@ -66,18 +81,36 @@ impl Manager {
         let response = response.unwrap_or_else(|| Err(capnp::Error::overloaded("launch was not answered".into())))?;
         let launched = response.get()?.outcome()?;
         let (guest, lease) = (launched.get_guest()?, launched.get_lease()?);
-        Ok(Guest::new(self, guest, lease))
+        Ok(Guest::new(self, guest, Some(lease)))
     }
 
-    /// Ends the manager, and returns how it ended.
+    /// A guest that was launched by somebody else, and does not end with what is returned.
+    ///
+    /// # Errors
+    /// There is none of that name.
+    pub fn find(mut self, name: &str) -> Result<Guest, HarnessError> {
+        let mut request = self.client.lookup_request();
+        request.get().set_name(name);
+        let response = self.within(PATIENCE, request.send().promise)?;
+        let response = response.unwrap_or_else(|| Err(capnp::Error::overloaded("lookup was not answered".into())))?;
+        let guest = response.get()?.outcome()?.get_guest()?;
+        Ok(Guest::new(self, guest, None))
+    }
+
+    pub(crate) fn client(&self) -> &guest_manager::Client {
+        &self.client
+    }
+
+    /// Ends the connection, and the manager with it if that was started here; how it ended, else a success.
     ///
     /// # Errors
     /// When it cannot be waited for.
     pub fn close(mut self) -> Result<ExitStatus, HarnessError> {
         self.let_go();
-        self.child
-            .wait()
-            .map_err(HarnessError::io("waiting for the guest manager"))
+        match &mut self.child {
+            Some(child) => child.wait().map_err(HarnessError::io("waiting for the guest manager")),
+            None => Ok(ExitStatus::default()),
+        }
     }
 
     /// Runs a future on the loop; `None` if it takes longer than `patience`.
@@ -105,7 +138,9 @@ impl Manager {
 impl Drop for Manager {
     fn drop(&mut self) {
         self.let_go();
-        let _ = self.child.wait();
+        if let Some(child) = &mut self.child {
+            let _ = child.wait();
+        }
     }
 }
 

@@ -7,7 +7,10 @@
 use std::{path::Path, time::Duration};
 
 use sepal_integration::{Boot, Guest, artifacts};
-use sepal_schema::report::Reason;
+use sepal_schema::{
+    news::{DeviceNews, Panic},
+    report::Reason,
+};
 
 /// Longer than any boot takes; it only ever makes a test fail.
 const BOOT: Duration = Duration::from_secs(300);
@@ -79,12 +82,16 @@ fn a_bz_image_boots_and_panics() {
     if !kvm() {
         return;
     }
-    let mut guest = linux("panic")
+    let mut guest = linux("script")
         .kernel(artifacts::kernel().unwrap().bz_image)
+        .script("echo c >/proc/sysrq-trigger")
+        .configure(|config| config.panic_device = true)
         .start()
         .unwrap();
     user_space(&mut guest);
     guest.wait_for("Kernel panic", END).unwrap();
+    let told = guest.wait_for_news("the panic", END, |news| matches!(news, DeviceNews::GuestPanicked(_)));
+    assert_eq!(told.unwrap(), DeviceNews::GuestPanicked(Panic::Panicked));
     // `panic=-1` reboots at once, which is what a client then sees.
     guest.assert_ends_with(Reason::Reset, END).unwrap();
 }
