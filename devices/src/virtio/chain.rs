@@ -5,7 +5,9 @@
 
 use std::ops::Range;
 
-use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
+use vm_memory::{ByteValued, GuestAddress, GuestMemoryMmap, VolatileSlice};
+
+use super::access;
 
 /// One buffer in guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -154,8 +156,8 @@ impl<'a> Cursor<'a> {
         let mut slices = Vec::with_capacity(self.segments.len());
         let memory = self.memory;
         self.pass(len, |address, range| {
-            // Checked when the chain was taken: a slice that is refused now is left out, and whoever uses it sees less than it asked for.
-            slices.extend(memory.get_slices(address, range.len()).filter_map(Result::ok));
+            // Checked when the chain was taken.
+            access::add_slices(&mut slices, memory, address, range.len());
         });
         Ok(slices)
     }
@@ -190,7 +192,7 @@ impl<'a> Reader<'a> {
         let memory = self.0.memory;
         self.0.pass(buffer.len(), |address, range| {
             // Checked when the chain was taken; zeroes stand for what cannot be read.
-            let _ = memory.read_slice(&mut buffer[range], address);
+            let _ = access::read(memory, address, &mut buffer[range]);
         });
         Ok(())
     }
@@ -269,7 +271,7 @@ impl<'a> Writer<'a> {
         let memory = self.0.memory;
         self.0.pass(bytes.len(), |address, range| {
             // Checked when the chain was taken; what cannot be written is lost, as on a bus without memory.
-            let _ = memory.write_slice(&bytes[range], address);
+            let _ = access::write(memory, address, &bytes[range]);
         });
         Ok(())
     }

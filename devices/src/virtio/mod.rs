@@ -15,6 +15,7 @@
 //!   driver resets it.
 //! - `testing` drives a device by rings written by hand, without a virtual machine.
 
+mod access;
 pub mod balloon;
 pub mod block;
 pub mod chain;

@@ -13,8 +13,9 @@ use std::num::Wrapping;
 use std::sync::atomic::{Ordering, fence};
 
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::{ByteValued, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
+use super::access;
 use super::chain::{Chain, Segment};
 use super::violation::Violation;
 
@@ -233,9 +234,8 @@ impl Virtqueue {
             let slot = u64::from(next.0 % self.setup.size);
             let at = self.setup.used + USED_HEADER_BYTES + USED_ELEMENT_BYTES * slot;
             let element = [u32::from(chain.head()).to_le(), written.to_le()];
-            self.memory
-                .write_obj(element, GuestAddress(at))
-                .map_err(|_| self.outside(at, USED_ELEMENT_BYTES))?;
+            access::write(&self.memory, GuestAddress(at), ByteValued::as_slice(&element))
+                .ok_or_else(|| self.outside(at, USED_ELEMENT_BYTES))?;
             self.keep(chain);
             self.in_flight = self.in_flight.saturating_sub(1);
             self.unannounced = self.unannounced.saturating_add(1);
@@ -244,9 +244,7 @@ impl Virtqueue {
         self.queue.set_next_used(next.0);
         let index = self.setup.used + 2;
         // Released: whoever sees the index sees the entries.
-        self.memory
-            .store(next.0.to_le(), GuestAddress(index), Ordering::Release)
-            .map_err(|_| self.outside(index, 2))
+        access::store(&self.memory, index, next.0.to_le()).ok_or_else(|| self.outside(index, 2))
     }
 
     /// Whether the driver wants to be told of what was pushed since the last call. [`Context::interrupt`](super::device::Context::interrupt)
@@ -379,7 +377,7 @@ impl Virtqueue {
 
     fn descriptor(&self, table: u64, index: u32) -> Result<Descriptor, Violation> {
         let address = table.checked_add(DESCRIPTOR_BYTES * u64::from(index));
-        let read = address.and_then(|address| self.memory.read_obj::<Descriptor>(GuestAddress(address)).ok());
+        let read = address.and_then(|address| access::read_obj::<Descriptor>(&self.memory, address));
         let raw = read.ok_or(Violation::Address {
             queue: self.index,
             address: address.unwrap_or(table),
@@ -394,10 +392,7 @@ impl Virtqueue {
     }
 
     fn check_buffer(&self, descriptor: &Descriptor) -> Result<(), Violation> {
-        let fits = descriptor.len == 0
-            || self
-                .memory
-                .check_range(GuestAddress(descriptor.address), descriptor.len as usize);
+        let fits = descriptor.len == 0 || access::is_inside(&self.memory, descriptor.address, descriptor.len);
         if fits {
             Ok(())
         } else {
@@ -411,9 +406,7 @@ impl Virtqueue {
 
     /// Reads a field of the available ring that the driver changes while the device reads.
     fn load(&self, address: u64) -> Result<u16, Violation> {
-        self.memory
-            .load(GuestAddress(address), Ordering::Acquire)
-            .map_err(|_| self.outside(address, 2))
+        access::load(&self.memory, address).ok_or_else(|| self.outside(address, 2))
     }
 
     fn outside(&self, address: u64, len: u64) -> Violation {

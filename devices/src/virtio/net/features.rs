@@ -61,11 +61,6 @@ const TUN_F_TSO_ECN: u32 = 0x08;
 const TUN_F_USO4: u32 = 0x20;
 const TUN_F_USO6: u32 = 0x40;
 
-/// Whether frames longer than the MTU may come with the offloads in `features`.
-pub(super) fn receives_unsegmented(features: u64) -> bool {
-    features & GUEST_CSUM != 0 && features & GUEST_SEGMENTATION != 0
-}
-
 /// The argument of `TUNSETOFFLOAD` for the offloads of the driver's side in `features`. Without checksums there is no segmentation, and
 /// without TCP's no congestion marks: so say virtio 5.1.3.1 and the kernel.
 pub(super) fn tun_offloads(features: u64) -> u32 {
@@ -105,6 +100,5 @@ mod tests {
             "no marks without TCP's segmentation"
         );
         assert_eq!(tun_offloads(GUEST_OFFLOADS), 0x6f);
-        assert!(receives_unsegmented(GUEST_CSUM | GUEST_USO6) && !receives_unsegmented(GUEST_TSO4));
     }
 }

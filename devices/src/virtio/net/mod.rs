@@ -107,8 +107,6 @@ pub struct Net {
     mtu: u16,
     /// Pairs that the driver uses.
     active_pairs: usize,
-    /// The driver takes frames longer than the MTU.
-    unsegmented: bool,
     link_up: bool,
     receive_limit: Limit,
     send_limit: Limit,
@@ -164,7 +162,6 @@ impl Net {
             mac: config.mac,
             mtu: config.mtu,
             active_pairs: 1,
-            unsegmented: false,
             link_up: config.link_up,
             receive_limit: limit(&config.receive_limit)?,
             send_limit: limit(&config.send_limit)?,
@@ -208,7 +205,6 @@ impl Net {
                 backend: &mut *self.backend,
                 port,
                 accepted,
-                unsegmented: self.unsegmented,
                 mtu: self.mtu,
                 limit: &mut self.receive_limit,
                 spill: &mut self.spill,
@@ -429,10 +425,7 @@ impl Net {
             return Ok(false);
         }
         match self.backend.set_offloads(features) {
-            Ok(()) => {
-                self.unsegmented = features::receives_unsegmented(features);
-                Ok(true)
-            }
+            Ok(()) => Ok(true),
             Err(error) => {
                 self.lost(format!("the tap's offloads cannot be set: {error}"), context)?;
                 Ok(false)
@@ -562,7 +555,6 @@ impl VirtioDevice for Net {
     fn reset(&mut self, context: &mut Context<'_>) {
         self.receivers.fill_with(Receiver::default);
         self.active_pairs = 1;
-        self.unsegmented = false;
         if !self.shared.is_lost() {
             // A tap that is gone tells so when it is read.
             let _ = self.backend.set_offloads(0);

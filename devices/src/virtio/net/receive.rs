@@ -1,7 +1,8 @@
 //! Frames from the host into the driver's buffers.
 //!
-//! Before a frame is read its length is not known, so room for the longest is taken from the ring as far as the driver gave it, and what is not
-//! used is held for the next frame. What has no room goes into a spill buffer, and moves on when the driver gives more:
+//! Before a frame is read its length is not known, so room for the longest that is expected is taken from the ring as far as the driver gave it, and what
+//! is not used is held for the next frame: that is one segment, or, for some frames after one that was longer, all that a frame can be. What has no room
+//! goes into a spill buffer, and moves on when the driver gives more:
 //!
 //! ```text
 //!           nothing held                 room for it all            used ring
@@ -13,13 +14,14 @@
 use std::collections::VecDeque;
 use std::io;
 
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
+use vm_memory::{GuestAddress, GuestMemoryMmap, VolatileSlice};
 
 use super::backend::{Backend, Received, Room, scatter};
 use super::features;
 use super::handle::Counters;
 use super::header::{ETHERNET_BYTES, HEADER_BYTES, Header, MAX_FRAME, VLAN_BYTES};
 use super::limit::Limit;
+use crate::virtio::access::add_slices;
 use crate::virtio::chain::Chain;
 use crate::virtio::queue::Virtqueue;
 use crate::virtio::violation::Violation;
@@ -32,6 +34,8 @@ const TURN_FRAMES: usize = 64;
 const TURN_BYTES: usize = 1 << 20;
 /// Parts of guest memory after which no more chains are taken before a frame is read.
 const MOST_PARTS: usize = 256;
+/// Frames of one segment after which longer ones are not expected any more.
+const LONG_FOR: u8 = 64;
 /// The most parts of one chain. Together they are fewer than one system call takes.
 const MOST_CHAIN_PARTS: usize = 512;
 
@@ -68,6 +72,8 @@ struct Parked {
 pub(super) struct Receiver {
     held: VecDeque<Chain>,
     parked: Option<Parked>,
+    /// So many frames may be longer than one segment.
+    long: u8,
     /// The driver was asked not to ring.
     quiet: bool,
 }
@@ -78,8 +84,6 @@ pub(super) struct Source<'a> {
     pub(super) port: usize,
     /// What the driver accepted.
     pub(super) accepted: u64,
-    /// Frames longer than the MTU may come.
-    pub(super) unsegmented: bool,
     pub(super) mtu: u16,
     pub(super) limit: &'a mut Limit,
     pub(super) spill: &'a mut [u8],
@@ -100,14 +104,9 @@ impl Source<'_> {
         }
     }
 
-    /// Bytes, with the header's, that the longest expected frame needs.
-    fn wanted(&self) -> usize {
-        HEADER_BYTES
-            + if self.unsegmented {
-                MAX_FRAME
-            } else {
-                self.longest_segment()
-            }
+    /// Bytes, with the header's, that a frame of one segment needs.
+    fn segment_room(&self) -> usize {
+        HEADER_BYTES + ETHERNET_BYTES + VLAN_BYTES + usize::from(self.mtu)
     }
 
     /// Whether something is wrong with a frame.
@@ -141,17 +140,25 @@ impl Receiver {
         source: &mut Source<'_>,
     ) -> Result<End, Trouble> {
         let mut turn = Turn::new(self, memory, queue, source.has(features::MRG_RXBUF));
-        let wanted = source.wanted();
+        let segment = source.segment_room();
         let mut bytes = 0;
         for _ in 0..TURN_FRAMES {
             let frame = match turn.receiver.parked.take() {
                 Some(frame) => frame,
                 None => {
-                    if !turn.has_room(wanted)? {
+                    let long = turn.receiver.long > 0;
+                    if !turn.has_room(if long { HEADER_BYTES + MAX_FRAME } else { segment })? {
                         return Ok(End::NoRoom);
                     }
                     match turn.read(source) {
-                        Ok(Some(frame)) => frame,
+                        Ok(Some(frame)) => {
+                            turn.receiver.long = if HEADER_BYTES + frame.len > segment {
+                                LONG_FOR
+                            } else {
+                                turn.receiver.long.saturating_sub(1)
+                            };
+                            frame
+                        }
                         Ok(None) => continue,
                         Err(end) => return Ok(end),
                     }
@@ -220,13 +227,12 @@ impl<'t, 'm> Turn<'t, 'm> {
 
     /// The writable bytes of a chain, as memory of this process for as long as the turn lasts.
     fn slices_of(&self, chain: &Chain) -> Vec<VolatileSlice<'m>> {
-        let memory = self.memory;
-        let segments = chain.writable().iter().filter(|segment| segment.len > 0);
-        // All of them are in guest memory: that was checked when the chain was taken.
-        segments
-            .flat_map(|segment| memory.get_slices(GuestAddress(segment.address), segment.len as usize))
-            .filter_map(Result::ok)
-            .collect()
+        let mut slices = Vec::with_capacity(chain.writable().len());
+        for segment in chain.writable().iter().filter(|segment| segment.len > 0) {
+            let address = GuestAddress(segment.address);
+            add_slices(&mut slices, self.memory, address, segment.len as usize);
+        }
+        slices
     }
 
     fn hold(&mut self, chain: Chain, slices: Vec<VolatileSlice<'m>>) {

@@ -1,9 +1,10 @@
 //! Rings by the rules, rings that break them, and a model of both.
 
 use std::collections::VecDeque;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use proptest::prelude::*;
+use vm_memory::Bytes;
 
 use super::*;
 use crate::virtio::device::{Context, DeviceKind, Fault, VirtioDevice};

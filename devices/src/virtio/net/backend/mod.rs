@@ -74,7 +74,7 @@ pub(super) trait Backend: Send {
 
 /// Where a frame goes: into guest memory behind room for its header, and what has no room there into `spill`.
 pub(super) struct Room<'r, 'm> {
-    /// Guest memory. The first [`HEADER_BYTES`] are left as they are.
+    /// Guest memory. The first [`HEADER_BYTES`] are the header's, which the device writes itself: what a backend leaves there is of no account.
     pub(super) slices: &'r [VolatileSlice<'m>],
     /// For the rest.
     pub(super) spill: &'r mut [u8],

@@ -69,6 +69,26 @@ fn the_hosts_header_reaches_the_driver() {
 }
 
 #[test]
+fn long_frames_come_whole_whether_others_came_before_or_not() {
+    let (mut rig, handle, host) = device(1);
+    rig.activate(u64::MAX).unwrap();
+    for n in 0..200u8 {
+        // Expected after another long one, and unexpected at first and after many short ones.
+        let (header, len) = if matches!(n, 0 | 1 | 20 | 120 | 199) {
+            (TSO, 20_000 + usize::from(n))
+        } else {
+            ([0; HEADER], 60 + usize::from(n))
+        };
+        give(&mut rig, if header == TSO { 14 } else { 1 }, 1536);
+        host.send(0, header, &frame(n, len));
+        rig.settle().unwrap();
+        assert_eq!(merged(given_back(&mut rig, RX)), [frame(n, len)], "frame {n}");
+    }
+    let received = handle.stats().received;
+    assert_eq!((received.frames, received.dropped, received.errors), (200, 0, 0));
+}
+
+#[test]
 fn a_long_frame_waits_for_buffers_too() {
     let (mut rig, _handle, host) = device(1);
     rig.activate(u64::MAX).unwrap();
