@@ -83,7 +83,7 @@ pub(crate) async fn live(guest: Rc<Guest>, slot: Rc<Slot>, config: GuestConfig, 
             return end(&guest, outcome.ending(run_of(&guest, stop.as_ref(), None, Rung::None)));
         }
     };
-    let mut pace = Pace::default();
+    let mut pace = Pace::new(guest.manager.settings.restart_wait);
     let ending = loop {
         let mut held = Held {
             wires: Vec::new(),

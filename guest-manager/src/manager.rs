@@ -36,6 +36,8 @@ pub struct Settings {
     pub force_after: Duration,
     /// How long a power button may take where the caller names no deadline.
     pub default_deadline: Duration,
+    /// How long a guest waits, at first, that begins again by itself too often; fifty times as much at most.
+    pub restart_wait: Duration,
     /// Folder of the files, without names, that keep what is written to volatile disks.
     pub scratch: PathBuf,
     /// Where it is noted who changed what.
@@ -45,7 +47,7 @@ pub struct Settings {
 }
 
 impl Default for Settings {
-    /// An ordinary host; 256 KiB of history; 5 s to stop by force; 30 s to shut down; `$TMPDIR`, or
+    /// An ordinary host; 256 KiB of history; 5 s to stop by force; 30 s to shut down; 100 ms to 5 s between restarts; `$TMPDIR`, or
     /// /var/tmp, for what is written to volatile disks; the audit goes to the log; nobody may connect but
     /// this process's own user and root.
     fn default() -> Self {
@@ -55,6 +57,7 @@ impl Default for Settings {
             limits: Limits::default(),
             force_after: Duration::from_secs(5),
             default_deadline: Duration::from_secs(30),
+            restart_wait: Duration::from_millis(100),
             scratch: files::default_scratch(),
             audit: Audit::to_log(),
             roles: Roles::new(rustix::process::geteuid().as_raw(), []),

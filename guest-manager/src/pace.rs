@@ -9,18 +9,22 @@ use std::time::Duration;
 const SHORT: Duration = Duration::from_secs(10);
 /// Short runs in a row after which it begins again at once.
 const AT_ONCE: u32 = 3;
-/// The first wait.
-const FIRST: Duration = Duration::from_millis(100);
-/// The longest wait.
-const LONGEST: Duration = Duration::from_secs(5);
+/// How many times the first wait the longest is.
+const LONGEST: u32 = 50;
 
 /// How many short runs a guest has had in a row.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Pace {
+    first: Duration,
     short_runs: u32,
 }
 
 impl Pace {
+    /// None yet; `first` is the first wait.
+    pub(crate) fn new(first: Duration) -> Self {
+        Self { first, short_runs: 0 }
+    }
+
     /// How long to wait before the next run, after one that lasted for `uptime`.
     pub(crate) fn after(&mut self, uptime: Duration) -> Duration {
         if uptime >= SHORT {
@@ -30,7 +34,7 @@ impl Pace {
         self.short_runs = self.short_runs.saturating_add(1);
         match self.short_runs.checked_sub(AT_ONCE + 1) {
             None => Duration::ZERO,
-            Some(doublings) => FIRST.saturating_mul(1 << doublings.min(16)).min(LONGEST),
+            Some(doublings) => self.first.saturating_mul(LONGEST.min(1 << doublings.min(16))),
         }
     }
 }
@@ -41,9 +45,11 @@ mod tests {
 
     use super::*;
 
+    const FIRST: Duration = Duration::from_millis(100);
+
     #[test]
     fn a_series_of_short_runs_waits_longer_and_longer() {
-        let mut pace = Pace::default();
+        let mut pace = Pace::new(FIRST);
         let waits: Vec<_> = (0..12)
             .map(|_| pace.after(Duration::from_millis(900)).as_millis())
             .collect();
@@ -56,11 +62,11 @@ mod tests {
         /// Whatever the runs are: in any 10 s there are few restarts, and nobody waits longer than 5 s.
         #[test]
         fn restarts_are_bounded(uptimes in prop::collection::vec(0u64..12_000, 1..300)) {
-            let mut pace = Pace::default();
+            let mut pace = Pace::new(FIRST);
             let (mut now, mut restarts) = (0, Vec::new());
             for uptime in uptimes {
                 let wait = pace.after(Duration::from_millis(uptime));
-                prop_assert!(wait <= LONGEST);
+                prop_assert!(wait <= FIRST * LONGEST);
                 now += uptime + u64::try_from(wait.as_millis()).unwrap();
                 restarts.push(now);
             }

@@ -154,6 +154,8 @@ struct State {
     result: Option<Result<StopReport, Error>>,
     pressed: usize,
     stops: usize,
+    /// A create that is under way is to give up.
+    cancelled: bool,
 }
 
 /// A component's figures.
@@ -245,6 +247,21 @@ impl Process {
         });
     }
 
+    /// Waits until its guest runs.
+    pub(crate) async fn running(&self) {
+        self.state.until(|state| state.running.then_some(())).await;
+    }
+
+    /// Whether its guest runs.
+    pub(crate) fn is_running(&self) -> bool {
+        self.state.look(|state| state.running)
+    }
+
+    /// Waits until its power button is pressed.
+    pub(crate) async fn was_pressed(&self) {
+        self.state.until(|state| (state.pressed > 0).then_some(())).await;
+    }
+
     /// How often its power button was pressed.
     pub(crate) fn pressed(&self) -> usize {
         self.state.look(|state| state.pressed)
@@ -310,9 +327,10 @@ impl guest_lifecycle::Server for Server {
             *process.config.borrow_mut() = Some(config);
         }
         async move {
+            process.state.change(|state| state.cancelled = false);
             let stopped = process
                 .state
-                .until(|state| (state.stops > 0).then_some(Err(Error::new(Kind::Cancelled, "stopped"))));
+                .until(|state| state.cancelled.then(|| Err(Error::new(Kind::Cancelled, "stopped"))));
             let stopped = std::pin::pin!(stopped);
             let created = std::pin::pin!(answer(process.behaviour.create));
             let outcome = futures::future::select(created, stopped).await.factor_first().0;
@@ -365,7 +383,10 @@ impl guest_lifecycle::Server for Server {
         mut results: guest_lifecycle::StopResults,
     ) -> impl Future<Output = Reply> + 'static {
         let process = self.process.clone();
-        process.state.change(|state| state.stops += 1);
+        process.state.change(|state| {
+            state.stops += 1;
+            state.cancelled = true;
+        });
         async move {
             let outcome = answer(process.behaviour.stop).await;
             process.finish(Err(Error::new(Kind::ControllerForcedHalt, "stopped")));

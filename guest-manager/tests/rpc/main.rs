@@ -11,6 +11,7 @@ mod fake_devices;
 mod files;
 mod launch;
 mod lifecycle;
+mod power;
 mod queries;
 mod roles;
 mod stopping;
