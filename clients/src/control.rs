@@ -43,13 +43,25 @@ pub(crate) async fn stop_by(handle: &Handle, power: &power::Client, name: &str, 
         pin_mut!(stopping, hint);
         loop {
             select! {
-                report = stopping => break report?,
-                () = hint => eprintln!("still waiting for {name}; `guest stop --kill {name}` stops it in any case"),
+                report = stopping => break report.map_err(|error| insist(error, name))?,
+                () = hint => eprintln!("still waiting for {name}; `guest stop --force {name}` stops it in any case"),
             }
         }
     };
     tell(name, &report, options.json)?;
     Ok(status::SUCCESS)
+}
+
+/// Says what to do about a guest that did not react in time.
+fn insist(error: anyhow::Error, name: &str) -> anyhow::Error {
+    match error.downcast::<Error>() {
+        Ok(error) if error.kind == Kind::TimedOut => {
+            let message = format!("{}; `guest stop --force {name}` stops it in any case", error.message);
+            Error { message, ..error }.into()
+        }
+        Ok(error) => error.into(),
+        Err(error) => error,
+    }
 }
 
 /// Stops by force at once, and tells which rung it took.

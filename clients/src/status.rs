@@ -97,7 +97,6 @@ fn hint(error: &Error) -> Option<&'static str> {
             Some("`guest stop NAME` ends a guest; `guest launch` without a name chooses a free one")
         }
         Kind::NotRunning => Some("`guest info NAME` tells how it ended, `guest logs NAME` what it printed"),
-        Kind::TimedOut => Some("`guest stop --force NAME` stops it whether it reacts or not"),
         _ => None,
     }
 }

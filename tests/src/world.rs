@@ -185,7 +185,12 @@ impl World {
 
     /// Starts `guest` on a terminal.
     pub fn pty(&self, arguments: &[&str]) -> Pty {
-        Pty::start(self.command(arguments), self.id)
+        self.pty_of(self.command(arguments))
+    }
+
+    /// Starts a command of this world on a terminal.
+    pub fn pty_of(&self, command: Command) -> Pty {
+        Pty::start(command, self.id)
     }
 
     /// Connects to the manager.

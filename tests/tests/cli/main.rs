@@ -7,10 +7,13 @@
 
 mod devices;
 mod endings;
+mod far;
 mod help;
 mod looking;
 mod refused;
+mod sharing;
 mod terminal;
+mod watching;
 
 /// What the embedded guest prints when it waits for a command.
 const PROMPT: &str = "sepal> ";
