@@ -15,7 +15,8 @@ interface HostVsockEndpoint extends (Facet) {
   # ALREADY_BOUND if somebody listens there; NO_RESOURCES past 64 listeners. Needs the right `listen`.
 
   connect @1 (port :UInt32) -> StreamResult;
-  # Connects to a port of the guest. CONNECTION_REFUSED if nobody listens there, NO_RESOURCES if there are too many connections (1024),
+  # Connects to a port of the guest. CONNECTION_REFUSED if nobody listens there, NO_RESOURCES if there are too many connections (1024; 256 of those
+  # through capabilities that can be revoked),
   # TIMED_OUT if the guest does not answer within 2 s. Needs the right `connect`.
 
   connectStream @2 (port :UInt32, fromGuest :ByteStream) -> ByteStreamResult;

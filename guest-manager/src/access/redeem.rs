@@ -23,7 +23,8 @@ pub(crate) fn redeem(manager: &Rc<Manager>, client: &Client, token: &str) -> Res
     let redeemed = find(manager, client, token);
     if let Ok(holder) = &redeemed {
         call.guest(&holder.guest.name);
-        call.detail(holder.thing.to_string());
+        let share = holder.client.who.share.unwrap_or(0);
+        call.detail(format!("{}, share {share}", holder.thing));
     }
     call.done(redeemed.as_ref().map(drop));
     redeemed

@@ -27,13 +27,15 @@ pub(super) async fn bridge(handle: &Handle, one: UnixStream, other: UnixStream) 
     Ok(())
 }
 
-/// A socket in place of `socket`, which it is bridged with until `ended` resolves: then both end, whoever has descriptors of them.
+/// A socket in place of `socket`, which it is bridged with until `ended` resolves: then both end, whoever has descriptors of them. `kept` is
+/// kept as long.
 ///
 /// # Errors
 /// No socket is to be had, or they cannot be put on the event loop.
 pub(super) fn relay(
     handle: &Handle,
     socket: UnixStream,
+    kept: impl Sized + 'static,
     ended: impl Future<Output = ()> + 'static,
 ) -> io::Result<UnixStream> {
     let (ours, theirs) = UnixStream::pair()?;
@@ -45,6 +47,7 @@ pub(super) fn relay(
         }
         hang_up(&one);
         hang_up(&other);
+        drop(kept);
     });
     Ok(theirs)
 }

@@ -166,7 +166,8 @@ impl To {
         let socket = socket.and_then(|socket| match self {
             // Nobody can take it back: it goes as it is, without a detour.
             Self::Holder(holder) if holder.grant.can_end() => {
-                let relayed = bridge::relay(holder.handle(), socket, holder.until_ended());
+                let counted = holder.guest.access.relay()?;
+                let relayed = bridge::relay(holder.handle(), socket, counted, holder.until_ended());
                 relayed.map_err(|error| Error::new(Kind::NoResources, format!("no stream: {error}")))
             }
             _ => Ok(socket),

@@ -88,6 +88,21 @@ fn open_streams_of_ports_reach_their_end() {
 }
 
 #[test]
+fn a_stream_ends_when_its_time_comes() {
+    run(async |world| {
+        let caller = world.caller();
+        let launched = launch(&world, &caller, "web").await;
+        let bounds = super::lasting(std::time::Duration::from_millis(20));
+        let (serial, _) = narrow(&Part::Serial.of(&launched.guest), &bounds).await.unwrap();
+        match open(&world, &caller, &serial).await {
+            Ok(stream) => ends(&stream).await,
+            // On a slow host it has come already.
+            Err(error) => assert_eq!(error.kind, Kind::Revoked),
+        }
+    });
+}
+
+#[test]
 fn a_stream_carries_only_what_is_permitted() {
     run(async |world| {
         let caller = world.caller();
