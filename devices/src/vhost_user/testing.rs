@@ -5,18 +5,18 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
-use event_manager::EventSet;
-use rustix::event::{Timespec, epoll};
+use rustix::event::Timespec;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::VhostUser;
-use crate::dispatch::{DeviceError, DeviceEvent};
-use crate::virtio::device::{Context, Reclaim, Transport, VirtioDevice, WatchList};
+use crate::dispatch::DeviceEvent;
+use crate::virtio::device::{Context, Reclaim, Transport, VirtioDevice};
 use crate::virtio::queue::{QueueSetup, Virtqueue};
+use crate::virtio::testing::Watched;
 
 /// Bytes of guest memory, in two pieces of this size.
 pub const PIECE: usize = 1 << 20;
@@ -81,48 +81,6 @@ impl Reclaim for Keep {
     }
 }
 
-/// An epoll without a thread.
-struct Loop {
-    epoll: OwnedFd,
-    tokens: BTreeMap<RawFd, u32>,
-    reports: RefCell<Vec<DeviceEvent>>,
-}
-
-fn borrow(fd: RawFd) -> BorrowedFd<'static> {
-    // SAFETY: the device that asks to watch a descriptor owns it, and the borrow ends within the call it is made for.
-    unsafe { BorrowedFd::borrow_raw(fd) }
-}
-
-impl WatchList for Loop {
-    fn add(&mut self, fd: RawFd, token: u32, events: EventSet) -> Result<(), DeviceError> {
-        let flags = epoll::EventFlags::from_bits_retain(events.bits());
-        epoll::add(&self.epoll, borrow(fd), epoll::EventData::new_u64(fd as u64), flags)?;
-        self.tokens.insert(fd, token);
-        Ok(())
-    }
-
-    fn modify(&mut self, fd: RawFd, token: u32, events: EventSet) -> Result<(), DeviceError> {
-        let flags = epoll::EventFlags::from_bits_retain(events.bits());
-        epoll::modify(&self.epoll, borrow(fd), epoll::EventData::new_u64(fd as u64), flags)?;
-        self.tokens.insert(fd, token);
-        Ok(())
-    }
-
-    fn remove(&mut self, fd: RawFd) -> Result<(), DeviceError> {
-        epoll::delete(&self.epoll, borrow(fd))?;
-        self.tokens.remove(&fd);
-        Ok(())
-    }
-
-    fn device(&self) -> &str {
-        "device"
-    }
-
-    fn report(&self, event: DeviceEvent) {
-        self.reports.borrow_mut().push(event);
-    }
-}
-
 /// A device with its driver.
 pub struct Bench {
     /// The device.
@@ -132,7 +90,7 @@ pub struct Bench {
     around: Surroundings,
     queues: Vec<Option<Virtqueue>>,
     features: u64,
-    events: Loop,
+    events: Watched,
     requests: Requests,
 }
 
@@ -168,11 +126,7 @@ impl Bench {
             },
             queues: (0..count).map(|_| None).collect(),
             features: 0,
-            events: Loop {
-                epoll: epoll::create(epoll::CreateFlags::CLOEXEC).expect("an epoll"),
-                tokens: BTreeMap::new(),
-                reports: RefCell::default(),
-            },
+            events: Watched::new().expect("an epoll"),
             device,
         };
         bench
@@ -285,7 +239,7 @@ impl Bench {
 
     /// What the device reported since the last call.
     pub fn reports(&mut self) -> Vec<DeviceEvent> {
-        std::mem::take(self.events.reports.get_mut())
+        self.events.take_reports()
     }
 
     /// Waits up to so many milliseconds (-1: forever) for events and hands them over: how many there were.
@@ -294,21 +248,16 @@ impl Bench {
     ///
     /// The device has a fault, which a vhost-user device never has.
     pub fn step(&mut self, milliseconds: i32) -> usize {
-        let mut events = Vec::with_capacity(16);
         let timeout = Timespec {
             tv_sec: (milliseconds / 1000).into(),
             tv_nsec: (milliseconds % 1000 * 1_000_000).into(),
         };
         let timeout = (milliseconds >= 0).then_some(&timeout);
-        while let Err(error) = epoll::wait(&self.events.epoll, rustix::buffer::spare_capacity(&mut events), timeout) {
-            assert_eq!(error, rustix::io::Errno::INTR);
-        }
+        let events = self.events.wait(timeout).expect("events");
         let count = events.len();
-        for event in events {
+        for (fd, set) in events {
             // An earlier event may have ended its watch.
-            if let Some(&token) = self.events.tokens.get(&(event.data.u64() as RawFd)) {
-                let flags = event.flags;
-                let set = EventSet::from_bits(flags.bits()).unwrap_or(EventSet::IN);
+            if let Some(token) = self.events.token(fd) {
                 self.call(|device, context| device.ready(token, set, context))
                     .expect("no fault");
             }

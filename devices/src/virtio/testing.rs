@@ -1,21 +1,19 @@
 //! Drives a [`VirtioDevice`] without a virtual machine: rings in a memory of a few MiB, written by the test as a driver would, or as one that
 //! breaks the rules.
 
-use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, BTreeSet};
-use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
-use std::sync::Mutex;
+mod bench;
 
-use event_manager::EventSet;
-use rustix::event::epoll;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use std::collections::BTreeMap;
 
-use super::device::{Context, Fault, Reclaim, Transport, VirtioDevice, WatchList};
+use rustix::event::Timespec;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+pub use self::bench::Bench;
+pub(crate) use self::bench::Watched;
+use super::device::{Context, Fault, VirtioDevice};
 use super::feature;
 use super::queue::{QueueSetup, Virtqueue};
-use crate::dispatch::{DeviceError, DeviceEvent};
-use crate::interrupt::lock;
+use crate::dispatch::DeviceEvent;
 
 /// Bytes of the rig's guest memory, from address 0.
 pub const MEMORY: u64 = 16 << 20;
@@ -99,152 +97,6 @@ pub struct Rig<D: VirtioDevice> {
     list: Watched,
 }
 
-/// What surrounds the device: stands in for its transport and its machine.
-pub struct Bench {
-    config: RefCell<Vec<u8>>,
-    config_changes: Cell<u32>,
-    interrupts: RefCell<BTreeMap<u16, u32>>,
-    rung: RefCell<BTreeSet<u16>>,
-    host: Host,
-}
-
-/// Takes memory back.
-struct Host {
-    discarded: Mutex<Vec<(u64, u64)>>,
-    memory: GuestMemoryMmap,
-}
-
-impl Bench {
-    /// Interrupts for `queue` since the last call.
-    pub fn interrupts(&self, queue: u16) -> u32 {
-        self.interrupts.borrow_mut().remove(&queue).unwrap_or(0)
-    }
-
-    /// Changes of the configuration space that the driver was told of since the last call.
-    pub fn config_changes(&self) -> u32 {
-        self.config_changes.take()
-    }
-
-    /// The configuration space.
-    pub fn config(&self) -> Vec<u8> {
-        self.config.borrow().clone()
-    }
-
-    /// Ranges (start, length) given back to the host since the last call.
-    pub fn discarded(&self) -> Vec<(u64, u64)> {
-        std::mem::take(&mut *lock(&self.host.discarded))
-    }
-}
-
-impl Transport for Bench {
-    fn interrupt(&self, queue: u16) {
-        *self.interrupts.borrow_mut().entry(queue).or_default() += 1;
-    }
-
-    fn update_config(&self, offset: usize, bytes: &[u8]) {
-        let before = self.config();
-        self.set_config(offset, bytes);
-        if *self.config.borrow() != before {
-            self.config_changes.set(self.config_changes.get() + 1);
-        }
-    }
-
-    fn set_config(&self, offset: usize, bytes: &[u8]) {
-        for (place, byte) in self.config.borrow_mut().iter_mut().skip(offset).zip(bytes) {
-            *place = *byte;
-        }
-    }
-
-    fn read_config(&self, offset: usize, bytes: &mut [u8]) {
-        let config = self.config.borrow();
-        for (n, byte) in bytes.iter_mut().enumerate() {
-            *byte = offset
-                .checked_add(n)
-                .and_then(|at| config.get(at))
-                .copied()
-                .unwrap_or(0);
-        }
-    }
-
-    fn ring(&self, queue: u16) {
-        self.rung.borrow_mut().insert(queue);
-    }
-
-    fn queue_fds(&self, _: u16) -> (Option<RawFd>, Option<RawFd>) {
-        (None, None)
-    }
-}
-
-impl Reclaim for Host {
-    fn discard(&self, start: u64, len: u64) -> io::Result<()> {
-        let whole = start.is_multiple_of(4096) && len.is_multiple_of(4096);
-        let inside = usize::try_from(len).is_ok_and(|len| self.memory.check_range(GuestAddress(start), len));
-        if !whole || !inside {
-            return Err(io::ErrorKind::InvalidInput.into());
-        }
-        let zeroes = vec![0; len as usize];
-        self.memory
-            .write_slice(&zeroes, GuestAddress(start))
-            .map_err(io::Error::other)?;
-        lock(&self.discarded).push((start, len));
-        Ok(())
-    }
-}
-
-/// The bench's event loop: an epoll without a thread.
-struct Watched {
-    epoll: OwnedFd,
-    tokens: BTreeMap<RawFd, u32>,
-    reports: RefCell<Vec<DeviceEvent>>,
-}
-
-impl Watched {
-    fn control(fd: RawFd) -> BorrowedFd<'static> {
-        // SAFETY: the device that asks to watch a descriptor owns it, and the borrow ends within the call it is made for.
-        unsafe { BorrowedFd::borrow_raw(fd) }
-    }
-}
-
-impl WatchList for Watched {
-    fn add(&mut self, fd: RawFd, token: u32, events: EventSet) -> Result<(), DeviceError> {
-        let flags = epoll::EventFlags::from_bits_retain(events.bits());
-        epoll::add(
-            &self.epoll,
-            Self::control(fd),
-            epoll::EventData::new_u64(fd as u64),
-            flags,
-        )?;
-        self.tokens.insert(fd, token);
-        Ok(())
-    }
-
-    fn modify(&mut self, fd: RawFd, token: u32, events: EventSet) -> Result<(), DeviceError> {
-        let flags = epoll::EventFlags::from_bits_retain(events.bits());
-        epoll::modify(
-            &self.epoll,
-            Self::control(fd),
-            epoll::EventData::new_u64(fd as u64),
-            flags,
-        )?;
-        self.tokens.insert(fd, token);
-        Ok(())
-    }
-
-    fn remove(&mut self, fd: RawFd) -> Result<(), DeviceError> {
-        epoll::delete(&self.epoll, Self::control(fd))?;
-        self.tokens.remove(&fd);
-        Ok(())
-    }
-
-    fn device(&self) -> &str {
-        "device"
-    }
-
-    fn report(&self, event: DeviceEvent) {
-        self.reports.borrow_mut().push(event);
-    }
-}
-
 impl<D: VirtioDevice> Rig<D> {
     /// Starts `device`; it rests until [`activate`](Self::activate).
     ///
@@ -257,16 +109,7 @@ impl<D: VirtioDevice> Rig<D> {
             GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY as usize)]).expect("the rig's guest memory");
         let sizes = device.queue_sizes();
         let mut rig = Self {
-            bench: Bench {
-                config: RefCell::new(device.config().bytes),
-                config_changes: Cell::new(0),
-                interrupts: RefCell::default(),
-                rung: RefCell::default(),
-                host: Host {
-                    discarded: Mutex::default(),
-                    memory: memory.clone(),
-                },
-            },
+            bench: Bench::new(device.config().bytes, memory.clone()),
             drivers: (0..)
                 .zip(&sizes)
                 .map(|(n, &size)| DriverQueue::new(n, size.min(QUEUE_SIZE)))
@@ -276,11 +119,7 @@ impl<D: VirtioDevice> Rig<D> {
             device,
             features: 0,
             next_buffer: BUFFERS,
-            list: Watched {
-                epoll: epoll::create(epoll::CreateFlags::CLOEXEC).expect("the rig's epoll"),
-                tokens: BTreeMap::new(),
-                reports: RefCell::default(),
-            },
+            list: Watched::new().expect("the rig's epoll"),
         };
         rig.call(|device, context| device.start(context))
             .expect("the device starts");
@@ -582,7 +421,7 @@ impl<D: VirtioDevice> Rig<D> {
 
     /// What the device reported since the last call.
     pub fn reports(&mut self) -> Vec<DeviceEvent> {
-        std::mem::take(self.list.reports.get_mut())
+        self.list.take_reports()
     }
 
     /// Calls the device with its context.
@@ -615,22 +454,12 @@ impl<D: VirtioDevice> Rig<D> {
                 self.guarded(|device, context| device.notify(queue, context))?;
             }
         }
-        let mut events = Vec::with_capacity(32);
-        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
         let timeout = (!wait || count > 0).then_some(&now);
-        loop {
-            match epoll::wait(&self.list.epoll, rustix::buffer::spare_capacity(&mut events), timeout) {
-                Ok(_) => break,
-                Err(rustix::io::Errno::INTR) => {}
-                Err(error) => return Err(Fault::Host(error.into())),
-            }
-        }
-        for event in events {
-            let fd = event.data.u64() as RawFd;
+        let events = self.list.wait(timeout).map_err(|error| Fault::Host(error.into()))?;
+        for (fd, set) in events {
             // An earlier event may have ended its watch.
-            if let Some(&token) = self.list.tokens.get(&fd) {
-                let flags = event.flags;
-                let set = EventSet::from_bits(flags.bits()).unwrap_or(EventSet::IN);
+            if let Some(token) = self.list.token(fd) {
                 count += 1;
                 self.guarded(|device, context| device.ready(token, set, context))?;
             }
