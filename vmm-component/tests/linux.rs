@@ -24,6 +24,9 @@ use sepal_vmm_component::memory::{MIB, MemoryConfig};
 /// A boot takes about 15 s on an idle host without hardware virtualization, under 1 s on others; a busy one takes its time.
 const PATIENCE: Duration = Duration::from_secs(600);
 
+/// How often a vCPU is looked at while something is awaited of it.
+const LOOK_INTERVAL: Duration = Duration::from_millis(20);
+
 /// Configurations of the kernel with drivers for virtio devices.
 const WITH_VIRTIO: [&str; 6] = ["base", "smp", "acpi", "pci", "trim", "virtio"];
 
@@ -119,6 +122,15 @@ impl Guest {
         }
     }
 
+    /// Whether this vCPU halts in the kernel: privilege level 0, in the upper half of the addresses.
+    fn is_idle(&self, vcpu: u8) -> bool {
+        let (sender, receiver) = channel();
+        let show = move |dump| sender.send(dump).expect("the test waits");
+        self.machine.registers(vcpu, show).expect("the guest runs");
+        let dump = receiver.recv_timeout(PATIENCE).expect("an answer").expect("registers");
+        dump.halted && dump.privilege() == 0 && dump.regs.rip >> 63 == 1
+    }
+
     /// Waits for the guest's end, and returns how it ended.
     fn finish(self) -> Happening {
         let ending = loop {
@@ -148,12 +160,26 @@ fn linux_runs_processes_that_keep_their_registers_and_their_place() {
 }
 
 #[test]
-fn linux_runs_on_two_vcpus_and_obeys_the_power_button() {
+fn linux_runs_on_two_vcpus_gets_nmis_and_obeys_the_power_button() {
     let Some(mut guest) = Guest::boot(2, "button") else {
         return;
     };
     guest.await_line("USERSPACE cpus=2 ");
     guest.await_line("BUTTON waiting");
+    // Nothing is left to do for either vCPU, which the kernel's idle loop shows.
+    for vcpu in 0..2 {
+        while !guest.is_idle(vcpu) {
+            // Being looked at all the time would keep it from getting there.
+            std::thread::sleep(LOOK_INTERVAL);
+        }
+    }
+    guest.machine.nmi().expect("the guest runs");
+    for _ in 0..2 {
+        guest.await_line("Dazed and confused, but trying to continue");
+    }
+    for vcpu in 0..2 {
+        assert!(guest.seen.contains(&format!(" on CPU {vcpu}.")), "{}", guest.seen);
+    }
     guest.machine.press_power_button().expect("the guest runs");
     guest.await_line("BUTTON pressed");
     assert!(matches!(guest.finish(), Happening::Shutdown));
