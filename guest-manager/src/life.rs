@@ -29,7 +29,7 @@ use futures::{
 use sepal_schema::{
     config::{GuestConfig, Handles},
     error::{Error, Kind, read_completion},
-    guest_capnp::{event_sink, guest as component_guest},
+    guest_capnp::{event_sink, observer},
     info::GuestInfo,
     lifecycle_capnp::guest_lifecycle::{self, run_result},
     news::{DeviceNews, Panic},
@@ -306,7 +306,8 @@ type Promise<T> = capnp::capability::Promise<capnp::capability::Response<T>, cap
 /// The questions that are open with the component.
 struct Talk {
     lifecycle: guest_lifecycle::Client,
-    remote: component_guest::Client,
+    /// What the guest is made of.
+    info: Promise<observer::info_result::Owned>,
     create: Promise<sepal_schema::error_capnp::completion::Owned>,
     run: Option<Promise<run_result::Owned>>,
 }
@@ -355,14 +356,17 @@ impl Talk {
         }));
         let create = create.send().promise;
         let remote = lifecycle.bind_request().send().pipeline.get_guest();
-        guest.set_remote(remote.clone(), fds);
+        // Asked before the guest runs: who is told that it does finds this answered.
+        let observer = remote.observer_request().send().pipeline.get_observer();
+        let info = observer.info_request().send().promise;
+        guest.set_remote(remote, fds);
         // Who listens is to be there before the guest runs.
         let nobody_listens = held.resources.listening.is_none() && guest.listeners.is_empty();
         let at_once = guest.run_is_wanted() && nobody_listens;
         let run = at_once.then(|| lifecycle.run_request().send().promise);
         Ok(Self {
             lifecycle,
-            remote,
+            info,
             create,
             run,
         })
@@ -392,7 +396,7 @@ impl Talk {
             return Said::Outcome(Outcome::NotCreated(error));
         }
         guest.set_created();
-        guest.manager.handle.spawn(describe(Rc::downgrade(guest), self.remote));
+        guest.manager.handle.spawn(describe(Rc::downgrade(guest), self.info));
         let run = match self.run {
             Some(run) => run,
             None => {
@@ -420,10 +424,8 @@ impl Talk {
     }
 }
 
-/// Asks the component what the guest is made of.
-async fn describe(guest: Weak<Guest>, remote: component_guest::Client) {
-    let observer = remote.observer_request().send().pipeline.get_observer();
-    let info = observer.info_request().send().promise;
+/// Notes what the component says that the guest is made of.
+async fn describe(guest: Weak<Guest>, info: Promise<observer::info_result::Owned>) {
     let info = async { GuestInfo::read_result(info.await?.get()?) };
     let descriptor = info.await.ok().and_then(|info| info.descriptor);
     if let (Some(descriptor), Some(guest)) = (descriptor, guest.upgrade()) {
