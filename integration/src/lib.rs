@@ -19,6 +19,7 @@
 //! - `facets`: what a client does to the devices of a guest.
 //! - `host`: what devices need on the host: images, networks apart from the host's, the other ends of connections.
 //! - `manager`: [`Manager`], a guest manager of one's own or one that runs.
+//! - `power`: what a client does to whether a guest runs.
 //! - `programs`: where the programs of this build are.
 
 mod archive;
@@ -29,6 +30,7 @@ mod events;
 mod facets;
 pub mod host;
 mod manager;
+mod power;
 mod programs;
 mod report;
 
