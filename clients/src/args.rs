@@ -75,7 +75,7 @@ pub(crate) enum Command {
     Launch(Box<Launch>),
     /// Connect the terminal to a guest's serial port; Ctrl-] detaches
     Attach(Attach),
-    /// Connect the terminal to a port of a guest's virtio console; Ctrl-] detaches
+    /// Connect the terminal to a port of a guest's console; Ctrl-] detaches
     Console(ConsoleAt),
     /// List the guests, those that have ended included
     List(Json),

@@ -303,7 +303,7 @@ pub(crate) fn print(bytes: &[u8]) -> Result<bool> {
 /// The status in one word or two.
 fn condition(info: &GuestInfo) -> String {
     match (&info.stop, info.status) {
-        (_, GuestStatus::Running) if info.paused => "paused".into(),
+        (_, GuestStatus::Starting | GuestStatus::Running) if info.paused => "paused".into(),
         (Some(stop), GuestStatus::Stopped) => format!("stopped ({})", reason_name(stop.reason)),
         (_, status) => status_name(status).into(),
     }

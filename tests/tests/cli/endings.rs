@@ -96,7 +96,11 @@ fn stop_presses_the_power_button() {
     guest.stdout.expect(PROMPT);
     let stopped = world.guest(&["stop", "bee", "--json"]).expect_code(0);
     let ending: Value = serde_json::from_str(&stopped.out()).unwrap();
-    assert_eq!(ending["reason"], "shutdown", "{ending}");
+    assert_eq!(
+        (&ending["reason"], &ending["rung"]),
+        (&"shutdown".into(), &"asked".into()),
+        "{ending}"
+    );
     guest.wait().expect_code(0);
     // Nothing is left to be stopped.
     let again = world.guest(&["stop", "bee"]).expect_code(1);
@@ -121,10 +125,11 @@ fn a_guest_that_does_not_react_runs_on_until_it_is_forced_which_is_14() {
     );
     assert_eq!(json(&world, "bee")["status"], "running");
     let begun = Instant::now();
-    world
-        .guest(&["stop", "bee", "--force", "--timeout", "0.2"])
+    let forced = world
+        .guest(&["stop", "bee", "--force", "--timeout", "200ms"])
         .expect_code(0);
     assert!(begun.elapsed() >= Duration::from_millis(200), "it gets its time");
+    assert!(forced.stderr.starts_with("bee: forced: "), "{}", forced.stderr);
     let told = waiting.wait().expect_code(14);
     assert!(told.stderr.starts_with("bee: "), "{}", told.stderr);
     guest.wait().expect_code(14);

@@ -168,6 +168,24 @@ fn a_guest_that_is_reset_begins_again() {
     guest.stdout.expect(PROMPT);
     guest.type_in("shutdown\r");
     guest.wait().expect_code(0);
+    // To be looked into before its first instruction.
+    world
+        .guest(&["launch", "wasp", "--detach", "--on-reset=pause", "--on-panic=restart"])
+        .expect_code(0);
+    let info = world.guest(&["info", "wasp"]).expect_code(0).out();
+    assert!(info.contains("panic"), "a panic can only be told by its device: {info}");
+    let events = world.start(&["events", "wasp", "--replay=9"]);
+    events.stdout.expect("started");
+    let mut typing = world.start(&["attach", "wasp"]);
+    typing.type_in("reset\r");
+    events.stdout.expect("restarting");
+    events.stdout.expect("paused");
+    assert!(world.guest(&["list"]).expect_code(0).out().contains("paused"));
+    world.guest(&["resume", "wasp"]).expect_code(0);
+    typing.stdout.expect(PROMPT);
+    typing.type_in("shutdown\r");
+    typing.wait().expect_code(0);
+    events.wait().expect_code(0);
     for option in ["--on-reset=explode", "--on-panic=explode"] {
         let wrong = world.guest(&["launch", option]).expect_code(2);
         assert!(wrong.stderr.contains("'explode'"), "{}", wrong.stderr);
