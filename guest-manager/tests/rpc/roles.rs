@@ -1,5 +1,6 @@
 //! What each role may do, and how refusals are worded.
 
+use capnp::capability::FromClientHook;
 use sepal_guest_manager::{
     client::{Client, Who},
     roles::Role,
@@ -10,11 +11,14 @@ use sepal_schema::{
         device::{Link, Network, RateLimit},
     },
     error::{Error, Kind, Outcome, read_completion},
+    facet::{Description, Right, Rights},
+    facet_capnp::facet,
+    guest_capnp::guest,
     info::GuestStatus,
     manager_capnp,
 };
 
-use crate::world::{Caller, World, info, named, run};
+use crate::world::{Caller, World, info, kill, named, run};
 
 const WHO: Who = Who {
     uid: 1234,
@@ -126,10 +130,49 @@ fn an_observer_changes_nothing() {
     });
 }
 
+/// What a guest that a client found permits.
+async fn rights(guest: &guest::Client) -> Rights {
+    let facet: facet::Client = guest.clone().cast_to();
+    let answer = facet.describe_request().send().promise.await.unwrap();
+    match answer.get().unwrap().which().unwrap() {
+        facet::describe_result::Description(description) => Description::read(description.unwrap()).unwrap().rights,
+        facet::describe_result::Error(error) => panic!("{}", Error::read(error.unwrap()).unwrap()),
+    }
+}
+
+#[test]
+fn guests_permit_what_the_role_does() {
+    run(async |world| {
+        let admin = world.caller();
+        let _web = admin.launch("web").await.unwrap();
+        let observer = caller(&world, Role::Observe);
+        let reader = world.caller_with(|fds| Client::read_only(fds, WHO));
+        for caller in [&observer, &reader] {
+            let web = caller.lookup("web").await.unwrap();
+            assert_eq!(rights(&web).await, Rights::from(Right::Observe) | Right::Output);
+            let error = kill(&web).await.unwrap_err();
+            assert_eq!(error.kind, Kind::PermissionDenied);
+            assert!(error.message.contains("kill"), "{error}");
+        }
+        let operator = caller(&world, Role::Operate);
+        let web = operator.lookup("web").await.unwrap();
+        assert_eq!(rights(&web).await, Rights::ALL.without(Right::Debug));
+        let mine = operator.launch("mine").await.unwrap();
+        assert_eq!(rights(&mine.guest).await, Rights::ALL.without(Right::Debug));
+        let lifecycle = operator.new_guest("driven").await.unwrap();
+        operator.create(&lifecycle, GuestConfig::default()).await.unwrap();
+        let bound = lifecycle.bind_request().send().pipeline.get_guest();
+        assert_eq!(rights(&bound).await, Rights::ALL.without(Right::Debug));
+        kill(&web).await.unwrap();
+        assert_eq!(rights(&admin.lookup("mine").await.unwrap()).await, Rights::ALL);
+    });
+}
+
 #[test]
 fn by_the_read_only_socket_everyone_is_an_observer() {
     run(async |world| {
-        let _web = world.caller().launch("web").await.unwrap();
+        let admin = world.caller();
+        let _web = admin.launch("web").await.unwrap();
         let root = Who { uid: 0, gid: 0, ..WHO };
         let reader = world.caller_with(|fds| Client::read_only(fds, root));
         assert_eq!(who_am_i(&reader).await, (0, 0, manager_capnp::Role::Observe, true));
