@@ -73,9 +73,13 @@ pub(crate) enum Command {
     /// With no kernel, the small guest that is built in. On a terminal, Ctrl-] detaches or stops; with standard output
     /// redirected, it receives the guest's bytes and nothing else.
     Launch(Box<Launch>),
-    /// Connect the terminal to a guest's serial port; Ctrl-] detaches
+    /// Connect the terminal to a guest's serial port
+    ///
+    /// Ctrl-] detaches, and the guest runs on. The exit status tells how it ended, if it does.
     Attach(Attach),
-    /// Connect the terminal to a port of a guest's console; Ctrl-] detaches
+    /// Connect the terminal to a port of a guest's console
+    ///
+    /// A port of the virtio console, whose guest is told the terminal's size. Ctrl-] detaches, and the guest runs on.
     Console(ConsoleAt),
     /// List the guests, those that have ended included
     List(Json),
@@ -99,7 +103,7 @@ pub(crate) enum Command {
     Pause(Name),
     /// Let a guest that is paused go on
     Resume(Name),
-    /// Begin a guest again as at its start; what it has in memory is lost
+    /// Begin a guest again; what it has in memory is lost
     Reset(Name),
     /// Send a non-maskable interrupt to all vCPUs of a guest
     Nmi(Name),
@@ -140,7 +144,7 @@ pub(crate) enum Command {
     Share(Share),
     /// List what is shared of a guest
     Shares(Named),
-    /// Take back what is shared of a guest, with all that was made of it
+    /// Take back what is shared of a guest, and all that came of it
     Revoke(Revoke),
     /// Use what somebody has shared, by its token
     ///
