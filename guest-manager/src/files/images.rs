@@ -83,21 +83,14 @@ impl Images {
                 inode: status.st_ino,
             },
         };
-        let mut table = self.table();
-        let uses = table.used.get(&file).map_or(&[][..], Vec::as_slice);
-        if let Some(other) = uses.iter().find(|other| exclusive || other.exclusive) {
-            let who = match other.guest == guest {
-                true => "another disk of this guest".to_owned(),
-                false => format!("guest \"{}\"", other.guest),
-            };
-            return Err(in_use(field, &who, other.exclusive));
-        }
+        let claimed = self.note(guest, field, file, exclusive)?;
+        // Not with the table locked: a lock may be asked for over a network, and the event loop gives images back.
         let wish = match exclusive {
             true => FlockOperation::NonBlockingLockExclusive,
             false => FlockOperation::NonBlockingLockShared,
         };
         match flock(image, wish) {
-            Ok(()) => {}
+            Ok(()) => Ok(claimed),
             Err(rustix::io::Errno::WOULDBLOCK) => {
                 let locks = fs::read_to_string("/proc/locks").unwrap_or_default();
                 let place = format!(
@@ -107,10 +100,26 @@ impl Images {
                     status.st_ino
                 );
                 let (who, writes) = holder(&locks, &place);
-                return Err(in_use(field, &who, writes));
+                Err(in_use(field, &who, writes))
             }
-            // A file system without locks.
-            Err(error) => tracing::debug!(field, "the image cannot be locked: {error}"),
+            Err(error) => {
+                // A file system without locks.
+                tracing::debug!(field, "the image cannot be locked: {error}");
+                Ok(claimed)
+            }
+        }
+    }
+
+    /// Notes that a guest uses an image, unless another use is in the way.
+    fn note(&self, guest: &str, field: &str, file: FileId, exclusive: bool) -> Result<ImageUse, Error> {
+        let mut table = self.table();
+        let uses = table.used.get(&file).map_or(&[][..], Vec::as_slice);
+        if let Some(other) = uses.iter().find(|other| exclusive || other.exclusive) {
+            let who = match other.guest == guest {
+                true => "another disk of this guest".to_owned(),
+                false => format!("guest \"{}\"", other.guest),
+            };
+            return Err(in_use(field, &who, other.exclusive));
         }
         table.numbers += 1;
         let number = table.numbers;
