@@ -3,19 +3,20 @@
 //! ```text
 //!   main       command line, signals, the order in which things begin and end
 //!   server     connections ---> manager_server, lifecycle_server, guest_server: the protocol's interfaces
-//!   listener   the socket         |      ladder (stopping), subscription, uploads, list, facets, vsock (devices)
+//!              peer, roles: who it is, and what that gives; authority: what needs more; audit: who changed what
+//!   listener   the sockets        |      ladder (stopping), subscription, uploads, list, facets, vsock (devices)
 //!                                 |      access: the grant that each capability goes through: narrowed, shared, revoked
 //!                                 v
 //!   manager    what all share: registry (names and statuses, pure), events and history (rings, pure), host, problems
 //!     slot     who holds a name: one guest after the other, and a component
 //!       guest  one guest, from its creation to its end; serial is its port
-//!       life   the task that drives it
+//!       life   the task that drives it; statistics are its figures, and how old they are
 //!       resources  what it holds of the host: files (images), network, cids, macs, backends
 //!     component  one process; starter starts it through the keeper
 //! ```
 //!
 //! One thread runs the event loop and only ever waits on it. What may block goes to worker threads (files), to the keeper (processes) or to
-//! the log's thread. Queries are answered from what the registry knows; they wait for nobody.
+//! the threads of the log and the audit. Queries are answered from what the registry knows; they wait for nobody.
 
 pub mod access;
 mod agent;
