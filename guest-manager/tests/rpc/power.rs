@@ -2,12 +2,12 @@
 
 use std::{io::Write, os::unix::net::UnixStream, rc::Rc, time::Duration};
 
-use futures::{AsyncReadExt, join};
+use futures::{AsyncReadExt, AsyncWriteExt, join};
 use sepal_guest_manager::{changed::Changed, manager::Settings};
 use sepal_schema::{
     config::{
         File, GuestConfig, OnPanic, OnReset,
-        device::{Backend, Disk, DiskMode, Share},
+        device::{Backend, Disk, DiskMode, Listener, Share, Vsock},
     },
     error::{Error, Kind, read_completion},
     guest_capnp::{event, event_sink, guest, subscription},
@@ -19,6 +19,7 @@ use sepal_schema::{
 
 use crate::{
     fake::{Behaviour, Does, Process},
+    vsock::{self, Taker, with_vsock},
     world::{
         Caller, Launched, World, impatient, info, kill, named, observer, power, read, run, run_lifecycle, status, stop,
         wait, with,
@@ -443,6 +444,54 @@ fn what_was_written_to_a_volatile_disk_is_dropped() {
             (&config.disks[0].image, &config.disks[0].scratch),
             (File::Fd(_), File::Fd(_))
         ));
+    });
+}
+
+#[test]
+fn whoever_listens_goes_on_listening() {
+    run(async |world| {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("v.sock");
+        let taker = Taker::default();
+        let listener = Listener {
+            port: 99,
+            acceptor: guard::new_client(taker.clone()),
+        };
+        let config = with_vsock(Vsock {
+            listeners: vec![listener],
+            socket_path: path.to_str().unwrap().to_owned(),
+            ..Vsock::default()
+        });
+        let scene = Scene::new(&world, config).await;
+        let endpoint = vsock::endpoint(scene.guest()).await.unwrap();
+        let kept = vsock::listen(&endpoint, 52, taker.clone()).await.unwrap();
+        drop(vsock::listen(&endpoint, 53, taker.clone()).await.unwrap());
+        reset(scene.guest()).await.unwrap();
+
+        let sockets = world.fake.last().sockets.clone();
+        for port in [99, 52] {
+            let open = async {
+                let (asked, _, connection) = taker.next().await;
+                assert_eq!(asked, port);
+                let answer = connection.open_request().send().promise.await.unwrap();
+                vsock::socket(&world, &scene.caller, answer.get().unwrap()).unwrap()
+            };
+            let (guest, socket) = join!(sockets.connect(&world, port), open);
+            vsock::talk(&guest.unwrap(), &socket).await;
+        }
+        // Nobody listens there any more: not by name, and beside the path neither.
+        assert!(sockets.connect(&world, 53).await.is_none());
+        // What connects to the guest finds the one that runs.
+        let (connected, guest) = join!(
+            vsock::connect(&world, &scene.caller, &endpoint, 22),
+            sockets.next(&world)
+        );
+        assert_eq!(guest.0, 22);
+        vsock::talk(&connected.unwrap(), &guest.1).await;
+        let mut client = world.handle.register(UnixStream::connect(&path).unwrap()).unwrap();
+        client.write_all(b"CONNECT 23\n").await.unwrap();
+        assert_eq!(sockets.next(&world).await.0, 23);
+        drop(kept);
     });
 }
 

@@ -251,12 +251,16 @@ fn cid(test: u32) -> u32 {
     0x6000_0000 + (std::process::id() << 4) + test
 }
 
-async fn endpoint(guest: &guest::Client) -> Result<host_vsock_endpoint::Client, Error> {
+pub(crate) async fn endpoint(guest: &guest::Client) -> Result<host_vsock_endpoint::Client, Error> {
     let answer = guest.host_vsock_endpoint_request().send().promise.await?;
     Ok(answer.get()?.outcome()?.get_endpoint()?)
 }
 
-fn socket(world: &World, caller: &Caller, answer: stream_result::Reader<'_>) -> Result<AsyncFd<UnixStream>, Error> {
+pub(crate) fn socket(
+    world: &World,
+    caller: &Caller,
+    answer: stream_result::Reader<'_>,
+) -> Result<AsyncFd<UnixStream>, Error> {
     match answer.which().unwrap() {
         stream_result::Fd(fd) => {
             let fd = Handles::take(&caller.connection.fds(), fd?.get_number())?;
