@@ -268,6 +268,12 @@ pub(crate) struct RegisterOptions {
 pub(crate) struct Wait {
     /// Name of the guest
     pub(crate) name: String,
+    #[command(flatten)]
+    pub(crate) options: WaitOptions,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct WaitOptions {
     /// How long to wait at most: 90, 30s, 2m [default: no limit]
     #[arg(long, value_name = "TIME", value_parser = parse_time)]
     pub(crate) timeout: Option<Duration>,

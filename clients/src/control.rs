@@ -6,13 +6,13 @@ use anyhow::Result;
 use futures::{FutureExt, pin_mut, select};
 use sepal_schema::{
     error::{Error, Kind, read_completion},
-    guest_capnp::power,
+    guest_capnp::{observer, power},
     report::{Rung, StopReport, rung_name},
     transport::Handle,
 };
 
 use crate::{
-    args::{Stop, StopOptions, Wait},
+    args::{Stop, StopOptions, Wait, WaitOptions},
     calls,
     manager::Manager,
     place::Place,
@@ -108,18 +108,27 @@ pub(crate) async fn press_on(power: &power::Client, what: Press) -> Result<u8> {
 pub(crate) async fn wait(handle: &Handle, place: &Place, args: &Wait) -> Result<u8> {
     let manager = Manager::running(handle, place)?;
     let guest = calls::lookup(&manager.client, &args.name).await?;
-    let observer = calls::observer(&guest);
-    let report = match args.timeout {
-        None => calls::wait(&observer).await?,
-        Some(timeout) => match handle.timeout(timeout, calls::wait(&observer)).await {
+    wait_by(handle, &calls::observer(&guest), &args.name, &args.options).await
+}
+
+/// Waits for the end of the guest that an observer sees; the exit status tells it.
+pub(crate) async fn wait_by(
+    handle: &Handle,
+    observer: &observer::Client,
+    name: &str,
+    options: &WaitOptions,
+) -> Result<u8> {
+    let report = match options.timeout {
+        None => calls::wait(observer).await?,
+        Some(timeout) => match handle.timeout(timeout, calls::wait(observer)).await {
             Ok(report) => report?,
             Err(_) => {
-                let message = format!("{} has not ended within {} s", args.name, timeout.as_secs_f64());
+                let message = format!("{name} has not ended within {} s", timeout.as_secs_f64());
                 return Err(Error::new(Kind::TimedOut, message).into());
             }
         },
     };
-    tell(&args.name, &report, args.json)?;
+    tell(name, &report, options.json)?;
     Ok(status::of(&report))
 }
 

@@ -75,6 +75,7 @@ fn actions(kind: FacetKind) -> &'static [&'static str] {
             "attach",
             "read",
             "info",
+            "wait",
             "events",
             "stats",
             "shutdown",
@@ -100,7 +101,7 @@ fn actions(kind: FacetKind) -> &'static [&'static str] {
         FacetKind::NetController => &["networks", "link"],
         FacetKind::HostVsockEndpoint => &["connect", "listen"],
         FacetKind::Agent => &["exec"],
-        FacetKind::Observer => &["info", "read", "events", "stats"],
+        FacetKind::Observer => &["info", "read", "wait", "events", "stats"],
         FacetKind::Statistics => &["stats"],
         FacetKind::Debug => &["registers"],
     }
@@ -121,6 +122,7 @@ fn name_of(action: &Action) -> &'static str {
         Action::Attach => "attach",
         Action::Read { .. } => "read",
         Action::Info { .. } => "info",
+        Action::Wait(_) => "wait",
         Action::Events(_) => "events",
         Action::Stats { .. } => "stats",
         Action::Shutdown => "shutdown",
@@ -190,6 +192,10 @@ impl Redeemed<'_> {
             Some(Action::Attach) => self.attach().await,
             Some(Action::Read { follow }) => show::logs_of(&self.output().await?, *follow).await,
             Some(Action::Info { json }) => show::info_of(&self.of(FacetKind::Observer).await?, *json).await,
+            Some(Action::Wait(options)) => {
+                let observer = self.of(FacetKind::Observer).await?;
+                control::wait_by(self.handle, &observer, &self.guest, options).await
+            }
             Some(Action::Events(options)) => {
                 events::of_guest(self.manager, &self.of(FacetKind::Observer).await?, options).await
             }

@@ -6,7 +6,7 @@ use clap::{Args, Subcommand};
 use sepal_schema::facet::{self, CallRate, FacetKind, Range, Right};
 
 use super::{
-    EventOptions, ExecOptions, LinkState, RegisterOptions, StopOptions,
+    EventOptions, ExecOptions, LinkState, RegisterOptions, StopOptions, WaitOptions,
     units::{parse_range, parse_rate, parse_time},
 };
 use crate::specs;
@@ -107,6 +107,8 @@ pub(crate) enum Action {
     },
     /// Print what happens (observer, guest)
     Events(EventOptions),
+    /// Wait until the guest has ended; the exit status tells how (observer, guest)
+    Wait(WaitOptions),
     /// Show the figures (stats, observer, guest)
     Stats {
         /// Print JSON

@@ -83,6 +83,7 @@ fn a_token_does_what_it_is_for() {
     world.guest(&["redeem", &power, "pause"]).expect_code(0);
     assert!(world.guest(&["list"]).expect_code(0).out().contains("paused"));
     world.guest(&["redeem", &power, "resume"]).expect_code(0);
+    let waiting = world.start(&["redeem", &observer, "wait"]);
     let debug = share(&world, &["bee", "debug"]);
     assert!(
         world
@@ -95,6 +96,7 @@ fn a_token_does_what_it_is_for() {
         .guest(&["redeem", &power, "stop", "--timeout", "60s", "--force"])
         .expect_code(0);
     says(&stopped, &["bee: "]);
+    waiting.wait().expect_code(0);
     // Who holds the port alone is told that there is nothing more.
     says(&attached.wait().expect_code(0), &["bee: the guest has ended"]);
     world.end();
