@@ -4,13 +4,14 @@
 //!   main       command line, signals, the order in which things begin and end
 //!   server     connections ---> manager_server, lifecycle_server, guest_server: the protocol's interfaces
 //!              peer, roles: who it is, and what that gives; authority: what needs more; audit: who changed what
-//!   listener   the sockets        |      ladder (stopping), subscription, uploads, list, facets, vsock (devices)
+//!   listener   the sockets        |      ladder (stopping), power (resets, pauses), subscription, uploads, list, facets, vsock (devices)
 //!                                 |      access: the grant that each capability goes through: narrowed, shared, revoked
 //!                                 v
 //!   manager    what all share: registry (names and statuses, pure), events and history (rings, pure), host, problems
 //!     slot     who holds a name: one guest after the other, and a component
 //!       guest  one guest, from its creation to its end; serial is its port
-//!       life   the task that drives it; statistics are its figures, and how old they are
+//!       life   the task that drives it, run after run; what follows each: outcome and pace (pure)
+//!       statistics  its figures, and how old they are
 //!       resources  what it holds of the host: files (images), network, cids, macs, backends
 //!     component  one process; starter starts it through the keeper
 //! ```

@@ -286,4 +286,106 @@ mod tests {
             Reason::Crash
         );
     }
+
+    fn report(reason: Reason) -> Outcome {
+        Outcome::Ran(Ok(StopReport {
+            reason,
+            detail: "by itself".into(),
+            error: None,
+            uptime_ns: 5,
+            time_ns: 0,
+            about: String::new(),
+            rung: Rung::None,
+        }))
+    }
+
+    fn outcomes() -> Vec<Outcome> {
+        vec![
+            Outcome::NotCreated(error(Kind::NoResources)),
+            Outcome::NotRun,
+            report(Reason::Shutdown),
+            report(Reason::Reset),
+            Outcome::Ran(Err(error(Kind::ControllerForcedHalt))),
+            Outcome::Ran(Err(error(Kind::VcpuRuntimeFailure))),
+            Outcome::Exited {
+                exit: Exit::Signal(9),
+                last_line: None,
+                broken: None,
+            },
+        ]
+    }
+
+    #[test]
+    fn only_a_reset_or_somebody_who_wants_it_begins_a_guest_again() {
+        let policies = [OnReset::Stop, OnReset::Restart, OnReset::Pause];
+        let causes = [None, Some(Again::Asked), Some(Again::Panicked)];
+        let stop = StopCause::Killed("by hand".into());
+        for (outcome, on_reset) in outcomes().into_iter().flat_map(|o| policies.map(|p| (o.clone(), p))) {
+            for again in &causes {
+                let run = Run {
+                    again: again.as_ref(),
+                    ..run(None, true)
+                };
+                let next = outcome.next(run, on_reset);
+                let resets = outcome == report(Reason::Reset);
+                let gone = outcome == report(Reason::Shutdown);
+                let never = matches!(outcome, Outcome::NotCreated(_) | Outcome::NotRun);
+                let expected = match again {
+                    _ if never => Next::End,
+                    Some(Again::Asked) if gone => Next::End,
+                    Some(again) => Next::Again {
+                        hold: false,
+                        paced: *again == Again::Panicked,
+                    },
+                    None if resets && on_reset != OnReset::Stop => Next::Again {
+                        hold: on_reset == OnReset::Pause,
+                        paced: true,
+                    },
+                    None => Next::End,
+                };
+                assert_eq!(next, expected, "{outcome:?} {again:?} {on_reset:?}");
+                let stopped = Run {
+                    stop: Some(&stop),
+                    ..run
+                };
+                assert_eq!(outcome.next(stopped, on_reset), Next::End);
+            }
+        }
+    }
+
+    #[test]
+    fn the_rung_is_what_was_done_and_worked() {
+        let stop = StopCause::Killed("by hand".into());
+        let rung = |outcome: Outcome, run: Run<'_>| outcome.ending(run).0.rung;
+        let halted = || Outcome::Ran(Err(error(Kind::ControllerForcedHalt)));
+        let asked = Run {
+            asked: true,
+            ..run(None, true)
+        };
+        assert_eq!(rung(report(Reason::Shutdown), asked), Rung::Asked);
+        assert_eq!(rung(report(Reason::Reset), asked), Rung::None);
+        assert_eq!(rung(report(Reason::Shutdown), run(None, true)), Rung::None);
+        for made in [Rung::None, Rung::Forced, Rung::Killed] {
+            let forced = Run {
+                made,
+                ..run(Some(&stop), true)
+            };
+            let expected = if made == Rung::Killed {
+                Rung::Killed
+            } else {
+                Rung::Forced
+            };
+            assert_eq!(rung(halted(), forced), expected);
+        }
+        let watchdog = Outcome::Ran(Err(error(Kind::ControllerForcedHalt).about("watchdog")));
+        let (ending, _) = watchdog.ending(run(None, true));
+        assert_eq!((&ending.about[..], ending.rung), ("watchdog", Rung::Forced));
+    }
+
+    #[test]
+    fn a_panic_is_the_reason_also_of_a_guest_that_resets_itself_then() {
+        let stop = StopCause::Panicked;
+        let (ending, uptime_ns) = report(Reason::Reset).ending(run(Some(&stop), true));
+        assert_eq!((ending.reason, ending.rung, uptime_ns), (Reason::Crash, Rung::None, 5));
+    }
 }

@@ -111,7 +111,12 @@ pub(crate) async fn reset(guest: &Guest) -> Result<(), Error> {
     } else {
         return not_running("has not been run");
     };
-    guest.started_since(awaited).await
+    guest.started_since(awaited).await?;
+    if guest.generation() < awaited {
+        // It turned itself off just then.
+        guest.check_live()?;
+    }
+    Ok(())
 }
 
 /// The guest's kernel has panicked: does what its configuration says.
