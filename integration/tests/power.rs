@@ -2,14 +2,15 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by a panic")]
 
-use std::{path::Path, time::Duration};
+use std::{fs, path::Path, time::Duration};
 
 use rustix::process::{Pid, Signal, kill_process};
-use sepal_integration::{Boot, Guest, HarnessError, artifacts};
+use sepal_integration::{Boot, Guest, HarnessError, artifacts, initrd};
 use sepal_schema::{
-    config::OnReset,
+    config::{OnReset, device::Vsock},
     error::Kind,
     info::GuestStatus,
+    news::DeviceNews,
     report::{Reason, Rung, StopReport},
 };
 
@@ -152,7 +153,7 @@ fn linux_shuts_down_when_it_is_asked() {
 }
 
 #[test]
-fn linux_that_ignores_the_button_gets_an_nmi_is_reset_and_stopped() {
+fn linux_that_ignores_the_button_gets_an_nmi_and_is_stopped() {
     if !kvm() {
         return;
     }
@@ -162,9 +163,35 @@ fn linux_that_ignores_the_button_gets_an_nmi_is_reset_and_stopped() {
     guest.wait_for("power button", END).unwrap();
     guest.nmi().unwrap();
     guest.wait_for("NMI received for unknown reason", END).unwrap();
-    guest.reset().unwrap();
-    guest.wait_for("BUTTON waiting", BOOT).unwrap();
-    assert_eq!(guest.info().unwrap().generation, 2);
     let report = guest.stop(Duration::from_secs(2), true).unwrap();
     assert_eq!((report.reason, report.rung), (Reason::Hangup, Rung::Forced));
+}
+
+#[test]
+fn linux_that_ignores_the_button_is_turned_off_by_its_agent_after_a_reset_too() {
+    if !kvm() {
+        return;
+    }
+    let agent = fs::read(artifacts::agent().unwrap()).unwrap();
+    // busybox would tell its own init, which this guest does not have.
+    let poweroff = b"#!/bin/sh\nexec busybox poweroff -f\n";
+    let files = [("bin/sepal-agent", agent.as_slice()), ("bin/poweroff", poweroff)];
+    let initrd = initrd(&artifacts::initramfs().unwrap(), &files).unwrap();
+    let mut guest = linux("ignore sepal.agent")
+        .initrd(initrd.path())
+        .memory_mib(192)
+        .configure(|config| {
+            config.vsock = Some(Vsock::default());
+            config.agent = true;
+        })
+        .start()
+        .unwrap();
+    let ready = |news: &DeviceNews| *news == DeviceNews::GuestReady;
+    guest.wait_for_news("the agent", BOOT, ready).unwrap();
+    guest.reset().unwrap();
+    assert_eq!(guest.info().unwrap().generation, 2);
+    guest.wait_for_news("the next run's agent", BOOT, ready).unwrap();
+    // The agent is asked after half of that.
+    let report = guest.stop(Duration::from_secs(40), false).unwrap();
+    assert_eq!((report.reason, report.rung), (Reason::Shutdown, Rung::Asked));
 }

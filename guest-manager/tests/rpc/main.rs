@@ -12,6 +12,7 @@ mod files;
 mod launch;
 mod lifecycle;
 mod power;
+mod power_ends;
 mod queries;
 mod roles;
 mod stopping;
