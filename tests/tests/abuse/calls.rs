@@ -2,7 +2,10 @@
 
 use std::{path::Path, thread, time::Duration};
 
-use sepal_schema::{config::GuestConfig, error::Kind};
+use sepal_schema::{
+    config::GuestConfig,
+    error::{Kind, Outcome},
+};
 use sepal_tests::{PATIENCE, Rpc, rpc::observer};
 
 use crate::{

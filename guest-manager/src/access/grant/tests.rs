@@ -1,3 +1,5 @@
+//! What a tree of grants permits: examples, and a model that it is compared with.
+
 use futures::{FutureExt, executor::LocalPool, join};
 use proptest::prelude::*;
 use sepal_schema::facet::RIGHTS;

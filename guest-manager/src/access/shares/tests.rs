@@ -1,3 +1,5 @@
+//! Tokens: what they look like, who can redeem them, and what they turn into.
+
 use std::time::Duration;
 
 use proptest::prelude::*;
