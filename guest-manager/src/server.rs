@@ -79,7 +79,12 @@ fn begin(manager: &Rc<Manager>, socket: UnixStream, who: Who, role: Role, door: 
         };
         ManagerServer::new_client(manager.clone(), client).client
     };
-    let connection = serve_with(&manager.handle, socket, Limits::default(), bootstrap)?;
+    let mut limits = Limits::default();
+    if role < Role::Operate {
+        // Who cannot launch has no use for descriptors, and could keep the loop waiting by one of a file system of their own.
+        limits.unclaimed_fds = 0;
+    }
+    let connection = serve_with(&manager.handle, socket, limits, bootstrap)?;
     Ok(Kept {
         connection,
         uid: who.uid,

@@ -219,6 +219,21 @@ fn descriptors_that_nobody_asked_for_end_at_the_limit_or_are_closed() {
     });
     assert_limit(&result, &limits, Limit::UnclaimedFds);
 
+    // From a peer that may send none, not even one is taken.
+    let none = Limits {
+        unclaimed_fds: 0,
+        ..limits
+    };
+    let (reason, _) = attack(none, |socket| {
+        raw::write(socket, &raw::bootstrap(0));
+        let call = raw::call(1, 0, interface(), PING);
+        raw::send_with_fds(socket, &call, &[fd.as_fd()]);
+    });
+    assert!(
+        matches!(&reason, EndReason::Io(_, words) if words.contains("may not send file descriptors")),
+        "{reason:?}"
+    );
+
     // Many, but never many at once: each is closed with the message that it came with.
     let (reason, _) = attack(limits, |socket| {
         raw::write(socket, &raw::bootstrap(0));

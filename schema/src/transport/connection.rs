@@ -164,7 +164,10 @@ impl Drop for Connection {
 /// When the socket cannot be put on the event loop.
 pub fn connect<C: FromClientHook>(handle: &Handle, socket: UnixStream, limits: Limits) -> io::Result<(C, Connection)> {
     let peer = PeerCredentials::of(&socket)?;
-    let link = SocketLink(handle.register(socket)?);
+    let link = SocketLink {
+        socket: handle.register(socket)?,
+        takes: limits.unclaimed_fds > 0,
+    };
     let wire = Wire::new(Box::new(link), true, Side::Client, limits);
     let (client, connection) = start(handle, wire, Side::Client, None, Some(peer));
     Ok((C::new(client.hook), connection))
@@ -194,7 +197,10 @@ pub fn serve_with(
     bootstrap: impl FnOnce(FdTable) -> capability::Client,
 ) -> io::Result<Connection> {
     let peer = PeerCredentials::of(&socket)?;
-    let link = SocketLink(handle.register(socket)?);
+    let link = SocketLink {
+        socket: handle.register(socket)?,
+        takes: limits.unclaimed_fds > 0,
+    };
     let wire = Wire::new(Box::new(link), true, Side::Server, limits);
     let bootstrap = bootstrap(wire.table().clone());
     let (_, connection) = start(handle, wire, Side::Server, Some(bootstrap), Some(peer));

@@ -215,11 +215,20 @@ pub(crate) trait Link {
 }
 
 /// A Unix stream socket.
-pub(crate) struct SocketLink(pub(crate) AsyncFd<UnixStream>);
+pub(crate) struct SocketLink {
+    pub(crate) socket: AsyncFd<UnixStream>,
+    /// Whether descriptors are taken from the peer.
+    pub(crate) takes: bool,
+}
 
-fn receive(socket: &UnixStream, buffer: &mut [u8], fds: &mut Vec<OwnedFd>) -> io::Result<(usize, bool)> {
+fn receive(socket: &UnixStream, takes: bool, buffer: &mut [u8], fds: &mut Vec<OwnedFd>) -> io::Result<(usize, bool)> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS_PER_SEND))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
+    // Without room for them the kernel lets go of descriptors before they are ours (unix(7)): closing one, which is up to the peer's file
+    // system (FUSE's may never answer to a flush), is not.
+    let mut control = match takes {
+        true => RecvAncillaryBuffer::new(&mut space),
+        false => RecvAncillaryBuffer::default(),
+    };
     let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
     let received = rustix::net::recvmsg(socket, &mut [IoSliceMut::new(buffer)], &mut control, flags)?;
     let before = fds.len();
@@ -227,6 +236,9 @@ fn receive(socket: &UnixStream, buffer: &mut [u8], fds: &mut Vec<OwnedFd>) -> io
         if let RecvAncillaryMessage::ScmRights(rights) = message {
             fds.extend(rights);
         }
+    }
+    if received.flags.contains(ReturnFlags::CTRUNC) && !takes {
+        return Err(io::Error::other("this peer may not send file descriptors"));
     }
     if received.flags.contains(ReturnFlags::CTRUNC) {
         // Some are lost (this process is out of descriptors, or a security module refused one): the count is off.
@@ -245,13 +257,13 @@ impl Link for SocketLink {
         buffer: &mut [u8],
         fds: &mut Vec<OwnedFd>,
     ) -> Poll<io::Result<usize>> {
-        let wanted = buffer.len();
-        self.0
-            .poll_io(cx, Direction::Read, |socket| receive(socket, buffer, fds))
+        let (wanted, takes) = (buffer.len(), self.takes);
+        self.socket
+            .poll_io(cx, Direction::Read, |socket| receive(socket, takes, buffer, fds))
             .map_ok(|(count, with_fds)| {
                 // A stream socket gives all it has, except that it stops behind bytes that descriptors came with.
                 if count < wanted && !with_fds {
-                    self.0.exhausted(Direction::Read);
+                    self.socket.exhausted(Direction::Read);
                 }
                 count
             })
@@ -259,7 +271,7 @@ impl Link for SocketLink {
 
     fn poll_send(&mut self, cx: &mut Context<'_>, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Poll<io::Result<usize>> {
         let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-        self.0.poll_io(cx, Direction::Write, |socket| {
+        self.socket.poll_io(cx, Direction::Write, |socket| {
             if fds.is_empty() {
                 return Ok(rustix::net::send(socket, bytes, flags)?);
             }
@@ -283,7 +295,7 @@ impl Link for SocketLink {
 
     fn end(&mut self) {
         // Fails only when the peer is gone already.
-        let _ = self.0.shutdown(Shutdown::Write);
+        let _ = self.socket.shutdown(Shutdown::Write);
     }
 }
 

@@ -28,7 +28,7 @@ pub struct Limits {
     /// wait in time, for much data. Default 4 MiB.
     pub unsent_bytes: usize,
     /// Received file descriptors that nobody has taken yet. Default 200: a guest of many devices comes with its
-    /// disks, taps and consoles in one message.
+    /// disks, taps and consoles in one message. With 0 none is ever taken from the kernel: one that is sent ends the connection.
     pub unclaimed_fds: usize,
 }
 
