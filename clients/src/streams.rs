@@ -21,6 +21,8 @@ use sepal_schema::{
     bytes_capnp::byte_stream,
     config::Handles,
     error::{Error, Kind, Outcome, write_completion},
+    facet::Right,
+    facet_capnp::facet,
     guest_capnp::{output, serial},
     transport::{AsyncFd, Handle, guard},
     vsock_capnp::{
@@ -29,7 +31,7 @@ use sepal_schema::{
     },
 };
 
-use crate::manager::Manager;
+use crate::{calls, manager::Manager};
 
 /// Bytes sent at a time.
 const CHUNK: usize = 64 * 1024;
@@ -62,18 +64,25 @@ pub(crate) async fn port(
             Which::Error(error) => Err(Error::read(error?)?.into()),
         };
     }
+    let facet: facet::Client = port.clone().cast_to();
+    let may_type = calls::describe(&facet).await?.rights.has(Right::Input);
     let (ours, theirs) = pair(handle)?;
-    handle.spawn(type_in(theirs.clone(), port.clone()));
+    handle.spawn(type_in(theirs.clone(), port.clone(), may_type));
     handle.spawn(print(theirs, port.clone().cast_to(), position));
     Ok(ours)
 }
 
-async fn type_in(from: Socket, port: serial::Client) {
+/// What is typed by somebody who may not is discarded, as a socket of the manager's does: a stream that was refused once would fail every later
+/// call to the port, reading included.
+async fn type_in(from: Socket, port: serial::Client, may_type: bool) {
     let mut buffer = vec![0; CHUNK];
     while let Ok(count @ 1..) = (&*from).read(&mut buffer).await {
+        if !may_type {
+            continue;
+        }
         let mut call = port.write_request();
         call.get().set_bytes(&buffer[..count]);
-        // Who may not type, or has nobody to type to, is told so by the output's end.
+        // Who has nobody to type to is told so by the output's end.
         if call.send().await.is_err() {
             return;
         }

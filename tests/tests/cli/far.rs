@@ -264,6 +264,33 @@ fn a_terminal_far_away_is_a_terminal() {
 }
 
 #[test]
+fn who_may_only_watch_goes_on_watching_when_something_is_typed() {
+    if kvm_missing() {
+        return;
+    }
+    let far = Far::new(World::with_manager());
+    far.guest(&["launch", "ant", "--detach"]).expect_code(0);
+    let token = far
+        .guest(&["share", "ant", "serial", "--only", "output"])
+        .expect_code(0)
+        .out();
+    let mut watcher = far.pty(&["redeem", token.trim_end()]);
+    watcher.expect("connected to");
+    watcher.type_in("echo mine\r");
+    let mut other = far.pty(&["attach", "ant"]);
+    other.expect("connected to ant");
+    other.type_in("echo theirs\r");
+    let seen = watcher.expect("\ntheirs\r\n");
+    assert!(!seen.contains("\nmine"), "{seen}");
+    watcher.type_in("\x1d");
+    assert_eq!(watcher.wait().code(), Some(0));
+    other.type_in("\x1d");
+    assert_eq!(other.wait().code(), Some(0));
+    far.guest(&["stop", "ant", "--kill"]).expect_code(0);
+    far.0.end();
+}
+
+#[test]
 fn whatever_ends_the_command_ends_what_it_started() {
     if kvm_missing() {
         return;
