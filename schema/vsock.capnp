@@ -16,8 +16,8 @@ interface HostVsockEndpoint extends (Facet) {
 
   connect @1 (port :UInt32) -> StreamResult;
   # Connects to a port of the guest. CONNECTION_REFUSED if nobody listens there, NO_RESOURCES if there are too many connections (1024; 256 of those
-  # through capabilities that can be revoked),
-  # TIMED_OUT if the guest does not answer within 2 s. Needs the right `connect`.
+  # as byte streams or through capabilities that can be revoked), TIMED_OUT if the guest does not answer within 2 s. Needs the right `connect`,
+  # and for port 1024 of a guest with an agent the right `agent`, too.
 
   connectStream @2 (port :UInt32, fromGuest :ByteStream) -> ByteStreamResult;
   # The same for clients that receive no descriptors: what the guest sends goes to `fromGuest`, which is ended when the guest ends it, and dropped when

@@ -200,7 +200,9 @@ impl Roles {
 
     /// The role of somebody who connects to the manager's socket; none if that is refused.
     pub fn of(&self, peer: Peer<'_>) -> Option<Role> {
-        if peer.uid == self.own_uid || peer.uid == 0 {
+        // Where others may connect, a manager that is seen so itself cannot tell them from its own user.
+        let own = peer.uid == self.own_uid && (peer.uid != OVERFLOW || !self.names_others());
+        if own || peer.uid == 0 {
             return Some(Role::Admin);
         }
         let groups = peer.groups.iter().copied().chain([peer.gid]).map(Subject::Group);
@@ -235,6 +237,17 @@ mod tests {
         // The second is what the kernel shows for a user that is unknown in this namespace.
         assert_eq!([8, OVERFLOW].map(|uid| roles.of(peer(uid, &[0]))), [None, None]);
         assert!(!roles.names_others());
+    }
+
+    #[test]
+    fn a_manager_that_the_kernel_cannot_name_trusts_nobody_else_of_the_sort() {
+        let nobody = peer(OVERFLOW, &[]);
+        assert_eq!(
+            roles(OVERFLOW, &[]).of(nobody),
+            Some(Role::Admin),
+            "its socket is its own"
+        );
+        assert_eq!(roles(OVERFLOW, &["uid:7=admin"]).of(nobody), None);
     }
 
     #[test]

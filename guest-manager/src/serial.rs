@@ -35,6 +35,8 @@ use crate::{
 pub const MAX_INPUT: usize = 64 * 1024;
 /// Streams of one guest that may be open at a time.
 pub const MAX_STREAMS: usize = 16;
+/// How many of them are kept for those who may type: who may only look shall not use them up.
+const FOR_TYPING: usize = 4;
 /// What is read at a time.
 const CHUNK: usize = 16 * 1024;
 /// Most bytes that are taken from the socket of a guest that has ended: more than a socket buffer holds (net.core.rmem_max).
@@ -162,8 +164,12 @@ impl Port {
         ways: Ways,
         ended: impl Future<Output = ()> + 'static,
     ) -> Result<OwnedFd, Error> {
-        if self.streams.get() >= MAX_STREAMS {
-            let message = format!("{MAX_STREAMS} streams of this serial port are open; no more are allowed");
+        let most = match ways.input {
+            true => MAX_STREAMS,
+            false => MAX_STREAMS - FOR_TYPING,
+        };
+        if self.streams.get() >= most {
+            let message = format!("{most} streams of this serial port are open; no more are allowed");
             return Err(Error::new(Kind::NoResources, message));
         }
         let made = UnixStream::pair().and_then(|(ours, theirs)| Ok((handle.register(ours)?, theirs)));

@@ -53,6 +53,8 @@ pub const MAX_PORTS: u32 = 64;
 pub const MAX_LABEL: usize = 64;
 /// The longest token, in bytes.
 pub const MAX_TOKEN: usize = 128;
+/// What the kernel shows for every user whom it cannot name in this user namespace (`overflowuid`, user_namespaces(7)).
+const OVERFLOW: u32 = 65534;
 
 /// The right as it is written on command lines and in errors: `observe`.
 pub fn right_name(right: Right) -> &'static str {
@@ -406,16 +408,21 @@ impl Terms {
     /// Reads them out of a message.
     ///
     /// # Errors
-    /// `BAD_CONFIG` for a label that is too long or not fit to be shown.
+    /// `BAD_CONFIG` for a label that is too long or not fit to be shown, and for a uid that says nothing about who that is.
     pub fn read(from: facet::terms::Reader<'_>) -> Result<Self, Error> {
         let label = from.get_label()?.to_str().map_err(capnp::Error::from)?;
         if label.len() > MAX_LABEL || label.chars().any(char::is_control) {
             let message = format!("terms.label has more than {MAX_LABEL} bytes, or control characters");
             return Err(Error::bad_config("terms.label", message));
         }
+        let uid = from.get_bound_to_uid().then(|| from.get_uid());
+        if let Some(uid @ (OVERFLOW | u32::MAX)) = uid {
+            let message = format!("terms.uid is {uid}, which stands for nobody in particular");
+            return Err(Error::bad_config("terms.uid", message));
+        }
         Ok(Self {
             once: from.get_once(),
-            uid: from.get_bound_to_uid().then(|| from.get_uid()),
+            uid,
             label: label.to_owned(),
         })
     }
@@ -575,5 +582,15 @@ mod tests {
         let mut message = capnp::message::Builder::new_default();
         terms.write(message.init_root());
         assert_eq!(Terms::read(message.get_root_as_reader().unwrap()).unwrap(), terms);
+        for uid in [OVERFLOW, u32::MAX] {
+            let mut message = capnp::message::Builder::new_default();
+            Terms {
+                uid: Some(uid),
+                ..terms.clone()
+            }
+            .write(message.init_root());
+            let error = Terms::read(message.get_root_as_reader().unwrap()).unwrap_err();
+            assert_eq!(&error.about[..], "terms.uid");
+        }
     }
 }

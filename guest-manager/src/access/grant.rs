@@ -29,6 +29,8 @@ use sepal_schema::{
 pub const MAX_DEPTH: u32 = 32;
 /// Narrowed capabilities of a guest that may be alive at a time.
 pub const MAX_ALIVE: usize = 1024;
+/// How many of them are kept for those who may share: who may only look shall not use them up.
+const FOR_SHARING: usize = 256;
 
 /// Why a grant is no more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -206,8 +208,12 @@ impl Grant {
             let message = format!("this capability has been narrowed {MAX_DEPTH} times already; no more are allowed");
             return Err(Error::new(Kind::NoResources, message));
         }
-        if node.alive.get() >= MAX_ALIVE {
-            let message = format!("{MAX_ALIVE} narrowed capabilities of this guest are in use; revoke or drop some");
+        let most = match node.limits.rights.has(Right::Share) {
+            true => MAX_ALIVE,
+            false => MAX_ALIVE - FOR_SHARING,
+        };
+        if node.alive.get() >= most {
+            let message = format!("{most} narrowed capabilities of this guest are in use; revoke or drop some");
             return Err(Error::new(Kind::NoResources, message));
         }
         let expiry = bounds.lifetime.and_then(|lifetime| {

@@ -66,9 +66,7 @@ impl Access {
     pub(crate) fn relay(&self) -> Result<Relayed, Error> {
         let relays = self.relays.get();
         if relays >= MAX_RELAYS {
-            let message = format!(
-                "{MAX_RELAYS} connections of this guest go through capabilities that can be revoked; no more can"
-            );
+            let message = format!("{MAX_RELAYS} connections of this guest pass through the guest manager; no more can");
             return Err(Error::new(Kind::NoResources, message));
         }
         self.relays.set(relays + 1);

@@ -58,7 +58,10 @@ fn find(manager: &Rc<Manager>, client: &Client, text: &str) -> Result<Holder, Er
         };
         return match client.read_only {
             // Whatever it comes by, it can only look.
-            true => holder.narrow(&Bounds::only(client.role.rights())),
+            true => {
+                let narrowed = holder.narrow(&Bounds::only(client.role.rights()));
+                narrowed.inspect_err(|_| holder.guest.access.shares.borrow_mut().give_back(token.id))
+            }
             false => Ok(holder),
         };
     }

@@ -165,6 +165,13 @@ impl Shares {
         }))
     }
 
+    /// Takes the last [`Shares::redeem`] of a share back, because nothing could be made of it.
+    pub(crate) fn give_back(&mut self, id: u64) {
+        if let Some(share) = self.all.get_mut(&id) {
+            share.redeemed = share.redeemed.saturating_sub(1);
+        }
+    }
+
     /// What is shared by `by` or what was derived from it, oldest first.
     pub(crate) fn list(&mut self, by: &Grant, now: Instant) -> Vec<Share> {
         self.prune(now);

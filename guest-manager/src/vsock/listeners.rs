@@ -76,7 +76,9 @@ pub(crate) async fn listen_here(
         remote: RefCell::default(),
     });
     listening.begin(guest, &remote).await?;
-    guest.listeners.0.borrow_mut().push(Rc::downgrade(&listening));
+    let mut all = guest.listeners.0.borrow_mut();
+    all.retain(|listening| listening.strong_count() > 0);
+    all.push(Rc::downgrade(&listening));
     Ok(guard::new_client_from_rc(listening))
 }
 

@@ -29,7 +29,7 @@ use std::{cell::RefCell, os::unix::net::UnixStream, rc::Rc};
 use sepal_schema::{
     answer,
     bytes_capnp::byte_stream,
-    config::Handles,
+    config::{Handles, device::AGENT_PORT},
     error::{Error, Kind, Outcome},
     facet::Right,
     guest_capnp::guest as component_guest,
@@ -53,6 +53,8 @@ use crate::{
 type Reply = Result<(), capnp::Error>;
 
 const CONNECT: Deed = Deed::new("HostVsockEndpoint.connect", &[Right::Connect]);
+/// Through that port the agent does whatever it is asked for.
+const CONNECT_AGENT: Deed = Deed::new("HostVsockEndpoint.connect", &[Right::Connect, Right::Agent]);
 const LISTEN: Deed = Deed::new("HostVsockEndpoint.listen", &[Right::Listen]);
 
 /// The component's side of a guest's socket device.
@@ -184,11 +186,12 @@ impl To {
         socket: Result<UnixStream, Error>,
         from_guest: byte_stream::Client,
     ) -> Result<byte_stream::Client, Error> {
+        let socket = socket?;
         let holder = match self {
             Self::Owner(..) => None,
-            Self::Holder(holder) => Some(holder.clone()),
+            Self::Holder(holder) => Some((holder.clone(), holder.guest.access.relay()?)),
         };
-        stream::split(&self.guest().manager.handle, socket?, from_guest, holder)
+        stream::split(&self.guest().manager.handle, socket, from_guest, holder)
     }
 }
 
@@ -204,7 +207,11 @@ impl Endpoint {
             self.0.grant.check_port(port)?;
             connect(guest, &remote(guest).await?, port).await
         };
-        self.0.perform(CONNECT, format!("port {port}"), connect).await
+        let deed = match port == AGENT_PORT && guest.has_agent {
+            true => CONNECT_AGENT,
+            false => CONNECT,
+        };
+        self.0.perform(deed, format!("port {port}"), connect).await
     }
 
     async fn listen_on(&self, port: u32, acceptor: vsock_acceptor::Client) -> Result<vsock_listener::Client, Error> {

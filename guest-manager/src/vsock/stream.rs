@@ -5,7 +5,7 @@
 //!           to_guest.write --> socket; end --> shutdown(WR); dropped without end: both directions end at once
 //! ```
 
-use std::{io, net::Shutdown, os::unix::net::UnixStream, pin::pin, rc::Rc};
+use std::{io, net::Shutdown, os::unix::net::UnixStream, pin::pin, rc::Rc, time::Duration};
 
 use futures::future::select;
 use rustix::net::{RecvFlags, SendFlags};
@@ -18,12 +18,17 @@ use sepal_schema::{
     },
 };
 
-use crate::{access::holder::Holder, serial::yield_now};
+use crate::{
+    access::{Relayed, holder::Holder},
+    serial::yield_now,
+};
 
 /// Most bytes of one write.
 const MAX_WRITE: usize = 64 * 1024;
 /// What is read at a time.
 const CHUNK: usize = 64 * 1024;
+/// How long a client may take to hear that a stream has ended.
+const END_HEARD: Duration = Duration::from_secs(10);
 
 pub(super) async fn receive(socket: &AsyncFd<UnixStream>, buffer: &mut [u8]) -> io::Result<usize> {
     let receive = |socket: &UnixStream| Ok(rustix::net::recv(socket, &mut *buffer, RecvFlags::DONTWAIT)?.1);
@@ -49,11 +54,16 @@ pub(crate) fn split(
     handle: &Handle,
     socket: UnixStream,
     from_guest: byte_stream::Client,
-    holder: Option<Holder>,
+    holder: Option<(Holder, Relayed)>,
 ) -> Result<byte_stream::Client, Error> {
+    let (holder, counted) = holder.unzip();
+    // It counts for as long as either way is open.
+    let counted = Rc::new(counted);
+    let counted_here = counted.clone();
     let registered = handle.register(socket);
     let socket = Rc::new(registered.map_err(|error| Error::new(Kind::NoResources, format!("no stream: {error}")))?);
     let from = socket.clone();
+    let clock = handle.clone();
     let pass = async move {
         let mut buffer = vec![0; CHUNK];
         loop {
@@ -72,11 +82,12 @@ pub(crate) fn split(
             }
             yield_now().await;
         }
-        // Whoever does not want to know the end needs no help.
-        let _ = from_guest.end_request().send().promise.await;
+        // Whoever does not want to know the end needs no help, and is not waited for without end.
+        let _ = clock.timeout(END_HEARD, from_guest.end_request().send().promise).await;
     };
     let until = holder.as_ref().map(Holder::until_ended);
     handle.spawn(async move {
+        let _counted = counted_here;
         match until {
             None => pass.await,
             Some(ended) => {
@@ -95,6 +106,7 @@ pub(crate) fn split(
     Ok(guard::new_client(Writer {
         socket,
         holder,
+        _counted: counted,
         _until: until,
         ended: std::cell::Cell::new(false),
     }))
@@ -104,6 +116,7 @@ pub(crate) fn split(
 struct Writer {
     socket: Rc<AsyncFd<UnixStream>>,
     holder: Option<Holder>,
+    _counted: Rc<Option<Relayed>>,
     /// Ends the socket with the holder's capability.
     _until: Option<Task>,
     ended: std::cell::Cell<bool>,

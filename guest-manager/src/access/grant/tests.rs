@@ -279,6 +279,20 @@ fn there_are_only_so_many_and_only_so_deep() {
     drop(again);
     assert_eq!(root.0.alive.get(), 0);
     // Those that are gone are not remembered.
+    let looking = root.narrow(&Bounds::only(Right::Observe.into()), now).unwrap();
+    let mut many = Vec::new();
+    let refused = loop {
+        match looking.narrow(&Bounds::default(), now) {
+            Ok(grant) => many.push(grant),
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(
+        (refused.kind, many.len()),
+        (Kind::NoResources, MAX_ALIVE - FOR_SHARING - 1)
+    );
+    root.narrow(&Bounds::default(), now).unwrap();
+    drop((many, looking));
     for _ in 0..10_000 {
         root.narrow(&Bounds::default(), now).unwrap();
     }

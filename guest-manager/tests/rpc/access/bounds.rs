@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use sepal_schema::{
+    config::device::AGENT_PORT,
     device_capnp::{balloon_controller, mem_controller},
     error::{Error, Kind, read_completion},
     facet::{Bounds, CallRate, Range, Right, Rights},
@@ -103,6 +104,21 @@ fn only_the_ports_that_are_named_are_connected_to_and_listened_on() {
             assert_eq!((error.kind, &error.about[..]), (Kind::PermissionDenied, "port"));
             assert!(error.message.ends_with("only 22, 52"), "{error}");
         }
+    });
+}
+
+#[test]
+fn who_may_connect_but_not_use_the_agent_does_not_reach_it_by_its_port() {
+    run(async |world| {
+        let caller = world.caller();
+        let launched = launch(&world, &caller, "web").await;
+        let bounds = Bounds::only(Rights::from(Right::Connect));
+        let (narrowed, _) = narrow(&Part::Vsock.of(&launched.guest), &bounds).await.unwrap();
+        let endpoint: host_vsock_endpoint::Client = cast(narrowed);
+        let error = connect(&world, &caller, &endpoint, AGENT_PORT).await.err().unwrap();
+        assert_eq!(error.kind, Kind::PermissionDenied);
+        assert!(error.message.contains("\"agent\""), "{error}");
+        connect(&world, &caller, &endpoint, AGENT_PORT + 1).await.unwrap();
     });
 }
 
