@@ -5,13 +5,20 @@
 //!      '-----> without a file: the log, target "audit"
 //! ```
 //!
+//! Of the failed calls of a user who is neither root nor the manager's own, only so many are noted one by one (`refusals`).
+//!
 //! Recording never waits. What a full queue or a failing disk loses is counted, and told in the file and in the log.
 
+mod refusals;
+
 use std::{
+    cell::RefCell,
     fs::{File, OpenOptions},
     io::{self, Write},
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
+    rc::Rc,
+    time::Instant,
 };
 
 use rustix::fs::OFlags;
@@ -26,6 +33,8 @@ use crate::{
     client::Who,
     log::{self, Lines, Target, Writer},
 };
+
+use self::refusals::{Refusals, Verdict};
 
 /// Longest text of an entry, in bytes; the rest is cut off.
 const MAX_TEXT: usize = 1024;
@@ -49,6 +58,7 @@ pub struct Entry<'a> {
 #[derive(Debug, Clone, Default)]
 pub struct Audit {
     file: Option<Lines>,
+    refusals: Rc<RefCell<Refusals>>,
 }
 
 impl Audit {
@@ -69,12 +79,24 @@ impl Audit {
             torn: false,
         };
         let (lines, writer) = log::start_target("audit", target)?;
-        Ok((Self { file: Some(lines) }, writer))
+        let audit = Self {
+            file: Some(lines),
+            ..Self::default()
+        };
+        Ok((audit, writer))
     }
 
     /// Notes what was done. Never waits.
     pub fn record(&self, entry: &Entry<'_>) {
         let Who { uid, gid, pid, share } = *entry.who;
+        let trusted = uid == 0 || uid == rustix::process::geteuid().as_raw();
+        if entry.outcome.is_err() && !trusted {
+            match self.refusals.borrow_mut().count(uid, Instant::now()) {
+                Verdict::LeaveOut => return,
+                Verdict::Note { left_out: 0 } => {}
+                Verdict::Note { left_out } => self.tell_left_out(uid, left_out),
+            }
+        }
         let (guest, detail) = (cut(entry.guest), cut(entry.detail));
         let Some(lines) = &self.file else {
             let outcome = entry.outcome.err().map_or_else(
@@ -98,6 +120,18 @@ impl Audit {
         };
         // A copy of the queue's end, as writing wants to change it; it cannot fail, and counts what is lost.
         let _ = lines.clone().write_all(&json(&line));
+    }
+
+    /// Tells how many failed calls of a user were not noted.
+    fn tell_left_out(&self, uid: u32, failed: u64) {
+        match &self.file {
+            None => tracing::info!(target: "audit", uid, failed, "calls that failed and are not noted one by one"),
+            Some(lines) => {
+                let time = now();
+                // As in `record`.
+                let _ = lines.clone().write_all(&json(&LeftOut { time, uid, failed }));
+            }
+        }
     }
 
     /// Goes on in a new file of the same name, because the old one was moved away.
@@ -186,6 +220,13 @@ struct Line<'a> {
 struct Lost {
     time: String,
     lost: u64,
+}
+
+#[derive(Serialize)]
+struct LeftOut {
+    time: String,
+    uid: u32,
+    failed: u64,
 }
 
 #[derive(Serialize)]
