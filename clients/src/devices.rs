@@ -1,6 +1,6 @@
 //! `guest balloon`, `mem`, `disk` and `net`.
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use sepal_schema::{
     config::{
         device::{DiskFormat, DiskMode},
@@ -251,10 +251,15 @@ pub(crate) async fn disk(handle: &Handle, place: &Place, args: &DiskCommand) -> 
             let disks: disk_controller::Client = facet!(guest, disk_controller_request);
             list_disks(&disks, named.json).await?;
         }
-        DiskCommand::Resize { name, disk, size } => {
+        DiskCommand::Resize {
+            name,
+            disk,
+            size,
+            shrink,
+        } => {
             let (_manager, guest) = lookup(handle, place, name).await?;
             let disks: disk_controller::Client = facet!(guest, disk_controller_request);
-            resize(&disks, disk, *size).await?;
+            resize(&disks, disk, *size, *shrink).await?;
         }
         DiskCommand::Stats(named) => {
             let (_manager, guest) = lookup(handle, place, &named.name).await?;
@@ -264,8 +269,20 @@ pub(crate) async fn disk(handle: &Handle, place: &Place, args: &DiskCommand) -> 
     Ok(status::SUCCESS)
 }
 
-/// Gives a disk another size, in bytes.
-pub(crate) async fn resize(disks: &disk_controller::Client, disk: &str, size: u64) -> Result<()> {
+/// Gives a disk another size, in bytes; a smaller one, which loses what is behind it, only with `shrink`.
+pub(crate) async fn resize(disks: &disk_controller::Client, disk: &str, size: u64, shrink: bool) -> Result<()> {
+    if size > 0 && !shrink {
+        let response = disks.list_request().send().promise.await?;
+        if let disk_controller::list_result::Which::Disks(list) = response.get()?.which()? {
+            for found in list? {
+                let named = found.get_name()?.to_str()? == disk || found.get_id()?.to_str()? == disk;
+                if named && found.get_bytes() > size {
+                    let now = found.get_bytes();
+                    bail!("{disk} has {now} bytes: --shrink cuts it to {size}, and what is behind that is lost");
+                }
+            }
+        }
+    }
     let mut request = disks.resize_request();
     request.get().set_disk(disk);
     request.get().set_bytes(size);

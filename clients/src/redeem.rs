@@ -221,8 +221,8 @@ impl Redeemed<'_> {
             Some(Action::Disks { json }) => {
                 done(devices::list_disks(&self.of(FacetKind::DiskController).await?, *json).await)
             }
-            Some(Action::Resize { disk, size }) => {
-                done(devices::resize(&self.of(FacetKind::DiskController).await?, disk, *size).await)
+            Some(Action::Resize { disk, size, shrink }) => {
+                done(devices::resize(&self.of(FacetKind::DiskController).await?, disk, *size, *shrink).await)
             }
             Some(Action::Networks { json }) => {
                 done(devices::list_networks(&self.of(FacetKind::NetController).await?, *json).await)

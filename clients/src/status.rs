@@ -86,14 +86,14 @@ fn hint(error: &Error) -> Option<&'static str> {
         Kind::NotFound if error.about == "token" => {
             Some("whoever shared it sees with `guest shares NAME` what is left of it")
         }
-        Kind::NotFound => Some("`guest list` shows the guests that there are"),
+        Kind::NotFound if error.about == "name" => Some("`guest list` shows the guests that there are"),
         Kind::PermissionDenied => {
             Some("`guest whoami` tells what you may do; who may do more can give it to you by `guest share`")
         }
         Kind::Revoked => {
             Some("whoever gave it has taken it back, or its time is over: only they can give another, by `guest share`")
         }
-        Kind::AlreadyRunning => {
+        Kind::AlreadyRunning if error.about == "name" => {
             Some("`guest stop NAME` ends a guest; `guest launch` without a name chooses a free one")
         }
         Kind::NotRunning => Some("`guest info NAME` tells how it ended, `guest logs NAME` what it printed"),

@@ -64,6 +64,9 @@ pub(crate) enum DiskCommand {
         /// Bytes, or with a unit; 0 takes over the size that the image has by now
         #[arg(value_parser = specs::parse_bytes)]
         size: u64,
+        /// Cut the image: what is behind the new size is lost
+        #[arg(long)]
+        shrink: bool,
     },
     /// Show what the disks have read and written
     Stats(Named),

@@ -20,7 +20,7 @@ Examples:
   guest launch web --kernel vmlinuz --disk root.img --net user --detach
   guest attach web                        its terminal; Ctrl-] leaves
   guest stop web --timeout 10s --force    asks first, then insists
-  guest share web console --only output   a token for looking on
+  guest share web serial --only output    a token for looking on
   guest --manager ssh://host list         the guests of another machine
 
 `guest help COMMAND` says more about each; `guest --help` lists exit statuses.";

@@ -154,6 +154,9 @@ pub(crate) enum Action {
         /// Bytes, or with a unit; 0 takes over the size that the image has by now
         #[arg(value_parser = specs::parse_bytes)]
         size: u64,
+        /// Cut the image: what is behind the new size is lost
+        #[arg(long)]
+        shrink: bool,
     },
     /// List the network devices (network, guest)
     Networks {

@@ -93,6 +93,8 @@ pub(crate) async fn share(holder: &Holder, params: facet::ShareParams, mut resul
                 format!("the kernel gives no random bytes: {error}"),
             )
         })?;
+        // Nobody could redeem it.
+        holder.guest.check_live()?;
         let shared = holder.narrow(&bounds)?;
         let (grant, uid) = (shared.grant, holder.client.who.uid);
         let mut shares = holder.guest.access.shares.borrow_mut();

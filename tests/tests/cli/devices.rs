@@ -160,6 +160,11 @@ fn devices_can_be_seen_and_changed() {
         &world.guest(&["disk", "resize", "bee", "disk7", "16M"]).expect_code(1),
         &["NOT_FOUND", "disk7"],
     );
+    // What is behind the new size would be lost.
+    for disk in ["disk0", "root"] {
+        let refused = world.guest(&["disk", "resize", "bee", disk, "4M"]).expect_code(1);
+        says(&refused, &[disk, "8388608", "--shrink"]);
+    }
     world.guest(&["balloon", "set", "bee", "16M"]).expect_code(0);
     let balloon = world.guest(&["balloon", "stats", "bee"]).expect_code(0);
     assert!(balloon.out().contains("16 MiB"), "{}", balloon.out());
