@@ -1,0 +1,95 @@
+//! A run: who is measured, how often, and what came of it. Parts measure through this, so that all of them alternate, warm up and record alike.
+
+use std::{fmt::Display, path::PathBuf};
+
+use anyhow::{Context, Result};
+
+use crate::{
+    figure::Figure,
+    results::{Results, SEPAL},
+    vmm::{StartError, Vmm},
+};
+
+/// A run.
+pub(crate) struct Bench {
+    /// Who is measured beside Sepal.
+    pub(crate) peers: Vec<Box<dyn Vmm>>,
+    /// Sepal, through a guest manager of its own for each guest.
+    pub(crate) sepal: Box<dyn Vmm>,
+    /// Whether it is the short form: everything once, to see that it works.
+    pub(crate) short: bool,
+    /// Folder for images and sockets; gone after the run.
+    pub(crate) scratch: PathBuf,
+    /// What came of it.
+    pub(crate) results: Results,
+}
+
+impl Bench {
+    /// `full`, or `short` if that is wanted: for numbers of rounds, guests, bytes.
+    pub(crate) fn scaled<T>(&self, full: T, short: T) -> T {
+        if self.short { short } else { full }
+    }
+
+    /// Measures every VMM in turn, `rounds` times and once before that to warm up (not in the short form): no VMM has better weather than another.
+    /// `work` starts one and returns a value for each of `figures`, in their order.
+    ///
+    /// A peer that cannot do it is left out with its reason. A failure of Sepal ends the part.
+    pub(crate) fn alternate(
+        &mut self,
+        figures: &[&'static Figure],
+        rounds: usize,
+        mut work: impl FnMut(&dyn Vmm) -> Result<Vec<f64>, StartError>,
+    ) -> Result<()> {
+        let warm_up = usize::from(!self.short);
+        let mut out = Vec::new();
+        for round in 0..rounds + warm_up {
+            for index in 0..=self.peers.len() {
+                let vmm = match index.checked_sub(1) {
+                    None => &self.sepal,
+                    Some(peer) => &self.peers[peer],
+                };
+                let name = vmm.name().to_owned();
+                if out.contains(&name) {
+                    continue;
+                }
+                match work(vmm.as_ref()) {
+                    Ok(values) if round >= warm_up => {
+                        anyhow::ensure!(values.len() == figures.len(), "a value for each figure");
+                        for (figure, value) in figures.iter().zip(values) {
+                            self.results.record(figure, &name, None, value);
+                        }
+                    }
+                    Ok(_) => {}
+                    Err(error) if name == SEPAL => {
+                        let which = figures.first().map_or("", |figure| figure.id);
+                        return Err(error.into_error()).context(which);
+                    }
+                    Err(error) => {
+                        self.leave_out(figures, &name, error);
+                        out.push(name);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Notes that a peer has none of these figures.
+    pub(crate) fn leave_out(&mut self, figures: &[&'static Figure], peer: &str, reason: impl Display) {
+        let reason = reason.to_string();
+        eprintln!("  {peer} is left out: {reason}");
+        for figure in figures {
+            self.results.leave_out(figure, peer, &reason);
+        }
+    }
+
+    /// Notes a value of Sepal's.
+    pub(crate) fn record(&mut self, figure: &'static Figure, value: f64) {
+        self.results.record(figure, SEPAL, None, value);
+    }
+
+    /// Notes a value of Sepal's at a size.
+    pub(crate) fn record_at(&mut self, figure: &'static Figure, at: f64, value: f64) {
+        self.results.record(figure, SEPAL, Some(at), value);
+    }
+}

@@ -1,0 +1,133 @@
+//! Measures Sepal beside other virtual machine monitors, in one run, in turn, with the same guests.
+//!
+//! ```text
+//!   options -> who is here (vmm) -> each part (parts) -> results (results) -> table, JSON, plots (report)
+//! ```
+//!
+//! `docs/performance.md` says how to run it, what the figures mean, and what they were.
+
+mod bench;
+mod figure;
+mod host;
+mod parts;
+mod results;
+mod vmm;
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use anyhow::{Context, Result, bail};
+use clap::Parser;
+
+use crate::{
+    bench::Bench,
+    host::Host,
+    parts::{PARTS, Part},
+    results::{Results, Subject},
+    vmm::{Qemu, Sepal, Vmm},
+};
+
+/// Measures Sepal beside other virtual machine monitors.
+#[derive(Debug, Parser)]
+struct Arguments {
+    /// Only these parts
+    parts: Vec<String>,
+
+    /// Everything once and small: to see that it works; the figures say little
+    #[arg(long)]
+    short: bool,
+
+    /// Where a peer is that is not on PATH: qemu, firecracker, cloud-hypervisor, alioth, crosvm or lkvm. May be repeated
+    #[arg(long, value_name = "NAME=PROGRAM", value_parser = peer)]
+    peer: Vec<(String, PathBuf)>,
+
+    /// Write all values to this file
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+/// A peer's name and program.
+fn peer(text: &str) -> Result<(String, PathBuf), String> {
+    match text.split_once('=') {
+        Some((name, path)) if Path::new(path).is_file() => Ok((name.to_owned(), path.into())),
+        Some((_, path)) => Err(format!("there is no program {path}")),
+        None => Err("it is NAME=PROGRAM".to_owned()),
+    }
+}
+
+fn main() -> ExitCode {
+    match run(&Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> Result<()> {
+    let parts = chosen(&arguments.parts)?;
+    let scratch = tempfile::tempdir().context("making a folder for images")?;
+    let named = |name: &str| {
+        let option = arguments.peer.iter().find(|(known, _)| known == name);
+        option.map(|(_, path)| path.as_path())
+    };
+    let mut peers: Vec<Box<dyn Vmm>> = Vec::new();
+    let mut not_found = Vec::new();
+    match Qemu::find(named("qemu")) {
+        Some(qemu) => peers.push(Box::new(qemu)),
+        None => not_found.push("qemu".to_owned()),
+    }
+    let sepal: Box<dyn Vmm> = Box::new(Sepal);
+    let subjects = std::iter::once(&sepal).chain(&peers).map(|vmm| Subject {
+        name: vmm.name().to_owned(),
+        version: vmm.version(),
+    });
+    let mut bench = Bench {
+        results: Results {
+            host: Host::look(),
+            short: arguments.short,
+            subjects: subjects.collect(),
+            not_found,
+            measured: Vec::new(),
+            left_out: Vec::new(),
+            failed: Vec::new(),
+            notes: Vec::new(),
+        },
+        peers,
+        sepal,
+        short: arguments.short,
+        scratch: scratch.path().to_owned(),
+    };
+    for part in &parts {
+        eprintln!("{}: {}", part.name, part.about);
+        if let Err(error) = (part.run)(&mut bench) {
+            eprintln!("  failed: {error:#}");
+            bench.results.failed.push(format!("{}: {error:#}", part.name));
+        }
+    }
+    let results = bench.results;
+    if let Some(path) = &arguments.json {
+        let text = serde_json::to_string_pretty(&results)?;
+        fs::write(path, text).with_context(|| format!("writing {}", path.display()))?;
+    }
+    let figures: Vec<_> = parts.iter().flat_map(|part| part.figures).copied().collect();
+    let missing = results.missing(&figures);
+    if !missing.is_empty() || !results.failed.is_empty() {
+        bail!("failed: {}; missing: {}", results.failed.join("; "), missing.join(", "));
+    }
+    Ok(())
+}
+
+/// The parts that were asked for, all if none was.
+fn chosen(names: &[String]) -> Result<Vec<&'static Part>> {
+    let known = || PARTS.iter().map(|part| part.name).collect::<Vec<_>>().join(", ");
+    if let Some(unknown) = names.iter().find(|name| !PARTS.iter().any(|part| part.name == **name)) {
+        bail!("there is no part {unknown}; there are {}", known());
+    }
+    let wanted = |part: &&Part| names.is_empty() || names.iter().any(|name| name == part.name);
+    Ok(PARTS.iter().filter(wanted).collect())
+}

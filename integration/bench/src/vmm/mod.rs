@@ -1,0 +1,163 @@
+//! The virtual machine monitors: what each is asked to run, in words that all of them know, and how a running guest is listened to.
+
+mod process;
+mod qemu;
+mod sepal;
+
+use std::{
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+};
+
+use sepal_integration::{HarnessError, Report};
+
+pub(crate) use process::Process;
+pub(crate) use qemu::Qemu;
+pub(crate) use sepal::Sepal;
+
+/// A virtual machine monitor.
+pub(crate) trait Vmm {
+    /// Its name, for tables.
+    fn name(&self) -> &'static str;
+
+    /// Its version.
+    fn version(&self) -> String;
+
+    /// Starts a guest, whose serial port is then listened to.
+    fn start(&self, machine: &Machine<'_>) -> Result<Box<dyn Running>, StartError>;
+}
+
+/// What to run.
+pub(crate) struct Machine<'a> {
+    /// The kernel, in all formats that there are of it.
+    pub(crate) kernel: Kernel<'a>,
+    /// Its command line.
+    pub(crate) cmdline: &'a str,
+    /// Its initramfs.
+    pub(crate) initrd: Option<&'a Path>,
+    /// MiB of memory.
+    pub(crate) memory_mib: u32,
+    /// Number of vCPUs.
+    pub(crate) cpus: u8,
+    /// A virtio disk.
+    pub(crate) disk: Option<Disk<'a>>,
+    /// A virtio network device.
+    pub(crate) tap: Option<Tap<'a>>,
+}
+
+/// A kernel: the same in each format, of which a VMM takes the first that it can load.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Kernel<'a> {
+    /// ELF64 with a PVH note and an entry by Linux's 64-bit protocol.
+    pub(crate) elf: &'a Path,
+    /// For VMMs that take nothing else: bzImage.
+    pub(crate) bzimage: Option<&'a Path>,
+    /// For VMMs that take nothing else: bytes that run wherever they are loaded.
+    pub(crate) flat: Option<&'a Path>,
+}
+
+/// A raw image as a virtio disk.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Disk<'a> {
+    pub(crate) path: &'a Path,
+    /// Past the host's page cache (O_DIRECT).
+    pub(crate) direct: bool,
+}
+
+/// A tap device. Whoever takes it by name is started in the network namespace that it is in.
+pub(crate) struct Tap<'a> {
+    pub(crate) fd: &'a OwnedFd,
+    pub(crate) name: &'a str,
+    pub(crate) mac: [u8; 6],
+}
+
+impl<'a> Machine<'a> {
+    /// One vCPU and 128 MiB, no devices.
+    pub(crate) fn new(kernel: Kernel<'a>) -> Self {
+        Self {
+            kernel,
+            cmdline: "",
+            initrd: None,
+            memory_mib: 128,
+            cpus: 1,
+            disk: None,
+            tap: None,
+        }
+    }
+}
+
+/// A running guest; it ends when this is dropped.
+pub(crate) trait Running {
+    /// Waits for the first byte on the serial port.
+    fn first_byte(&mut self) -> Result<(), HarnessError>;
+
+    /// Waits for the guest to print this.
+    fn wait_for(&mut self, text: &str) -> Result<(), HarnessError>;
+
+    /// Waits for the next report on a command (`sepal-driver-guest` says what those are).
+    fn report(&mut self, command: &str) -> Result<Report, HarnessError>;
+
+    /// Waits for the guest to end by itself.
+    fn end(&mut self) -> Result<(), HarnessError>;
+
+    /// The process that is the virtual machine.
+    fn pid(&mut self) -> Result<u32, HarnessError>;
+}
+
+/// Why a guest does not run.
+#[derive(Debug)]
+pub(crate) enum StartError {
+    /// The VMM has no such thing.
+    Unsupported(String),
+    /// It should have worked.
+    Failed(anyhow::Error),
+}
+
+impl std::fmt::Display for StartError {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Unsupported(what) => write!(formatter, "unsupported: {what}"),
+            Self::Failed(error) => write!(formatter, "{error:#}"),
+        }
+    }
+}
+
+impl StartError {
+    /// As an error like any other.
+    pub(crate) fn into_error(self) -> anyhow::Error {
+        match self {
+            Self::Unsupported(_) => anyhow::anyhow!("{self}"),
+            Self::Failed(error) => error,
+        }
+    }
+}
+
+// No `std::error::Error`, which would stand in the way of this.
+impl<E: Into<anyhow::Error>> From<E> for StartError {
+    fn from(error: E) -> Self {
+        Self::Failed(error.into())
+    }
+}
+
+/// A program on PATH, or where an option says it is.
+pub(crate) fn find(name: &str, named: Option<&Path>) -> Option<PathBuf> {
+    match named {
+        Some(path) => Some(path.to_owned()),
+        None => {
+            let path = std::env::var_os("PATH")?;
+            std::env::split_paths(&path)
+                .map(|folder| folder.join(name))
+                .find(|path| path.is_file())
+        }
+    }
+}
+
+/// The first line that a program prints, for its version.
+pub(crate) fn first_line_of(program: &Path, arguments: &[&str]) -> String {
+    let output = std::process::Command::new(program).args(arguments).output();
+    let printed = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
+    printed
+        .ok()
+        .and_then(|text| text.lines().next().map(str::to_owned))
+        .unwrap_or_default()
+}
