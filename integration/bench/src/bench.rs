@@ -83,6 +83,16 @@ impl Bench {
         }
     }
 
+    /// Notes, loudly, that nobody has these figures here.
+    pub(crate) fn skip(&mut self, figures: &[&'static Figure], reason: impl Display) {
+        let reason = reason.to_string();
+        let names: Vec<_> = figures.iter().map(|figure| figure.id).collect();
+        eprintln!("  SKIPPED, for everybody: {}: {reason}", names.join(", "));
+        for figure in figures {
+            self.results.skip(figure, &reason);
+        }
+    }
+
     /// Notes a value of Sepal's.
     pub(crate) fn record(&mut self, figure: &'static Figure, value: f64) {
         self.results.record(figure, SEPAL, None, value);

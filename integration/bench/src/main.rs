@@ -94,6 +94,7 @@ fn run(arguments: &Arguments) -> Result<()> {
             not_found,
             measured: Vec::new(),
             left_out: Vec::new(),
+            skipped: Vec::new(),
             failed: Vec::new(),
             notes: Vec::new(),
         },

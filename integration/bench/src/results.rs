@@ -25,6 +25,8 @@ pub(crate) struct Results {
     pub(crate) measured: Vec<Measured>,
     /// What a peer could not be measured for, and why.
     pub(crate) left_out: Vec<LeftOut>,
+    /// What nobody could be measured for, since this host or this user lacks something.
+    pub(crate) skipped: Vec<Skipped>,
     /// What failed for Sepal: a run with any fails.
     pub(crate) failed: Vec<String>,
     /// Whatever else the reader should know: sizes of binaries, for example.
@@ -68,6 +70,15 @@ pub(crate) struct Summary {
 pub(crate) struct LeftOut {
     pub(crate) figure: &'static str,
     pub(crate) subject: String,
+    pub(crate) reason: String,
+}
+
+/// A figure that nobody has here.
+#[derive(Debug, PartialEq, Serialize)]
+pub(crate) struct Skipped {
+    /// Its id.
+    pub(crate) figure: String,
+    /// What the host or the user lacks.
     pub(crate) reason: String,
 }
 
@@ -131,6 +142,16 @@ impl Results {
         }
     }
 
+    /// Notes that nobody has such a figure here, once.
+    pub(crate) fn skip(&mut self, figure: &'static Figure, reason: &str) {
+        if !self.skipped.iter().any(|skipped| skipped.figure == figure.id) {
+            self.skipped.push(Skipped {
+                figure: figure.id.to_owned(),
+                reason: reason.to_owned(),
+            });
+        }
+    }
+
     /// The median of a figure for a subject; of one that grows, none.
     pub(crate) fn median(&self, figure: &Figure, subject: &str) -> Option<f64> {
         let found = self
@@ -154,11 +175,12 @@ impl Results {
             })
     }
 
-    /// What should be there and is not: of these figures, those without a finite value of Sepal, and those of a peer that neither has a value
-    /// nor is known to lack it.
+    /// What should be there and is not: of these figures, but for those that were skipped, those without a finite value of Sepal, and those of a
+    /// peer that neither has a value nor is known to lack it.
     pub(crate) fn missing(&self, wanted: &[&'static Figure]) -> Vec<String> {
         let mut missing = Vec::new();
-        for figure in wanted {
+        let here = |figure: &&&'static Figure| !self.skipped.iter().any(|skipped| skipped.figure == figure.id);
+        for figure in wanted.iter().filter(here) {
             for subject in &self.subjects {
                 let measured = self.measured.iter().any(|measured| {
                     measured.figure == *figure
@@ -200,6 +222,7 @@ mod tests {
             not_found: Vec::new(),
             measured: Vec::new(),
             left_out: Vec::new(),
+            skipped: Vec::new(),
             failed: Vec::new(),
             notes: Vec::new(),
         }
@@ -240,5 +263,7 @@ mod tests {
         results.leave_out(&START, "other", "it has no serial port");
         results.record(&CALLS, SEPAL, None, 1.0);
         assert_eq!(results.missing(&[&START, &CALLS]), ["start.cold of QEMU"]);
+        results.skip(&START, "this host has no KVM");
+        assert!(results.missing(&[&START, &CALLS]).is_empty());
     }
 }

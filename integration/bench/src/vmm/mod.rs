@@ -2,6 +2,7 @@
 
 mod process;
 mod qemu;
+mod qmp;
 mod sepal;
 
 use std::{
@@ -23,8 +24,22 @@ pub(crate) trait Vmm {
     /// Its version.
     fn version(&self) -> String;
 
+    /// Whether it can do something that not all of them can: a machine is asked for it only then.
+    fn has(&self, _extra: Extra) -> bool {
+        false
+    }
+
     /// Starts a guest, whose serial port is then listened to.
     fn start(&self, machine: &Machine<'_>) -> Result<Box<dyn Running>, StartError>;
+}
+
+/// What not every VMM has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Extra {
+    /// Disks in QEMU's format.
+    Qcow2,
+    /// A virtio memory balloon.
+    Balloon,
 }
 
 /// What to run.
@@ -43,6 +58,8 @@ pub(crate) struct Machine<'a> {
     pub(crate) disk: Option<Disk<'a>>,
     /// A virtio network device.
     pub(crate) tap: Option<Tap<'a>>,
+    /// A virtio memory balloon; of who has [`Extra::Balloon`].
+    pub(crate) balloon: bool,
 }
 
 /// A kernel: the same in each format, of which a VMM takes the first that it can load.
@@ -56,12 +73,14 @@ pub(crate) struct Kernel<'a> {
     pub(crate) flat: Option<&'a Path>,
 }
 
-/// A raw image as a virtio disk.
+/// An image as a virtio disk.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Disk<'a> {
     pub(crate) path: &'a Path,
     /// Past the host's page cache (O_DIRECT).
     pub(crate) direct: bool,
+    /// QEMU's format instead of a raw image; of who has [`Extra::Qcow2`].
+    pub(crate) qcow2: bool,
 }
 
 /// A tap device. Whoever takes it by name is started in the network namespace that it is in.
@@ -82,6 +101,7 @@ impl<'a> Machine<'a> {
             cpus: 1,
             disk: None,
             tap: None,
+            balloon: false,
         }
     }
 }
@@ -102,6 +122,11 @@ pub(crate) trait Running {
 
     /// The process that is the virtual machine.
     fn pid(&mut self) -> Result<u32, HarnessError>;
+
+    /// Asks the guest for a balloon of so many pages of 4096 bytes; of who has [`Extra::Balloon`].
+    fn request_balloon(&mut self, _pages: u32) -> Result<(), HarnessError> {
+        Err(HarnessError::Failed("it has no balloon".into()))
+    }
 }
 
 /// Why a guest does not run.

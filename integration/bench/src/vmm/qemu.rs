@@ -9,7 +9,7 @@ use std::{
 
 use rustix::io::{FdFlags, fcntl_setfd};
 
-use super::{Machine, Process, Running, StartError, Vmm, find};
+use super::{Extra, Machine, Process, Running, StartError, Vmm, find, qmp::Monitor};
 
 /// QEMU.
 pub(crate) struct Qemu {
@@ -31,6 +31,12 @@ impl Vmm for Qemu {
 
     fn version(&self) -> String {
         super::first_line_of(&self.program, &["--version"])
+    }
+
+    fn has(&self, extra: Extra) -> bool {
+        match extra {
+            Extra::Qcow2 | Extra::Balloon => true,
+        }
     }
 
     fn start(&self, machine: &Machine<'_>) -> Result<Box<dyn Running>, StartError> {
@@ -67,8 +73,9 @@ impl Vmm for Qemu {
         }
         if let Some(disk) = &machine.disk {
             let cache = if disk.direct { "on" } else { "off" };
+            let format = if disk.qcow2 { "qcow2" } else { "raw" };
             let drive = format!(
-                "if=none,id=disk,file={},format=raw,aio=io_uring,cache.direct={cache}",
+                "if=none,id=disk,file={},format={format},aio=io_uring,cache.direct={cache}",
                 disk.path.display()
             );
             command
@@ -88,6 +95,16 @@ impl Vmm for Qemu {
                     &format!("virtio-net-pci,netdev=net,disable-legacy=on,mac={}", &mac[1..]),
                 ]);
         }
-        Process::spawn(self.name(), command, ())
+        let monitor = machine.balloon.then(Monitor::new).transpose()?;
+        if let Some(monitor) = &monitor {
+            command
+                .args(["-device", "virtio-balloon-pci,disable-legacy=on"])
+                .args(monitor.arguments());
+        }
+        let running = Process::spawn(self.name(), command, ())?;
+        Ok(match monitor {
+            Some(monitor) => Box::new(monitor.of(running, machine.memory_mib)),
+            None => running,
+        })
     }
 }

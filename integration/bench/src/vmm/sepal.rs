@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use sepal_integration::{Boot, Guest, HarnessError, Report, disk};
-use sepal_schema::config::device::{DiskFormat, DiskMode, Link, Network};
+use sepal_schema::config::device::{Balloon, DiskFormat, DiskMode, Link, Network};
 
-use super::{Machine, Running, StartError, Vmm};
+use super::{Extra, Machine, Running, StartError, Vmm};
 use crate::results::SEPAL;
 
 /// The slowest guest is done by then.
@@ -25,7 +25,8 @@ pub(crate) fn boot(machine: &Machine<'_>) -> Result<Boot, StartError> {
         boot = boot.initrd(initrd);
     }
     if let Some(of) = &machine.disk {
-        let mut disk = disk(of.path, DiskMode::ReadWrite, DiskFormat::Raw)?;
+        let format = if of.qcow2 { DiskFormat::Qcow2 } else { DiskFormat::Raw };
+        let mut disk = disk(of.path, DiskMode::ReadWrite, format)?;
         disk.direct = of.direct;
         boot = boot.disk(disk);
     }
@@ -33,6 +34,9 @@ pub(crate) fn boot(machine: &Machine<'_>) -> Result<Boot, StartError> {
         let mut network = Network::new(Link::Tap(vec![tap.fd.try_clone()?]));
         network.mac = Some(tap.mac);
         boot = boot.network(network);
+    }
+    if machine.balloon {
+        boot = boot.configure(|config| config.balloon = Some(Balloon::default()));
     }
     Ok(boot)
 }
@@ -44,6 +48,12 @@ impl Vmm for Sepal {
 
     fn version(&self) -> String {
         env!("CARGO_PKG_VERSION").to_owned()
+    }
+
+    fn has(&self, extra: Extra) -> bool {
+        match extra {
+            Extra::Qcow2 | Extra::Balloon => true,
+        }
     }
 
     fn start(&self, machine: &Machine<'_>) -> Result<Box<dyn Running>, StartError> {
@@ -70,5 +80,9 @@ impl Running for Guest {
 
     fn pid(&mut self) -> Result<u32, HarnessError> {
         Ok(self.info()?.component_pid)
+    }
+
+    fn request_balloon(&mut self, pages: u32) -> Result<(), HarnessError> {
+        Guest::request_balloon(self, pages)
     }
 }
