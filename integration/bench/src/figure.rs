@@ -1,6 +1,6 @@
 //! What is measured: each figure's name, unit and goal. A part lists its figures as constants, so that a run knows which are missing.
 
-use serde::Serialize;
+use serde::{Deserialize, Deserializer, Serialize};
 
 /// A figure.
 #[derive(Debug, PartialEq, Serialize)]
@@ -22,7 +22,7 @@ pub(crate) struct Figure {
 }
 
 /// Which values are good ones.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Better {
     /// Costs.
@@ -32,13 +32,42 @@ pub(crate) enum Better {
 }
 
 /// Who can be measured.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Of {
     /// Sepal and every peer that has what is needed.
     All,
     /// Sepal: no peer has such a thing.
     Sepal,
+}
+
+/// A figure as a file of an earlier run has it.
+#[derive(Deserialize)]
+struct Earlier {
+    id: String,
+    title: String,
+    unit: String,
+    better: Better,
+    goal: Option<f64>,
+    grows_with: Option<String>,
+    of: Of,
+}
+
+/// Reads a figure of an earlier run, which may be none of today's. It is kept until the program ends, as today's are.
+///
+/// # Errors
+/// A field is missing or is not what it should be.
+pub(crate) fn read<'de, D: Deserializer<'de>>(from: D) -> Result<&'static Figure, D::Error> {
+    let earlier = Earlier::deserialize(from)?;
+    Ok(Box::leak(Box::new(Figure {
+        id: earlier.id.leak(),
+        title: earlier.title.leak(),
+        unit: earlier.unit.leak(),
+        better: earlier.better,
+        goal: earlier.goal,
+        grows_with: earlier.grows_with.map(|with| &*with.leak()),
+        of: earlier.of,
+    })))
 }
 
 impl Figure {
@@ -84,6 +113,20 @@ impl Figure {
         }
     }
 
+    /// The part that it belongs to.
+    pub(crate) fn part(&self) -> &'static str {
+        self.id.split_once('.').map_or(self.id, |(part, _)| part)
+    }
+
+    /// How many times better `value` is than `other`: above 1 is better, below 1 worse; `None` if one of them is no positive number.
+    pub(crate) fn times_better(&self, value: f64, other: f64) -> Option<f64> {
+        let ratio = match self.better {
+            Better::Lower => other / value,
+            Better::Higher => value / other,
+        };
+        (value > 0.0 && other > 0.0 && ratio.is_finite()).then_some(ratio)
+    }
+
     /// Whether a value reaches the goal; `None` without one.
     pub(crate) fn reached(&self, value: f64) -> Option<bool> {
         self.goal.map(|goal| match self.better {
@@ -105,5 +148,13 @@ mod tests {
         let rate = Figure::rate("a.b", "b", "/s").goal(2.0);
         assert_eq!(rate.reached(1.9), Some(false));
         assert_eq!(Figure::rate("a.b", "b", "/s").reached(1.0), None);
+    }
+
+    #[test]
+    fn better_is_above_one_for_costs_and_rates() {
+        let near = |ratio: Option<f64>, wanted: f64| ratio.is_some_and(|ratio| (ratio - wanted).abs() < 1e-9);
+        assert!(near(Figure::cost("a.b", "b", "ms").times_better(2.0, 6.0), 3.0));
+        assert!(near(Figure::rate("a.b", "b", "/s").times_better(2.0, 6.0), 1.0 / 3.0));
+        assert_eq!(Figure::cost("a.b", "b", "ms").times_better(0.0, 6.0), None);
     }
 }

@@ -1,11 +1,11 @@
 //! The host, as far as a reader has to know it to judge the figures.
 
-use std::{fs, thread};
+use std::{fs, process::Command, thread};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// The host.
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Host {
     /// The processor's name.
     pub(crate) processor: String,
@@ -16,9 +16,24 @@ pub(crate) struct Host {
     /// The kernel's release.
     pub(crate) kernel: String,
     /// What runs guests: `vmx`, `svm`, or `no hardware virtualization`.
-    pub(crate) virtualization: &'static str,
+    pub(crate) virtualization: String,
     /// Load average of the last minute, before the run.
     pub(crate) load: f64,
+    /// How Sepal was built: `release` or `debug`.
+    pub(crate) build: String,
+    /// The commit that it was built from, `+` if files differ from it; empty outside a repository.
+    pub(crate) commit: String,
+    /// When the run began, in UTC.
+    pub(crate) when: String,
+}
+
+/// What a command prints; empty if there is none of it.
+fn said(program: &str, arguments: &[&str]) -> String {
+    let output = Command::new(program).args(arguments).output().ok();
+    let printed = output
+        .filter(|output| output.status.success())
+        .map(|output| output.stdout);
+    String::from_utf8_lossy(&printed.unwrap_or_default()).trim().to_owned()
 }
 
 impl Host {
@@ -52,12 +67,19 @@ impl Host {
                 "svm"
             } else {
                 "no hardware virtualization"
-            },
+            }
+            .to_owned(),
             load: read("/proc/loadavg")
                 .split_whitespace()
                 .next()
                 .and_then(|load| load.parse().ok())
                 .unwrap_or(0.0),
+            build: if cfg!(debug_assertions) { "debug" } else { "release" }.to_owned(),
+            commit: said(
+                "git",
+                &["-C", env!("CARGO_MANIFEST_DIR"), "describe", "--always", "--dirty=+"],
+            ),
+            when: said("date", &["-u", "+%Y-%m-%d %H:%M"]),
         }
     }
 }

@@ -10,6 +10,7 @@ mod bench;
 mod figure;
 mod host;
 mod parts;
+mod report;
 mod results;
 mod vmm;
 
@@ -47,6 +48,18 @@ struct Arguments {
     /// Write all values to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+
+    /// Write the tables as Markdown to this file
+    #[arg(long, value_name = "FILE")]
+    markdown: Option<PathBuf>,
+
+    /// Measure nothing: show what an earlier run wrote with --json
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["parts", "short", "peer", "json"])]
+    from: Option<PathBuf>,
+
+    /// List the parts and their figures, and measure nothing
+    #[arg(long)]
+    list: bool,
 }
 
 /// A peer's name and program.
@@ -69,7 +82,31 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> Result<()> {
+    if arguments.list {
+        print!("{}", listed());
+        return Ok(());
+    }
+    if let Some(path) = &arguments.from {
+        let text = fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
+        let results = Results::parse(&text).with_context(|| format!("{}", path.display()))?;
+        return show(arguments, &results);
+    }
     let parts = chosen(&arguments.parts)?;
+    let results = measure(arguments, &parts)?;
+    if let Some(path) = &arguments.json {
+        write(path, &results.to_json()?)?;
+    }
+    show(arguments, &results)?;
+    let figures: Vec<_> = parts.iter().flat_map(|part| part.figures).copied().collect();
+    let missing = results.missing(&figures);
+    if !missing.is_empty() || !results.failed.is_empty() {
+        bail!("failed: {}; missing: {}", results.failed.join("; "), missing.join(", "));
+    }
+    Ok(())
+}
+
+/// Runs the parts, one after the other. One that fails does not keep the others from running.
+fn measure(arguments: &Arguments, parts: &[&'static Part]) -> Result<Results> {
     let scratch = tempfile::tempdir().context("making a folder for images")?;
     let named = |name: &str| {
         let option = arguments.peer.iter().find(|(known, _)| known == name);
@@ -103,24 +140,39 @@ fn run(arguments: &Arguments) -> Result<()> {
         short: arguments.short,
         scratch: scratch.path().to_owned(),
     };
-    for part in &parts {
+    for part in parts {
         eprintln!("{}: {}", part.name, part.about);
         if let Err(error) = (part.run)(&mut bench) {
             eprintln!("  failed: {error:#}");
             bench.results.failed.push(format!("{}: {error:#}", part.name));
         }
     }
-    let results = bench.results;
-    if let Some(path) = &arguments.json {
-        let text = serde_json::to_string_pretty(&results)?;
-        fs::write(path, text).with_context(|| format!("writing {}", path.display()))?;
-    }
-    let figures: Vec<_> = parts.iter().flat_map(|part| part.figures).copied().collect();
-    let missing = results.missing(&figures);
-    if !missing.is_empty() || !results.failed.is_empty() {
-        bail!("failed: {}; missing: {}", results.failed.join("; "), missing.join(", "));
+    Ok(bench.results)
+}
+
+/// Prints the tables, and writes them and the plots where that is wanted.
+fn show(arguments: &Arguments, results: &Results) -> Result<()> {
+    print!("{}", report::terminal(results));
+    if let Some(path) = &arguments.markdown {
+        write(path, &report::markdown(results))?;
     }
     Ok(())
+}
+
+fn write(path: &Path, text: &str) -> Result<()> {
+    fs::write(path, text).with_context(|| format!("writing {}", path.display()))
+}
+
+/// Parts and figures, for people.
+fn listed() -> String {
+    let mut text = String::new();
+    for part in PARTS {
+        text.push_str(&format!("{}: {}\n", part.name, part.about));
+        for figure in part.figures {
+            text.push_str(&format!("  {}: {}\n", figure.id, figure.title));
+        }
+    }
+    text
 }
 
 /// The parts that were asked for, all if none was.

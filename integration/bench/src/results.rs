@@ -1,9 +1,11 @@
-//! What was measured: all values, and what they say. Written as JSON, read by the tables and plots; nothing here measures.
+//! What was measured: all values, and what they say. Written as JSON (`docs/performance.md` has its fields), read by the tables and plots;
+//! nothing here measures.
 
-use serde::Serialize;
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
 
 use crate::{
-    figure::{Better, Figure, Of},
+    figure::{self, Better, Figure, Of},
     host::Host,
 };
 
@@ -11,7 +13,7 @@ use crate::{
 pub(crate) const SEPAL: &str = "Sepal";
 
 /// Everything that a run found out.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Results {
     /// Where.
     pub(crate) host: Host,
@@ -34,16 +36,16 @@ pub(crate) struct Results {
 }
 
 /// Somebody who was measured.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Subject {
     pub(crate) name: String,
     pub(crate) version: String,
 }
 
 /// One figure of one subject, at one size if it grows.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Measured {
-    #[serde(flatten)]
+    #[serde(flatten, deserialize_with = "figure::read")]
     pub(crate) figure: &'static Figure,
     pub(crate) subject: String,
     /// The size, for a figure that grows with something.
@@ -55,7 +57,7 @@ pub(crate) struct Measured {
 }
 
 /// Median and spread.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Summary {
     pub(crate) median: f64,
     pub(crate) min: f64,
@@ -66,15 +68,16 @@ pub(crate) struct Summary {
 }
 
 /// A figure that a peer does not have here.
-#[derive(Debug, PartialEq, Serialize)]
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct LeftOut {
-    pub(crate) figure: &'static str,
+    /// Its id.
+    pub(crate) figure: String,
     pub(crate) subject: String,
     pub(crate) reason: String,
 }
 
 /// A figure that nobody has here.
-#[derive(Debug, PartialEq, Serialize)]
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Skipped {
     /// Its id.
     pub(crate) figure: String,
@@ -106,6 +109,40 @@ impl Summary {
 }
 
 impl Results {
+    /// What an earlier run wrote.
+    ///
+    /// # Errors
+    /// It is not such a file.
+    pub(crate) fn parse(text: &str) -> Result<Self> {
+        serde_json::from_str(text).context("this is not what --json writes")
+    }
+
+    /// As JSON.
+    ///
+    /// # Errors
+    /// None that is known: every field has a form in JSON.
+    pub(crate) fn to_json(&self) -> Result<String> {
+        Ok(serde_json::to_string_pretty(self)?)
+    }
+
+    /// The figures that have a value, in the order in which they were first measured.
+    pub(crate) fn figures(&self) -> Vec<&'static Figure> {
+        let mut figures: Vec<&'static Figure> = Vec::new();
+        for measured in &self.measured {
+            if !figures.contains(&measured.figure) {
+                figures.push(measured.figure);
+            }
+        }
+        figures
+    }
+
+    /// What was measured of a figure for a subject, at one size if it grows.
+    pub(crate) fn find(&self, figure: &Figure, subject: &str, at: Option<f64>) -> Option<&Measured> {
+        self.measured
+            .iter()
+            .find(|measured| measured.figure == figure && measured.subject == subject && measured.at == at)
+    }
+
     /// Notes a value.
     pub(crate) fn record(&mut self, figure: &'static Figure, subject: &str, at: Option<f64>, value: f64) {
         let known = self
@@ -135,7 +172,7 @@ impl Results {
         let known = |left: &LeftOut| left.figure == figure.id && left.subject == subject;
         if !self.left_out.iter().any(known) {
             self.left_out.push(LeftOut {
-                figure: figure.id,
+                figure: figure.id.to_owned(),
                 subject: subject.to_owned(),
                 reason: reason.to_owned(),
             });
@@ -154,11 +191,7 @@ impl Results {
 
     /// The median of a figure for a subject; of one that grows, none.
     pub(crate) fn median(&self, figure: &Figure, subject: &str) -> Option<f64> {
-        let found = self
-            .measured
-            .iter()
-            .find(|measured| measured.figure == figure && measured.subject == subject && measured.at.is_none());
-        found.map(|measured| measured.summary.median)
+        self.find(figure, subject, None).map(|measured| measured.summary.median)
     }
 
     /// The peer that does best, with its median.
@@ -244,6 +277,20 @@ mod tests {
             results.record(&START, subject, None, value);
         }
         assert_eq!(results.best_peer(&START), Some(("other", 4.0)));
+    }
+
+    #[test]
+    fn what_is_written_can_be_read() {
+        let mut results = results();
+        results.record(&START, SEPAL, None, 1.5);
+        results.record(&CALLS, SEPAL, Some(4.0), 2.0);
+        results.leave_out(&START, "QEMU", "it has no serial port");
+        let read = Results::parse(&results.to_json().unwrap()).unwrap();
+        assert_eq!(read.figures(), [&START, &CALLS]);
+        assert_eq!(read.median(&START, SEPAL), Some(1.5));
+        assert_eq!(read.find(&CALLS, SEPAL, Some(4.0)).unwrap().values, [2.0]);
+        assert_eq!(read.left_out, results.left_out);
+        assert!(Results::parse("{}").is_err());
     }
 
     #[test]

@@ -1,0 +1,21 @@
+//! Results for people. Nothing here measures; all of it works as well on the file of an earlier run.
+//!
+//! - `number`: values in few digits.
+//! - `table`: what a report says, as blocks of text and tables.
+//! - `render`: blocks for a terminal, and as Markdown.
+
+mod number;
+mod render;
+mod table;
+
+use crate::results::Results;
+
+/// The report for a terminal.
+pub(crate) fn terminal(results: &Results) -> String {
+    render::terminal(&table::blocks(results))
+}
+
+/// The report as Markdown.
+pub(crate) fn markdown(results: &Results) -> String {
+    render::markdown(&table::blocks(results))
+}
