@@ -34,20 +34,25 @@
 //! | `rng[:BYTES[:PIECE]]` | entropy |
 //! | `console[:TEXT]` | writes a line, reads a line: `got=` |
 //! | `console-bulk[:BYTES[:PIECE]]` | writes the counter 0, 1, ... modulo 251 |
+//! | `console-take[:BYTES]` | reads what `console-bulk` would write |
+//! | `console-ping[:COUNT[:BYTES]]` | writes what the host sends back: `median_us=` |
 //! | `console-ports[:TEXT]` | several ports: writes `TEXT-N` to each, reads a line from each: `names=`, `got=`, joined by `+` |
 //! | `net-info` | `mac=` |
-//! | `net-ping:OWN:PEER[:COUNT[:BYTES]]` | ARP and pings, `median_us=` |
+//! | `net-ping:OWN:PEER[:COUNT[:BYTES]]` | ARP and pings, `median_us=`, `p90_us=` |
 //! | `net-serve:OWN` | answers ARP and pings, echoes UDP port 7, until UDP comes to port 9 |
 //! | `net-tx:OWN:PEER[:BYTES[:COUNT]]`, `net-rx:OWN[:BYTES[:COUNT]]` | UDP datagrams to port 9: `pps=`, `mbit_s=` |
 //! | `vsock-echo:PORT[:BYTES]` | connects to the host, which echoes |
 //! | `vsock-listen:PORT` | echoes to the host |
 //! | `vsock-refused:PORT` | nobody listens there |
 //! | `vsock-bulk:PORT[:BYTES[:out\|in]]` | `mb_s=`; in both directions whoever receives reads to the end |
+//! | `vsock-ping:PORT[:COUNT[:BYTES]]` | writes what the host echoes: `median_us=` |
 //! | `balloon[:PAGES]` | inflates to what the host asks for, then deflates when it asks for nothing |
+//! | `balloon-bench:MIB[:scattered]` | inflates and deflates when the host asks: `inflate_us=`, `deflate_us=`, `write_us=` to each page again |
 //! | `balloon-stats[:TIMES]` | answers questions for statistics |
 //! | `balloon-report[:MIB]` | free page reporting: `zero=` of `pages=` read as zero after it |
 //! | `mem[:MIB]` | virtio-mem: plugs what the host asks for, uses it, unplugs when it asks for nothing |
 //! | `hostile:KIND[:QUEUE]` | rings against the rules: `refused=` with DEVICE_NEEDS_RESET, `used=`, `ignored=`; resets after each |
+//! | `serial-bulk[:BYTES]` | prints so many bytes, looking for room before each: `bytes_s=` |
 //! | `say:TEXT` | `ok say TEXT` |
 
 /// The guest, an ELF64 executable; see the crate's head for what it does.

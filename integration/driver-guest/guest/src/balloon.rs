@@ -1,5 +1,7 @@
 //! The memory balloon, for which the crate has no driver: the queues of virtio 5.5.
 
+mod bench;
+
 use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -14,6 +16,8 @@ use crate::ensure;
 use crate::guest::{Failure, Guest, Outcome};
 use crate::heap::{self, Identity};
 use crate::port::Port;
+
+pub(crate) use bench::bench;
 
 /// Features (virtio 5.5.3).
 const STATISTICS: u64 = 1 << 1;

@@ -1,5 +1,7 @@
 //! The devices that carry plain bytes: entropy and console.
 
+mod bench;
+
 use alloc::format;
 use alloc::string::String;
 use alloc::vec;
@@ -13,6 +15,8 @@ use crate::ensure;
 use crate::guest::{Guest, Outcome};
 use crate::heap::Identity;
 use crate::port::Port;
+
+pub(crate) use bench::{ping, serial, take};
 
 /// How long an answer from outside may take, in milliseconds.
 const PATIENCE: u64 = 60_000;

@@ -11,7 +11,7 @@ use crate::{balloon, block, bus, byte_stream, hostile, interrupts, memory, multi
 type Command = fn(&mut Guest, Arguments<'_>) -> Outcome;
 
 /// What each does is at the head of the crate `sepal-driver-guest`.
-const COMMANDS: [(&str, Command); 37] = [
+const COMMANDS: [(&str, Command); 42] = [
     ("pci", list),
     ("pci-ways", ways),
     ("bar-move", bus::bar_move),
@@ -31,6 +31,8 @@ const COMMANDS: [(&str, Command); 37] = [
     ("rng", byte_stream::entropy),
     ("console", byte_stream::console),
     ("console-bulk", byte_stream::console_bulk),
+    ("console-take", byte_stream::take),
+    ("console-ping", byte_stream::ping),
     ("console-ports", multiport::talk),
     ("net-info", network::info),
     ("net-ping", network::ping),
@@ -41,13 +43,16 @@ const COMMANDS: [(&str, Command); 37] = [
     ("vsock-listen", vsock::listen),
     ("vsock-refused", vsock::refused),
     ("vsock-bulk", vsock::bulk),
+    ("vsock-ping", vsock::ping),
     ("balloon", balloon::follow),
+    ("balloon-bench", balloon::bench),
     ("balloon-stats", balloon::statistics),
     ("balloon-report", balloon::report),
     ("mem", memory::plug),
     ("hostile", hostile::run),
     ("msix", interrupts::msix),
     ("intx", interrupts::intx),
+    ("serial-bulk", byte_stream::serial),
     ("say", say),
 ];
 

@@ -45,6 +45,7 @@ mod multiport;
 mod network;
 mod port;
 mod raw_ring;
+mod round_trips;
 mod vsock;
 
 use alloc::format;

@@ -44,7 +44,7 @@ const PATIENCE: u64 = 60_000;
 type Queue = Box<VirtQueue<Identity, ENTRIES>>;
 
 /// A queue that the device fills, with its buffers.
-struct Inbox {
+pub(crate) struct Inbox {
     index: u16,
     queue: Queue,
     /// Each with the token of its chain.
@@ -52,7 +52,7 @@ struct Inbox {
 }
 
 impl Inbox {
-    fn new(port: &mut Port, index: u16) -> Result<Self, Failure> {
+    pub(crate) fn new(port: &mut Port, index: u16) -> Result<Self, Failure> {
         Ok(Self {
             index,
             queue: Box::new(VirtQueue::new(port, index, false, false)?),
@@ -60,7 +60,7 @@ impl Inbox {
         })
     }
 
-    fn post(&mut self, port: &mut Port, mut buffer: Vec<u8>) -> Result<(), Failure> {
+    pub(crate) fn post(&mut self, port: &mut Port, mut buffer: Vec<u8>) -> Result<(), Failure> {
         // SAFETY: the buffer is on the heap and kept until its chain is taken back.
         let token = unsafe { self.queue.add(&[], &mut [buffer.as_mut_slice()]) }?;
         self.buffers.push((token, buffer));
@@ -69,7 +69,7 @@ impl Inbox {
     }
 
     /// The next message, waited for.
-    fn take(&mut self, guest: &mut Guest, port: &mut Port) -> Result<Vec<u8>, Failure> {
+    pub(crate) fn take(&mut self, guest: &mut Guest, port: &mut Port) -> Result<Vec<u8>, Failure> {
         ensure!(
             guest.within(PATIENCE, || self.queue.can_pop()),
             "nothing comes in queue {}",

@@ -16,6 +16,7 @@ use crate::ensure;
 use crate::guest::{Failure, Guest, Outcome};
 use crate::heap::Identity;
 use crate::port::Port;
+use crate::round_trips::RoundTrips;
 
 pub(crate) use flood::{receive, transmit};
 use packet::{Address, BROADCAST, Ethernet, Packet};
@@ -107,30 +108,27 @@ pub(crate) fn ping(guest: &mut Guest, arguments: Arguments<'_>) -> Outcome {
     let (count, bytes): (u16, usize) = (arguments.number(2, 10)?, arguments.number(3, 56)?);
     ensure!(bytes + 64 < BUFFER, "at most {} bytes", BUFFER - 64);
     let mac = link.resolve(guest, peer)?;
-    let mut times = Vec::new();
+    let mut trips = RoundTrips::default();
     for number in 0..count {
         let mut body = Vec::from([0x5e, 0x9a, (number >> 8) as u8, number as u8]);
         body.extend((0..bytes).map(|index| (index + usize::from(number)) as u8));
-        let start = guest.now();
-        link.send(&packet::icmp(8, (link.mac, link.own), (mac, peer), &body))?;
-        let end = start + 5_000_000_000;
-        loop {
-            let now = guest.now();
-            ensure!(now < end, "ping {number} of {count} is not answered");
-            let Some(frame) = link.receive()? else { continue };
-            match Packet::parse(&frame) {
-                Some(Packet::Pong { from, body: got, .. }) if from == peer => {
-                    ensure!(got == body, "ping {number} comes back differently");
-                    times.push((now - start) / 1000);
-                    break;
+        trips.time(guest, |guest| {
+            link.send(&packet::icmp(8, (link.mac, link.own), (mac, peer), &body))?;
+            let end = guest.now() + 5_000_000_000;
+            loop {
+                ensure!(guest.now() < end, "ping {number} of {count} is not answered");
+                let Some(frame) = link.receive()? else { continue };
+                match Packet::parse(&frame) {
+                    Some(Packet::Pong { from, body: got, .. }) if from == peer => {
+                        ensure!(got == body, "ping {number} comes back differently");
+                        return Ok(());
+                    }
+                    _ => _ = link.answer(&frame)?,
                 }
-                _ => _ = link.answer(&frame)?,
             }
-        }
+        })?;
     }
-    times.sort_unstable();
-    let median = times.get(times.len() / 2).copied().unwrap_or(0);
-    Ok(format!("count={count} median_us={median}"))
+    Ok(trips.report())
 }
 
 /// `net-serve:OWN`: answers pings, echoes UDP to port 7, until a UDP packet comes to port 9.

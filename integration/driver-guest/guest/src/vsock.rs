@@ -1,5 +1,7 @@
 //! Sockets to the host.
 
+mod bench;
+
 use alloc::format;
 use alloc::string::String;
 use alloc::vec;
@@ -16,6 +18,8 @@ use crate::ensure;
 use crate::guest::{Failure, Guest, Outcome};
 use crate::heap::Identity;
 use crate::port::Port;
+
+pub(crate) use bench::ping;
 
 /// Bytes of each receive buffer, packet header included.
 const BUFFER: usize = 8192;

@@ -18,6 +18,8 @@ use crate::port::Port;
 const ENTRIES: usize = 256;
 /// Bytes of the header before a packet (virtio 5.1.6).
 const HEADER: usize = 12;
+/// Room for all headers of a datagram.
+const HEADERS: usize = 64;
 /// Queues (virtio 5.1.2).
 const RECEIVE: u16 = 0;
 const TRANSMIT: u16 = 1;
@@ -102,7 +104,7 @@ fn rate(packets: usize, bytes: usize, micros: u64, kicks: u64) -> alloc::string:
 pub(crate) fn receive(guest: &mut Guest, arguments: Arguments<'_>) -> Outcome {
     let (bytes, count): (usize, usize) = (arguments.number(1, 1400)?, arguments.number(2, 100_000)?);
     let mut card = RawCard::open(guest, arguments.device)?;
-    let mut buffers: Vec<Vec<u8>> = vec![vec![0; 2048]; ENTRIES];
+    let mut buffers: Vec<Vec<u8>> = vec![vec![0; (bytes + HEADERS).max(2048)]; ENTRIES];
     // Each descriptor keeps its buffer: the free list hands out the one that was given back last.
     for buffer in &mut buffers {
         // SAFETY: the buffers live until the device is reset.
