@@ -2,6 +2,7 @@
 
 use std::{
     future::Future,
+    os::unix::net::UnixStream,
     time::{Duration, Instant},
 };
 
@@ -197,6 +198,24 @@ impl Guest {
         let mut request = self.console(port)?.cast_to::<serial::Client>().write_request();
         request.get().set_bytes(text.as_bytes());
         self.ask("taking the typed text", request.send())
+    }
+
+    /// Both ways of a port of the virtio console as a stream: what the guest prints from now on, and what is typed.
+    ///
+    /// # Errors
+    /// What the guest manager answered.
+    pub fn open_console(&mut self, port: u32) -> Result<UnixStream, HarnessError> {
+        use serial::open_result::Which;
+        let console = self.console(port)?;
+        let end = console.clone().cast_to::<output::Client>().end_request().send().promise;
+        let position = self.ask("the end of a console's output", end)?.get()?.get_position();
+        let mut request = console.cast_to::<serial::Client>().open_request();
+        request.get().set_position(position);
+        let answer = self.ask("opening a console port", request.send().promise)?;
+        match answer.get()?.which().map_err(capnp::Error::from)? {
+            Which::Fd(fd) => self.manager.take_fd(fd?.get_number()).map(UnixStream::from),
+            Which::Error(error) => Err(Error::read(error?)?.into()),
+        }
     }
 
     /// Waits until a port of the virtio console has printed `text`, and returns everything that it printed and still keeps.

@@ -2,6 +2,7 @@
 
 use std::{
     future::Future,
+    io,
     os::{
         fd::{AsRawFd, OwnedFd},
         unix::net::UnixStream,
@@ -111,6 +112,15 @@ impl Manager {
             Some(child) => child.wait().map_err(HarnessError::io("waiting for the guest manager")),
             None => Ok(ExitStatus::default()),
         }
+    }
+
+    /// A descriptor that came with an answer.
+    pub(crate) fn take_fd(&self, number: u32) -> Result<OwnedFd, HarnessError> {
+        let taken = match &self.connection {
+            Some(connection) => connection.fds().take(number).map_err(io::Error::other),
+            None => Err(io::ErrorKind::NotConnected.into()),
+        };
+        taken.map_err(HarnessError::io("taking a descriptor"))
     }
 
     /// Runs a future on the loop; `None` if it takes longer than `patience`.
