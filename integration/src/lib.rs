@@ -38,6 +38,6 @@ pub use archive::initrd;
 pub use boot::{Boot, Guest, disk};
 pub use error::HarnessError;
 pub use facets::{BalloonSize, MemorySize};
-pub use manager::Manager;
+pub use manager::{LaunchRequest, Manager};
 pub use programs::program;
 pub use report::Report;

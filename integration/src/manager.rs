@@ -12,6 +12,7 @@ use std::{
     time::Duration,
 };
 
+use capnp::capability::Request;
 use rustix::io::FdFlags;
 use sepal_schema::{
     error::Outcome,
@@ -28,6 +29,9 @@ use crate::{
 /// How long the manager may take for anything that does not depend on the guest.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
+/// A call that launches a guest.
+pub type LaunchRequest = Request<guest_manager::launch_params::Owned, guest_manager::launch_result::Owned>;
+
 /// A guest manager, and the connection to it. Dropping one that was started here ends both, and every guest that is left.
 pub struct Manager {
     reactor: Reactor,
@@ -43,8 +47,16 @@ impl Manager {
     /// # Errors
     /// [`HarnessError`]: its program is missing, or the host refused something.
     pub fn start() -> Result<Self, HarnessError> {
+        Self::start_with(&[])
+    }
+
+    /// Starts a private one with these options on its command line.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start). A manager that refuses the options ends, and every call says that the connection broke.
+    pub fn start_with(options: &[&str]) -> Result<Self, HarnessError> {
         let (ours, theirs) = UnixStream::pair().map_err(HarnessError::io("making a socket pair"))?;
-        let child = spawn(theirs.into())?;
+        let child = spawn(theirs.into(), options)?;
         Self::over(ours, Some(child))
     }
 
@@ -74,15 +86,29 @@ impl Manager {
     /// # Errors
     /// A file of the guest cannot be opened, or the manager refused.
     pub fn launch(mut self, boot: Boot) -> Result<Guest, HarnessError> {
-        let mut request = self.client.launch_request();
-        if let Some(connection) = &self.connection {
-            boot.config()?.encode(request.get().init_config(), &connection.fds())?;
-        }
+        let request = self.launch_request(boot)?;
         let response = self.within(PATIENCE, request.send().promise)?;
         let response = response.unwrap_or_else(|| Err(capnp::Error::overloaded("launch was not answered".into())))?;
         let launched = response.get()?.outcome()?;
         let (guest, lease) = (launched.get_guest()?, launched.get_lease()?);
         Ok(Guest::new(self, guest, Some(lease)))
+    }
+
+    /// The call that launches a guest, for who sends several at once, or more behind it. Nothing has been sent yet.
+    ///
+    /// # Errors
+    /// A file of the guest cannot be opened.
+    pub fn launch_request(&self, boot: Boot) -> Result<LaunchRequest, HarnessError> {
+        let mut request = self.client.launch_request();
+        if let Some(connection) = &self.connection {
+            boot.config()?.encode(request.get().init_config(), &connection.fds())?;
+        }
+        Ok(request)
+    }
+
+    /// The process, if it was started here.
+    pub fn pid(&self) -> Option<u32> {
+        self.child.as_ref().map(Child::id)
     }
 
     /// A guest that was launched by somebody else, and does not end with what is returned.
@@ -98,7 +124,8 @@ impl Manager {
         Ok(Guest::new(self, guest, None))
     }
 
-    pub(crate) fn client(&self) -> &guest_manager::Client {
+    /// The capability.
+    pub fn client(&self) -> &guest_manager::Client {
         &self.client
     }
 
@@ -123,8 +150,11 @@ impl Manager {
         taken.map_err(HarnessError::io("taking a descriptor"))
     }
 
-    /// Runs a future on the loop; `None` if it takes longer than `patience`.
-    pub(crate) fn within<F: Future>(
+    /// Runs a future on the loop, and with it what was sent; `None` if it takes longer than `patience`.
+    ///
+    /// # Errors
+    /// When the loop fails.
+    pub fn within<F: Future>(
         &mut self,
         patience: Duration,
         future: F,
@@ -155,11 +185,12 @@ impl Drop for Manager {
 }
 
 /// A manager that serves one connection and ends with it.
-fn spawn(connection: OwnedFd) -> Result<Child, HarnessError> {
+fn spawn(connection: OwnedFd, options: &[&str]) -> Result<Child, HarnessError> {
     let mut command = Command::new(program("guest-manager")?);
     command
         .arg("--fd")
         .arg(connection.as_raw_fd().to_string())
+        .args(options)
         .stdin(Stdio::null());
     rustix::io::fcntl_setfd(&connection, FdFlags::empty()).map_err(|errno| HarnessError::Io {
         step: "passing the connection on",
