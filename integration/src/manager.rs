@@ -154,11 +154,7 @@ impl Manager {
     ///
     /// # Errors
     /// When the loop fails.
-    pub fn within<F: Future>(
-        &mut self,
-        patience: Duration,
-        future: F,
-    ) -> Result<Option<F::Output>, HarnessError> {
+    pub fn within<F: Future>(&mut self, patience: Duration, future: F) -> Result<Option<F::Output>, HarnessError> {
         let handle = self.reactor.handle();
         let outcome = self
             .reactor
