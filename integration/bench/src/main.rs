@@ -57,6 +57,10 @@ struct Arguments {
     #[arg(long, value_name = "FILE", conflicts_with_all = ["parts", "short", "peer", "json"])]
     from: Option<PathBuf>,
 
+    /// Serve calls on the socket that is standard input, for the part rpc
+    #[arg(long, hide = true)]
+    serve_calls: bool,
+
     /// List the parts and their figures, and measure nothing
     #[arg(long)]
     list: bool,
@@ -82,6 +86,9 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> Result<()> {
+    if arguments.serve_calls {
+        return parts::rpc::serve_calls();
+    }
     if arguments.list {
         print!("{}", listed());
         return Ok(());

@@ -90,10 +90,10 @@ impl Summary {
     pub(crate) fn of(values: &[f64]) -> Option<Self> {
         let mut sorted = values.to_vec();
         sorted.sort_by(f64::total_cmp);
-        let at = |percent: usize| sorted.get((sorted.len() - 1) * percent / 100).copied();
+        let at = |percent: usize| sorted.get(((sorted.len() - 1) * percent + 50) / 100).copied();
         let last = sorted.last().copied()?;
         let middle = sorted.len() / 2;
-        let median = if sorted.len() % 2 == 0 {
+        let median = if sorted.len().is_multiple_of(2) {
             f64::midpoint(sorted.get(middle - 1).copied()?, sorted.get(middle).copied()?)
         } else {
             sorted.get(middle).copied()?
@@ -266,7 +266,9 @@ mod tests {
         let summary = Summary::of(&[5.0, 1.0, 3.0, 2.0, 4.0]).unwrap();
         assert!((summary.median - 3.0).abs() < 1e-9);
         assert!((summary.min - 1.0).abs() < 1e-9 && (summary.max - 5.0).abs() < 1e-9);
-        assert!((Summary::of(&[1.0, 2.0]).unwrap().median - 1.5).abs() < 1e-9);
+        let two = Summary::of(&[2.0, 1.0]).unwrap();
+        assert!((two.median - 1.5).abs() < 1e-9);
+        assert!((two.p10 - 1.0).abs() < 1e-9 && (two.p90 - 2.0).abs() < 1e-9);
         assert_eq!(Summary::of(&[]), None);
     }
 

@@ -1,5 +1,8 @@
 //! The parts of the suite. Each is one file: its figures as constants, and what measures them.
 
+mod events;
+pub(crate) mod rpc;
+
 use anyhow::Result;
 
 use crate::{bench::Bench, figure::Figure};
@@ -17,4 +20,4 @@ pub(crate) struct Part {
 }
 
 /// All parts, in the order in which they run: what busy parts leave behind (page cache, heat) comes after what is sensitive to it.
-pub(crate) const PARTS: &[Part] = &[];
+pub(crate) const PARTS: &[Part] = &[rpc::PART, events::PART];
