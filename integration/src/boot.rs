@@ -211,7 +211,8 @@ impl Guest {
         }
     }
 
-    /// Waits until the guest prints `text`, after what earlier waits have found. Returns the output from there to the end of the text.
+    /// Waits until the guest prints `text`, after what earlier waits have found; if that is empty, until it prints anything at all. Returns the
+    /// output from there to the end of the text.
     ///
     /// # Errors
     /// [`HarnessError::TimedOut`], [`HarnessError::Ended`].
@@ -409,5 +410,5 @@ impl Guest {
 fn find(haystack: &[u8], needle: &[u8]) -> Option<usize> {
     haystack
         .windows(needle.len().max(1))
-        .position(|window| window == needle)
+        .position(|window| window.starts_with(needle))
 }
