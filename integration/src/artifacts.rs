@@ -29,6 +29,14 @@ pub fn kernel() -> Result<Kernel, HarnessError> {
     })
 }
 
+/// Whether the test kernel was built before, so that [`kernel`] takes no time.
+///
+/// # Errors
+/// As [`kernel`].
+pub fn kernel_is_built() -> Result<bool, HarnessError> {
+    Ok(run("kernel/build", &["--dir-only"])?.is_dir())
+}
+
 /// The initramfs; `initramfs/README.md` says what its init can be asked to do.
 ///
 /// # Errors
@@ -55,8 +63,13 @@ pub fn virtiofsd() -> Result<PathBuf, HarnessError> {
 
 /// Runs a build script, whose last line of output is where its result is.
 fn build(script: &str) -> Result<PathBuf, HarnessError> {
+    run(script, &[])
+}
+
+fn run(script: &str, arguments: &[&str]) -> Result<PathBuf, HarnessError> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(script);
     let output = Command::new(&path)
+        .args(arguments)
         .output()
         .map_err(HarnessError::io("starting a build script"))?;
     let printed = String::from_utf8_lossy(&output.stdout);

@@ -200,17 +200,14 @@ impl Guest {
         self.ask("taking the typed text", request.send())
     }
 
-    /// Both ways of a port of the virtio console as a stream: what the guest prints from now on, and what is typed.
+    /// Both ways of a port of the virtio console as a stream: what the guest has printed and is still kept, what it prints from now on, and
+    /// what is typed.
     ///
     /// # Errors
     /// What the guest manager answered.
     pub fn open_console(&mut self, port: u32) -> Result<UnixStream, HarnessError> {
         use serial::open_result::Which;
-        let console = self.console(port)?;
-        let end = console.clone().cast_to::<output::Client>().end_request().send().promise;
-        let position = self.ask("the end of a console's output", end)?.get()?.get_position();
-        let mut request = console.cast_to::<serial::Client>().open_request();
-        request.get().set_position(position);
+        let request = self.console(port)?.cast_to::<serial::Client>().open_request();
         let answer = self.ask("opening a console port", request.send().promise)?;
         match answer.get()?.which().map_err(capnp::Error::from)? {
             Which::Fd(fd) => self.manager.take_fd(fd?.get_number()).map(UnixStream::from),

@@ -70,6 +70,23 @@ impl Namespace {
         }
     }
 
+    /// Runs `work` on this thread, inside the namespace meanwhile: sockets that it makes and programs that it starts stay there.
+    ///
+    /// # Errors
+    /// When the thread cannot go there, or not back.
+    pub fn here<T>(&self, work: impl FnOnce() -> T) -> Result<T, HarnessError> {
+        let go = |to: &OwnedFd| {
+            let gone = move_into_link_name_space(to.as_fd(), Some(LinkNameSpaceType::Network));
+            gone.map_err(io::Error::from)
+                .map_err(HarnessError::io("entering a network namespace"))
+        };
+        let own = File::open("/proc/thread-self/ns/net").map_err(HarnessError::io("opening a network namespace"))?;
+        go(&self.fd)?;
+        let result = work();
+        go(&own.into())?;
+        Ok(result)
+    }
+
     /// Runs a program inside the namespace; what it printed, in bytes.
     ///
     /// # Errors

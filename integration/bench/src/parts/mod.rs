@@ -3,6 +3,13 @@
 mod events;
 pub(crate) mod rpc;
 
+mod balloon;
+mod block;
+mod drivers;
+mod linux;
+mod net;
+mod streams;
+
 use anyhow::Result;
 
 use crate::{bench::Bench, figure::Figure};
@@ -20,4 +27,12 @@ pub(crate) struct Part {
 }
 
 /// All parts, in the order in which they run: what busy parts leave behind (page cache, heat) comes after what is sensitive to it.
-pub(crate) const PARTS: &[Part] = &[rpc::PART, events::PART];
+pub(crate) const PARTS: &[Part] = &[
+    rpc::PART,
+    events::PART,
+    block::PART,
+    net::PART,
+    streams::PART,
+    balloon::PART,
+    linux::PART,
+];
