@@ -17,7 +17,7 @@ use rustix::io::FdFlags;
 use sepal_schema::{
     error::Outcome,
     manager_capnp::guest_manager,
-    transport::{Connection, Limits, Reactor, connect},
+    transport::{Connection, Handle, Limits, Reactor, connect},
 };
 
 use crate::{
@@ -94,16 +94,28 @@ impl Manager {
         Ok(Guest::new(self, guest, Some(lease)))
     }
 
-    /// The call that launches a guest, for who sends several at once, or more behind it. Nothing has been sent yet.
+    /// What makes calls that launch guests, for who sends several at once, or more behind one. Nothing has been sent when a call is made; it has to be
+    /// sent before the next one is made, since its files travel with what is sent first.
+    ///
+    /// What is returned fails when a file of the guest cannot be opened.
+    pub fn launches(&self) -> impl Fn(Boot) -> Result<LaunchRequest, HarnessError> + use<> {
+        let client = self.client.clone();
+        let fds = self.connection.as_ref().map(Connection::fds);
+        move |boot| {
+            let mut request = client.launch_request();
+            if let Some(fds) = &fds {
+                boot.config()?.encode(request.get().init_config(), fds)?;
+            }
+            Ok(request)
+        }
+    }
+
+    /// One such call.
     ///
     /// # Errors
     /// A file of the guest cannot be opened.
     pub fn launch_request(&self, boot: Boot) -> Result<LaunchRequest, HarnessError> {
-        let mut request = self.client.launch_request();
-        if let Some(connection) = &self.connection {
-            boot.config()?.encode(request.get().init_config(), &connection.fds())?;
-        }
-        Ok(request)
+        self.launches()(boot)
     }
 
     /// The process, if it was started here.
@@ -122,6 +134,11 @@ impl Manager {
         let response = response.unwrap_or_else(|| Err(capnp::Error::overloaded("lookup was not answered".into())))?;
         let guest = response.get()?.outcome()?.get_guest()?;
         Ok(Guest::new(self, guest, None))
+    }
+
+    /// The loop that the connection is on.
+    pub fn handle(&self) -> Handle {
+        self.reactor.handle()
     }
 
     /// The capability.
