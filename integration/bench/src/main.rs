@@ -7,9 +7,13 @@
 //! `docs/performance.md` says how to run it, what the figures mean, and what they were.
 
 mod bench;
+mod crowd;
 mod figure;
+mod guests;
 mod host;
+mod launcher;
 mod parts;
+mod processes;
 mod report;
 mod results;
 mod vmm;
@@ -28,7 +32,7 @@ use crate::{
     host::Host,
     parts::{PARTS, Part},
     results::{Results, Subject},
-    vmm::{Qemu, Sepal, Vmm},
+    vmm::{PEERS, Sepal, Vmm, find_peers},
 };
 
 /// Measures Sepal beside other virtual machine monitors.
@@ -69,6 +73,7 @@ struct Arguments {
 /// A peer's name and program.
 fn peer(text: &str) -> Result<(String, PathBuf), String> {
     match text.split_once('=') {
+        Some((name, _)) if !PEERS.contains(&name) => Err(format!("there is no peer {name}; there are {}", PEERS.join(", "))),
         Some((name, path)) if Path::new(path).is_file() => Ok((name.to_owned(), path.into())),
         Some((_, path)) => Err(format!("there is no program {path}")),
         None => Err("it is NAME=PROGRAM".to_owned()),
@@ -119,12 +124,7 @@ fn measure(arguments: &Arguments, parts: &[&'static Part]) -> Result<Results> {
         let option = arguments.peer.iter().find(|(known, _)| known == name);
         option.map(|(_, path)| path.as_path())
     };
-    let mut peers: Vec<Box<dyn Vmm>> = Vec::new();
-    let mut not_found = Vec::new();
-    match Qemu::find(named("qemu")) {
-        Some(qemu) => peers.push(Box::new(qemu)),
-        None => not_found.push("qemu".to_owned()),
-    }
+    let (peers, not_found) = find_peers(named);
     let sepal: Box<dyn Vmm> = Box::new(Sepal);
     let subjects = std::iter::once(&sepal).chain(&peers).map(|vmm| Subject {
         name: vmm.name().to_owned(),

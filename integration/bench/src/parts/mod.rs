@@ -3,12 +3,22 @@
 mod events;
 pub(crate) mod rpc;
 
+mod growth;
+mod idle;
+mod many;
+mod memory;
+mod resting;
+mod units;
+
 mod balloon;
 mod block;
 mod drivers;
 mod linux;
 mod net;
 mod streams;
+
+mod start;
+mod turnover;
 
 use anyhow::Result;
 
@@ -28,6 +38,12 @@ pub(crate) struct Part {
 
 /// All parts, in the order in which they run: what busy parts leave behind (page cache, heat) comes after what is sensitive to it.
 pub(crate) const PARTS: &[Part] = &[
+    start::PART,
+    turnover::PART,
+    memory::PART,
+    idle::PART,
+    many::PART,
+    growth::PART,
     rpc::PART,
     events::PART,
     block::PART,

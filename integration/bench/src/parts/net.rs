@@ -158,7 +158,6 @@ impl Lane {
         let mut machine = drivers.machine(cmdline);
         machine.tap = Some(Tap {
             fd: &self.tap,
-            name: TAP,
             mac: GUEST_MAC,
         });
         vmm.start(&machine)

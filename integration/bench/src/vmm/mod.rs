@@ -1,5 +1,10 @@
 //! The virtual machine monitors: what each is asked to run, in words that all of them know, and how a running guest is listened to.
 
+mod alioth;
+mod cloud_hypervisor;
+mod crosvm;
+mod firecracker;
+mod lkvm;
 mod process;
 mod qemu;
 mod qmp;
@@ -13,11 +18,13 @@ use std::{
 use sepal_integration::{HarnessError, Report};
 
 pub(crate) use process::Process;
-pub(crate) use qemu::Qemu;
-pub(crate) use sepal::Sepal;
+pub(crate) use sepal::{Sepal, boot as sepal_boot};
+
+/// What peers are called on the command line.
+pub(crate) const PEERS: [&str; 6] = ["qemu", "firecracker", "cloud-hypervisor", "alioth", "crosvm", "lkvm"];
 
 /// A virtual machine monitor.
-pub(crate) trait Vmm {
+pub(crate) trait Vmm: Sync {
     /// Its name, for tables.
     fn name(&self) -> &'static str;
 
@@ -43,6 +50,7 @@ pub(crate) enum Extra {
 }
 
 /// What to run.
+#[derive(Clone, Copy)]
 pub(crate) struct Machine<'a> {
     /// The kernel, in all formats that there are of it.
     pub(crate) kernel: Kernel<'a>,
@@ -60,6 +68,8 @@ pub(crate) struct Machine<'a> {
     pub(crate) tap: Option<Tap<'a>>,
     /// A virtio memory balloon; of who has [`Extra::Balloon`].
     pub(crate) balloon: bool,
+    /// Has strace(1) write there all system calls of the VMM, a line each with the process in front; for peers, which are processes of their own.
+    pub(crate) trace: Option<&'a Path>,
 }
 
 /// A kernel: the same in each format, of which a VMM takes the first that it can load.
@@ -83,10 +93,10 @@ pub(crate) struct Disk<'a> {
     pub(crate) qcow2: bool,
 }
 
-/// A tap device. Whoever takes it by name is started in the network namespace that it is in.
+/// A tap device that is open: who wants to open it by its name cannot have it.
+#[derive(Clone, Copy)]
 pub(crate) struct Tap<'a> {
     pub(crate) fd: &'a OwnedFd,
-    pub(crate) name: &'a str,
     pub(crate) mac: [u8; 6],
 }
 
@@ -102,6 +112,7 @@ impl<'a> Machine<'a> {
             disk: None,
             tap: None,
             balloon: false,
+            trace: None,
         }
     }
 }
@@ -162,6 +173,35 @@ impl<E: Into<anyhow::Error>> From<E> for StartError {
     fn from(error: E) -> Self {
         Self::Failed(error.into())
     }
+}
+
+/// Those peers that are here, and the names of those that are not; `named` says where one is that is not on PATH.
+pub(crate) fn find_peers<'a>(named: impl Fn(&str) -> Option<&'a Path>) -> (Vec<Box<dyn Vmm>>, Vec<String>) {
+    fn boxed<V: Vmm + 'static>(found: Option<V>) -> Option<Box<dyn Vmm>> {
+        found.map(|vmm| Box::new(vmm) as Box<dyn Vmm>)
+    }
+    let (mut peers, mut not_found) = (Vec::new(), Vec::new());
+    for name in PEERS {
+        let path = named(name);
+        let found = match name {
+            "qemu" => boxed(qemu::Qemu::find(path)),
+            "firecracker" => boxed(firecracker::Firecracker::find(path)),
+            "cloud-hypervisor" => boxed(cloud_hypervisor::CloudHypervisor::find(path)),
+            "alioth" => boxed(alioth::Alioth::find(path)),
+            "crosvm" => boxed(crosvm::Crosvm::find(path)),
+            _ => boxed(lkvm::Lkvm::find(path)),
+        };
+        match found {
+            Some(peer) => peers.push(peer),
+            None => not_found.push(name.to_owned()),
+        }
+    }
+    (peers, not_found)
+}
+
+/// A MAC address, as command lines have it.
+fn mac(address: [u8; 6]) -> String {
+    address.map(|byte| format!("{byte:02x}")).join(":")
 }
 
 /// A program on PATH, or where an option says it is.

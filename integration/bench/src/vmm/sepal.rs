@@ -57,6 +57,11 @@ impl Vmm for Sepal {
     }
 
     fn start(&self, machine: &Machine<'_>) -> Result<Box<dyn Running>, StartError> {
+        if machine.trace.is_some() {
+            return Err(StartError::Unsupported(
+                "its guests are no processes of one's own to trace".into(),
+            ));
+        }
         Ok(Box::new(boot(machine)?.start()?))
     }
 }

@@ -1,0 +1,138 @@
+//! One guest manager of one's own, and guests of one kind that come and go on it, also several at once: what a client waits for.
+
+use std::{
+    future::Future,
+    os::fd::OwnedFd,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use futures::{StreamExt, TryStreamExt, stream};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use sepal_integration::{Boot, LaunchRequest, Manager};
+use sepal_schema::{
+    error::{Error, Outcome},
+    guest_capnp::{guest, observer, output, power},
+    info::GuestInfo,
+    manager_capnp::guest_manager::lease,
+    report::StopReport,
+    transport::Handle,
+};
+
+/// Nothing here takes as long.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A guest manager of one's own.
+pub(crate) struct Launcher {
+    manager: Manager,
+}
+
+/// A guest that runs; it is stopped when this is dropped, which nobody waits for.
+pub(crate) struct Launched {
+    guest: guest::Client,
+    /// Held: the guest ends when it is dropped.
+    _lease: lease::Client,
+}
+
+impl Launcher {
+    /// Starts the manager with these options.
+    pub(crate) fn start(options: &[&str]) -> Result<Self> {
+        let manager = Manager::start_with(options).context("starting a guest manager")?;
+        let mut launcher = Self { manager };
+        // It has started when it answers.
+        let asked = launcher.manager.client().version_request().send().promise;
+        launcher.run(async move {
+            let answer = asked.await?;
+            answer.get()?;
+            Ok(())
+        })?;
+        Ok(launcher)
+    }
+
+    /// The manager's process.
+    pub(crate) fn pid(&self) -> Result<u32> {
+        self.manager.pid().context("the manager is somebody else's")
+    }
+
+    /// Launches a guest; how long it took from sending that until its first byte had come back. What reads the byte is sent along with the launch.
+    pub(crate) fn launch(&mut self, boot: Boot) -> Result<(Duration, Launched)> {
+        let request = self.manager.launch_request(boot)?;
+        self.run(launch(request))
+    }
+
+    /// Stops a guest by force: how long it takes until the manager says that it has ended and its process is gone, whatever comes last.
+    pub(crate) fn stop(&mut self, launched: &Launched) -> Result<Duration> {
+        let info = observer(&launched.guest).info_request().send().promise;
+        let process = self.run(async move {
+            let answer = info.await?;
+            process(GuestInfo::read_result(answer.get()?)?.component_pid)
+        })?;
+        let power = launched.guest.power_request().send().pipeline.get_power();
+        let gone = gone(self.manager.handle(), process)?;
+        self.run(async move {
+            let sent = Instant::now();
+            let answer = power.kill_request().send().promise.await?;
+            if let power::stop_result::Which::Error(error) = answer.get()?.which()? {
+                return Err(Error::read(error?)?.into());
+            }
+            gone.await;
+            Ok(sent.elapsed())
+        })
+    }
+
+    /// Starts so many guests that end by themselves, at most `at_once` at a time, and waits for the end of each.
+    pub(crate) fn turn_over(&mut self, boots: Vec<Boot>, at_once: usize) -> Result<Duration> {
+        let request = self.manager.launches();
+        let request = &request;
+        let guests = boots.into_iter().map(|boot| async move {
+            let (_, launched) = launch(request(boot)?).await?;
+            let answer = observer(&launched.guest).wait_request().send().promise.await?;
+            StopReport::read_result(answer.get()?)?;
+            Ok(())
+        });
+        let begun = Instant::now();
+        let all = stream::iter(guests).buffer_unordered(at_once).try_collect::<()>();
+        self.run(all)?;
+        Ok(begun.elapsed())
+    }
+
+    fn run<T>(&mut self, work: impl Future<Output = Result<T>>) -> Result<T> {
+        let outcome = self.manager.within(PATIENCE, work)?;
+        outcome.with_context(|| format!("no answer within {PATIENCE:?}"))?
+    }
+}
+
+async fn launch(request: LaunchRequest) -> Result<(Duration, Launched)> {
+    let sent = Instant::now();
+    let launching = request.send();
+    let guest = launching.pipeline.get_guest();
+    let output: output::Client = observer(&guest).output_request().send().pipeline.get_output();
+    let read = output.read_request().send().promise;
+    let response = launching.promise.await?;
+    let launched = response.get()?.outcome()?;
+    let launched = Launched {
+        guest: launched.get_guest()?,
+        _lease: launched.get_lease()?,
+    };
+    let answer = read.await?;
+    let printed = answer.get()?.outcome()?.get_bytes()?;
+    ensure!(!printed.is_empty(), "the guest ended without a byte");
+    Ok((sent.elapsed(), launched))
+}
+
+fn observer(guest: &guest::Client) -> observer::Client {
+    guest.observer_request().send().pipeline.get_observer()
+}
+
+/// A handle on a process.
+pub(crate) fn process(pid: u32) -> Result<OwnedFd> {
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
+    let pid = pid.context("this is no process id")?;
+    Ok(pidfd_open(pid, PidfdFlags::empty())?)
+}
+
+/// Waits until a process has ended.
+fn gone(handle: Handle, process: OwnedFd) -> Result<impl Future<Output = ()>> {
+    let process = handle.register(process)?;
+    Ok(async move { process.readable().await })
+}
