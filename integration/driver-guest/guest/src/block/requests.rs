@@ -22,6 +22,7 @@ use crate::port::Port;
 pub(crate) const ENTRIES: usize = 128;
 /// Features (virtio 5.2.3 and 6).
 const READ_ONLY: u64 = 1 << 5;
+pub(super) const FLUSH: u64 = 1 << 9;
 const DISCARD: u64 = 1 << 13;
 const WRITE_ZEROES: u64 = 1 << 14;
 const RING_RESET: u64 = 1 << 40;
