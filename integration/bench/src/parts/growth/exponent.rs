@@ -31,9 +31,22 @@ pub(super) fn steps(points: &[(f64, f64)]) -> Vec<Step> {
         .collect()
 }
 
-/// The steps that are steeper than `expected` by more than `tolerance`.
+/// The costs without what only bad weather can explain: a size costs no more than any larger one did.
+pub(super) fn calm(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
+    let mut points = points.to_vec();
+    points.sort_by(|left, right| right.0.total_cmp(&left.0));
+    let mut least = f64::INFINITY;
+    for (_, cost) in &mut points {
+        least = least.min(*cost);
+        *cost = least;
+    }
+    points.reverse();
+    points
+}
+
+/// The steps that are steeper than `expected` by more than `tolerance`, in calm weather.
 pub(super) fn steeper(points: &[(f64, f64)], expected: f64, tolerance: f64) -> Vec<Step> {
-    let mut steps = steps(points);
+    let mut steps = steps(&calm(points));
     steps.retain(|step| step.power > expected + tolerance);
     steps
 }
@@ -42,7 +55,7 @@ pub(super) fn steeper(points: &[(f64, f64)], expected: f64, tolerance: f64) -> V
 mod tests {
     use proptest::prelude::*;
 
-    use super::{steeper, steps};
+    use super::{calm, steeper, steps};
 
     #[test]
     fn squares_are_steeper_than_lines() {
@@ -59,6 +72,13 @@ mod tests {
         assert!(steps(&[(1.0, 7.0), (100.0, 7.0)])[0].power.abs() < 1e-9);
         // A price paid once hides what comes with each.
         assert!(steps(&[(1.0, 101.0), (2.0, 102.0)])[0].power < 0.1);
+    }
+
+    #[test]
+    fn one_bad_measurement_is_no_growth() {
+        let spoiled = [(1.0, 5.0), (2.0, 50.0), (4.0, 5.5), (8.0, 6.0)];
+        assert_eq!(calm(&spoiled), [(1.0, 5.0), (2.0, 5.5), (4.0, 5.5), (8.0, 6.0)]);
+        assert!(steeper(&spoiled, 0.0, 0.3).is_empty());
     }
 
     #[test]
