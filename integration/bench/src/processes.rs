@@ -119,7 +119,8 @@ pub(crate) fn beyond_guest(mappings: Vec<Mapping>, guest: u64) -> Option<Vec<Map
     }
     files.retain(|_, size| *size >= guest);
     let anonymous = |mapping: &Mapping| {
-        files.is_empty() && mapping.name.is_empty() && mapping.access.starts_with("rw") && mapping.size >= guest
+        let unnamed = mapping.name.is_empty() || mapping.name.starts_with("[anon");
+        files.is_empty() && unnamed && mapping.access.starts_with("rw") && mapping.size >= guest
     };
     let (guests, rest): (Vec<_>, Vec<_>) = mappings
         .into_iter()
@@ -301,9 +302,13 @@ impl Process {
         each.sum()
     }
 
-    /// Threads, of it alone.
-    pub(crate) fn own_threads(self) -> io::Result<usize> {
-        Ok(self.tasks()?.len())
+    /// The names of its threads.
+    pub(crate) fn thread_names(self) -> io::Result<Vec<String>> {
+        let names = self.tasks()?.into_iter().map(|task| {
+            let name = self.read(&format!("task/{task}/comm"))?;
+            Ok(name.trim().to_owned())
+        });
+        names.collect()
     }
 
     /// Descriptors that it has open.

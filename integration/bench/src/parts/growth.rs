@@ -74,7 +74,7 @@ pub(crate) const PART: Part = Part {
 };
 
 /// The power with which each may grow: one more guest costs what the first did, a list is as long as there are guests, and memory that no guest has
-/// touched costs nothing.
+/// touched costs the component nothing. At the start it costs time: KVM makes tables for all of it where it has no nested page tables.
 const EXPECTED: [(&Figure, f64); 13] = [
     (&GUESTS_START, 0.0),
     (&GUESTS_LIST, 1.0),
@@ -86,7 +86,7 @@ const EXPECTED: [(&Figure, f64); 13] = [
     (&DISKS_START, 1.0),
     (&DISKS_MEMORY, 1.0),
     (&DISKS_THREADS, 1.0),
-    (&MEMORY_START, 0.0),
+    (&MEMORY_START, 1.0),
     (&MEMORY_MEMORY, 0.0),
     (&MEMORY_THREADS, 0.0),
 ];

@@ -114,7 +114,7 @@ fn needs(bench: &mut Bench, (manager, keeper): (Process, Process), first: Needs,
     bench.record(&MANAGER_FDS, now.descriptors);
     bench.record(&RSS_A_GUEST, (now.rss - first.rss) / further);
     bench.record(&FDS_A_GUEST, (now.descriptors - first.descriptors) / further);
-    bench.record(&MANAGER_THREADS, amount(manager.own_threads()?));
+    bench.record(&MANAGER_THREADS, amount(manager.thread_names()?.len()));
     let keeper = Needs::of(keeper)?;
     bench.record(&KEEPER_RSS, keeper.rss);
     bench.record(&KEEPER_FDS, keeper.descriptors);

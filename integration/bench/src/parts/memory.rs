@@ -129,11 +129,10 @@ fn devices(bench: &mut Bench) -> Result<()> {
     bench.record(&DEVICES_USS, number(memory.uss));
     bench.record(&DEVICES_RSS, number(memory.rss));
     bench.record(&DEVICES_THREADS, amount(process.threads()?));
-    let places = where_it_is(&mappings);
-    bench
-        .results
-        .notes
-        .push(format!("memory of {SEPAL} with six devices, PSS: {places}"));
+    let (places, threads) = (where_it_is(&mappings), process.thread_names()?.join(", "));
+    bench.results.notes.push(format!(
+        "memory of {SEPAL} with six devices, PSS: {places}; threads: {threads}"
+    ));
     Ok(())
 }
 

@@ -1,3 +1,5 @@
+use std::process::Command;
+
 use super::{
     Activity, Mapping, Memory, Process, beyond_guest, descendants, largest, parse_activity, parse_parent, parse_smaps,
     status_field, total,
@@ -93,6 +95,7 @@ fn a_file_in_pieces_is_one_memory() {
 fn without_a_file_it_is_what_is_large_and_writable() {
     let anonymous = vec![
         mapping("", 0, "rw-p", 8000),
+        mapping("[anon:guest]", 0, "rw-p", 8000),
         mapping("", 0, "---p", 9000),
         mapping("[heap]", 0, "rw-p", 9000),
         mapping("", 0, "rw-p", 132),
@@ -152,14 +155,26 @@ fn a_tree_has_everything_below_once() {
 }
 
 #[test]
-fn this_process_can_be_read() {
-    let own = Process(std::process::id());
-    assert!(own.tree().unwrap().contains(&own));
-    assert!(total(&own.mappings().unwrap()).rss > 0);
-    assert!(own.threads().unwrap() > 0);
-    assert!(own.descriptors().unwrap() > 0);
-    assert!(own.activity().unwrap().cpu_ns > 0);
-    assert!(own.page_tables().unwrap() > 0);
-    assert!(!own.name().unwrap().is_empty());
-    assert!(own.beyond_guest(1 << 40).is_err());
+fn a_process_can_be_read() {
+    // Of one's own, so that nothing of it comes and goes meanwhile as threads of this one do.
+    let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+    let process = Process(child.id());
+    let tree = process.tree();
+    let mappings = process.mappings();
+    let threads = (process.threads(), process.thread_names());
+    let descriptors = process.descriptors();
+    let activity = process.activity();
+    let tables = process.page_tables();
+    let name = process.name();
+    let beyond = process.beyond_guest(1 << 40);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert_eq!(tree.unwrap(), [process]);
+    assert!(total(&mappings.unwrap()).rss > 0);
+    assert_eq!((threads.0.unwrap(), threads.1.unwrap().len()), (1, 1));
+    assert!(descriptors.unwrap() > 0);
+    assert!(activity.unwrap().cpu_ns > 0);
+    assert!(tables.unwrap() > 0);
+    assert!(!name.unwrap().is_empty());
+    assert!(beyond.unwrap_err().to_string().contains("not recognized"));
 }
