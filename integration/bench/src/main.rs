@@ -57,6 +57,10 @@ struct Arguments {
     #[arg(long, value_name = "FILE")]
     markdown: Option<PathBuf>,
 
+    /// Draw plots into this folder, as SVG, and as PNG where that is built in
+    #[arg(long, value_name = "DIR")]
+    plots: Option<PathBuf>,
+
     /// Measure nothing: show what an earlier run wrote with --json
     #[arg(long, value_name = "FILE", conflicts_with_all = ["parts", "short", "peer", "json"])]
     from: Option<PathBuf>,
@@ -73,7 +77,9 @@ struct Arguments {
 /// A peer's name and program.
 fn peer(text: &str) -> Result<(String, PathBuf), String> {
     match text.split_once('=') {
-        Some((name, _)) if !PEERS.contains(&name) => Err(format!("there is no peer {name}; there are {}", PEERS.join(", "))),
+        Some((name, _)) if !PEERS.contains(&name) => {
+            Err(format!("there is no peer {name}; there are {}", PEERS.join(", ")))
+        }
         Some((name, path)) if Path::new(path).is_file() => Ok((name.to_owned(), path.into())),
         Some((_, path)) => Err(format!("there is no program {path}")),
         None => Err("it is NAME=PROGRAM".to_owned()),
@@ -162,6 +168,9 @@ fn show(arguments: &Arguments, results: &Results) -> Result<()> {
     print!("{}", report::terminal(results));
     if let Some(path) = &arguments.markdown {
         write(path, &report::markdown(results))?;
+    }
+    if let Some(folder) = &arguments.plots {
+        report::plot::write(results, folder)?;
     }
     Ok(())
 }

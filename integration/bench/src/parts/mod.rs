@@ -2,6 +2,7 @@
 
 mod events;
 pub(crate) mod rpc;
+mod size;
 
 mod growth;
 mod idle;
@@ -46,6 +47,7 @@ pub(crate) const PARTS: &[Part] = &[
     growth::PART,
     rpc::PART,
     events::PART,
+    size::PART,
     block::PART,
     net::PART,
     streams::PART,

@@ -3,8 +3,10 @@
 //! - `number`: values in few digits.
 //! - `table`: what a report says, as blocks of text and tables.
 //! - `render`: blocks for a terminal, and as Markdown.
+//! - `plot`: bars and curves.
 
 mod number;
+pub(crate) mod plot;
 mod render;
 mod table;
 

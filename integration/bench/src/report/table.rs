@@ -236,10 +236,12 @@ fn growth(results: &Results, figure: &Figure, with: &str) -> Vec<String> {
     let mut lines = vec![format!("{} ({}{unit}) by {with}", figure.id, figure.title)];
     for subject in &results.subjects {
         let points = curve(results, figure, &subject.name);
-        if let Some(exponent) = exponent(&points) {
+        // What is constant hides at the beginning what grows.
+        let end = points.get(points.len().saturating_sub(2)..).and_then(exponent);
+        if let (Some(all), Some(end)) = (exponent(&points), end) {
+            let name = &subject.name;
             lines.push(format!(
-                "{}: grows with {with} to the power of {exponent:.2}",
-                subject.name
+                "{name}: grows with {with} to the power of {all:.2}, at the end {end:.2}"
             ));
         }
     }
@@ -367,7 +369,7 @@ mod tests {
             "QEMU: too many (scale.memory)",
             "no network (rpc.calls, start.cold)",
             "a note",
-            "Sepal: grows with guests to the power of 1.00",
+            "Sepal: grows with guests to the power of 1.00, at the end 1.00",
         ] {
             assert!(text.contains(wanted), "{wanted} is not in:\n{text}");
         }
