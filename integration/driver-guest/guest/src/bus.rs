@@ -18,6 +18,8 @@ use crate::{cpu, ensure};
 const ECAM: u64 = 0xe000_0000;
 /// Where BARs go that have no address yet: below both machines' ECAM.
 const WINDOW: u64 = 0xc000_0000;
+/// Register of the command, 16 bits; the status is behind it.
+const COMMAND: u8 = 4;
 
 /// One of the two ways to the configuration space.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -49,10 +51,16 @@ impl Access {
         unsafe { MmioCam::new(base as *mut u8, Cam::Ecam) }
     }
 
+    /// Bus, device and function, as the ports have them.
+    fn address(function: DeviceFunction) -> u64 {
+        u64::from(function.bus) << 16 | u64::from(function.device) << 11 | u64::from(function.function) << 8
+    }
+
     fn select(function: DeviceFunction, register: u8) {
-        let address =
-            u32::from(function.bus) << 16 | u32::from(function.device) << 11 | u32::from(function.function) << 8;
-        cpu::outl(0xcf8, 1 << 31 | address | u32::from(register & 0xfc));
+        cpu::outl(
+            0xcf8,
+            1 << 31 | Self::address(function) as u32 | u32::from(register & 0xfc),
+        );
     }
 }
 
@@ -69,6 +77,12 @@ impl ConfigurationAccess for Access {
 
     fn write_word(&mut self, function: DeviceFunction, register: u8, data: u32) {
         match *self {
+            // Command alone: what is behind it is not to be written, and not every VMM knows one write for both.
+            Self::Ecam(base) if register == COMMAND => {
+                let address = base + (Self::address(function) << 4) + u64::from(register);
+                // SAFETY: as for the crate's own ECAM.
+                unsafe { (address as *mut u16).write_volatile(data as u16) };
+            }
             Self::Ecam(base) => Self::cam(base).write_word(function, register, data),
             Self::Ports => {
                 Self::select(function, register);

@@ -24,9 +24,13 @@ const CONFIG_VECTOR: u64 = 0x10;
 const QUEUES: u64 = 0x12;
 const STATUS: u64 = 0x14;
 const QUEUE_SELECT: u64 = 0x16;
+const QUEUE_SIZE: u64 = 0x18;
 const QUEUE_VECTOR: u64 = 0x1a;
 const QUEUE_ENABLE: u64 = 0x1c;
 const QUEUE_NOTIFY_OFFSET: u64 = 0x1e;
+const QUEUE_DESCRIPTORS: u64 = 0x20;
+const QUEUE_DRIVER: u64 = 0x28;
+const QUEUE_DEVICE: u64 = 0x30;
 const QUEUE_RESET: u64 = 0x3a;
 /// The feature of all devices that are not of before virtio 1.0.
 const VERSION_1: u64 = 1 << 32;
@@ -74,6 +78,11 @@ impl Registers {
     fn write16(&self, offset: u64, value: u16) {
         // SAFETY: as read16.
         unsafe { ((self.common + offset) as *mut u16).write_volatile(value) }
+    }
+
+    fn write32(&self, offset: u64, value: u32) {
+        // SAFETY: as read16.
+        unsafe { ((self.common + offset) as *mut u32).write_volatile(value) }
     }
 
     /// How many queues the device has.
@@ -205,7 +214,11 @@ impl Transport for Port {
         self.inner.get_status()
     }
 
+    /// One bit after the other (virtio 3.1.1): there are devices that take no two at once.
     fn set_status(&mut self, status: DeviceStatus) {
+        if status == DeviceStatus::ACKNOWLEDGE | DeviceStatus::DRIVER {
+            self.inner.set_status(DeviceStatus::ACKNOWLEDGE);
+        }
         self.inner.set_status(status);
     }
 
@@ -230,8 +243,19 @@ impl Transport for Port {
             registers.write16(QUEUE_SELECT, queue);
             registers.write16(QUEUE_VECTOR, vector);
         }
-        // Leaves the queue selected.
-        self.inner.queue_set(queue, size, descriptors, driver_area, device_area);
+        registers.write16(QUEUE_SELECT, queue);
+        registers.write16(QUEUE_SIZE, size as u16);
+        // In halves: a 64-bit field is accessed as two of 32 bits (virtio 4.1.3.1), which the crate does not keep to.
+        let areas = [
+            (QUEUE_DESCRIPTORS, descriptors),
+            (QUEUE_DRIVER, driver_area),
+            (QUEUE_DEVICE, device_area),
+        ];
+        for (offset, address) in areas {
+            registers.write32(offset, address as u32);
+            registers.write32(offset + 4, (address >> 32) as u32);
+        }
+        registers.write16(QUEUE_ENABLE, 1);
         let offset = u64::from(registers.read16(QUEUE_NOTIFY_OFFSET)) * registers.multiplier;
         let index = usize::from(queue);
         if self.doorbells.len() <= index {
