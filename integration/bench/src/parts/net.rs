@@ -83,7 +83,7 @@ fn run(bench: &mut Bench) -> Result<()> {
         return Ok(());
     }
     let drivers = Drivers::new(bench)?;
-    let (trips, packets) = (bench.scaled(2000, 50), bench.scaled(100_000, 2000));
+    let (trips, packets) = (bench.scaled(2000, 50), bench.scaled(50_000, 2000));
     let mut commands = vec![format!("net-ping:{GUEST}:{HOST}:{trips}"), format!("net-serve:{GUEST}")];
     for size in SIZES {
         commands.extend(both_ways(size, packets));
@@ -109,7 +109,7 @@ fn run(bench: &mut Bench) -> Result<()> {
             Ok(values)
         })?
     })?;
-    let cmdline = format!("run={}", both_ways(LARGE, bench.scaled(20_000, 500)).join(","));
+    let cmdline = format!("run={}", both_ways(LARGE, bench.scaled(10_000, 500)).join(","));
     bench.alternate(&BULK, bench.scaled(5, 1), |vmm: &dyn Vmm| {
         let lane = Lane::new(Some(LARGE_MTU))?;
         lane.namespace.here(|| {

@@ -64,7 +64,7 @@ fn run(bench: &mut Bench) -> Result<()> {
         }
     }
     let drivers = Drivers::new(bench)?;
-    let cmdline = format!("run=serial-bulk:{}", bench.scaled(32 << 10, 4 << 10));
+    let cmdline = format!("run=serial-bulk:{}", bench.scaled(8 << 10, 2 << 10));
     bench.alternate(&[&SERIAL], bench.scaled(5, 1), |vmm: &dyn Vmm| {
         let mut guest = vmm.start(&drivers.machine(&cmdline))?;
         Ok(vec![guest.report("serial-bulk")?.number("bytes_s")?])
@@ -106,7 +106,7 @@ fn echo(mut stream: &UnixStream) -> io::Result<()> {
 fn sockets(bench: &Bench) -> Result<Vec<f64>> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("vsock");
-    let bytes = bench.scaled(512 << 20, 8 << 20);
+    let bytes = bench.scaled(128 << 20, 8 << 20);
     let sink = listen(&path, SINK, |mut stream| io::copy(&mut stream, &mut io::sink()))?;
     let source = listen(&path, SOURCE, |mut stream| {
         let piece = vec![0x5a; PIECE];
@@ -115,7 +115,7 @@ fn sockets(bench: &Bench) -> Result<Vec<f64>> {
         Ok(())
     })?;
     let echo = listen(&path, ECHO, |stream| echo(&stream))?;
-    let trips = bench.scaled(5000, 100);
+    let trips = bench.scaled(2000, 100);
     let commands = format!("vsock-bulk:{SINK}:{bytes}:out,vsock-bulk:{SOURCE}:{bytes}:in,vsock-ping:{ECHO}:{trips}:64");
     let socket_path = path.display().to_string();
     let mut guest = Boot::drivers(&commands)
@@ -138,8 +138,8 @@ fn sockets(bench: &Bench) -> Result<Vec<f64>> {
 
 /// Through the stream that a client opens of a console: out, of which what arrives counts; in; there and back.
 fn console(bench: &Bench) -> Result<Vec<f64>> {
-    let bytes = bench.scaled(64 << 20, 1 << 20);
-    let trips = bench.scaled(5000, 100);
+    let bytes = bench.scaled(16 << 20, 1 << 20);
+    let trips = bench.scaled(2000, 100);
     // The round trips come first: the guest makes none before the stream is open.
     let commands = format!("console-ping:{trips}:1,console-bulk:{bytes}:4096,console-take:{bytes}");
     let mut guest = Boot::drivers(&commands)
