@@ -131,6 +131,12 @@ fn measure(arguments: &Arguments, parts: &[&'static Part]) -> Result<Results> {
         option.map(|(_, path)| path.as_path())
     };
     let (peers, not_found) = find_peers(named);
+    if !not_found.is_empty() {
+        eprintln!(
+            "NOT COMPARED, since they are not on this host: {}",
+            not_found.join(", ")
+        );
+    }
     let sepal: Box<dyn Vmm> = Box::new(Sepal);
     let subjects = std::iter::once(&sepal).chain(&peers).map(|vmm| Subject {
         name: vmm.name().to_owned(),

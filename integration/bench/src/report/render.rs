@@ -33,8 +33,7 @@ impl Table {
     fn is_numeric(&self, column: usize) -> bool {
         let cells = self.rows.iter().filter_map(|row| row.get(column));
         let mut cells = cells.filter(|cell| !cell.is_empty() && *cell != "-").peekable();
-        cells.peek().is_some()
-            && cells.all(|cell| cell.starts_with(|first: char| first.is_ascii_digit() || first == '-' || first == '<'))
+        cells.peek().is_some() && cells.all(|cell| is_numeric(cell))
     }
 
     fn width(&self, column: usize) -> usize {
@@ -42,6 +41,12 @@ impl Table {
         let cells = self.rows.iter().filter_map(|row| row.get(column));
         cells.map(|cell| cell.chars().count()).max().unwrap_or(0).max(head)
     }
+}
+
+/// Whether a cell is a number, perhaps with a spread (`1.5 (1.2-1.9)`), a comparison (`<= 2`) or a factor (`3x`).
+fn is_numeric(cell: &str) -> bool {
+    let cell = cell.strip_suffix('x').unwrap_or(cell);
+    cell.contains(|letter: char| letter.is_ascii_digit()) && !cell.contains(char::is_alphabetic)
 }
 
 /// For a terminal: columns aligned by spaces.
@@ -123,7 +128,7 @@ fn push(text: &mut String, line: &str) {
 
 #[cfg(test)]
 mod tests {
-    use super::{Block, Table, markdown, terminal};
+    use super::{Block, Table, is_numeric, markdown, terminal};
 
     fn blocks() -> Vec<Block> {
         let mut table = Table::new(["figure", "Sepal"]);
@@ -135,6 +140,16 @@ mod tests {
             Block::Lines(vec!["a < b".into()]),
             Block::Table(table),
         ]
+    }
+
+    #[test]
+    fn numbers_are_told_from_names() {
+        for cell in ["4.50", "1,024 (1,000-1,100)", "<= 2.80", "3.29x", "-0.5"] {
+            assert!(is_numeric(cell), "{cell}");
+        }
+        for cell in ["4k read, QD1", "200 guests", "NO", "<= 2.80 ms"] {
+            assert!(!is_numeric(cell), "{cell}");
+        }
     }
 
     #[test]
