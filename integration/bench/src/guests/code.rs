@@ -27,7 +27,7 @@ macro_rules! code {
             options(att_syntax),
         );
         $(#[$doc])*
-        fn $name() -> &'static [u8] {
+        pub(super) fn $name() -> &'static [u8] {
             unsafe extern "C" {
                 #[link_name = $start]
                 static START: u8;
@@ -42,6 +42,8 @@ macro_rules! code {
         }
     };
 }
+
+pub(super) use code;
 
 code!(
     /// Ends by whatever the VMM knows: ACPI's S5 through port 0x600 (where those that have no PC's chipset agree to have it), the i8042's reset,

@@ -17,7 +17,7 @@ const SECTOR: usize = 512;
 const HEADER_AT: usize = 0x1f1;
 const HEADER_END: usize = 0x268;
 /// The 64-bit entry, behind the start of the payload.
-const ENTRY_64: usize = 0x200;
+pub(super) const ENTRY_64: usize = 0x200;
 
 /// Some loaders read a page of the file as boot_params before they look at it.
 const LEAST_PAYLOAD: usize = 4096;
@@ -60,29 +60,37 @@ pub(super) fn elf(code: Code) -> Vec<u8> {
     file
 }
 
-/// A bzImage of one setup sector.
+/// A bzImage.
 pub(super) fn bzimage(code: Code) -> Vec<u8> {
     let mut payload = code.protected.to_vec();
     payload.resize(ENTRY_64, 0);
     payload.extend(code.protected);
-    payload.resize(payload.len().next_multiple_of(16).max(LEAST_PAYLOAD), 0);
+    payload.resize(payload.len().max(LEAST_PAYLOAD), 0);
+    bzimage_of(code.real, payload)
+}
+
+/// A bzImage with this real-mode code and this payload.
+pub(super) fn bzimage_of(real: &[u8], mut payload: Vec<u8>) -> Vec<u8> {
+    payload.resize(payload.len().next_multiple_of(16), 0);
+    let sectors = (HEADER_END + real.len()).div_ceil(SECTOR) - 1;
     let mut file = vec![0; HEADER_AT];
-    file.extend(header(payload.len()));
+    file.extend(header(sectors, payload.len()));
     file.resize(HEADER_END, 0);
-    file.extend(code.real);
-    file.resize(2 * SECTOR, 0);
+    file.extend(real);
+    file.resize((sectors + 1) * SECTOR, 0);
     file.extend(payload);
     file
 }
 
-/// The setup header, up to and without its end, for a payload of so many bytes.
-fn header(payload: usize) -> Vec<u8> {
-    // In its own units, and saturated: the payloads here are small.
+/// The setup header, up to and without its end, for so many sectors behind the first, and a payload of so many bytes.
+fn header(sectors: usize, payload: usize) -> Vec<u8> {
+    // Saturated: what is here is small.
+    let sectors = u8::try_from(sectors).unwrap_or(u8::MAX);
     let paragraphs = u32::try_from(payload.div_ceil(16)).unwrap_or(u32::MAX);
     let bytes = u32::try_from(payload).unwrap_or(u32::MAX);
     let mut header = Vec::new();
-    // One setup sector; root flags; size of the payload; ram_size, vid_mode, root_dev; signature.
-    header.extend([1, 0, 0]);
+    // Setup sectors; root flags; size of the payload; ram_size, vid_mode, root_dev; signature.
+    header.extend([sectors, 0, 0]);
     header.extend(paragraphs.to_le_bytes());
     header.extend([0; 6]);
     header.extend([0x55, 0xaa]);

@@ -1,9 +1,10 @@
 //! Guests that every VMM can load, as files: the same code as ELF, as bzImage, and flat.
 //!
-//! - `code`: what they do; `formats`: the files.
+//! - `code`: what they do; `formats`: the files; `mover`: what makes a bzImage of a kernel that has but one place.
 
 mod code;
 mod formats;
+mod mover;
 
 use std::{
     fs, io,
@@ -19,7 +20,7 @@ pub(crate) const FIRST_BYTE: u8 = b'S';
 pub(crate) struct Image {
     elf: PathBuf,
     bzimage: PathBuf,
-    flat: PathBuf,
+    flat: Option<PathBuf>,
 }
 
 impl Image {
@@ -39,11 +40,26 @@ impl Image {
         Self::of(folder, "idle", code::idle())
     }
 
+    /// Drives virtio devices; `sepal-driver-guest` says what it can be asked for on its command line.
+    ///
+    /// # Errors
+    /// As [`first_byte`](Self::first_byte).
+    pub(crate) fn drivers(folder: &Path) -> io::Result<Self> {
+        let elf = sepal_driver_guest::IMAGE;
+        let bzimage =
+            mover::bzimage(elf).ok_or_else(|| io::Error::other("the driver guest has more than one segment"))?;
+        Ok(Self {
+            elf: write(folder, "drivers.elf", elf)?,
+            bzimage: write(folder, "drivers.bzimage", &bzimage)?,
+            flat: None,
+        })
+    }
+
     fn of(folder: &Path, name: &str, code: code::Code) -> io::Result<Self> {
         Ok(Self {
             elf: write(folder, &format!("{name}.elf"), &formats::elf(code))?,
             bzimage: write(folder, &format!("{name}.bzimage"), &formats::bzimage(code))?,
-            flat: write(folder, &format!("{name}.flat"), &formats::flat(code))?,
+            flat: Some(write(folder, &format!("{name}.flat"), &formats::flat(code))?),
         })
     }
 
@@ -52,7 +68,7 @@ impl Image {
         Kernel {
             elf: &self.elf,
             bzimage: Some(&self.bzimage),
-            flat: Some(&self.flat),
+            flat: self.flat.as_deref(),
         }
     }
 }

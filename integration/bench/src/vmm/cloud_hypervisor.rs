@@ -45,7 +45,8 @@ impl Vmm for CloudHypervisor {
             .arg("--kernel")
             .arg(machine.kernel.elf)
             .args(["--cmdline", machine.cmdline])
-            .args(["--cpus", &format!("boot={}", machine.cpus)])
+            // Devices lie below the top of the address space: where a guest with four levels of page tables reaches.
+            .args(["--cpus", &format!("boot={},max_phys_bits=39", machine.cpus)])
             .args(["--memory", &format!("size={}M", machine.memory_mib)])
             .args(["--serial", "tty", "--console", "off"]);
         if let Some(initrd) = machine.initrd {

@@ -13,13 +13,19 @@ use super::{Extra, Machine, Process, Running, StartError, Vmm, find, mac};
 /// crosvm.
 pub(crate) struct Crosvm {
     program: PathBuf,
+    /// Options that leave out devices nobody asked for; a build without such a device does not know the option.
+    without: Vec<&'static str>,
 }
 
 impl Crosvm {
     /// Looks for it.
     pub(crate) fn find(named: Option<&Path>) -> Option<Self> {
         let program = find("crosvm", named)?;
-        Some(Self { program })
+        let help = Command::new(&program).args(["run", "--help"]).output().ok()?.stdout;
+        let help = String::from_utf8_lossy(&help).into_owned();
+        let mut without = vec!["--no-balloon", "--no-rng", "--no-usb"];
+        without.retain(|option| help.contains(option));
+        Some(Self { program, without })
     }
 }
 
@@ -43,7 +49,7 @@ impl Vmm for Crosvm {
         let mut command = Command::new(&self.program);
         command
             .args(["--log-level", "error", "run", "--disable-sandbox"])
-            .args(["--no-balloon", "--no-rng", "--no-usb"])
+            .args(&self.without)
             .args(["--serial", "type=stdout,hardware=serial,num=1,console=true"])
             .args(["--mem", &format!("size={}", machine.memory_mib)])
             .args(["--cpus", &format!("num-cores={}", machine.cpus)]);

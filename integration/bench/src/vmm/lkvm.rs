@@ -49,9 +49,9 @@ impl Vmm for Lkvm {
             .arg(kernel)
             .args(["--mem", &machine.memory_mib.to_string()])
             .args(["--cpus", &machine.cpus.to_string()]);
-        if !machine.cmdline.is_empty() {
-            command.args(["--params", machine.cmdline]);
-        }
+        // It has no ACPI, which would say where the configuration space is in memory: nowhere.
+        let cmdline = format!("{} pci=ports", machine.cmdline);
+        command.args(["--params", cmdline.trim_start()]);
         if let Some(initrd) = machine.initrd {
             command.arg("--initrd").arg(initrd);
         }

@@ -23,6 +23,8 @@ use crate::guests::FIRST_BYTE;
 const FIRST_PATIENCE: Duration = Duration::from_secs(30);
 /// The slowest guest has said something by then, or is done.
 const PATIENCE: Duration = Duration::from_secs(300);
+/// One measurement by the driver guest has ended by then.
+const REPORT_PATIENCE: Duration = Duration::from_secs(100);
 /// Bytes that are read at once.
 const PIECE: usize = 4096;
 /// Bytes of a guest's output that an error shows.
@@ -141,7 +143,7 @@ impl Process {
     fn failure(&self, what: &str, silence: &Silence) -> HarnessError {
         let how = match silence {
             Silence::End => format!("it ended before {what}"),
-            Silence::Patience => format!("no {what} in time"),
+            Silence::Patience => format!("{what} did not come in time"),
             Silence::Io(error) => format!("{what}: {error}"),
         };
         let words = self.last_line_of_errors();
@@ -216,7 +218,7 @@ impl Running for Process {
     }
 
     fn report(&mut self, command: &str) -> Result<Report, HarnessError> {
-        let found = self.wait_until(&format!("report on {command}"), PATIENCE, |fresh| {
+        let found = self.wait_until(&format!("the report on {command}"), REPORT_PATIENCE, |fresh| {
             let mut end = 0;
             fresh.split_inclusive(|&byte| byte == b'\n').find_map(|line| {
                 end += line.len();
