@@ -36,6 +36,8 @@ struct Socket {
     driver: VsockConnectionManager<Identity, Port, BUFFER>,
     peer: VsockAddr,
     port: u32,
+    /// Bytes that we have read and the host does not know of.
+    taken: usize,
     /// When waiting ends.
     deadline: u64,
 }
@@ -53,6 +55,7 @@ impl Socket {
                 port: 0,
             },
             port: LOCAL_PORT,
+            taken: 0,
             deadline: guest.now() + PATIENCE * 1_000_000,
         })
     }
@@ -92,7 +95,7 @@ impl Socket {
         Ok(sent)
     }
 
-    /// Takes what has come, and tells the host that there is room again.
+    /// Takes what has come, and tells the host that there is room again once half of it was used, as Linux does not for every packet either.
     fn receive(&mut self, into: &mut [u8]) -> Result<usize, Failure> {
         let count = match self.driver.recv(self.peer, self.port, into) {
             Ok(count) => count,
@@ -100,7 +103,9 @@ impl Socket {
             Err(Error::SocketDeviceError(SocketError::NotConnected)) => 0,
             Err(other) => return Err(other.into()),
         };
-        if count > 0 {
+        self.taken += count;
+        if self.taken >= WINDOW as usize / 2 {
+            self.taken = 0;
             match self.driver.update_credit(self.peer, self.port) {
                 Ok(()) | Err(Error::SocketDeviceError(SocketError::NotConnected)) => {}
                 Err(other) => return Err(other.into()),
