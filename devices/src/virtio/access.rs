@@ -1,11 +1,119 @@
 //! Short accesses to guest memory, of which each request takes a dozen.
 //!
 //! `vm_memory`'s own are ready for a range that lies in several pieces of memory, and that costs more than the access. Hardly any does, so the piece that
-//! holds all of it is tried first.
+//! holds all of it is tried first. What is accessed again and again, as rings are, is looked up once: see [`Window`].
 
 use std::sync::atomic::Ordering;
 
-use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
+use vm_memory::{
+    ByteValued, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, VolatileSlice,
+};
+
+/// Bytes of a cache line on the processors we run on.
+const LINE: u64 = 64;
+
+/// A stretch of guest memory that lies in one piece, found once for many accesses.
+pub(super) struct Window {
+    start: u64,
+    len: u64,
+    /// Where it is mapped.
+    base: *mut u8,
+    /// Keeps it mapped.
+    _memory: GuestMemoryMmap,
+}
+
+// SAFETY: the mapping behind `base` belongs to no thread, and is only accessed as volatile memory.
+unsafe impl Send for Window {}
+
+impl Window {
+    /// The `len` bytes from `start` on. `None`: they are not in memory, or not in one piece.
+    pub(super) fn new(memory: &GuestMemoryMmap, start: u64, len: u64) -> Option<Self> {
+        let slice = memory.get_slice(GuestAddress(start), usize::try_from(len).ok()?).ok()?;
+        Some(Self {
+            start,
+            len,
+            base: slice.ptr_guard_mut().as_ptr(),
+            _memory: memory.clone(),
+        })
+    }
+
+    /// The whole piece that `address` lies in.
+    pub(super) fn around(memory: &GuestMemoryMmap, address: u64) -> Option<Self> {
+        let region = memory.find_region(GuestAddress(address))?;
+        Self::new(memory, region.start_addr().0, region.len())
+    }
+
+    /// Whether all of a range is in it.
+    pub(super) fn contains(&self, address: u64, len: u64) -> bool {
+        // What lies before the start is far past the end.
+        let offset = address.wrapping_sub(self.start);
+        offset <= self.len && len <= self.len - offset
+    }
+
+    /// A range as memory of this process. `None`: not all of it is inside.
+    fn slice(&self, address: u64, len: usize) -> Option<VolatileSlice<'_>> {
+        if !self.contains(address, len as u64) {
+            return None;
+        }
+        let offset = (address - self.start) as usize;
+        // SAFETY: `base` is where the window's `len` bytes begin, all in one mapping, which `_memory` keeps for as long as `self`; the range lies in
+        // them, as was checked. Nobody has references to guest memory.
+        Some(unsafe { VolatileSlice::new(self.base.add(offset), len) })
+    }
+
+    /// As [`load`].
+    pub(super) fn load(&self, address: u64) -> Option<u16> {
+        self.slice(address, 2)?.load(0, Ordering::Acquire).ok()
+    }
+
+    /// As [`store`].
+    pub(super) fn store(&self, address: u64, value: u16) -> Option<()> {
+        self.slice(address, 2)?.store(value, 0, Ordering::Release).ok()
+    }
+
+    /// As [`read_obj`].
+    pub(super) fn read_obj<T: ByteValued + Default>(&self, address: u64) -> Option<T> {
+        let mut value = T::default();
+        self.slice(address, size_of::<T>())?.copy_to(value.as_mut_slice());
+        Some(value)
+    }
+
+    /// As [`write`].
+    pub(super) fn write(&self, address: u64, bytes: &[u8]) -> Option<()> {
+        self.slice(address, bytes.len())?.copy_from(bytes);
+        Some(())
+    }
+
+    /// Has the processor fetch the line at `address`, which another one wrote last: by the time it is needed it is here. With `WRITE` it is going to
+    /// be written.
+    pub(super) fn prefetch<const WRITE: bool>(&self, address: u64) {
+        let offset = address.wrapping_sub(self.start);
+        if offset < self.len {
+            prefetch::<WRITE>(self.base.wrapping_add(offset as usize));
+        }
+    }
+
+    /// Whether two addresses are on one line.
+    pub(super) fn on_one_line(one: u64, other: u64) -> bool {
+        one / LINE == other / LINE
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn prefetch<const WRITE: bool>(at: *const u8) {
+    use std::arch::x86_64::{_MM_HINT_ET0, _MM_HINT_T0, _mm_prefetch};
+    // SAFETY: a hint; it does nothing that can be told apart, wherever it points to.
+    unsafe {
+        if WRITE {
+            _mm_prefetch::<_MM_HINT_ET0>(at.cast());
+        } else {
+            _mm_prefetch::<_MM_HINT_T0>(at.cast());
+        }
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn prefetch<const WRITE: bool>(_: *const u8) {}
 
 /// Reads a field that the driver changes meanwhile; what it wrote before that is seen afterwards. `None`: it is not in memory, or not aligned.
 pub(super) fn load(memory: &GuestMemoryMmap, address: u64) -> Option<u16> {
@@ -55,16 +163,17 @@ pub(super) fn is_inside(memory: &GuestMemoryMmap, address: u64, len: u32) -> boo
     memory.get_slice(address, len).is_ok() || memory.check_range(address, len)
 }
 
-/// Adds a range that was found to be in memory to `slices`. What is refused now is left out, and whoever uses it sees less than it asked for.
-pub(super) fn add_slices<'m>(
-    slices: &mut Vec<VolatileSlice<'m>>,
+/// Calls `each` with the pieces of a range that was found to be in memory. What is refused now is left out, and whoever uses them sees less than it
+/// asked for.
+pub(super) fn each_slice<'m>(
     memory: &'m GuestMemoryMmap,
     address: GuestAddress,
     len: usize,
+    mut each: impl FnMut(VolatileSlice<'m>),
 ) {
     match memory.get_slice(address, len) {
-        Ok(slice) => slices.push(slice),
-        Err(_) => slices.extend(memory.get_slices(address, len).filter_map(Result::ok)),
+        Ok(slice) => each(slice),
+        Err(_) => memory.get_slices(address, len).filter_map(Result::ok).for_each(each),
     }
 }
 
@@ -100,9 +209,40 @@ mod tests {
                 assert_eq!(&read_back, b"8 bytes!");
                 assert_eq!(read_obj::<[u8; 8]>(&memory, address), Some(*b"8 bytes!"));
                 let mut slices = Vec::new();
-                add_slices(&mut slices, &memory, GuestAddress(address), 8);
+                each_slice(&memory, GuestAddress(address), 8, |slice| slices.push(slice));
                 assert_eq!(slices.iter().map(VolatileSlice::len).sum::<usize>(), 8);
             }
+        }
+    }
+
+    #[test]
+    fn a_window_is_one_piece_and_ends_where_it_ends() {
+        let memory = memory();
+        assert!(Window::new(&memory, 0xffc, 8).is_none(), "two pieces");
+        assert!(Window::around(&memory, 0x2000).is_none());
+        let window = Window::around(&memory, 0x1234).unwrap();
+        for (address, len, inside) in [
+            (0x1000, 0x1000, true),
+            (0xfff, 1, false),
+            (0x1fff, 1, true),
+            (0x1fff, 2, false),
+            (0x2000, 0, true),
+            (0x2001, 0, false),
+            (u64::MAX, 2, false),
+            (0x1000, u64::MAX, false),
+        ] {
+            assert_eq!(window.contains(address, len), inside, "{address:#x} {len:#x}");
+            window.prefetch::<true>(address);
+        }
+        for (address, inside) in [(0x1000, true), (0x1ff8, true), (0x1ff9, false), (0xff9, false)] {
+            assert_eq!(window.write(address, b"8 bytes!").is_some(), inside, "{address:#x}");
+            let back = window.read_obj::<[u8; 8]>(address);
+            assert_eq!(back, inside.then_some(*b"8 bytes!"), "{address:#x}");
+            assert_eq!(back, read_obj(&memory, address).filter(|_| inside), "{address:#x}");
+        }
+        for (address, there) in [(0x1ffe, true), (0x1fff, false), (0x2000, false), (0x1001, false)] {
+            assert_eq!(window.store(address, 0x1234).is_some(), there, "{address:#x}");
+            assert_eq!(window.load(address), there.then_some(0x1234), "{address:#x}");
         }
     }
 

@@ -150,15 +150,21 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    /// The next `len` bytes as memory of this process, without copying.
-    fn slices(&mut self, len: usize) -> Result<Vec<VolatileSlice<'a>>, TooShort> {
+    /// Calls `each` with the next `len` bytes as memory of this process, without copying.
+    fn each_slice(&mut self, len: usize, mut each: impl FnMut(VolatileSlice<'a>)) -> Result<(), TooShort> {
         self.check(len)?;
-        let mut slices = Vec::with_capacity(self.segments.len());
         let memory = self.memory;
         self.pass(len, |address, range| {
             // Checked when the chain was taken.
-            access::add_slices(&mut slices, memory, address, range.len());
+            access::each_slice(memory, address, range.len(), &mut each);
         });
+        Ok(())
+    }
+
+    /// As [`each_slice`](Self::each_slice), all at once.
+    fn slices(&mut self, len: usize) -> Result<Vec<VolatileSlice<'a>>, TooShort> {
+        let mut slices = Vec::with_capacity(self.segments.len());
+        self.each_slice(len, |slice| slices.push(slice))?;
         Ok(slices)
     }
 
@@ -244,6 +250,15 @@ impl<'a> Reader<'a> {
     pub fn slices(&mut self, len: usize) -> Result<Vec<VolatileSlice<'a>>, TooShort> {
         self.0.slices(len)
     }
+
+    /// As [`slices`](Self::slices), one after the other.
+    ///
+    /// # Errors
+    ///
+    /// [`TooShort`]: nothing was passed.
+    pub fn each_slice(&mut self, len: usize, each: impl FnMut(VolatileSlice<'a>)) -> Result<(), TooShort> {
+        self.0.each_slice(len, each)
+    }
 }
 
 /// Writes a chain's writable bytes, from the first on.
@@ -312,5 +327,14 @@ impl<'a> Writer<'a> {
     /// [`TooShort`]: nothing was passed.
     pub fn slices(&mut self, len: usize) -> Result<Vec<VolatileSlice<'a>>, TooShort> {
         self.0.slices(len)
+    }
+
+    /// As [`slices`](Self::slices), one after the other.
+    ///
+    /// # Errors
+    ///
+    /// [`TooShort`]: nothing was passed.
+    pub fn each_slice(&mut self, len: usize, each: impl FnMut(VolatileSlice<'a>)) -> Result<(), TooShort> {
+        self.0.each_slice(len, each)
     }
 }

@@ -15,7 +15,7 @@ use std::sync::atomic::{Ordering, fence};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{ByteValued, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
-use super::access;
+use super::access::{self, Window};
 use super::chain::{Chain, Segment};
 use super::violation::Violation;
 
@@ -70,8 +70,15 @@ pub struct Virtqueue {
     setup: QueueSetup,
     queue: Queue,
     memory: GuestMemoryMmap,
+    /// The piece of memory that holds the descriptor table, and with most machines all that a driver uses.
+    around: Window,
     event_idx: bool,
     indirect: bool,
+    /// The available ring's index as it was read last; up to there the entries are the device's. Each look at it takes the line from the driver,
+    /// which is about to write to it.
+    seen: u16,
+    /// Entries were written into the used ring whose index does not say so yet.
+    staged: bool,
     /// Chains taken and not yet given back.
     in_flight: u16,
     /// Chains given back since the driver was last told.
@@ -117,6 +124,11 @@ impl Virtqueue {
                 )));
             }
         }
+        let around = Window::around(&memory, descriptors).ok_or_else(|| {
+            wrong(format!(
+                "its descriptor table at {descriptors:#x} is not in guest memory"
+            ))
+        })?;
         let event_idx = features & super::feature::EVENT_IDX != 0;
         let mut queue = Queue::new(size).map_err(|e| wrong(e.to_string()))?;
         queue
@@ -131,7 +143,10 @@ impl Virtqueue {
             setup,
             queue,
             memory,
+            around,
             event_idx,
+            seen: 0,
+            staged: false,
             indirect: features & super::feature::INDIRECT_DESC != 0,
             in_flight: 0,
             unannounced: 0,
@@ -171,18 +186,84 @@ impl Virtqueue {
     ///
     /// A [`Violation`]. The queue cannot go on then.
     pub fn pop(&mut self) -> Result<Option<Chain>, Violation> {
-        let available = self.available()?;
-        if available == 0 {
+        if self.known() == 0 && self.look()? == 0 {
             return Ok(None);
         }
         let position = self.queue.next_avail();
-        let slot = u64::from(position % self.setup.size);
-        let head: u16 = self.load(self.setup.available + 4 + 2 * slot)?;
-        let head = u16::from_le(head);
+        let head = self.head(position)?;
         let chain = self.walk(head)?;
         self.queue.set_next_avail(position.wrapping_add(1));
         self.in_flight += 1;
         Ok(Some(chain))
+    }
+
+    /// Appends the next chains to `chains`, at most `most`, as repeated [`pop`](Self::pop)s would do; for a device that works on several at a
+    /// time. None: the driver has not made any more available.
+    ///
+    /// # Errors
+    ///
+    /// A [`Violation`], after the chains before it were taken. The queue cannot go on then.
+    pub fn pop_some(&mut self, most: u16, chains: &mut Vec<Chain>) -> Result<(), Violation> {
+        let known = match self.known() {
+            0 => self.look()?,
+            known => known,
+        };
+        let count = known.min(most);
+        if count > 1 {
+            self.prefetch_descriptors(count)?;
+        }
+        for _ in 0..count {
+            let Some(chain) = self.pop()? else { break };
+            if count > 1 {
+                self.prefetch_ends(&chain);
+            }
+            chains.push(chain);
+        }
+        Ok(())
+    }
+
+    /// Has the descriptors of the next `count` chains fetched, all at a time: the driver wrote them last.
+    fn prefetch_descriptors(&self, count: u16) -> Result<(), Violation> {
+        for ahead in 0..count {
+            let head = self.head(self.queue.next_avail().wrapping_add(ahead))?;
+            let at = self.setup.descriptors + DESCRIPTOR_BYTES * u64::from(head);
+            self.around.prefetch::<false>(at);
+            // Where its next one is likely to be.
+            self.around.prefetch::<false>(at + 2 * DESCRIPTOR_BYTES);
+        }
+        Ok(())
+    }
+
+    /// Has the beginning and the end of a chain fetched, where most devices have a header and a status.
+    fn prefetch_ends(&self, chain: &Chain) {
+        let last = chain.writable().last().filter(|last| last.len > 0);
+        let end = last.map(|last| last.address + u64::from(last.len - 1));
+        if let Some(end) = end {
+            self.around.prefetch::<true>(end);
+        }
+        if let Some(first) = chain.readable().first()
+            && end.is_none_or(|end| !Window::on_one_line(first.address, end))
+        {
+            self.around.prefetch::<false>(first.address);
+        }
+    }
+
+    /// Chains that the driver had made available when the device looked last, and that were not taken yet.
+    pub fn known(&self) -> u16 {
+        self.seen.wrapping_sub(self.queue.next_avail())
+    }
+
+    /// Looks how many chains there are.
+    fn look(&mut self) -> Result<u16, Violation> {
+        let available = self.available()?;
+        self.seen = self.queue.next_avail().wrapping_add(available);
+        Ok(available)
+    }
+
+    /// The first descriptor of the chain at a position of the available ring.
+    fn head(&self, position: u16) -> Result<u16, Violation> {
+        let slot = u64::from(position % self.setup.size);
+        Ok(u16::from_le(self.load(self.setup.available + 4 + 2 * slot)?))
     }
 
     /// Puts back the chain that was popped last, as if it had not been taken; for a device that finds that it has no room for it yet. Only the
@@ -219,7 +300,8 @@ impl Virtqueue {
     ///
     /// A [`Violation`] if the used ring is not where it was.
     pub fn push(&mut self, chain: Chain, written: u32) -> Result<(), Violation> {
-        self.push_all([(chain, written)])
+        self.stage(chain, written)?;
+        self.publish()
     }
 
     /// Gives chains back as [`push`](Self::push) does, so that the driver sees all of them or none: what belongs together, as the buffers of one
@@ -229,22 +311,51 @@ impl Virtqueue {
     ///
     /// A [`Violation`] if the used ring is not where it was.
     pub fn push_all(&mut self, chains: impl IntoIterator<Item = (Chain, u32)>) -> Result<(), Violation> {
-        let mut next = Wrapping(self.queue.next_used());
         for (chain, written) in chains {
-            let slot = u64::from(next.0 % self.setup.size);
-            let at = self.setup.used + USED_HEADER_BYTES + USED_ELEMENT_BYTES * slot;
-            let element = [u32::from(chain.head()).to_le(), written.to_le()];
-            access::write(&self.memory, GuestAddress(at), ByteValued::as_slice(&element))
-                .ok_or_else(|| self.outside(at, USED_ELEMENT_BYTES))?;
-            self.keep(chain);
-            self.in_flight = self.in_flight.saturating_sub(1);
-            self.unannounced = self.unannounced.saturating_add(1);
-            next += 1;
+            self.stage(chain, written)?;
         }
-        self.queue.set_next_used(next.0);
-        let index = self.setup.used + 2;
+        self.publish()
+    }
+
+    /// Gives `chain` back as [`push`](Self::push) does, but the driver sees it only after [`publish`](Self::publish): each look that a driver takes
+    /// at the ring costs both sides, so what is done at nearly the same time is shown together.
+    ///
+    /// # Errors
+    ///
+    /// A [`Violation`] if the used ring is not where it was.
+    pub fn stage(&mut self, chain: Chain, written: u32) -> Result<(), Violation> {
+        let next = self.queue.next_used();
+        let slot = u64::from(next % self.setup.size);
+        let at = self.setup.used + USED_HEADER_BYTES + USED_ELEMENT_BYTES * slot;
+        let element = [u32::from(chain.head()).to_le(), written.to_le()];
+        let bytes = ByteValued::as_slice(&element);
+        self.around
+            .write(at, bytes)
+            .or_else(|| access::write(&self.memory, GuestAddress(at), bytes))
+            .ok_or_else(|| self.outside(at, USED_ELEMENT_BYTES))?;
+        self.keep(chain);
+        self.in_flight = self.in_flight.saturating_sub(1);
+        self.unannounced = self.unannounced.saturating_add(1);
+        self.queue.set_next_used(next.wrapping_add(1));
+        self.staged = true;
+        Ok(())
+    }
+
+    /// Shows the driver what was [`stage`](Self::stage)d. Asking whether it [`needs_interrupt`](Self::needs_interrupt) does so, too.
+    ///
+    /// # Errors
+    ///
+    /// A [`Violation`] if the used ring is not where it was.
+    pub fn publish(&mut self) -> Result<(), Violation> {
+        if !std::mem::take(&mut self.staged) {
+            return Ok(());
+        }
+        let (at, index) = (self.setup.used + 2, self.queue.next_used().to_le());
         // Released: whoever sees the index sees the entries.
-        access::store(&self.memory, index, next.0.to_le()).ok_or_else(|| self.outside(index, 2))
+        self.around
+            .store(at, index)
+            .or_else(|| access::store(&self.memory, at, index))
+            .ok_or_else(|| self.outside(at, 2))
     }
 
     /// Whether the driver wants to be told of what was pushed since the last call. [`Context::interrupt`](super::device::Context::interrupt)
@@ -254,6 +365,7 @@ impl Virtqueue {
     ///
     /// A [`Violation`] if the rings are not where they were.
     pub fn needs_interrupt(&mut self) -> Result<bool, Violation> {
+        self.publish()?;
         let pushed = std::mem::take(&mut self.unannounced);
         if pushed == 0 {
             return Ok(false);
@@ -377,7 +489,10 @@ impl Virtqueue {
 
     fn descriptor(&self, table: u64, index: u32) -> Result<Descriptor, Violation> {
         let address = table.checked_add(DESCRIPTOR_BYTES * u64::from(index));
-        let read = address.and_then(|address| access::read_obj::<Descriptor>(&self.memory, address));
+        let read = address.and_then(|address| {
+            let near = self.around.read_obj::<Descriptor>(address);
+            near.or_else(|| access::read_obj(&self.memory, address))
+        });
         let raw = read.ok_or(Violation::Address {
             queue: self.index,
             address: address.unwrap_or(table),
@@ -392,7 +507,9 @@ impl Virtqueue {
     }
 
     fn check_buffer(&self, descriptor: &Descriptor) -> Result<(), Violation> {
-        let fits = descriptor.len == 0 || access::is_inside(&self.memory, descriptor.address, descriptor.len);
+        let Descriptor { address, len, .. } = *descriptor;
+        let fits =
+            len == 0 || self.around.contains(address, len.into()) || access::is_inside(&self.memory, address, len);
         if fits {
             Ok(())
         } else {
@@ -406,7 +523,9 @@ impl Virtqueue {
 
     /// Reads a field of the available ring that the driver changes while the device reads.
     fn load(&self, address: u64) -> Result<u16, Violation> {
-        access::load(&self.memory, address).ok_or_else(|| self.outside(address, 2))
+        let near = self.around.load(address);
+        near.or_else(|| access::load(&self.memory, address))
+            .ok_or_else(|| self.outside(address, 2))
     }
 
     fn outside(&self, address: u64, len: u64) -> Violation {

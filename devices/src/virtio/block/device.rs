@@ -70,8 +70,10 @@ pub struct Block {
     started: Instant,
     /// Room for what the engine has done.
     done: Vec<Done>,
-    /// Room for the buffers of requests to come.
-    room: Option<Buffers>,
+    /// Room for chains that are taken together.
+    batch: Vec<Chain>,
+    /// Rooms for the buffers of requests to come.
+    rooms: Vec<Buffers>,
 }
 
 impl Block {
@@ -145,7 +147,8 @@ impl Block {
             reports: RateLimiter::new(&REPORTS, 0),
             started: Instant::now(),
             done: Vec::new(),
-            room: None,
+            batch: Vec::new(),
+            rooms: Vec::new(),
         };
         Ok((block, BlockHandle(shared)))
     }

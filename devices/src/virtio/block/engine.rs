@@ -43,6 +43,9 @@ pub(super) struct Done {
 pub(super) trait Engine: Send {
     fn kind(&self) -> EngineKind;
 
+    /// Whether several reads of what the host has in memory, submitted together, cost less than one after the other on the device's own thread.
+    fn is_for_batches(&self) -> bool;
+
     /// Takes on a job, whose buffers lie in `memory`.
     fn submit(&mut self, id: u32, job: Job, memory: &GuestMemoryMmap);
 

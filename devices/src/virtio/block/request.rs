@@ -191,8 +191,12 @@ pub(super) fn parse(
             let Some(offset) = place(sector, room_in.into(), limits.capacity) else {
                 return Ok(Request::Answer(IOERR));
             };
-            let slices = chain.writer(memory).slices(room_in as usize).unwrap_or_default();
-            Ok(work(Operation::Read, offset, room_in, slices.iter(), room))
+            let mut buffers = room.cleared();
+            // There are as many bytes.
+            let _ = chain
+                .writer(memory)
+                .each_slice(room_in as usize, |slice| buffers.push(&slice));
+            Ok(transfer(Operation::Read, offset, room_in, buffers))
         }
         T_OUT => {
             only_writes("a write has writable data")?;
@@ -200,13 +204,15 @@ pub(super) fn parse(
             let Some(offset) = place(sector, data_out.into(), limits.capacity).filter(|_| !limits.read_only) else {
                 return Ok(Request::Answer(IOERR));
             };
-            let slices = reader.slices(data_out as usize).unwrap_or_default();
-            Ok(work(Operation::Write, offset, data_out, slices.iter(), room))
+            let mut buffers = room.cleared();
+            // As above.
+            let _ = reader.each_slice(data_out as usize, |slice| buffers.push(&slice));
+            Ok(transfer(Operation::Write, offset, data_out, buffers))
         }
         T_FLUSH => {
             only_reads("a flush has readable data")?;
             only_writes("a flush has writable data")?;
-            Ok(work(Operation::Flush, 0, 0, [].iter(), room))
+            Ok(work(Operation::Flush, 0, 0, room.cleared()))
         }
         T_GET_ID => {
             only_reads("a request for the id has readable data")?;
@@ -223,7 +229,7 @@ pub(super) fn parse(
             let range = reader.read_obj::<Range>().unwrap_or_default();
             let one = data_out == RANGE_BYTES;
             Ok(match ranged(kind, &range, one, limits) {
-                Ok((operation, offset, len)) => work(operation, offset, len, [].iter(), room),
+                Ok((operation, offset, len)) => work(operation, offset, len, room.cleared()),
                 Err(status) => Request::Answer(status),
             })
         }
@@ -239,26 +245,22 @@ fn whole_sectors(bytes: u32) -> Result<(), u64> {
     }
 }
 
-fn work<'a>(
-    operation: Operation,
-    offset: u64,
-    len: u32,
-    slices: impl Iterator<Item = &'a vm_memory::VolatileSlice<'a>>,
-    room: Buffers,
-) -> Request {
-    let mut buffers = room.cleared();
-    for slice in slices {
-        buffers.push(slice);
-    }
-    if matches!(operation, Operation::Read | Operation::Write) && buffers.bytes() != u64::from(len) {
-        // Guest memory that was there when the chain was taken is gone.
-        return Request::Answer(IOERR);
-    }
+fn work(operation: Operation, offset: u64, len: u32, buffers: Buffers) -> Request {
     Request::Work {
         operation,
         offset,
         len: len.into(),
         buffers,
+    }
+}
+
+/// A read or write of `len` bytes.
+fn transfer(operation: Operation, offset: u64, len: u32, buffers: Buffers) -> Request {
+    if buffers.bytes() == u64::from(len) {
+        work(operation, offset, len, buffers)
+    } else {
+        // Guest memory that was there when the chain was taken is gone.
+        Request::Answer(IOERR)
     }
 }
 

@@ -21,7 +21,7 @@ use super::features;
 use super::handle::Counters;
 use super::header::{ETHERNET_BYTES, HEADER_BYTES, Header, MAX_FRAME, VLAN_BYTES};
 use super::limit::Limit;
-use crate::virtio::access::add_slices;
+use crate::virtio::access::each_slice;
 use crate::virtio::chain::Chain;
 use crate::virtio::queue::Virtqueue;
 use crate::virtio::violation::Violation;
@@ -230,7 +230,7 @@ impl<'t, 'm> Turn<'t, 'm> {
         let mut slices = Vec::with_capacity(chain.writable().len());
         for segment in chain.writable().iter().filter(|segment| segment.len > 0) {
             let address = GuestAddress(segment.address);
-            add_slices(&mut slices, self.memory, address, segment.len as usize);
+            each_slice(self.memory, address, segment.len as usize, |slice| slices.push(slice));
         }
         slices
     }

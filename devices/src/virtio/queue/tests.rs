@@ -146,6 +146,67 @@ fn chains_given_back_together_are_seen_together() {
 }
 
 #[test]
+fn chains_taken_together_are_those_taken_one_by_one() {
+    let mut rig = Rig::active(Echo::default());
+    let heads: Vec<u16> = (0..5)
+        .map(|n| {
+            rig.add(
+                0,
+                &[if n % 2 == 0 {
+                    Buffer::Out(vec![1])
+                } else {
+                    Buffer::In(1)
+                }],
+            )
+        })
+        .collect();
+    // And a sixth that lies outside of memory.
+    rig.write_descriptor(0, 7, MEMORY, 1, 0, 0);
+    rig.make_available(0, 7);
+    rig.call(|_, context| {
+        let queue = context.queue(0).unwrap();
+        let mut chains = Vec::new();
+        queue.pop_some(0, &mut chains).unwrap();
+        queue.pop_some(2, &mut chains).unwrap();
+        assert_eq!((chains.len(), queue.in_flight(), queue.known()), (2, 2, 4));
+        let broken = queue.pop_some(u16::MAX, &mut chains).unwrap_err();
+        assert!(matches!(broken, Violation::Address { .. }), "{broken:?}");
+        let taken: Vec<u16> = chains.iter().map(Chain::head).collect();
+        assert_eq!(taken, heads, "those before the broken one");
+    });
+}
+
+#[test]
+fn chains_given_back_are_seen_once_they_are_published() {
+    let mut rig = Rig::active(Echo {
+        hold: true,
+        ..Echo::default()
+    });
+    for told in [false, true] {
+        for _ in 0..3 {
+            rig.add(0, &[Buffer::In(4)]);
+        }
+        rig.kick(0);
+        rig.call(|device, context| {
+            let queue = context.queue(0).unwrap();
+            device.held.drain(..).for_each(|chain| queue.stage(chain, 4).unwrap());
+            assert_eq!(queue.in_flight(), 0);
+        });
+        assert!(rig.used(0).is_none());
+        rig.call(|_, context| {
+            let queue = context.queue(0).unwrap();
+            if told {
+                queue.needs_interrupt().map(drop)
+            } else {
+                queue.publish()
+            }
+        })
+        .unwrap();
+        assert_eq!(std::iter::from_fn(|| rig.used(0)).count(), 3);
+    }
+}
+
+#[test]
 fn a_chain_put_back_comes_again() {
     let mut rig = Rig::active(Echo::default());
     let head = rig.add(0, &[Buffer::Out(vec![1])]);

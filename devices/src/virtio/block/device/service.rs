@@ -6,10 +6,11 @@
 use std::io::ErrorKind;
 use std::time::{Duration, Instant};
 
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::GuestAddress;
 
 use super::{Block, Flying, nanoseconds};
 use crate::dispatch::DeviceEvent;
+use crate::virtio::access;
 use crate::virtio::block::backend::Job;
 use crate::virtio::block::engine::Done;
 use crate::virtio::block::request::{self, IOERR, OK, Operation, Request};
@@ -19,6 +20,11 @@ use crate::virtio::violation::Violation;
 
 /// Most requests that one queue has taken before the others, and the driver, have their turn.
 const SHARE: usize = 32;
+/// Most requests that are taken, done and shown to the driver together: enough to share out what a system call and a look at the rings cost, few
+/// enough for the driver to prepare the next ones meanwhile.
+const BATCH: u16 = 8;
+/// Rooms for buffers that are kept.
+const KEPT_ROOMS: usize = 64;
 /// Longest that the loop is kept from its other events while there is work, in nanoseconds.
 const TURN: u128 = 1_000_000;
 /// Longest transfer, in bytes, that the loop's thread does itself: what a copy takes no longer than a switch of threads, some times over.
@@ -99,33 +105,69 @@ impl Block {
 
     /// Takes a share of what `queue` has: whether there was anything.
     fn take(&mut self, queue: u16, context: &mut Context<'_>) -> Result<bool, Fault> {
-        for taken in 0..SHARE {
-            if self.held || self.free.is_empty() {
-                return Ok(taken > 0);
+        let mut taken = 0;
+        while taken < SHARE && !self.held {
+            let count = self.take_batch(queue, context)?;
+            if count == 0 {
+                break;
             }
-            let Some(ring) = context.queue(queue) else {
-                return Ok(taken > 0);
-            };
-            let Some(chain) = ring.pop()? else {
-                return Ok(taken > 0);
-            };
+            taken += count;
+        }
+        Ok(taken > 0)
+    }
+
+    /// Takes a few requests, has them done, and shows the driver what is done by then: how many it took.
+    fn take_batch(&mut self, queue: u16, context: &mut Context<'_>) -> Result<usize, Fault> {
+        let most = u16::try_from(self.free.len()).map_or(BATCH, |free| free.min(BATCH));
+        let Some(ring) = context.queue(queue) else {
+            return Ok(0);
+        };
+        let mut batch = std::mem::take(&mut self.batch);
+        let popped = ring.pop_some(most, &mut batch);
+        let count = batch.len();
+        let begun = self.begin_all(queue, &mut batch, context);
+        batch.clear();
+        self.batch = batch;
+        begun?;
+        if count > 1 {
+            if let Some(engine) = &mut self.engine {
+                engine.kick();
+            }
+            self.collect(context)?;
+        }
+        if let Some(ring) = context.queue(queue) {
+            ring.publish()?;
+        }
+        popped?;
+        Ok(count)
+    }
+
+    /// Begins the requests of a batch, as far as the rate limit lets them.
+    fn begin_all(&mut self, queue: u16, batch: &mut Vec<Chain>, context: &mut Context<'_>) -> Result<(), Fault> {
+        let together = batch.len() > 1 && self.engine.as_ref().is_some_and(|engine| engine.is_for_batches());
+        let mut chains = batch.drain(..);
+        while let Some(chain) = chains.next() {
             if let Some(rate) = &mut self.rate
                 && !rate
                     .admit(request::data_bytes(&chain))
                     .map_err(|e| Fault::Host(e.into()))?
             {
                 self.held = true;
-                ring.unpop(chain);
-                return Ok(taken > 0);
+                if let Some(ring) = context.queue(queue) {
+                    // The last one first.
+                    chains.rev().for_each(|later| ring.unpop(later));
+                    ring.unpop(chain);
+                }
+                return Ok(());
             }
-            self.begin(queue, chain, context)?;
+            self.begin(queue, chain, together, context)?;
         }
-        Ok(true)
+        Ok(())
     }
 
-    /// Does a request, or gives it to the engine.
-    fn begin(&mut self, queue: u16, chain: Chain, context: &mut Context<'_>) -> Result<(), Fault> {
-        let room = self.room.take().unwrap_or_default();
+    /// Does a request, or gives it to the engine; reads in any case if they are `together` with others.
+    fn begin(&mut self, queue: u16, chain: Chain, together: bool, context: &mut Context<'_>) -> Result<(), Fault> {
+        let room = self.rooms.pop().unwrap_or_default();
         let (operation, offset, len, buffers) = match request::parse(queue, &chain, context.memory, &self.limits, room)?
         {
             Request::Work {
@@ -154,7 +196,10 @@ impl Block {
             buffers,
             durable: self.write_through,
         };
-        if let Some(result) = self.at_once(&job) {
+        // An empty one needs nobody.
+        if !(together && operation == Operation::Read && len > 0)
+            && let Some(result) = self.at_once(&job)
+        {
             return self.finish(queue, chain, job, result, context);
         }
         let (Some(engine), Some(id)) = (&mut self.engine, self.free.pop()) else {
@@ -220,7 +265,9 @@ impl Block {
                 IOERR
             }
         };
-        self.room = Some(job.buffers);
+        if self.rooms.len() < KEPT_ROOMS {
+            self.rooms.push(job.buffers);
+        }
         Ok(answer(queue, chain, status, context)?)
     }
 
@@ -266,16 +313,16 @@ impl Block {
     }
 }
 
-/// Gives a chain back with its status, which is its last writable byte.
+/// Gives a chain back with its status, which is its last writable byte. The driver sees it once the batch is published.
 fn answer(queue: u16, chain: Chain, status: u8, context: &mut Context<'_>) -> Result<(), Violation> {
     if let Some(last) = chain.writable().iter().rev().find(|segment| segment.len > 0) {
         let at = last.address + u64::from(last.len - 1);
         // The buffer was in guest memory when the chain was taken.
-        let _ = context.memory.write_obj(status, GuestAddress(at));
+        let _ = access::write(context.memory, GuestAddress(at), &[status]);
     }
     let written = chain.writable_bytes();
     match context.queue(queue) {
-        Some(ring) => ring.push(chain, written),
+        Some(ring) => ring.stage(chain, written),
         None => Ok(()),
     }
 }

@@ -145,6 +145,10 @@ impl Engine for Pool {
         EngineKind::Threads
     }
 
+    fn is_for_batches(&self) -> bool {
+        false
+    }
+
     fn submit(&mut self, id: u32, job: Job, memory: &GuestMemoryMmap) {
         let memory = memory.clone();
         let mut work = lock(&self.shared.work);

@@ -20,7 +20,7 @@ use io_uring::register::Restriction;
 use io_uring::types::{Fixed, FsyncFlags};
 use io_uring::{IoUring, opcode, squeue};
 use rustix::event::{PollFd, PollFlags, Timespec};
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::{Done, Engine, EngineKind};
@@ -44,6 +44,8 @@ pub(super) struct Ring {
     under_way: u32,
     /// What needed no kernel.
     done: Vec<Done>,
+    /// Room for what the kernel said: ids and results.
+    said: Vec<(u32, i32)>,
     event: EventFd,
     /// Completions make `event` readable.
     armed: bool,
@@ -78,6 +80,7 @@ impl Ring {
         })?;
         let fixed_file = squeue::Flags::FIXED_FILE.bits();
         let mut allowed = [
+            Restriction::sqe_op(opcode::Read::CODE),
             Restriction::sqe_op(opcode::Readv::CODE),
             Restriction::sqe_op(opcode::Writev::CODE),
             Restriction::sqe_op(opcode::Fsync::CODE),
@@ -96,6 +99,7 @@ impl Ring {
             jobs: (0..capacity).map(|_| None).collect(),
             under_way: 0,
             done: Vec::new(),
+            said: Vec::new(),
             event,
             armed: true,
             memory: None,
@@ -183,6 +187,15 @@ fn entry(job: &Job) -> squeue::Entry {
     // At most MAX_VECTORS.
     let (vectors, count) = (job.buffers.vectors().as_ptr(), job.buffers.vectors().len() as u32);
     match job.operation {
+        // Cheaper than a row of one.
+        Operation::Read
+            if let [only] = job.buffers.vectors()
+                && let Ok(len) = u32::try_from(only.iov_len) =>
+        {
+            opcode::Read::new(IMAGE, only.iov_base.cast(), len)
+                .offset(job.offset)
+                .build()
+        }
         Operation::Read => opcode::Readv::new(IMAGE, vectors, count).offset(job.offset).build(),
         Operation::Write => {
             let flags = if job.durable { RWF_DSYNC } else { 0 };
@@ -222,13 +235,23 @@ fn direct_range(file: &HostFile, job: &Job) -> bool {
     })
 }
 
+/// Whether both are the same mappings.
+fn is_same(one: &GuestMemoryMmap, other: &GuestMemoryMmap) -> bool {
+    one.num_regions() == other.num_regions() && one.iter().zip(other.iter()).all(|(a, b)| std::ptr::eq(a, b))
+}
+
 impl Engine for Ring {
     fn kind(&self) -> EngineKind {
         EngineKind::IoUring
     }
 
+    fn is_for_batches(&self) -> bool {
+        // What is not in memory, as with a direct file, goes to the ring in any case.
+        self.file.alignment().is_none()
+    }
+
     fn submit(&mut self, id: u32, job: Job, memory: &GuestMemoryMmap) {
-        if self.under_way == 0 {
+        if self.under_way == 0 && !self.memory.as_ref().is_some_and(|kept| is_same(kept, memory)) {
             self.memory = Some(memory.clone());
         }
         if std::mem::take(&mut self.armed) {
@@ -269,13 +292,17 @@ impl Engine for Ring {
         if to_enter {
             self.enter(0);
         }
-        loop {
-            let Some(entry) = self.ring.completion().next() else {
-                break;
-            };
-            // As submitted: an id of 32 bits.
-            self.complete(entry.user_data() as u32, entry.result(), done);
+        let mut said = std::mem::take(&mut self.said);
+        // As submitted: ids of 32 bits.
+        said.extend(
+            self.ring
+                .completion()
+                .map(|entry| (entry.user_data() as u32, entry.result())),
+        );
+        for (id, result) in said.drain(..) {
+            self.complete(id, result, done);
         }
+        self.said = said;
         // What was continued.
         self.kick();
     }

@@ -13,11 +13,13 @@ use crate::arguments::Arguments;
 use crate::guest::{Failure, Guest, Outcome};
 use crate::{cpu, ensure};
 
-/// A request slot: three descriptors.
+/// A request slot: three descriptors. What the device reads and writes of it is on one cache line that belongs to no other slot; its data is in
+/// whole pages, as with any operating system's driver, since the heap aligns blocks to their size.
+#[repr(C, align(64))]
 struct Slot {
     header: Header,
-    data: Vec<u8>,
     status: [u8; 1],
+    data: Vec<u8>,
 }
 
 /// Where requests go.
