@@ -1,3 +1,5 @@
+//! The parsers, on what kernels print, and processes of our own.
+
 use std::process::Command;
 
 use super::{
