@@ -213,7 +213,7 @@ pub(crate) fn curve(results: &Results, figure: &Figure, subject: &str) -> Vec<(f
 
 /// The exponent of a power law through points (size, value) by least squares of their logarithms: 0 does not grow, 1 grows in proportion. `None`
 /// without two sizes with positive values.
-pub(crate) fn exponent(points: &[(f64, f64)]) -> Option<f64> {
+fn exponent(points: &[(f64, f64)]) -> Option<f64> {
     let logs: Vec<_> = points
         .iter()
         .filter(|(size, value)| *size > 0.0 && *value > 0.0)
@@ -227,6 +227,12 @@ pub(crate) fn exponent(points: &[(f64, f64)]) -> Option<f64> {
     (spread > 0.0).then(|| together / spread)
 }
 
+/// The exponent through all points, and that between the last two: what is constant hides at the beginning what grows.
+pub(crate) fn exponents(points: &[(f64, f64)]) -> Option<(f64, f64)> {
+    let end = points.get(points.len().saturating_sub(2)..)?;
+    exponent(points).zip(exponent(end))
+}
+
 /// What a growing figure is, and how it grows for whom.
 fn growth(results: &Results, figure: &Figure, with: &str) -> Vec<String> {
     let unit = match figure.unit {
@@ -236,9 +242,7 @@ fn growth(results: &Results, figure: &Figure, with: &str) -> Vec<String> {
     let mut lines = vec![format!("{} ({}{unit}) by {with}", figure.id, figure.title)];
     for subject in &results.subjects {
         let points = curve(results, figure, &subject.name);
-        // What is constant hides at the beginning what grows.
-        let end = points.get(points.len().saturating_sub(2)..).and_then(exponent);
-        if let (Some(all), Some(end)) = (exponent(&points), end) {
+        if let Some((all, end)) = exponents(&points) {
             let name = &subject.name;
             lines.push(format!(
                 "{name}: grows with {with} to the power of {all:.2}, at the end {end:.2}"

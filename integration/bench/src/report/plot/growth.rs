@@ -19,13 +19,15 @@ use crate::{
     figure::Figure,
     report::{
         number::number,
-        table::{curve, exponent, sizes_of},
+        table::{curve, exponents, sizes_of},
     },
     results::Results,
 };
 
 const WIDTH: u32 = 760;
 const HEIGHT: u32 = 460;
+/// Where text at the right ends.
+const RIGHT: i32 = 744;
 
 /// A subject's curve.
 struct Curve {
@@ -56,6 +58,8 @@ pub(super) fn draw(results: &Results, figure: &Figure, with: &str) -> Result<Opt
                 text(15.0, Weight::Bold, INK, HPos::Left),
             );
             canvas.draw(&heading)?;
+            let id = text(11.0, Weight::Normal, FAINT, HPos::Right);
+            canvas.draw(&Text::new(figure.id.to_owned(), (RIGHT, 22), id))?;
             let x = (sizes.0 / 1.3..sizes.1 * 1.3).log_scale();
             let x = x.with_key_points(sizes_of(results, figure));
             let (bottom, top) = decades(values);
@@ -111,7 +115,9 @@ fn curves(results: &Results, figure: &Figure) -> Vec<Curve> {
     let curves = subjects.map(|(index, subject)| {
         let mut points = curve(results, figure, &subject.name);
         points.retain(|(size, value)| *size > 0.0 && *value > 0.0 && value.is_finite());
-        let slope = exponent(&points).map_or(String::new(), |exponent| format!(", exponent {exponent:.2}"));
+        let slope = exponents(&points).map_or(String::new(), |(all, end)| {
+            format!(", exponent {all:.2}, at the end {end:.2}")
+        });
         Curve {
             index,
             label: format!("{}{slope}", subject.name),

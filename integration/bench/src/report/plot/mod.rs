@@ -66,7 +66,12 @@ fn plots(results: &Results) -> Result<Vec<Plot>> {
         }
         Ok(())
     };
-    bars("goals", "Goals", &single(&|figure| figure.goal.is_some()))?;
+    // A goal of nothing has no bar; the tables say whether it is reached.
+    bars(
+        "goals",
+        "Goals",
+        &single(&|figure| figure.goal.is_some_and(|goal| goal > 0.0)),
+    )?;
     let mut parts: Vec<&str> = figures.iter().map(|figure| figure.part()).collect();
     parts.dedup();
     for part in parts {
