@@ -110,6 +110,13 @@ fn run(arguments: &Arguments) -> Result<()> {
         return show(arguments, &results);
     }
     let parts = chosen(&arguments.parts)?;
+    if !Path::new("/dev/kvm").exists() {
+        if arguments.short {
+            eprintln!("skipped: no /dev/kvm");
+            return Ok(());
+        }
+        bail!("there is no /dev/kvm");
+    }
     let results = measure(arguments, &parts)?;
     if let Some(path) = &arguments.json {
         write(path, &results.to_json()?)?;
