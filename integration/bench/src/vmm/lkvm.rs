@@ -64,7 +64,8 @@ impl Vmm for Lkvm {
             Some(tap) => {
                 fcntl_setfd(tap.fd, FdFlags::empty())?;
                 let (fd, mac) = (tap.fd.as_raw_fd(), mac(tap.mac));
-                format!("mode=tap,fd={fd},guest_mac={mac}")
+                // What looks like a macvtap's path keeps it from making a device of the descriptor, which is one already.
+                format!("mode=tap,tapif=/dev/net/tun,script=none,fd={fd},guest_mac={mac}")
             }
         };
         command.args(["--network", &network]);
