@@ -1,4 +1,4 @@
-//! Turns the table into one BPF program a role.
+//! Turns the table into one BPF program a role; while this crate is compiled, so that a start finds its programs ready.
 //!
 //! The program is a search tree, not a list: the kernel runs every filter for some 900 call numbers when it is installed
 //! (to find those that need no filter), translates it, and every thread of a component installs one. The tree takes
@@ -11,14 +11,13 @@
 //!                                                    │
 //!                           allow, or an errno, or conditions on the arguments; for ioctl the same search again
 //! ```
+//!
+//! It is written from its end to its beginning: all jumps lead forward, so each one's distance is known when it is written.
 
 use libc::sock_filter;
 
 use super::ThreadRole;
 use super::table::{ANSWERED, Argument, CALLS, IOCTLS, Value};
-
-/// A filter program.
-pub(super) type Program = Vec<sock_filter>;
 
 // linux/bpf_common.h: load a word of the call's data, compare and jump, mask, return.
 const LOAD: u16 = 0x20;
@@ -39,166 +38,249 @@ const X86_64: u32 = 0xc000_003e;
 /// Up to this many values are compared one by one.
 const FEW: usize = 4;
 
-fn load(offset: u32) -> sock_filter {
-    sock_filter {
-        code: LOAD,
-        jt: 0,
-        jf: 0,
-        k: offset,
-    }
+/// The longest program, in instructions.
+const LONGEST: usize = 1024;
+
+/// The most values that one search tells apart.
+const MOST_CASES: usize = 192;
+
+/// A filter program; while it is being written, its end.
+pub(super) struct Program {
+    code: [sock_filter; LONGEST],
+    start: usize,
 }
 
-fn and(mask: u32) -> sock_filter {
-    sock_filter {
-        code: AND,
-        jt: 0,
-        jf: 0,
-        k: mask,
-    }
+/// What follows when a searched word is found.
+#[derive(Clone, Copy)]
+enum Then {
+    Answer(u32),
+    /// Allow if any of the alternatives holds, else kill.
+    Conditions(&'static [&'static [Argument]]),
+    /// Search the request of an `ioctl`.
+    Requests,
 }
 
-fn answer(action: u32) -> sock_filter {
-    sock_filter {
-        code: RETURN,
-        jt: 0,
-        jf: 0,
-        k: action,
-    }
+/// Sorted words, and what follows each.
+struct Cases {
+    list: [(u32, Then); MOST_CASES],
+    count: usize,
 }
 
-fn kill() -> sock_filter {
-    answer(libc::SECCOMP_RET_KILL_PROCESS)
-}
-
-/// `code` (ending in an answer) if the loaded word is `value`; falls through otherwise.
-fn if_equal(value: u32, code: Program) -> Program {
-    guarded(JUMP_IF_EQUAL, value, true, code)
-}
-
-/// `code` if the comparison comes out as `when`; jumps over it otherwise.
-fn guarded(comparison: u16, value: u32, when: bool, code: Program) -> Program {
-    let branch = |jt, jf| sock_filter {
-        code: comparison,
-        jt,
-        jf,
-        k: value,
-    };
-    let mut program = match u8::try_from(code.len()) {
-        Ok(over) if when => vec![branch(0, over)],
-        Ok(over) => vec![branch(over, 0)],
-        // Conditional jumps reach 255 instructions.
-        Err(_) => {
-            let over = sock_filter {
-                code: JUMP,
-                jt: 0,
-                jf: 0,
-                k: u32::try_from(code.len()).unwrap_or(u32::MAX),
-            };
-            vec![if when { branch(1, 0) } else { branch(0, 1) }, over]
-        }
-    };
-    program.extend(code);
-    program
-}
-
-/// Finds the loaded word among sorted values and goes on with the code of the one that it is; kills if it is none.
-fn search(mut cases: Vec<(u32, Program)>) -> Program {
-    if cases.len() <= FEW {
-        let mut program: Program = cases
-            .into_iter()
-            .flat_map(|(value, code)| if_equal(value, code))
-            .collect();
-        program.push(kill());
-        return program;
-    }
-    let upper = cases.split_off(cases.len() / 2);
-    let Some(middle) = upper.first().map(|(value, _)| *value) else {
-        return vec![kill()];
-    };
-    let mut program = guarded(JUMP_IF_AT_LEAST, middle, false, search(cases));
-    program.extend(search(upper));
-    program
-}
-
-/// Allows if any of the alternatives holds, else kills.
-fn conditions(alternatives: &[&[Argument]], pid: u32) -> Program {
-    if alternatives.is_empty() {
-        return vec![answer(libc::SECCOMP_RET_ALLOW)];
-    }
-    let mut program: Program = alternatives
-        .iter()
-        .flat_map(|arguments| {
-            arguments
-                .iter()
-                .rev()
-                .fold(vec![answer(libc::SECCOMP_RET_ALLOW)], |then, argument| {
-                    condition(argument, pid, then)
-                })
-        })
-        .collect();
-    program.push(kill());
-    program
-}
-
-/// Goes on with `then` if the argument is as it has to be; else skips to what follows.
-fn condition(argument: &Argument, pid: u32, then: Program) -> Program {
-    let low = ARGUMENTS + 8 * u32::from(argument.index);
-    let mut program = then;
-    // Each test is put before what it guards; the machine is little-endian.
-    let mut test = |offset: u32, mask: u32, value: u32| {
-        if mask != 0 {
-            let mut before = vec![load(offset)];
-            before.extend((mask != u32::MAX).then(|| and(mask)));
-            before.extend(if_equal(value, std::mem::take(&mut program)));
-            program = before;
-        }
-    };
-    match argument.value {
-        Value::Is(value) => test(low, u32::MAX, value),
-        Value::IsOwnPid => test(low, u32::MAX, pid),
-        Value::IsNull => {
-            test(low + 4, u32::MAX, 0);
-            test(low, u32::MAX, 0);
-        }
-        Value::Masked { mask, value } => {
-            test(low + 4, (mask >> 32) as u32, (value >> 32) as u32);
-            test(low, mask as u32, value as u32);
+impl Cases {
+    const fn new() -> Self {
+        Self {
+            list: [(0, Then::Requests); MOST_CASES],
+            count: 0,
         }
     }
-    program
+
+    /// Puts a word in its place.
+    const fn insert(&mut self, word: u32, then: Then) {
+        let mut at = self.count;
+        while at > 0 && self.list[at - 1].0 > word {
+            self.list[at] = self.list[at - 1];
+            at -= 1;
+        }
+        self.list[at] = (word, then);
+        self.count += 1;
+    }
+
+    /// What a role may call.
+    const fn calls(role: ThreadRole) -> Self {
+        let mut cases = Self::new();
+        let mut i = 0;
+        while i < CALLS.len() {
+            if CALLS[i].roles & role.bit() != 0 {
+                cases.insert(CALLS[i].number as u32, Then::Conditions(CALLS[i].when));
+            }
+            i += 1;
+        }
+        let mut i = 0;
+        while i < ANSWERED.len() {
+            if ANSWERED[i].request.is_none() {
+                let answer = Then::Answer(libc::SECCOMP_RET_ERRNO | ANSWERED[i].errno);
+                cases.insert(ANSWERED[i].number as u32, answer);
+            }
+            i += 1;
+        }
+        cases.insert(libc::SYS_ioctl as u32, Then::Requests);
+        cases
+    }
+
+    /// The requests with which a role may call `ioctl`.
+    const fn requests(role: ThreadRole) -> Self {
+        let mut cases = Self::new();
+        let mut i = 0;
+        while i < IOCTLS.len() {
+            if IOCTLS[i].roles & role.bit() != 0 {
+                cases.insert(IOCTLS[i].request, Then::Answer(libc::SECCOMP_RET_ALLOW));
+            }
+            i += 1;
+        }
+        let mut i = 0;
+        while i < ANSWERED.len() {
+            if let Some(request) = ANSWERED[i].request {
+                cases.insert(request, Then::Answer(libc::SECCOMP_RET_ERRNO | ANSWERED[i].errno));
+            }
+            i += 1;
+        }
+        cases
+    }
+}
+
+impl Program {
+    /// Its instructions.
+    pub(super) fn code(&self) -> &[sock_filter] {
+        &self.code[self.start..]
+    }
+
+    /// How many instructions it has.
+    pub(super) const fn len(&self) -> usize {
+        LONGEST - self.start
+    }
+
+    /// Its instructions, of which there are `N`.
+    pub(super) const fn exact<const N: usize>(&self) -> [sock_filter; N] {
+        let mut code = [self.code[LONGEST - 1]; N];
+        let mut i = 0;
+        while i < N {
+            code[i] = self.code[self.start + i];
+            i += 1;
+        }
+        code
+    }
+
+    /// Puts an instruction before all others.
+    const fn put(&mut self, code: u16, jt: u8, jf: u8, k: u32) {
+        self.start -= 1;
+        self.code[self.start] = sock_filter { code, jt, jf, k };
+    }
+
+    const fn answer(&mut self, action: u32) {
+        self.put(RETURN, 0, 0, action);
+    }
+
+    const fn kill(&mut self) {
+        self.answer(libc::SECCOMP_RET_KILL_PROCESS);
+    }
+
+    const fn load(&mut self, offset: u32) {
+        self.put(LOAD, 0, 0, offset);
+    }
+
+    /// Goes on with what was written since `end` if the comparison comes out as `when`; jumps over it otherwise.
+    const fn guard(&mut self, comparison: u16, value: u32, when: bool, end: usize) {
+        let over = end - self.start;
+        if over <= u8::MAX as usize {
+            let over = over as u8;
+            let (jt, jf) = if when { (0, over) } else { (over, 0) };
+            self.put(comparison, jt, jf, value);
+        } else {
+            // Conditional jumps reach 255 instructions.
+            self.put(JUMP, 0, 0, over as u32);
+            let (jt, jf) = if when { (1, 0) } else { (0, 1) };
+            self.put(comparison, jt, jf, value);
+        }
+    }
+
+    /// Finds the loaded word among cases `from..to` and goes on with what follows it; kills if it is none of them.
+    const fn search(&mut self, role: ThreadRole, cases: &Cases, from: usize, to: usize, pid: u32) {
+        if to - from > FEW {
+            let middle = from + (to - from) / 2;
+            self.search(role, cases, middle, to, pid);
+            let end = self.start;
+            self.search(role, cases, from, middle, pid);
+            self.guard(JUMP_IF_AT_LEAST, cases.list[middle].0, false, end);
+            return;
+        }
+        self.kill();
+        let mut i = to;
+        while i > from {
+            i -= 1;
+            let (word, then) = cases.list[i];
+            let end = self.start;
+            match then {
+                Then::Answer(action) => self.answer(action),
+                Then::Conditions(alternatives) => self.conditions(alternatives, pid),
+                Then::Requests => {
+                    let requests = Cases::requests(role);
+                    self.search(role, &requests, 0, requests.count, pid);
+                    // The kernel takes the request, the second argument, as an unsigned int.
+                    self.load(ARGUMENTS + 8);
+                }
+            }
+            self.guard(JUMP_IF_EQUAL, word, true, end);
+        }
+    }
+
+    /// Allows if any of the alternatives holds, or there are none; else kills.
+    const fn conditions(&mut self, alternatives: &[&[Argument]], pid: u32) {
+        if alternatives.is_empty() {
+            return self.answer(libc::SECCOMP_RET_ALLOW);
+        }
+        self.kill();
+        let mut i = alternatives.len();
+        while i > 0 {
+            i -= 1;
+            let end = self.start;
+            self.answer(libc::SECCOMP_RET_ALLOW);
+            let mut j = alternatives[i].len();
+            while j > 0 {
+                j -= 1;
+                self.condition(&alternatives[i][j], pid, end);
+            }
+        }
+    }
+
+    /// Goes on if the argument is as it has to be; else skips what was written since `end`.
+    const fn condition(&mut self, argument: &Argument, pid: u32, end: usize) {
+        // The machine is little-endian.
+        let low = ARGUMENTS + 8 * argument.index as u32;
+        match argument.value {
+            Value::Is(value) => self.test(low, u32::MAX, value, end),
+            Value::IsOwnPid => self.test(low, u32::MAX, pid, end),
+            Value::IsNull => {
+                self.test(low + 4, u32::MAX, 0, end);
+                self.test(low, u32::MAX, 0, end);
+            }
+            Value::Masked { mask, value } => {
+                self.test(low + 4, (mask >> 32) as u32, (value >> 32) as u32, end);
+                self.test(low, mask as u32, value as u32, end);
+            }
+        }
+    }
+
+    const fn test(&mut self, offset: u32, mask: u32, value: u32, end: usize) {
+        if mask == 0 {
+            return;
+        }
+        self.guard(JUMP_IF_EQUAL, value, true, end);
+        if mask != u32::MAX {
+            self.put(AND, 0, 0, mask);
+        }
+        self.load(offset);
+    }
 }
 
 /// Compiles a role's filter for the process `pid` (as it sees itself).
-pub(super) fn compile(role: ThreadRole, pid: u32) -> Program {
-    let mut calls: Vec<(u32, Program)> = CALLS
-        .iter()
-        .filter(|call| call.roles & role.bit() != 0)
-        .map(|call| (call.number as u32, conditions(call.when, pid)))
-        .collect();
-
-    let mut requests: Vec<(u32, Program)> = IOCTLS
-        .iter()
-        .filter(|ioctl| ioctl.roles & role.bit() != 0)
-        .map(|ioctl| (ioctl.request, vec![answer(libc::SECCOMP_RET_ALLOW)]))
-        .collect();
-    for answered in ANSWERED {
-        let code = vec![answer(libc::SECCOMP_RET_ERRNO | answered.errno)];
-        match answered.request {
-            Some(request) => requests.push((request, code)),
-            None => calls.push((answered.number as u32, code)),
-        }
-    }
-    requests.sort_unstable_by_key(|(request, _)| *request);
-    // The kernel takes the request, the second argument, as an unsigned int.
-    let mut ioctl = vec![load(ARGUMENTS + 8)];
-    ioctl.extend(search(requests));
-    calls.push((libc::SYS_ioctl as u32, ioctl));
-    calls.sort_unstable_by_key(|(number, _)| *number);
-
-    let mut program = vec![load(ARCHITECTURE)];
-    program.extend(guarded(JUMP_IF_EQUAL, X86_64, false, vec![kill()]));
-    program.push(load(NUMBER));
-    program.extend(search(calls));
+pub(super) const fn compile(role: ThreadRole, pid: u32) -> Program {
+    let nothing = sock_filter {
+        code: 0,
+        jt: 0,
+        jf: 0,
+        k: 0,
+    };
+    let mut program = Program {
+        code: [nothing; LONGEST],
+        start: LONGEST,
+    };
+    let calls = Cases::calls(role);
+    program.search(role, &calls, 0, calls.count, pid);
+    program.load(NUMBER);
+    let end = program.start;
+    program.kill();
+    program.guard(JUMP_IF_EQUAL, X86_64, false, end);
+    program.load(ARCHITECTURE);
     program
 }
 
@@ -255,7 +337,11 @@ mod tests {
     }
 
     fn ours(role: ThreadRole) -> Vec<(u16, u8, u8, u32)> {
-        compile(role, PID).iter().map(|i| (i.code, i.jt, i.jf, i.k)).collect()
+        compile(role, PID)
+            .code()
+            .iter()
+            .map(|i| (i.code, i.jt, i.jf, i.k))
+            .collect()
     }
 
     /// The same table through the crate's compiler, as a list; it has no third action, so what is answered is killed.

@@ -6,11 +6,13 @@
 mod compile;
 mod table;
 
+use std::borrow::Cow;
 use std::fmt;
 use std::io;
-use std::sync::OnceLock;
 
-use compile::Program;
+use libc::sock_filter;
+
+use compile::{Program, compile};
 
 /// What a thread is for, which decides what it may call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -66,17 +68,38 @@ impl fmt::Display for ThreadRole {
     }
 }
 
-static PROGRAMS: [OnceLock<Program>; ThreadRole::ALL.len()] = [const { OnceLock::new() }; ThreadRole::ALL.len()];
+/// What a component is in a process namespace of its own: its first process.
+const FIRST_PROCESS: u32 = 1;
 
-/// The role's program; compiled at its first use. It names this process's id, so it serves no other.
-fn program(role: ThreadRole) -> &'static Program {
-    PROGRAMS[role as usize].get_or_init(|| compile::compile(role, std::process::id()))
+/// The role's program, which names this process's id.
+fn program(role: ThreadRole) -> Cow<'static, [sock_filter]> {
+    match std::process::id() {
+        FIRST_PROCESS => Cow::Borrowed(ready_made(role)),
+        // Without the process namespace, which was waived then.
+        pid => Cow::Owned(compile(role, pid).code().to_vec()),
+    }
+}
+
+/// The role's program for the first process of a process namespace.
+fn ready_made(role: ThreadRole) -> &'static [sock_filter] {
+    macro_rules! programs {
+        ($($role:ident),*) => {
+            match role {
+                $(ThreadRole::$role => {
+                    const PROGRAM: Program = compile(ThreadRole::$role, FIRST_PROCESS);
+                    static CODE: [sock_filter; PROGRAM.len()] = PROGRAM.exact();
+                    &CODE
+                })*
+            }
+        };
+    }
+    programs!(Control, DeviceLoop, Disk, Network, Vsock, Memory, Vcpu, Helper)
 }
 
 /// The number of BPF instructions in the role's filter.
 #[must_use]
 pub fn program_len(role: ThreadRole) -> usize {
-    program(role).len()
+    ready_made(role).len()
 }
 
 /// Installs the role's filter on the calling thread.
