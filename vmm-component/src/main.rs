@@ -6,10 +6,16 @@
 //!
 //! Exit status: 0 after the connection has closed and everything is torn down, 1 if the component could not start, 3 if a machine's threads would
 //! not end.
+//!
+//! The C library calls `main` without the standard library's own preparations: they cost a start (and each thread) a dozen system calls, among
+//! them a read of `/proc/self/maps`, for a message about stacks that overflow. Here that is told by SIGSEGV.
+
+#![no_main]
 
 use std::{
+    ffi::{c_char, c_int},
     os::{fd::OwnedFd, unix::net::UnixStream},
-    process::ExitCode,
+    panic::catch_unwind,
 };
 
 use anyhow::{Context, Result};
@@ -25,13 +31,20 @@ use sepal_schema::{
 };
 use sepal_vmm_component::server::{ComponentServer, Controller, vm};
 
-fn main() -> ExitCode {
-    match run() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
+// SAFETY: the name is the C library's for this very function, and nobody else's.
+#[unsafe(no_mangle)]
+extern "C" fn main(_: c_int, _: *const *const c_char) -> c_int {
+    // A peer that is gone is an error of the write, and never a signal.
+    // SAFETY: there is no other thread and no handler yet.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+    // A panic has said why by itself.
+    match catch_unwind(run) {
+        Ok(Ok(())) => libc::EXIT_SUCCESS,
+        Ok(Err(error)) => {
             eprintln!("vmm-component: {error:#}");
-            ExitCode::FAILURE
+            libc::EXIT_FAILURE
         }
+        Err(_) => libc::EXIT_FAILURE,
     }
 }
 
