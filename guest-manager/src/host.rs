@@ -51,6 +51,16 @@ pub fn open_kvm() -> Result<File, Error> {
     })
 }
 
+/// What KVM offers of this host's processor, `kvm_cpuid_entry2`s one after the other; empty where it cannot be asked: whoever starts a guest then hears why.
+///
+/// The answer takes long where the host is itself a guest, and does not change; so it is got once, and not by each component.
+pub fn supported_cpuid() -> Vec<u8> {
+    let supported = open_kvm()
+        .ok()
+        .and_then(|kvm| sepal_runner::host::supported_cpuid(kvm).ok());
+    supported.unwrap_or_default()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -337,6 +337,7 @@ impl Talk {
         config.encode(create.get().init_config(), &fds)?;
         let mut host = create.get().init_host();
         host.set_unassisted(manager.settings.host.unassisted);
+        host.set_cpuid(&manager.settings.cpuid);
         let number = Handles::send(&fds, serial.into())?;
         host.reborrow().init_serial().init_stream().set_number(number);
         let mut list = host
@@ -433,6 +434,9 @@ async fn describe(guest: Weak<Guest>, info: Promise<observer::info_result::Owned
     }
 }
 
+/// How long after its start a guest's figures are asked for the first time.
+const FIRST_FIGURES: Duration = Duration::from_millis(20);
+
 /// Hears from a generation's component what happens in the machine.
 struct Events {
     guest: Weak<Guest>,
@@ -453,8 +457,16 @@ impl event_sink::Server for Events {
                 let started = kind == EventKind::Started;
                 guest.happened(kind);
                 if started {
-                    // There is somebody to ask, who tells so; and nobody waits for the answer.
-                    let _ = statistics::ask(&guest);
+                    // Not at once: who launched it waits for what it does, and nobody for its figures.
+                    let later = Rc::downgrade(&guest);
+                    let handle = guest.manager.handle.clone();
+                    guest.manager.handle.spawn(async move {
+                        handle.sleep(FIRST_FIGURES).await;
+                        if let Some(guest) = later.upgrade() {
+                            // Nobody waits for the answer.
+                            let _ = statistics::ask(&guest);
+                        }
+                    });
                 }
                 if panicked {
                     power::panicked(&guest);

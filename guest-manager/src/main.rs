@@ -23,7 +23,7 @@ use clap::{Parser, ValueEnum};
 use futures::future::{LocalBoxFuture, select_all};
 use sepal_guest_manager::{
     audit::Audit,
-    host::Host,
+    host::{self, Host},
     listener::{self, Listening, Reach},
     log::{self, Writer},
     manager::{Manager, Settings},
@@ -165,6 +165,7 @@ fn run(
     let defaults = Settings::default();
     let settings = Settings {
         host,
+        cpuid: host::supported_cpuid().into(),
         scratch: arguments.scratch.clone().unwrap_or(defaults.scratch),
         audit: audit.clone(),
         roles,

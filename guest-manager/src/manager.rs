@@ -28,6 +28,8 @@ use crate::{
 pub struct Settings {
     /// The host's kind.
     pub host: Host,
+    /// What KVM offers of the host's processor, for components ([`host::supported_cpuid`]); empty: each asks itself.
+    pub cpuid: Rc<[u8]>,
     /// How much serial output is kept for a guest, in bytes.
     pub history: usize,
     /// How many guests and events there may be.
@@ -53,6 +55,7 @@ impl Default for Settings {
     fn default() -> Self {
         Self {
             host: Host::default(),
+            cpuid: Rc::default(),
             history: history::DEFAULT_CAPACITY,
             limits: Limits::default(),
             force_after: Duration::from_secs(5),

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::{AsFd, AsRawFd};
 
 use rustix::fs::{Access, Mode, OFlags};
 use rustix::io::Errno;
@@ -189,6 +190,30 @@ pub fn kvm_remedy(errno: Errno) -> &'static str {
              in a container, hand it in (--device /dev/kvm)"
         }
     }
+}
+
+/// What KVM_GET_SUPPORTED_CPUID says (linux/kvm.h): `kvm_cpuid_entry2`s, 40 bytes each, one after the other.
+///
+/// # Errors
+///
+/// `kvm` is not `/dev/kvm`, or it has more entries than any processor known.
+pub fn supported_cpuid(kvm: impl AsFd) -> io::Result<Vec<u8>> {
+    /// `KVM_GET_SUPPORTED_CPUID`: `_IOWR(0xae, 0x05, struct kvm_cpuid2)`, whose fixed part has 8 bytes.
+    const REQUEST: libc::Ioctl = 0xc008_ae05;
+    /// The most entries that KVM takes and gives (arch/x86/include/asm/kvm_host.h, `KVM_MAX_CPUID_ENTRIES`).
+    const MOST: usize = 256;
+    const ENTRY: usize = 40;
+    // Words, since the kernel reads and writes numbers of 4 bytes there.
+    let mut table = vec![0_u32; (8 + MOST * ENTRY) / 4];
+    table[0] = MOST as u32;
+    // SAFETY: the table has room for as many entries as its first word says, and lives until the call returns.
+    let status = unsafe { libc::ioctl(kvm.as_fd().as_raw_fd(), REQUEST, table.as_mut_ptr()) };
+    if status < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let count = (table[0] as usize).min(MOST);
+    let entries = table.iter().skip(2).take(count * ENTRY / 4);
+    Ok(entries.flat_map(|word| word.to_ne_bytes()).collect())
 }
 
 fn io_uring() -> Finding {

@@ -11,7 +11,6 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
@@ -59,6 +58,7 @@ fn main() {
         cmdline: words.join(" "),
         serial: Some(guest_end.into()),
         host,
+        cpuid: None,
         guards: Guards::default(),
         devices: (0..number("rng", 0))
             .map(|n| DeviceSpec {
@@ -77,7 +77,7 @@ fn main() {
     };
     let kvm = Kvm::new().expect("/dev/kvm");
     let start = Instant::now();
-    let mut machine = Machine::create(&kvm, config, hooks, &AtomicBool::new(false)).expect("the machine is made");
+    let mut machine = Machine::create(&kvm, config, hooks, &Arc::default()).expect("the machine is made");
     machine.start().expect("the machine starts");
     println!("[{:8.3}] started", start.elapsed().as_secs_f64());
     let (button, typed) = (option("button").map(str::to_owned), option("type").map(str::to_owned));

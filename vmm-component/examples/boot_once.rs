@@ -15,7 +15,7 @@ mod rig;
 
 use std::io::Read;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::AtomicBool;
+use std::sync::Arc;
 use std::time::Instant;
 
 use sepal_vmm_component::machine::{Machine, Spare};
@@ -41,7 +41,7 @@ fn main() {
         let start = Instant::now();
         let spare = spare.unwrap_or_else(|| Spare::new(&kvm).expect("a spare machine"));
         let mut machine =
-            Machine::create_from(spare, config, hooks, &AtomicBool::new(false)).expect("the machine is made");
+            Machine::create_from(&kvm, spare, config, hooks, &Arc::default()).expect("the machine is made");
         let made = start.elapsed();
         machine.start().expect("the machine starts");
         let started = start.elapsed();

@@ -10,7 +10,6 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
@@ -83,6 +82,7 @@ impl Guest {
             cmdline: format!("console=ttyS0 quiet panic=-1 rodata=off sepal.run={action}"),
             serial: Some(guest_end.into()),
             host,
+            cpuid: None,
             devices,
             guards: Guards::default(),
         };
@@ -95,7 +95,7 @@ impl Guest {
             }),
         };
         let kvm = Kvm::new().expect("/dev/kvm opens");
-        let mut machine = Machine::create(&kvm, config, hooks, &AtomicBool::new(false)).expect("the machine is made");
+        let mut machine = Machine::create(&kvm, config, hooks, &Arc::default()).expect("the machine is made");
         machine.start().expect("the machine starts");
         Some(Self {
             machine,

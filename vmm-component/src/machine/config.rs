@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use kvm_bindings::kvm_cpuid_entry2;
 use sepal_devices::virtio::device::{DeviceKind, VirtioDevice};
 use sepal_devices::watchdog::WatchdogAction;
 
@@ -39,6 +40,8 @@ pub struct MachineConfig {
     pub serial: Option<OwnedFd>,
     /// How this host runs guests.
     pub host: HostKind,
+    /// What KVM_GET_SUPPORTED_CPUID says; `None`: it is asked.
+    pub cpuid: Option<Vec<kvm_cpuid_entry2>>,
     /// Devices on the PCI bus, in the order in which the guest finds them.
     pub devices: Vec<DeviceSpec>,
     /// Which of the devices it has that watch over a guest.

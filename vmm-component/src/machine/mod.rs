@@ -7,8 +7,9 @@
 //!   nothing is left
 //! ```
 //!
-//! - [`Machine::create`] does what takes time (memory, kernel) on the caller's thread and looks at its cancel flag as it goes.
-//! - [`Machine::start`] makes the threads, each by handshake: whatever keeps one from starting is start's own error.
+//! - [`Machine::create`] does what takes time (memory, kernel, the vCPUs' set-up, each on a thread of its own) and looks at its cancel flag as it goes. The vCPUs' threads
+//!   are made by handshake, and park.
+//! - [`Machine::start`] lets them run. Whatever kept one from being set up is start's own error.
 //! - Nothing here blocks afterwards but [`Machine::wait_paused`] and [`Machine::join`], which have deadlines. News comes through
 //!   [`Hooks::events`].
 //! - A machine that is dropped without a join is torn down all the same.
@@ -19,6 +20,7 @@ mod cpuid;
 mod error;
 mod event;
 mod guards;
+mod loader;
 mod msi;
 mod pause;
 mod pci;
@@ -34,12 +36,14 @@ mod vm;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant};
 
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Kvm, VmFd};
 use vm_memory::{Bytes, GuestAddress};
 
+use self::loader::{Job, Loader};
 use self::pause::PauseLedger;
 use self::platform::{Platform, Wishes};
 use self::report::Reporter;
@@ -48,7 +52,7 @@ use self::threads::VcpuThreads;
 use self::vcpu::mailbox::{MAX_INSPECTORS, Mailbox};
 use self::vcpu::{Seed, Shared};
 use crate::acpi::{self, AcpiConfig};
-use crate::boot::{self, BootEntry, BootRequest};
+use crate::boot::BootEntry;
 use crate::layout;
 use crate::memory::{GuestRam, MemoryMap};
 use crate::unassisted::{self, Assist};
@@ -67,7 +71,8 @@ const DROP_PATIENCE: Duration = Duration::from_secs(2);
 /// A virtual machine; see the module's head.
 pub struct Machine {
     vcpus: u8,
-    entry: BootEntry,
+    /// What became of the vCPUs' set-up; none once the machine was started.
+    set_up: Option<Result<(), MachineError>>,
     threads: VcpuThreads,
     platform: Arc<Platform>,
     shared: Arc<Shared>,
@@ -101,10 +106,15 @@ impl Machine {
     /// # Errors
     ///
     /// Whatever [`MachineError`] says of creation; nothing is left then.
-    pub fn create(kvm: &Kvm, config: MachineConfig, hooks: Hooks, cancel: &AtomicBool) -> Result<Self, MachineError> {
+    pub fn create(
+        kvm: &Kvm,
+        config: MachineConfig,
+        hooks: Hooks,
+        cancel: &Arc<AtomicBool>,
+    ) -> Result<Self, MachineError> {
         check_vcpus(config.vcpus, usize::MAX)?;
         go_on(cancel)?;
-        Self::create_from(Spare::new(kvm)?, config, hooks, cancel)
+        Self::create_from(kvm, Spare::new(kvm)?, config, hooks, cancel)
     }
 
     /// [`create`](Self::create) with the part that was done ahead of time.
@@ -113,19 +123,40 @@ impl Machine {
     ///
     /// The same.
     pub fn create_from(
+        kvm: &Kvm,
         spare: Spare,
         config: MachineConfig,
         hooks: Hooks,
-        cancel: &AtomicBool,
+        cancel: &Arc<AtomicBool>,
     ) -> Result<Self, MachineError> {
         check_vcpus(config.vcpus, spare.max_vcpus)?;
         go_on(cancel)?;
+        let supported = match config.cpuid {
+            Some(supported) => supported,
+            None => supported_cpuid(kvm)?,
+        };
+        let loader = match spare.loader {
+            Some(loader) => loader,
+            None => Loader::spawn(Arc::clone(&hooks.thread_setup))?,
+        };
         let vm = Arc::new(spare.vm);
-        let ram = GuestRam::new(config.memory, cancel)?;
-        vm::set_memory(&vm, &ram)?;
-        go_on(cancel)?;
+        let ram = Arc::new(GuestRam::new(config.memory, cancel)?);
+        let cmdline = match config.host {
+            HostKind::Hardware => config.cmdline,
+            HostKind::Unassisted => unassisted_cmdline(&config.cmdline)?,
+        };
+        // From here on the kernel is loaded while KVM is asked for the rest. On every way out the loader is waited for, which holds the memory.
+        let loading = loader.begin(Job {
+            memory: ram.memory().clone(),
+            map: MemoryMap::new(ram.ranges()),
+            kernel: config.kernel,
+            initrd: config.initrd,
+            cmdline,
+            rsdp: layout::ACPI,
+            cancel: Arc::clone(cancel),
+        });
         let reporter = Arc::new(Reporter::new(config.generation, Arc::clone(&hooks.events)));
-        let window = layout::pci_window_64(ram.end(), cpuid::physical_bits(&spare.cpuid));
+        let window = layout::pci_window_64(ram.end(), cpuid::physical_bits(&supported));
         let guards = config.guards.clone();
         let wishes = Wishes {
             serial: config.serial,
@@ -133,16 +164,40 @@ impl Machine {
             guards: config.guards,
             window_64: window.clone(),
         };
-        let platform = Platform::new(&vm, &ram, wishes, &reporter)?;
-        let platform = Arc::new(platform);
-        let (assist, cmdline) = match config.host {
-            HostKind::Hardware => (None, config.cmdline),
+        let platform = Arc::new(Platform::new(&vm, &ram, wishes, &reporter)?);
+        let assist = match config.host {
+            HostKind::Hardware => None,
             HostKind::Unassisted => {
-                let assist =
-                    Assist::new(&vm, ram.memory().clone()).map_err(|e| MachineError::Unassisted(e.to_string()))?;
-                (Some(assist), unassisted_cmdline(&config.cmdline)?)
+                let assist = Assist::new(&vm, ram.memory().clone());
+                Some(assist.map_err(|e| MachineError::Unassisted(e.to_string()))?)
             }
         };
+        let mut machine = Self {
+            vcpus: config.vcpus,
+            set_up: None,
+            threads: VcpuThreads::new(),
+            joined: false,
+            platform: Arc::clone(&platform),
+            shared: Arc::new(Shared {
+                vm,
+                run_size: spare.run_size,
+                ram: Arc::clone(&ram),
+                cpuid: cpuid::common(&supported, config.vcpus),
+                bus: Arc::clone(&platform) as _,
+                assist,
+                reporter,
+                ledger: PauseLedger::new(),
+                hooks,
+            }),
+        };
+        let begun = machine.begin_threads();
+        let begun = begun.and_then(|first| {
+            platform.begin(&machine.shared.reporter, &machine.shared.hooks)?;
+            Ok(first)
+        });
+        // After the vCPUs' threads were begun: KVM waits for its own readers here, and they need no memory before the kernel is there.
+        vm::set_memory(&machine.shared.vm, &ram)?;
+        go_on(cancel)?;
         let tables = AcpiConfig {
             vcpus: config.vcpus,
             pci_window_64: window,
@@ -150,72 +205,52 @@ impl Machine {
             panic_device: guards.panic_device,
             generation_id: guards.generation_id.is_some(),
         };
-        let rsdp = acpi::write(ram.memory(), &tables)?;
-        let request = BootRequest {
-            kernel: &config.kernel,
-            initrd: config.initrd.as_ref(),
-            cmdline: &cmdline,
-            rsdp,
-            protocol: None,
-            cancel,
-        };
-        // Nothing is asked of KVM any more, and what follows is hostile.
-        (hooks.thread_setup)(ThreadRole::Loader).map_err(MachineError::host("narrow the loader's system calls"))?;
-        let entry = boot::load(ram.memory(), &MemoryMap::new(ram.ranges()), &request)?;
+        acpi::write(ram.memory(), &tables)?;
+        let entry = loading.wait()?;
         go_on(cancel)?;
-        Ok(Self {
-            vcpus: config.vcpus,
-            entry,
-            threads: VcpuThreads::new(),
-            joined: false,
-            platform: Arc::clone(&platform),
-            shared: Arc::new(Shared {
-                vm,
-                run_size: spare.run_size,
-                ram: Arc::new(ram),
-                cpuid: cpuid::common(&spare.cpuid, config.vcpus),
-                bus: platform,
-                assist,
-                reporter,
-                ledger: PauseLedger::new(),
-                hooks,
-            }),
-        })
+        machine.set_up = Some(begun.and_then(|first| {
+            // A vCPU that is not there (any more) says why in its handshake.
+            let _ = first.send(entry);
+            machine.threads.wait_ready()
+        }));
+        Ok(machine)
     }
 
-    /// Starts the devices' loops and the vCPUs, and lets the guest run unless [`pause`](Self::pause) came before.
+    /// Starts the vCPUs' threads, which set themselves up and park; the first one waits for what is returned to tell where the kernel begins.
+    fn begin_threads(&mut self) -> Result<Sender<BootEntry>, MachineError> {
+        vcpu::mailbox::install_kick_handler().map_err(MachineError::host("set the kick signal's handler"))?;
+        let (first, entry) = channel();
+        let mut entry = Some(entry);
+        for index in 0..self.vcpus {
+            let failed = |reason: String| MachineError::VcpuStart { vcpu: index, reason };
+            self.threads.spawn(Seed {
+                index,
+                entry: entry.take(),
+                mailbox: Arc::new(Mailbox::new().map_err(|e| failed(format!("make its mailbox: {e}")))?),
+                counters: Arc::new(VcpuCounters::default()),
+                shared: Arc::clone(&self.shared),
+            })?;
+        }
+        Ok(first)
+    }
+
+    /// Starts the devices' loops, and lets the guest run unless [`pause`](Self::pause) came before.
     ///
     /// # Errors
     ///
     /// The first thread that can't start is the error; all others have been stopped then, and the machine is of no more use.
     pub fn start(&mut self) -> Result<(), MachineError> {
-        if self.threads.started() || self.shared.reporter.is_over() {
+        let set_up = self.set_up.take();
+        let Some(set_up) = set_up.filter(|_| !self.shared.reporter.is_over()) else {
             return Err(MachineError::AlreadyStarted);
-        }
-        let result = self.start_threads();
+        };
+        let result = set_up.and_then(|()| self.platform.start(&self.shared.reporter, &self.shared.hooks));
         if result.is_err() {
             self.shut(Instant::now() + DROP_PATIENCE);
         } else if !self.shared.ledger.wanted() {
             self.threads.order_parked(|orders| orders.pause = false);
         }
         result
-    }
-
-    fn start_threads(&mut self) -> Result<(), MachineError> {
-        vcpu::mailbox::install_kick_handler().map_err(MachineError::host("set the kick signal's handler"))?;
-        for index in 0..self.vcpus {
-            let failed = |reason: String| MachineError::VcpuStart { vcpu: index, reason };
-            self.threads.spawn(Seed {
-                index,
-                entry: (index == 0).then_some(self.entry),
-                mailbox: Arc::new(Mailbox::new().map_err(|e| failed(format!("make its mailbox: {e}")))?),
-                counters: Arc::new(VcpuCounters::default()),
-                shared: Arc::clone(&self.shared),
-            })?;
-        }
-        // While the vCPUs set themselves up.
-        self.platform.start(&self.shared.reporter, &self.shared.hooks)?;
-        self.threads.wait_ready()
     }
 
     /// Asks all vCPUs to leave the guest; [`Happening::Paused`] tells when the last one has. Time goes on for the guest.
@@ -253,7 +288,9 @@ impl Machine {
     pub fn resume(&self) {
         self.platform.resume();
         self.shared.ledger.want(false);
-        self.threads.order_parked(|orders| orders.pause = false);
+        if self.started() {
+            self.threads.order_parked(|orders| orders.pause = false);
+        }
     }
 
     /// Tells the guest that its power button was pressed; what it makes of that is its own affair.
@@ -357,8 +394,12 @@ impl Machine {
         }
     }
 
+    fn started(&self) -> bool {
+        self.set_up.is_none()
+    }
+
     fn check_running(&self) -> Result<(), MachineError> {
-        if !self.threads.started() || self.shared.reporter.is_over() {
+        if !self.started() || self.shared.reporter.is_over() {
             Err(MachineError::NotRunning)
         } else {
             Ok(())
@@ -387,14 +428,14 @@ impl Drop for Machine {
     }
 }
 
-/// The part of a machine that is the same for all: an empty VM, and what the host offers. Making it ahead of time takes it out of the time that
+/// The part of a machine that is the same for all: an empty VM, and perhaps somebody who waits to load a kernel. Making it ahead of time takes it out of the time that
 /// a creation needs.
 #[derive(Debug)]
 pub struct Spare {
     vm: VmFd,
     run_size: usize,
     max_vcpus: usize,
-    cpuid: Vec<kvm_cpuid_entry2>,
+    loader: Option<Loader>,
 }
 
 impl Spare {
@@ -410,13 +451,31 @@ impl Spare {
                 .get_vcpu_mmap_size()
                 .map_err(MachineError::kvm("size the vCPUs' shared pages"))?,
             max_vcpus: kvm.get_max_vcpus(),
-            cpuid: kvm
-                .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-                .map_err(MachineError::kvm("read the supported CPUID"))?
-                .as_slice()
-                .to_vec(),
+            loader: None,
         })
     }
+
+    /// Makes one, hands it to `take`, and then loads the kernel of the machine that is made from it, on the calling thread: narrowed by `setup` first of
+    /// all. Returns when that is done, or the spare dropped.
+    pub fn serve(kvm: &Kvm, setup: &ThreadSetup, take: impl FnOnce(Result<Self, MachineError>)) {
+        let (loader, desk) = loader::loader();
+        take(Self::new(kvm).map(|spare| Self {
+            loader: Some(loader),
+            ..spare
+        }));
+        desk.serve(setup);
+    }
+}
+
+/// What KVM offers of the host's processor.
+///
+/// # Errors
+///
+/// [`MachineError::Kvm`].
+pub fn supported_cpuid(kvm: &Kvm) -> Result<Vec<kvm_cpuid_entry2>, MachineError> {
+    let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES);
+    let supported = supported.map_err(MachineError::kvm("read the supported CPUID"))?;
+    Ok(supported.as_slice().to_vec())
 }
 
 /// The user's command line with what a host without hardware virtualization needs before it, so that the user's words win.

@@ -74,6 +74,8 @@ struct Loops {
     virtio: Vec<Pending>,
     /// Not yet started.
     watchdog: Option<WatchdogLoop>,
+    /// Perhaps not yet ready.
+    starting: Vec<(String, StartingLoop)>,
     running: Vec<DispatchLoop>,
 }
 
@@ -167,6 +169,7 @@ impl Platform {
                 rtc: Some(clock_loop),
                 virtio: pci.pending,
                 watchdog: watchdog_loop,
+                starting: Vec::new(),
                 running: Vec::new(),
             }),
         })
@@ -177,27 +180,36 @@ impl Platform {
         self.port.dropped()
     }
 
-    /// Starts the devices' loops.
-    pub(super) fn start(&self, reporter: &Arc<Reporter>, hooks: &Hooks) -> Result<(), MachineError> {
+    /// Begins to start the loops of the devices that every machine has.
+    pub(super) fn begin(&self, reporter: &Arc<Reporter>, hooks: &Hooks) -> Result<(), MachineError> {
         let mut loops = self.loops();
-        let mut starting = Vec::new();
         if let Some(device) = loops.serial.take() {
             let role = ThreadRole::Device(SERIAL);
-            starting.push(begin(SERIAL, role, device, reporter, hooks)?);
+            let starting = begin(SERIAL, role, device, reporter, hooks)?;
+            loops.starting.push(starting);
         }
         if let Some(device) = loops.rtc.take() {
             let role = ThreadRole::Device(RTC);
-            starting.push(begin(RTC, role, device, reporter, hooks)?);
+            let starting = begin(RTC, role, device, reporter, hooks)?;
+            loops.starting.push(starting);
         }
+        Ok(())
+    }
+
+    /// Starts all other loops, and waits until every one is ready.
+    pub(super) fn start(&self, reporter: &Arc<Reporter>, hooks: &Hooks) -> Result<(), MachineError> {
+        let mut loops = self.loops();
         if let Some(device) = loops.watchdog.take() {
             let role = ThreadRole::Device(guards::WATCHDOG);
-            starting.push(begin(guards::WATCHDOG, role, device, reporter, hooks)?);
+            let starting = begin(guards::WATCHDOG, role, device, reporter, hooks)?;
+            loops.starting.push(starting);
         }
         for Pending { name, kind, worker } in std::mem::take(&mut loops.virtio) {
             let role = ThreadRole::Virtio(kind);
-            starting.push(begin(&name, role, worker, reporter, hooks)?);
+            let starting = begin(&name, role, worker, reporter, hooks)?;
+            loops.starting.push(starting);
         }
-        for (name, device) in starting {
+        for (name, device) in std::mem::take(&mut loops.starting) {
             loops.running.push(device.wait().map_err(start_error(&name))?);
         }
         Ok(())
@@ -209,6 +221,7 @@ impl Platform {
         // One that never ran has nothing to bring out.
         (loops.serial, loops.rtc, loops.watchdog) = (None, None, None);
         loops.virtio.clear();
+        loops.starting.clear();
         let running = std::mem::take(&mut loops.running);
         drop(loops);
         let left = |deadline: Instant| deadline.saturating_duration_since(Instant::now());

@@ -48,10 +48,11 @@ fn machine(code: &[u8], vcpus: u8) -> Option<(Machine, Receiver<MachineEvent>)> 
         cmdline: String::new(),
         serial: None,
         host: HostKind::Hardware,
+        cpuid: None,
         devices: Vec::new(),
         guards: Guards::default(),
     };
-    let machine = Machine::create(&Kvm::new().unwrap(), config, hooks, &AtomicBool::new(false)).unwrap();
+    let machine = Machine::create(&Kvm::new().unwrap(), config, hooks, &Arc::default()).unwrap();
     Some((machine, events))
 }
 

@@ -121,11 +121,6 @@ impl VcpuThreads {
         Ok(())
     }
 
-    /// Whether there are threads.
-    pub(super) fn started(&self) -> bool {
-        !self.handles.is_empty()
-    }
-
     /// Changes every vCPU's orders.
     pub(super) fn order_all(&self, change: impl Fn(&mut Orders)) {
         for handle in &self.handles {

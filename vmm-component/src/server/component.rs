@@ -3,6 +3,7 @@
 use std::{os::fd::OwnedFd, rc::Rc};
 
 use capnp::capability::Rc as ServerRc;
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use sepal_schema::{
     config::{
         GuestConfig, Handles,
@@ -81,6 +82,7 @@ impl ComponentServer {
                 kernel,
                 initrd,
                 unassisted: host.unassisted,
+                cpuid: host.cpuid,
                 serial: host.serial,
                 devices,
             },
@@ -128,6 +130,7 @@ impl ComponentServer {
         let consoles = consoles.into_iter().collect::<Result<_, Error>>();
         Ok(Host {
             unassisted: from.get_unassisted(),
+            cpuid: cpuid(from.get_cpuid()?)?,
             serial,
             events,
             consoles: consoles.map_err(|error| error.about("host.consoles"))?,
@@ -136,8 +139,40 @@ impl ComponentServer {
     }
 }
 
+/// Bytes of a `kvm_cpuid_entry2`.
+const CPUID_ENTRY: usize = size_of::<kvm_cpuid_entry2>();
+
+/// What the guest manager says that KVM offers of the processor.
+fn cpuid(bytes: &[u8]) -> Result<Option<Vec<kvm_cpuid_entry2>>, Error> {
+    if bytes.is_empty() {
+        return Ok(None);
+    }
+    if !bytes.len().is_multiple_of(CPUID_ENTRY) || bytes.len() > KVM_MAX_CPUID_ENTRIES * CPUID_ENTRY {
+        let message = format!("host.cpuid has {} bytes, which is no table of KVM's", bytes.len());
+        return Err(Error::bad_config("host.cpuid", message));
+    }
+    let entry = |bytes: &[u8]| {
+        let mut words = bytes
+            .chunks_exact(4)
+            .map(|word| u32::from_ne_bytes(word.try_into().unwrap_or_default()));
+        let mut next = || words.next().unwrap_or_default();
+        kvm_cpuid_entry2 {
+            function: next(),
+            index: next(),
+            flags: next(),
+            eax: next(),
+            ebx: next(),
+            ecx: next(),
+            edx: next(),
+            ..Default::default()
+        }
+    };
+    Ok(Some(bytes.chunks_exact(CPUID_ENTRY).map(entry).collect()))
+}
+
 struct Host {
     unassisted: bool,
+    cpuid: Option<Vec<kvm_cpuid_entry2>>,
     serial: Option<OwnedFd>,
     events: Option<event_sink::Client>,
     consoles: Vec<OwnedFd>,
@@ -219,5 +254,32 @@ impl component::Server for ComponentServer {
         let layers = results.get().init_layers(self.layers.len() as u32);
         write_layers(&self.layers, layers);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_processor_offers_is_a_table_of_kvms_or_nothing() {
+        assert!(cpuid(&[]).unwrap().is_none());
+        let words: Vec<u8> = (1_u32..=20).flat_map(u32::to_ne_bytes).collect();
+        let table = cpuid(&words).unwrap().unwrap();
+        let [first, second] = table[..] else {
+            panic!("{table:?}")
+        };
+        assert_eq!((first.function, first.index, first.flags), (1, 2, 3));
+        assert_eq!((first.eax, first.ebx, first.ecx, first.edx), (4, 5, 6, 7));
+        assert_eq!(second.function, 11);
+        for wrong in [
+            1,
+            CPUID_ENTRY - 1,
+            CPUID_ENTRY + 1,
+            (KVM_MAX_CPUID_ENTRIES + 1) * CPUID_ENTRY,
+        ] {
+            let error = cpuid(&vec![0; wrong]).unwrap_err();
+            assert_eq!(error.about, "host.cpuid");
+        }
     }
 }

@@ -1,9 +1,7 @@
 //! What takes time: building a machine and tearing one down, each on a thread of its own.
 //!
-//! Both threads start with the control loop's system-call filter. The build's narrows itself as soon as KVM has been asked for everything and
-//! before it looks at the kernel (`ThreadRole::Loader`); what comes before looks at nothing but numbers that were checked. The tear-down's looks
-//! at nothing of the guest's at all: it kicks, joins and unmaps. It must not narrow itself, since without a thread it is the control loop's work,
-//! and before a build that replaces a machine it is the build's.
+//! Both threads have the control loop's system-call filter. The build's looks at nothing but numbers that were checked: the kernel, which is hostile, is the
+//! affair of another thread with a filter of its own (`ThreadRole::Loader`). The tear-down's looks at nothing of the guest's at all: it kicks, joins and unmaps.
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},

@@ -6,11 +6,13 @@ use std::{
     fs::File,
     io,
     os::fd::OwnedFd,
+    sync::mpsc,
     sync::{Arc, Mutex, PoisonError, atomic::AtomicBool},
     thread,
     time::Duration,
 };
 
+use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::Kvm;
 use sepal_devices::virtio::device::DeviceKind;
 use sepal_schema::{config::MemoryBacking, error::Error};
@@ -22,7 +24,7 @@ use crate::{
     lifecycle::Generation,
     machine::{
         Hooks, HostKind, Machine, MachineConfig, MachineError, MachineEvent, MachineStats, RegisterDump, Spare,
-        ThreadRole,
+        ThreadRole, ThreadSetup,
     },
     memory::{CustomRange, MIB, MemoryConfig},
 };
@@ -45,6 +47,8 @@ pub struct VmSpec {
     pub initrd: Option<OwnedFd>,
     /// The host's KVM works without hardware virtualization.
     pub unassisted: bool,
+    /// What KVM offers of the host's processor, if that was told.
+    pub cpuid: Option<Vec<kvm_cpuid_entry2>>,
     /// Stream socket of the serial port.
     pub serial: Option<OwnedFd>,
     /// Devices on the bus.
@@ -55,7 +59,8 @@ pub struct VmSpec {
 pub type Events = Arc<dyn Fn(MachineEvent) + Send + Sync>;
 
 /// Makes machines; runs in a thread of its own and ends soon once the flag is set.
-pub type Builder = Arc<dyn Fn(Generation, VmSpec, Events, &AtomicBool) -> Result<Box<dyn Vm>, Error> + Send + Sync>;
+pub type Builder =
+    Arc<dyn Fn(Generation, VmSpec, Events, &Arc<AtomicBool>) -> Result<Box<dyn Vm>, Error> + Send + Sync>;
 
 /// Is told the registers of a vCPU, or why they cannot be read.
 pub type ShowRegisters = Box<dyn FnOnce(Result<RegisterDump, MachineError>) + Send>;
@@ -91,14 +96,18 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Makes real machines with this handle on `/dev/kvm`, each of whose threads narrows its own system-call filter first.
 ///
-/// What all machines have in common is made ahead for the first one, on a thread of its own, while the component gets ready to be asked.
+/// What all machines have in common is made ahead for the first one, on a thread of its own, while the component gets ready to be asked. That thread
+/// loads the first machine's kernel, too.
 pub fn builder(kvm: Kvm) -> Builder {
     let kvm = Arc::new(kvm);
     let for_spare = Arc::clone(&kvm);
-    let spare = thread::Builder::new()
-        .name("spare".into())
-        .spawn(move || Spare::new(&for_spare));
-    let spare = Mutex::new(spare.ok());
+    let (made, spare) = mpsc::channel();
+    // Without the thread nothing is made ahead: its end of the channel is dropped.
+    let _ = thread::Builder::new().name("loader".into()).spawn(move || {
+        let setup: ThreadSetup = Arc::new(narrow);
+        Spare::serve(&for_spare, &setup, |spare| drop(made.send(spare)));
+    });
+    let spare = Mutex::new(Some(spare));
     Arc::new(move |generation, spec, events, cancel| {
         let memory = MemoryConfig {
             size_bytes: u64::from(spec.memory_mib) * MIB,
@@ -128,6 +137,7 @@ pub fn builder(kvm: Kvm) -> Builder {
             } else {
                 HostKind::Hardware
             },
+            cpuid: spec.cpuid,
             devices: specs,
             guards,
         };
@@ -137,8 +147,8 @@ pub fn builder(kvm: Kvm) -> Builder {
         };
         let ahead = spare.lock().unwrap_or_else(PoisonError::into_inner).take();
         // One that failed is made again, now that there is somebody to tell why.
-        let machine = match ahead.and_then(|ahead| ahead.join().ok()?.ok()) {
-            Some(spare) => Machine::create_from(spare, config, hooks, cancel),
+        let machine = match ahead.and_then(|ahead| ahead.recv().ok()?.ok()) {
+            Some(spare) => Machine::create_from(&kvm, spare, config, hooks, cancel),
             None => Machine::create(&kvm, config, hooks, cancel),
         };
         let machine = machine.map_err(|error| error.to_error())?;

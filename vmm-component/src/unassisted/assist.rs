@@ -59,7 +59,7 @@ impl Assist {
     pub fn new(vm: &VmFd, ram: GuestMemoryMmap) -> Result<Arc<Self>, AssistError> {
         static SAID: Once = Once::new();
         SAID.call_once(|| {
-            tracing::info!(
+            tracing::debug!(
                 "this host has no hardware virtualization: guests' kernels run in an instruction emulator, slowly"
             );
         });

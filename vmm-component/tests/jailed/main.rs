@@ -27,7 +27,7 @@ use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::channel;
 
 use event_manager::EventSet;
@@ -188,7 +188,7 @@ fn machine_with_bad_devices(kvm: &Kvm, config: MachineConfig) {
     };
     let (hooks, events) = rig::hooks_with(narrow);
     // On a thread of its own, which narrows itself to load the kernel.
-    let create = || Machine::create(kvm, config, hooks, &AtomicBool::new(false));
+    let create = || Machine::create(kvm, config, hooks, &Arc::default());
     let created = std::thread::scope(|scope| scope.spawn(create).join());
     let mut machine = created.unwrap().unwrap();
     machine.pause();

@@ -15,6 +15,7 @@ mod rig;
 mod virtio;
 
 use std::io::Write;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
 use std::time::Duration;
@@ -202,7 +203,7 @@ fn a_thread_that_cannot_be_confined_fails_the_start() {
         _ => Ok(()),
     });
     let mut machine =
-        Machine::create(&kvm, config(&guests::count(), 3, None), hooks, &AtomicBool::new(false)).expect("a machine");
+        Machine::create(&kvm, config(&guests::count(), 3, None), hooks, &Arc::default()).expect("a machine");
     let error = machine.start().expect_err("vCPU 1 can't start");
     assert!(matches!(error, MachineError::VcpuStart { vcpu: 1, .. }), "{error}");
     assert_eq!(error.kind(), Kind::VcpuStartFailure);
@@ -220,7 +221,7 @@ fn a_panicking_setup_fails_the_start() {
         _ => Ok(()),
     });
     let mut machine =
-        Machine::create(&kvm, config(&guests::count(), 1, None), hooks, &AtomicBool::new(false)).expect("a machine");
+        Machine::create(&kvm, config(&guests::count(), 1, None), hooks, &Arc::default()).expect("a machine");
     assert!(matches!(machine.start(), Err(MachineError::VcpuStart { vcpu: 0, .. })));
 }
 
@@ -237,13 +238,8 @@ fn impossible_numbers_of_vcpus_are_refused() {
     let Some(kvm) = kvm() else { return };
     for vcpus in [0, 65, 255] {
         let (hooks, _events) = hooks();
-        let error = Machine::create(
-            &kvm,
-            config(&guests::hello(), vcpus, None),
-            hooks,
-            &AtomicBool::new(false),
-        )
-        .expect_err("no such machine");
+        let error = Machine::create(&kvm, config(&guests::hello(), vcpus, None), hooks, &Arc::default())
+            .expect_err("no such machine");
         assert_eq!(error.kind(), Kind::BadConfig);
         assert_eq!(error.to_error().about, "cpus");
     }
@@ -291,7 +287,12 @@ fn more_memory_than_the_host_has_is_not_the_configurations_fault() {
 fn a_cancelled_creation_says_so() {
     let Some(kvm) = kvm() else { return };
     let (hooks, _events) = hooks();
-    let result = Machine::create(&kvm, config(&guests::hello(), 1, None), hooks, &AtomicBool::new(true));
+    let result = Machine::create(
+        &kvm,
+        config(&guests::hello(), 1, None),
+        hooks,
+        &Arc::new(AtomicBool::new(true)),
+    );
     assert!(matches!(result, Err(MachineError::Cancelled)), "{result:?}");
 }
 
@@ -299,7 +300,7 @@ fn a_cancelled_creation_says_so() {
 fn a_creation_cancelled_at_any_moment_ends_one_way_or_the_other() {
     let Some(kvm) = kvm() else { return };
     for _ in 0..20 {
-        let cancel = AtomicBool::new(false);
+        let cancel = Arc::new(AtomicBool::new(false));
         std::thread::scope(|scope| {
             let creation = scope.spawn(|| {
                 let (hooks, _events) = hooks();

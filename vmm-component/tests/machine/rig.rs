@@ -6,7 +6,6 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
@@ -66,6 +65,7 @@ pub(crate) fn config(code: &[u8], vcpus: u8, serial: Option<OwnedFd>) -> Machine
         cmdline: String::new(),
         serial,
         host: host(),
+        cpuid: None,
         devices: Vec::new(),
         guards: Guards::default(),
     }
@@ -111,7 +111,7 @@ impl Rig {
         let mut config = config(code, vcpus, Some(guest_end.into()));
         adjust(&mut config);
         let (hooks, events) = hooks();
-        let machine = Machine::create(kvm, config, hooks, &AtomicBool::new(false))?;
+        let machine = Machine::create(kvm, config, hooks, &Arc::default())?;
         Ok(Self {
             machine,
             events,

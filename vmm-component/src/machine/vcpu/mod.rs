@@ -1,6 +1,6 @@
 //! One vCPU: its set-up, its thread, its exits. Its states are drawn in [`phase`], how it hears of orders is argued in [`mailbox`].
 //!
-//! The thread makes the vCPU itself, reports over a channel that it is ready or why it is not, and parks. While it runs, the only things it waits for are
+//! The thread makes the vCPU itself, reports over a channel that it is ready or why it is not, and parks; the first one waits before that for the kernel to be loaded. While it runs, the only things it waits for are
 //! KVM_RUN and, parked, its event manager: device models answer from memory. An idle guest's vCPU sleeps in KVM_RUN, and nothing of ours wakes it.
 //!
 //! System calls of the thread once it is confined, beside those of the allocator and locks (`futex`, `mmap`, `munmap`, `madvise`, `mprotect`, `brk`):
@@ -16,7 +16,7 @@ pub(super) mod run_page;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::mpsc::Sender;
+use std::sync::mpsc::{Receiver, Sender};
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberId, SubscriberOps};
 use kvm_bindings::kvm_cpuid_entry2;
@@ -74,8 +74,8 @@ pub(super) struct Shared {
 /// What one vCPU is made from.
 pub(super) struct Seed {
     pub(super) index: u8,
-    /// Where the first instruction is; `None` waits for another vCPU's start-up message.
-    pub(super) entry: Option<BootEntry>,
+    /// Will tell where the first instruction is, once the kernel is loaded; `None` waits for another vCPU's start-up message.
+    pub(super) entry: Option<Receiver<BootEntry>>,
     pub(super) mailbox: Arc<Mailbox>,
     pub(super) counters: Arc<VcpuCounters>,
     pub(super) shared: Arc<Shared>,
@@ -85,14 +85,21 @@ pub(super) struct Seed {
 pub(super) type Handshake = Result<Arc<RunMapping>, String>;
 
 /// The body of a vCPU's thread.
-pub(super) fn thread(seed: Seed, handshake: &Sender<(u8, Handshake)>) {
+pub(super) fn thread(mut seed: Seed, handshake: &Sender<(u8, Handshake)>) {
     let index = seed.index;
-    let shared = Arc::clone(&seed.shared);
+    let (shared, entry) = (Arc::clone(&seed.shared), seed.entry.take());
     let set_up = catch_unwind(AssertUnwindSafe(|| {
         let vcpu = Vcpu::set_up(seed)?;
         // Last, since what comes after it needs fewer system calls than the set-up.
         (shared.hooks.thread_setup)(ThreadRole::Vcpu(index))
             .map_err(|e| format!("its thread could not be confined: {e}"))?;
+        if let Some(entry) = entry {
+            // Everything else is done while the kernel is still being loaded.
+            let entry = entry
+                .recv()
+                .map_err(|_| "there is no kernel to begin with".to_owned())?;
+            boot_state::set_entry(&vcpu.fd, &entry).map_err(|e| format!("set its registers: {e}"))?;
+        }
         Ok::<_, String>(vcpu)
     }))
     .unwrap_or_else(|_| Err("its set-up panicked".to_owned()));
@@ -145,9 +152,6 @@ impl Vcpu {
         let mut lapic = fd.get_lapic().map_err(kvm("read its local APIC"))?;
         boot_state::connect_local_pins(&mut lapic);
         fd.set_lapic(&lapic).map_err(kvm("set its local APIC"))?;
-        if let Some(entry) = &seed.entry {
-            boot_state::set_entry(&fd, entry).map_err(kvm("set its registers"))?;
-        }
         let mut events = EventManager::new_with_capacity(2).map_err(|e| format!("make its event manager: {e}"))?;
         let bell = events.add_subscriber(Bell {
             mailbox: seed.mailbox,
