@@ -74,6 +74,8 @@ pub async fn open(
     }
     let custom_memory = std::mem::take(&mut config.custom_memory);
     let (guest, images) = (guest.to_owned(), manager.images.clone());
+    let ready = |way: &Way| matches!(way, Way::Ready(_));
+    let at_once = ready(&kernel) && initrd.iter().all(ready) && jobs.is_empty() && custom_memory.is_empty();
     let work = move || {
         check_memory(memory_mib.into(), &custom_memory, host::available_mib())?;
         let kernel = kernel.open("kernel", Requirements::READ)?;
@@ -88,7 +90,11 @@ pub async fn open(
         let disks = jobs.into_iter().enumerate().map(open).collect::<Result<Vec<_>, _>>()?;
         Ok::<_, Error>((kernel, initrd, custom_memory, disks, uses, notes))
     };
-    let done = manager.handle.spawn_blocking(work).await;
+    let done = match at_once {
+        // Nothing is left that could block, so nobody else has to be woken for it.
+        true => Ok(work()),
+        false => manager.handle.spawn_blocking(work).await,
+    };
     let (kernel, initrd, custom_memory, disks, images, notes) =
         done.map_err(|error| Error::new(Kind::NoResources, format!("the files cannot be opened: {error}")))??;
     config.kernel = File::Fd(kernel);
