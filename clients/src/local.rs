@@ -159,12 +159,17 @@ fn spawn(mut command: Command, fd: OwnedFd) -> Result<Child> {
     child.with_context(|| format!("starting {}", Path::new(&program).display()))
 }
 
+/// How many components a manager that stays keeps waiting: who launches one guest after the other finds one each time, and one costs less than 2 MiB (docs/decisions/0011).
+const POOL: &str = "1";
+
 /// Starts a manager in a session of its own, and returns when it listens.
 fn start_daemon(socket: Option<&Path>) -> Result<()> {
     let (mut ready, theirs) = io::pipe().context("making a pipe")?;
     let mut command = command()?;
     command
         .arg("--log-to-file")
+        .arg("--pool")
+        .arg(POOL)
         .arg("--ready-fd")
         .arg(theirs.as_raw_fd().to_string());
     // Otherwise it finds the user's own, and sees to it that the folder is nobody else's.

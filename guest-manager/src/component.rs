@@ -283,6 +283,20 @@ impl Stderr {
     }
 }
 
+/// The last line that is in the pipe of a component that is dead.
+pub(crate) fn last_words(stderr: OwnedFd) -> Option<String> {
+    rustix::io::ioctl_fionbio(&stderr, true).ok()?;
+    let (mut words, mut buffer) = (LastWords::default(), [0; 4096]);
+    for _ in 0..MAX_REST / buffer.len() {
+        match rustix::io::read(&stderr, &mut buffer) {
+            Ok(0) | Err(_) => break,
+            Ok(count) => words.push(&buffer[..count], |_, _| {}),
+        }
+    }
+    words.finish(|_, _| {});
+    words.last
+}
+
 fn log(name: &str, level: Level, line: &str) {
     match level {
         Level::ERROR => tracing::error!(guest = name, "component: {line}"),

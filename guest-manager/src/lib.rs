@@ -13,7 +13,7 @@
 //!       life   the task that drives it, run after run; what follows each: outcome and pace (pure)
 //!       statistics  its figures, and how old they are
 //!       resources  what it holds of the host: files (images), network, cids, macs, backends
-//!     component  one process; starter starts it through the keeper
+//!     component  one process; starter starts it through the keeper, and pool keeps some ready
 //! ```
 //!
 //! One thread runs the event loop and only ever waits on it. What may block goes to worker threads (files), to the keeper (processes) or to
@@ -50,6 +50,7 @@ mod networks;
 mod outcome;
 mod pace;
 pub mod peer;
+pub mod pool;
 mod power;
 pub mod problems;
 pub mod registry;

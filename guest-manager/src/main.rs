@@ -27,6 +27,7 @@ use sepal_guest_manager::{
     listener::{self, Listening, Reach},
     log::{self, Writer},
     manager::{Manager, Settings},
+    pool::{self, Pool},
     roles::{Allowance, Roles},
     server::{self, Connections, Door},
     starter::{KeeperStarter, Programs},
@@ -70,6 +71,10 @@ struct Arguments {
     /// Append who changed what, and what came of it, to this file, a line of JSON each; SIGHUP has it opened again. Default: to the log
     #[arg(long, value_name = "FILE")]
     audit: Option<PathBuf>,
+
+    /// Keep this many components started and jailed, waiting for guests, so that launching takes less time; each costs memory while it waits
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u8).range(..=pool::MOST as i64))]
+    pool: u8,
 
     /// How to write the log, to standard error; RUST_LOG says how much
     #[arg(long, value_name = "FORMAT", default_value = "text")]
@@ -158,6 +163,10 @@ fn run(
     let handle = reactor.handle();
     let files = listening.iter().flat_map(|(listening, _)| listening.files()).collect();
     let starter = KeeperStarter::new(&handle, programs, files)?;
+    let pool = Pool::new(&handle, Rc::new(starter.clone()), arguments.pool.into());
+    if arguments.pool > 0 {
+        tracing::info!("keeping {} components waiting for guests", arguments.pool);
+    }
     let host = Host::detect();
     if host.unassisted {
         tracing::info!("the host's CPU gives KVM no hardware virtualization: guests get help, and run slowly");
@@ -171,7 +180,7 @@ fn run(
         roles,
         ..defaults
     };
-    let manager = Manager::new(handle.clone(), settings, Box::new(starter.clone()))?;
+    let manager = Manager::new(handle.clone(), settings, Box::new(pool.clone()))?;
 
     let connections = Rc::new(Connections::default());
     let mut ends: Vec<LocalBoxFuture<'_, &str>> = vec![Box::pin(async {

@@ -75,6 +75,40 @@ impl World {
         world
     }
 
+    /// A world with a manager that keeps so many components waiting, once they do.
+    ///
+    /// # Panics
+    /// If the manager or one of them does not start.
+    pub fn with_pool(size: usize) -> Self {
+        let mut world = Self::new();
+        let mut command = Command::new("env");
+        command.arg("RUST_LOG=info,sepal_guest_manager::pool=debug");
+        command.arg(program("guest-manager"));
+        world.start_manager_by(command, |command, socket, ready| {
+            command.arg("--socket").arg(socket).arg("--ready-fd").arg(ready);
+            command.arg("--pool").arg(size.to_string());
+        });
+        world.until_waiting(size);
+        world
+    }
+
+    /// Waits until so many components have begun to wait in all, since the manager [`with_pool`](Self::with_pool) started.
+    ///
+    /// # Panics
+    /// If they do not.
+    pub fn until_waiting(&self, total: usize) {
+        let count = || self.manager().stderr.text().matches("a component waits").count();
+        until("components wait", || (count() >= total).then_some(()));
+    }
+
+    /// The components that are there, those that wait included.
+    pub fn components(&self) -> Vec<Process> {
+        let keeper = self.keeper().pid;
+        let all = process::all().into_values();
+        all.filter(|process| process.parent == keeper && process.cmdline == "vmm-component")
+            .collect()
+    }
+
     /// Starts the manager, and returns when it listens.
     ///
     /// # Panics

@@ -13,6 +13,7 @@ use std::{
     process::Command,
 };
 
+use rustix::process::Signal;
 use sepal_tests::{
     World, kvm_missing,
     process::{self, status},
@@ -241,6 +242,83 @@ fn limits_are_enforced_by_groups_that_go_with_the_guest() {
     let component = Path::new("/proc").join(guest.pid.to_string());
     assert!(!component.exists(), "stop returns after the process is gone");
     world.end();
+}
+
+#[test]
+fn a_component_that_waited_has_the_same_jail() {
+    if kvm_missing() {
+        return;
+    }
+    let world = World::with_pool(2);
+    let waited = world.components();
+    assert_eq!(world.guest(&["list", "--json"]).expect_code(0).out().trim(), "[]");
+    let first = Guest::launch(&world, "bee", &[]);
+    assert!(
+        waited.iter().any(|process| process.pid == first.pid),
+        "{waited:?} {}",
+        first.pid
+    );
+    check(&first, expected_uid(&first));
+    assert_eq!(first.layers()["cgroup"], ("not-requested", "no limits"));
+    let second = Guest::launch(&world, "ant", &[]);
+    check(&second, expected_uid(&second));
+    for (_, name) in NAMESPACES {
+        assert_ne!(first.namespace(name), second.namespace(name), "{name}");
+    }
+    world.until_waiting(4);
+    // What needs something of its start is started for it.
+    let before = world.components();
+    let waived = Guest::launch(&world, "cow", &["--waive-layer", "landlock"]);
+    assert!(before.iter().all(|process| process.pid != waived.pid));
+    assert_eq!(waived.layers()["landlock"].0, "waived");
+    world.guest(&["stop", "bee", "--force"]).expect_code(0);
+    assert!(!Path::new("/proc").join(first.pid.to_string()).exists());
+    world.end();
+}
+
+#[test]
+fn limits_hold_where_components_wait() {
+    if kvm_missing() {
+        return;
+    }
+    let world = World::with_pool(1);
+    let waits = world.components();
+    let launched = world.guest(&["launch", "bee", "--detach", "--limit-tasks", "40"]);
+    if launched.code() == 1 && launched.stderr.contains("cannot be enforced") {
+        println!("skipped: {}", launched.stderr);
+        return;
+    }
+    let guest = Guest::look(world.guest(&["info", "bee", "--json"]).expect_code(0).out());
+    assert_ne!(guest.pid, waits[0].pid);
+    assert_eq!(guest.layers()["cgroup"], ("holds", "40 threads"));
+    let within = fs::read_to_string(format!("/proc/{}/cgroup", guest.pid)).unwrap();
+    assert!(within.contains("/sepal-"), "{within}");
+    world.end();
+}
+
+#[test]
+fn a_waiting_component_that_is_killed_is_replaced_and_none_outlives_the_manager() {
+    if kvm_missing() {
+        return;
+    }
+    let mut world = World::with_pool(1);
+    let victim = world.components().remove(0);
+    victim.signal(Signal::KILL);
+    world.until_waiting(2);
+    let next = world.components().remove(0);
+    assert_ne!(next.pid, victim.pid);
+    let guest = Guest::launch(&world, "bee", &[]);
+    assert_eq!(guest.pid, next.pid);
+    world.until_waiting(3);
+    assert_eq!(
+        world.family().len(),
+        4,
+        "manager, keeper, the guest's component, and the one that waits"
+    );
+    let manager = world.take_manager();
+    manager.signal(Signal::KILL);
+    assert_eq!(manager.wait().code(), 128 + 9);
+    world.assert_nothing_left();
 }
 
 #[test]

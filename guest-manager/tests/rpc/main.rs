@@ -11,6 +11,7 @@ mod fake_devices;
 mod files;
 mod launch;
 mod lifecycle;
+mod pool;
 mod power;
 mod power_ends;
 mod queries;

@@ -6,6 +6,7 @@ use sepal_guest_manager::{
     client::{Client, Who},
     manager::{Manager, Settings},
     manager_server::ManagerServer,
+    pool::Pool,
     roles::Role,
 };
 use sepal_schema::{
@@ -55,6 +56,22 @@ pub(crate) fn with(settings: Settings, test: impl AsyncFnOnce(World)) {
         fake,
     };
     let done = reactor.run_until(handle.timeout(HUNG, test(world))).unwrap();
+    done.expect("the test hangs");
+}
+
+/// Runs a test on a manager that keeps so many components waiting.
+pub(crate) fn with_pool(size: usize, test: impl AsyncFnOnce(World, Pool)) {
+    let mut reactor = Reactor::new().unwrap();
+    let handle = reactor.handle();
+    let fake = Fake::new(&handle);
+    let pool = Pool::new(&handle, Rc::new(Starter(fake.clone())), size);
+    let manager = Manager::new(handle.clone(), Settings::default(), Box::new(pool.clone())).unwrap();
+    let world = World {
+        handle: handle.clone(),
+        manager,
+        fake,
+    };
+    let done = reactor.run_until(handle.timeout(HUNG, test(world, pool))).unwrap();
     done.expect("the test hangs");
 }
 

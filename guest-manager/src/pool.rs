@@ -1,0 +1,297 @@
+//! Components that wait for their guests: started, jailed and sealed ahead of time, so that a launch finds one ready.
+//!
+//! ```text
+//!   a seat:   empty --(a rest)--> starting --> waiting --(taken by a launch)--> empty
+//!               ^                    | fails      | dies
+//!               '------ back-off ----'------------'
+//! ```
+//!
+//! There are as many seats as components may wait, each looked after by a task of its own. What waits was started with the default jail, all of its layers and no
+//! limits: a configuration that asks for anything else of its process (limits, waived layers) gets one that is started for it, as everything does when
+//! nobody waits. So whoever takes one has exactly what a start would have given; nothing of a guest has touched it before.
+//!
+//! A seat rests before it is filled again, since the launch that emptied it needs the processor now. Those who wait end with the keeper, like all components,
+//! and with whatever ends the pool.
+
+use std::{
+    cell::RefCell,
+    collections::VecDeque,
+    rc::{Rc, Weak},
+    time::{Duration, Instant},
+};
+
+use futures::{
+    FutureExt,
+    channel::oneshot,
+    future::{Either, LocalBoxFuture, select},
+};
+use rustix::event::{PollFd, PollFlags, Timespec};
+use sepal_schema::{
+    config::Limits as ResourceLimits,
+    error::{Error, Kind},
+    transport::Handle,
+};
+
+use crate::{
+    changed::Changed,
+    component::{ComponentStarter, Exit, StartRequest, Started, last_words},
+};
+
+/// The most components that may wait; each costs the host about a megabyte.
+pub const MOST: usize = 64;
+
+/// How long an empty seat rests before somebody is started for it: about as long as a launch takes.
+const REST: Duration = Duration::from_millis(10);
+/// How long a seat waits after a component that failed, at first; twice as long after each that follows.
+const FIRST_BACK_OFF: Duration = Duration::from_millis(100);
+/// The longest that it waits.
+const LONGEST_BACK_OFF: Duration = Duration::from_secs(30);
+/// A component that waited this long before it died does not count as failed in a row.
+const PROVEN: Duration = Duration::from_secs(60);
+
+/// What those who wait are called in the log.
+const NAME: &str = "(waiting)";
+
+/// A starter that keeps components waiting. Dropping the last clone ends those who wait.
+#[derive(Clone)]
+pub struct Pool(Rc<Shared>);
+
+struct Shared {
+    starter: Rc<dyn ComponentStarter>,
+    /// In the order in which they were started.
+    waiting: RefCell<VecDeque<Waiting>>,
+    /// How many wait.
+    count: Changed<usize>,
+}
+
+/// A component that waits. Dropping it kills it.
+struct Waiting {
+    seat: usize,
+    started: Option<Started>,
+    /// Tells its seat that it was taken; dropped with it otherwise.
+    taken: Option<oneshot::Sender<()>>,
+}
+
+impl Pool {
+    /// Keeps `size` components waiting, [`MOST`] at most, which `starter` starts; it also starts all others.
+    #[must_use]
+    pub fn new(handle: &Handle, starter: Rc<dyn ComponentStarter>, size: usize) -> Self {
+        let shared = Rc::new(Shared {
+            starter,
+            waiting: RefCell::default(),
+            count: Changed::default(),
+        });
+        for seat in 0..size.min(MOST) {
+            handle.spawn(look_after(Rc::downgrade(&shared), handle.clone(), seat));
+        }
+        Self(shared)
+    }
+
+    /// How many components wait.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.0.count.look(|count| *count)
+    }
+
+    /// Waits until so many components wait.
+    pub async fn until_waiting(&self, wanted: usize) {
+        self.0.count.until(|count| (*count == wanted).then_some(())).await;
+    }
+}
+
+impl ComponentStarter for Pool {
+    fn start(&self, request: StartRequest) -> LocalBoxFuture<'static, Result<Started, Error>> {
+        let taken = is_plain(&request).then(|| self.0.take()).flatten();
+        match taken {
+            Some(mut waiting) => Box::pin(async move {
+                // If this is never polled, dropping what waits kills it.
+                waiting.taken.take().map(|taken| taken.send(()));
+                waiting
+                    .started
+                    .take()
+                    .ok_or_else(|| Error::new(Kind::StartFailure, "a component was taken twice"))
+            }),
+            None => self.0.starter.start(request),
+        }
+    }
+}
+
+/// Whether a component that knows nothing of the request can serve it.
+fn is_plain(request: &StartRequest) -> bool {
+    // All fields are named, so that a new one has to be thought of here.
+    let StartRequest {
+        name: _,
+        limits,
+        waived_layers,
+    } = request;
+    *limits == ResourceLimits::default() && waived_layers.is_empty()
+}
+
+impl Shared {
+    /// Who has waited longest, and lives.
+    fn take(&self) -> Option<Waiting> {
+        loop {
+            let first = self.remove(|_| true)?;
+            if first.lives() {
+                let pid = first.started.as_ref().map_or(0, |started| started.pid);
+                tracing::debug!(
+                    pid,
+                    waiting = self.waiting.borrow().len(),
+                    "a waiting component is taken"
+                );
+                return Some(first);
+            }
+        }
+    }
+
+    fn add(&self, waiting: Waiting) {
+        let pid = waiting.started.as_ref().map_or(0, |started| started.pid);
+        self.waiting.borrow_mut().push_back(waiting);
+        let count = self.waiting.borrow().len();
+        self.count.change(|slot| *slot = count);
+        tracing::debug!(pid, waiting = count, "a component waits");
+    }
+
+    fn remove(&self, wanted: impl Fn(&Waiting) -> bool) -> Option<Waiting> {
+        let removed = {
+            let mut waiting = self.waiting.borrow_mut();
+            let index = waiting.iter().position(wanted)?;
+            waiting.remove(index)
+        };
+        let count = self.waiting.borrow().len();
+        self.count.change(|slot| *slot = count);
+        removed
+    }
+}
+
+impl Waiting {
+    /// Whether its process is there. Before it is asked for anything a component says nothing, so all that can be there to be read is the end.
+    fn lives(&self) -> bool {
+        let Some(started) = &self.started else { return false };
+        let mut poll = [PollFd::new(&started.socket, PollFlags::IN)];
+        let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
+        matches!(rustix::event::poll(&mut poll, Some(&at_once)), Ok(0))
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        if let Some(started) = &self.started {
+            (started.kill)();
+        }
+    }
+}
+
+/// Keeps one seat filled for as long as the pool is there.
+async fn look_after(pool: Weak<Shared>, handle: Handle, seat: usize) {
+    let mut failures = 0;
+    loop {
+        let pause = match failures {
+            0 => REST,
+            _ => back_off(failures),
+        };
+        handle.sleep(pause).await;
+        let Some(shared) = pool.upgrade() else { return };
+        let request = StartRequest {
+            name: NAME.into(),
+            limits: ResourceLimits::default(),
+            waived_layers: Vec::new(),
+        };
+        let starting = shared.starter.start(request);
+        drop(shared);
+        let mut started = match starting.await {
+            Ok(started) => started,
+            Err(error) => {
+                failures += 1;
+                warn(failures, &error.message);
+                continue;
+            }
+        };
+        // Told twice: here, and to whoever takes it.
+        let exit = started.exit.shared();
+        started.exit = Box::pin(exit.clone());
+        let words = started.stderr.as_ref().and_then(|stderr| stderr.try_clone().ok());
+        let (taken, is_taken) = oneshot::channel();
+        let Some(shared) = pool.upgrade() else {
+            (started.kill)();
+            return;
+        };
+        let since = Instant::now();
+        shared.add(Waiting {
+            seat,
+            started: Some(started),
+            taken: Some(taken),
+        });
+        drop(shared);
+        let died = match select(is_taken, exit).await {
+            Either::Left((Ok(()), _)) => None,
+            // Dropped: it was found dead, or its taker has gone; or the pool is.
+            Either::Left((Err(_), exit)) => Some(exit.await),
+            Either::Right((exit, _)) => Some(exit),
+        };
+        let Some(exit) = died else {
+            failures = 0;
+            continue;
+        };
+        let Some(shared) = pool.upgrade() else { return };
+        drop(shared.remove(|waiting| waiting.seat == seat));
+        failures = if since.elapsed() < PROVEN { failures + 1 } else { 1 };
+        warn(failures, &ended(&exit, words.and_then(last_words)));
+    }
+}
+
+/// How a component ended that nobody had asked for anything, and what it said.
+fn ended(exit: &Exit, words: Option<String>) -> String {
+    match words {
+        Some(words) => format!("it {exit}: {words}"),
+        None => format!("it {exit}"),
+    }
+}
+
+fn warn(failures: u32, why: &str) {
+    let pause = back_off(failures).as_millis();
+    tracing::warn!("no component waits in advance, for {pause} ms: {why}");
+}
+
+/// How long a seat stays empty after so many failures in a row, of which there is one at least.
+fn back_off(failures: u32) -> Duration {
+    let doublings = failures.saturating_sub(1).min(16);
+    (FIRST_BACK_OFF * (1 << doublings)).min(LONGEST_BACK_OFF)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_failure_in_a_row_waits_longer_and_none_for_ever() {
+        assert_eq!(back_off(1), FIRST_BACK_OFF);
+        assert_eq!(back_off(2), FIRST_BACK_OFF * 2);
+        for failures in 1..100 {
+            assert!(back_off(failures) <= back_off(failures + 1));
+        }
+        assert_eq!(back_off(u32::MAX), LONGEST_BACK_OFF);
+    }
+
+    #[test]
+    fn only_what_asks_for_nothing_of_its_process_takes_one_that_waits() {
+        let plain = StartRequest {
+            name: "g".into(),
+            limits: ResourceLimits::default(),
+            waived_layers: Vec::new(),
+        };
+        assert!(is_plain(&plain));
+        let limited = ResourceLimits {
+            tasks: 9,
+            ..ResourceLimits::default()
+        };
+        assert!(!is_plain(&StartRequest {
+            limits: limited,
+            ..plain.clone()
+        }));
+        assert!(!is_plain(&StartRequest {
+            waived_layers: vec!["landlock".into()],
+            ..plain
+        }));
+    }
+}
