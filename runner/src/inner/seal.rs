@@ -5,11 +5,11 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 
 use rustix::event::{PollFd, PollFlags};
-use rustix::fs::StatVfsMountFlags;
+use rustix::fs::{AtFlags, Mode, OFlags, StatVfsMountFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 use rustix::process::{DumpableBehavior, Resource, Rlimit, Signal};
@@ -124,9 +124,15 @@ pub fn seal(spec: &SealSpec) -> Result<Vec<LayerStatus>, SealError> {
     die_with_starter()?;
 
     let mut report = Vec::with_capacity(Layer::ALL.len());
+    let own = rustix::fs::open(
+        "/proc/self/ns",
+        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+    .map_err(system("opening /proc/self/ns"))?;
     for (layer, _, name) in Layer::NAMESPACES {
         spec.layer(&mut report, layer, || {
-            check_namespace(spec, layer, name)?;
+            check_namespace(spec, layer, &own, name)?;
             if layer == Layer::PidNamespace && std::process::id() != 1 {
                 return step(layer, "its first process", Err("this process is not"));
             }
@@ -154,6 +160,7 @@ pub fn seal(spec: &SealSpec) -> Result<Vec<LayerStatus>, SealError> {
         Some(limits) => LayerStatus::holds(Layer::Cgroup, limits.clone()),
         None => LayerStatus::not_requested(Layer::Cgroup, "no limits"),
     });
+    drop(own);
     if !spec.waives(Layer::Root) {
         empty_root(!spec.waives(Layer::UserNamespace))?;
     }
@@ -235,13 +242,14 @@ fn die_with_starter() -> Result<(), SealError> {
     }
 }
 
-fn check_namespace(spec: &SealSpec, layer: Layer, name: &str) -> Result<(), SealError> {
+/// Checks that this process's namespace, as its directory of them tells, is not the starter's.
+fn check_namespace(spec: &SealSpec, layer: Layer, own: &OwnedFd, name: &str) -> Result<(), SealError> {
     let own = step(
         layer,
         "reading /proc/self/ns",
-        fs::metadata(format!("/proc/self/ns/{name}")),
+        rustix::fs::statat(own, name, AtFlags::empty()),
     )?
-    .ino();
+    .st_ino;
     let starters = spec.startup.namespaces.iter().find(|(known, _)| *known == layer);
     match starters {
         Some((_, starters)) if *starters != own => Ok(()),
