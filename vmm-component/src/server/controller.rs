@@ -1,5 +1,5 @@
-//! Carries out what the lifecycle decides, on the control loop. Nothing here waits but the start of a machine, for as long as its threads take to
-//! set themselves up: well below a millisecond each.
+//! Carries out what the lifecycle decides, on the control loop. Nothing here waits but the start of a machine, for as long as the loops of its devices on
+//! the bus take to set themselves up: well below a millisecond each. Its vCPUs have done so when it was made.
 
 use std::{
     cell::RefCell,
