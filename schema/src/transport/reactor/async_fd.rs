@@ -1,8 +1,17 @@
 //! A file descriptor on the loop: readiness, and asynchronous reading, writing and accepting on top of it.
 //!
-//! Each descriptor is registered once, edge-triggered, for both directions. Its readiness is kept here: it begins as
-//! "try it", is taken back by an operation that would block, and comes back with the next edge. A hang-up stays, since
-//! no further edge would tell of it.
+//! Each descriptor is registered once, edge-triggered. Its readiness is kept here: it begins as "try it", is taken back by
+//! an operation that would block, and comes back with the next edge. A hang-up stays, since no further edge would tell of
+//! it.
+//!
+//! Room to write is asked for only once there was none: a Unix socket tells of more room whenever its peer has read
+//! something, and a loop that heard of that would be woken twice for each call that it makes.
+//!
+//! ```text
+//!   not asked for ---(a write would block: modify, which tells at once if there is room again)---> asked for
+//!        ^                                                                                            |
+//!        +------------------------------(told, and nobody waited for it)-----------------------------+
+//! ```
 
 use std::{
     cell::{Cell, RefCell},
@@ -11,7 +20,7 @@ use std::{
     io,
     net::Shutdown,
     os::{
-        fd::{AsFd, AsRawFd, BorrowedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
         unix::net::{UnixListener, UnixStream},
     },
     pin::Pin,
@@ -19,7 +28,7 @@ use std::{
     task::{Context, Poll, Waker},
 };
 
-use event_manager::{EventSet, Events, SubscriberId, SubscriberOps};
+use event_manager::{EventOps, EventSet, Events, SubscriberId, SubscriberOps};
 use futures::{AsyncRead, AsyncWrite};
 
 use super::{Core, Handle, Subscriber};
@@ -53,11 +62,13 @@ impl Side {
         Poll::Pending
     }
 
-    fn event(&self, hung_up: bool, woken: &mut Vec<Waker>) {
-        self.ready.set(true);
+    /// Returns whether that was worth telling.
+    fn event(&self, hung_up: bool, woken: &mut Vec<Waker>) -> bool {
+        let news = !self.ready.replace(true) && !self.waiting.borrow().is_empty();
         // Each event tells the whole state, so a terminal that is opened again is not hung up any more.
         self.hung_up.set(hung_up);
         woken.append(&mut self.waiting.borrow_mut());
+        news
     }
 
     fn blocked(&self) {
@@ -66,22 +77,45 @@ impl Side {
 }
 
 /// What the event manager keeps of a registered descriptor.
-#[derive(Default)]
 pub(super) struct Source {
+    fd: RawFd,
     read: Side,
     write: Side,
+    /// Whether the kernel is asked for room to write.
+    asks_for_room: Cell<bool>,
 }
 
 impl Source {
-    pub(super) fn event(&self, events: EventSet, woken: &mut Vec<Waker>) {
+    fn new(fd: RawFd) -> Self {
+        let source = Self {
+            fd,
+            read: Side::default(),
+            write: Side::default(),
+            asks_for_room: Cell::new(false),
+        };
+        source.read.ready.set(true);
+        source.write.ready.set(true);
+        source
+    }
+
+    pub(super) fn event(&self, events: EventSet, ops: &EventOps<'_>, woken: &mut Vec<Waker>) {
         let failed = events.intersects(EventSet::HANG_UP | EventSet::ERROR);
         let ended = failed || events.contains(EventSet::READ_HANG_UP);
         if ended || events.contains(EventSet::IN) {
             self.read.event(ended, woken);
         }
-        if failed || events.contains(EventSet::OUT) {
-            self.write.event(failed, woken);
+        if (failed || events.contains(EventSet::OUT)) && !self.write.event(failed, woken) && self.asks_for_room.take() {
+            // If this fails, there will be needless wake-ups and nothing worse.
+            let _ = ops.modify(self.interest());
         }
+    }
+
+    fn interest(&self) -> Events {
+        let mut interest = EventSet::IN | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
+        if self.asks_for_room.get() {
+            interest |= EventSet::OUT;
+        }
+        Events::new_raw(self.fd, interest)
     }
 
     fn side(&self, direction: Direction) -> &Side {
@@ -120,15 +154,11 @@ impl<T: AsFd> AsyncFd<T> {
         if !flags.contains(rustix::fs::OFlags::NONBLOCK) {
             rustix::fs::fcntl_setfl(fd, flags | rustix::fs::OFlags::NONBLOCK)?;
         }
-        let source = Rc::new(Source::default());
-        source.read.ready.set(true);
-        source.write.ready.set(true);
-        let interest = EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
-        let events = Events::new_raw(fd.as_raw_fd(), interest);
+        let source = Rc::new(Source::new(fd.as_raw_fd()));
         let core = handle.0.clone();
         let mut manager = core.events.borrow_mut();
         let id = manager.add_subscriber(Subscriber::Io(source.clone()));
-        let added = manager.event_ops(id).and_then(|mut ops| ops.add(events));
+        let added = manager.event_ops(id).and_then(|mut ops| ops.add(source.interest()));
         if let Err(error) = added {
             let _ = manager.remove_subscriber(id);
             return Err(super::manager_error(error));
@@ -187,7 +217,7 @@ impl<T: AsFd> AsyncFd<T> {
     pub fn try_io<R>(&self, direction: Direction, operation: impl FnOnce(&T) -> io::Result<R>) -> io::Result<R> {
         let result = operation(self.get_ref());
         if matches!(&result, Err(error) if error.kind() == io::ErrorKind::WouldBlock) {
-            self.source.side(direction).blocked();
+            self.exhausted(direction);
         }
         result
     }
@@ -196,6 +226,16 @@ impl<T: AsFd> AsyncFd<T> {
     /// socket; saves the call that would find it out.
     pub fn exhausted(&self, direction: Direction) {
         self.source.side(direction).blocked();
+        if direction == Direction::Write && !self.source.asks_for_room.replace(true) {
+            // As in `deregister`, the manager is free. It cannot fail for a descriptor that is registered.
+            let mut manager = self.core.events.borrow_mut();
+            if let Err(error) = manager
+                .event_ops(self.id)
+                .and_then(|ops| ops.modify(self.source.interest()))
+            {
+                tracing::error!(%error, "cannot wait for room to write");
+            }
+        }
     }
 
     /// Does `operation` as soon as it does not block.
@@ -231,6 +271,11 @@ impl<T: AsFd> AsyncFd<T> {
     /// As [`AsyncFd::poll_io`].
     pub async fn io<R>(&self, direction: Direction, mut operation: impl FnMut(&T) -> io::Result<R>) -> io::Result<R> {
         poll_fn(|cx| self.poll_io(cx, direction, &mut operation)).await
+    }
+
+    #[cfg(test)]
+    pub(super) fn asks_for_room(&self) -> bool {
+        self.source.asks_for_room.get()
     }
 
     fn deregister(&self) {

@@ -76,9 +76,9 @@ enum Subscriber {
 }
 
 impl MutEventSubscriber for Subscriber {
-    fn process(&mut self, events: Events, _: &mut EventOps<'_>) {
+    fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
         WOKEN.with_borrow_mut(|woken| match self {
-            Self::Io(source) => source.event(events.event_set(), woken),
+            Self::Io(source) => source.event(events.event_set(), ops, woken),
             Self::Wake(root) => root.clear(),
             Self::Timer(timers) => timers.fired(woken),
         });

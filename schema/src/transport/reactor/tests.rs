@@ -239,6 +239,36 @@ fn a_pipe_whose_reader_is_gone_is_an_error() {
 }
 
 #[test]
+fn room_to_write_is_asked_for_only_where_there_was_none() {
+    on_loop(|handle| async move {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let ours = handle.register(ours).unwrap();
+        let asks = || ours.asks_for_room();
+        (&ours).write_all(&[1]).await.unwrap();
+        theirs.read_exact(&mut [0]).unwrap();
+        assert!(!asks());
+
+        let write = || ours.try_io(Direction::Write, |mut socket| socket.write(&[7; 4096]));
+        let mut sent = 0;
+        while let Ok(count) = write() {
+            sent += count;
+        }
+        assert!(asks());
+        theirs.read_exact(&mut vec![0; sent]).unwrap();
+        ours.writable().await;
+        assert!(asks(), "whoever wrote so much may soon be without room again");
+
+        // There was room, so that there is more is no news.
+        assert_eq!(write().unwrap(), 4096);
+        theirs.read_exact(&mut [0; 4096]).unwrap();
+        theirs.write_all(&[1]).unwrap();
+        ours.exhausted(Direction::Read);
+        ours.readable().await;
+        assert!(!asks());
+    });
+}
+
+#[test]
 fn connections_are_accepted() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("socket");
