@@ -54,6 +54,10 @@ const CAPABILITY_BYTES: usize = 1024;
 /// Bytes that are written at once even while more messages wait to be handled.
 const WRITE_AT: usize = 64 * 1024;
 
+/// Words that a message begins with, whatever the RPC system asks for: 8 KiB for each call, which would have to be zeroed. A
+/// call with few parameters fits; others get more as they grow.
+const FIRST_SEGMENT_WORDS: u32 = 64;
+
 struct Inbound {
     decoder: Decoder,
     /// Descriptors that came with a range of the stream.
@@ -486,7 +490,7 @@ impl capnp_rpc::Connection<Side> for Connection {
     }
 
     fn new_outgoing_message(&mut self, first_segment_words: u32) -> Box<dyn capnp_rpc::OutgoingMessage> {
-        let allocator = HeapAllocator::new().first_segment_words(first_segment_words);
+        let allocator = HeapAllocator::new().first_segment_words(first_segment_words.min(FIRST_SEGMENT_WORDS));
         Box::new(OutgoingMessage {
             message: Builder::new(allocator),
             wire: self.0.clone(),
