@@ -10,7 +10,8 @@
 //! bounded by the [`Limits`]; past one, reading fails with the reason, which makes the RPC system drop all that it holds
 //! and break every capability that led here. The first reason stays.
 //!
-//! Writing waits while whole messages are there to be handled, so the replies to a batch leave in one call.
+//! Writing waits while whole messages are there to be handled, so replies leave some together in one call; not all of a long
+//! batch, or the peer would have nothing to do meanwhile, and neither would this side when the peer handles them.
 
 pub(super) mod cancel;
 mod inspect;
@@ -50,9 +51,6 @@ type Message = Builder<HeapAllocator>;
 
 /// What a capability of a received message counts for in [`Limits::held_bytes`], in bytes: about what the RPC system keeps for it.
 const CAPABILITY_BYTES: usize = 1024;
-
-/// Bytes that are written at once even while more messages wait to be handled.
-const WRITE_AT: usize = 64 * 1024;
 
 /// Words that a message begins with, whatever the RPC system asks for: 8 KiB for each call, which would have to be zeroed. A
 /// call with few parameters fits; others get more as they grow.
@@ -309,11 +307,15 @@ impl Wire {
             return;
         }
         let end = outbox.push(message, fds);
+        let write = !self.busy.get() || outbox.is_worth_writing();
         drop(outbox);
         if let Err(limit) = self.account(message, end, bytes) {
             self.end(self.exceeded(limit));
         }
-        wake(&self.writer);
+        // Else the writer is woken when there is nothing more to handle.
+        if write {
+            wake(&self.writer);
+        }
     }
 
     /// Counts what a message of ours makes us hold.
@@ -357,7 +359,7 @@ impl Wire {
                     return Poll::Pending;
                 }
                 flushed
-            } else if self.busy.get() && !self.shut.get() && outbox.unsent() < WRITE_AT {
+            } else if self.busy.get() && !self.shut.get() && !outbox.is_worth_writing() {
                 return Poll::Pending;
             } else {
                 outbox.poll_write(cx, link.as_mut())

@@ -15,6 +15,10 @@ use crate::transport::fd_stream::{Link, MAX_FDS_PER_SEND, borrow};
 /// Memory that an empty outbox keeps.
 const KEEP: usize = 128 * 1024;
 
+/// Bytes, and messages, that are written even while more messages wait to be handled: the peer works on these meanwhile.
+const WRITE_AT_BYTES: usize = 64 * 1024;
+const WRITE_AT_MESSAGES: usize = 16;
+
 #[derive(Default)]
 pub(super) struct Outbox {
     bytes: Vec<u8>,
@@ -22,6 +26,8 @@ pub(super) struct Outbox {
     head: usize,
     /// Stream offset of `bytes[head]`.
     offset: u64,
+    /// Messages that have come since something was written.
+    messages: usize,
     /// Descriptors with the stream offset of the byte that takes them along, in order.
     fds: VecDeque<(u64, Vec<OwnedFd>)>,
 }
@@ -29,6 +35,11 @@ pub(super) struct Outbox {
 impl Outbox {
     pub(super) fn unsent(&self) -> usize {
         self.bytes.len() - self.head
+    }
+
+    /// Whether there is so much that it is written although more may be added soon.
+    pub(super) fn is_worth_writing(&self) -> bool {
+        self.unsent() >= WRITE_AT_BYTES || self.messages >= WRITE_AT_MESSAGES
     }
 
     /// Stream offset up to which all is written.
@@ -58,6 +69,7 @@ impl Outbox {
         }
         // Writing to memory does not fail.
         let _ = serialize::write_message(&mut self.bytes, message);
+        self.messages += 1;
         self.offset + self.unsent() as u64
     }
 
@@ -85,6 +97,7 @@ impl Outbox {
         if written == 0 {
             return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
         }
+        self.messages = 0;
         let sent = carried.len();
         self.head += written;
         self.offset += written as u64;
