@@ -94,10 +94,17 @@ enum LogFormat {
     Json,
 }
 
+/// Descriptors that there is room for from the start: what 256 guests with some devices each take.
+const DESCRIPTORS: u32 = 4096;
+
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     // Before any thread is made, the log's included, so that none takes them.
     let signals = block_signals().context("taking signals");
+    raise_descriptor_limit();
+    if let Err(error) = sepal_runner::descriptors::reserve(DESCRIPTORS) {
+        eprintln!("guest-manager: making room for descriptors: {error}");
+    }
     let started = socket_path(&arguments).and_then(|socket| {
         let (log, caller) = start_log(&arguments, socket.as_deref())?;
         Ok((socket, log, caller))
@@ -142,7 +149,6 @@ fn run(
     let inherited = |number: Option<RawFd>, what| number.map(|number| inherit(number).context(what)).transpose();
     let connection = inherited(arguments.fd, "--fd")?.map(UnixStream::from);
     let ready = inherited(arguments.ready_fd, "--ready-fd")?;
-    raise_descriptor_limit();
 
     let programs = Programs::find(&libexec(arguments.libexec.as_deref())?)?;
     let roles = Roles::new(rustix::process::geteuid().as_raw(), arguments.allow.iter().copied());

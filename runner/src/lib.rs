@@ -16,6 +16,7 @@
 //! ```
 
 pub mod cgroup;
+pub mod descriptors;
 pub mod host;
 pub mod inner;
 pub mod keeper;

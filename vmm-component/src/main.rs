@@ -21,6 +21,7 @@ use std::{
 use anyhow::{Context, Result};
 use kvm_ioctls::Kvm;
 use sepal_runner::{
+    descriptors,
     inner::{self, StartupHandles},
     layer::{LayerState, LayerStatus},
     startup,
@@ -48,10 +49,14 @@ extern "C" fn main(_: c_int, _: *const *const c_char) -> c_int {
     }
 }
 
+/// Descriptors that there is room for from the start: more than 64 vCPUs and 32 disks take.
+const DESCRIPTORS: u32 = 1024;
+
 fn run() -> Result<()> {
     let mut handles = StartupHandles::take().context("taking the startup handles")?;
     let control = UnixStream::from(handles.remove(startup::CONTROL)?);
     let kvm = kvm(handles.remove(startup::KVM)?);
+    descriptors::reserve(DESCRIPTORS).context("making room for descriptors")?;
     let layers = inner::seal(handles.seal_spec()).context("closing the jail")?;
     drop(handles);
     log_to_stderr();
