@@ -82,6 +82,11 @@ impl EventLog {
         self.ordinals.remove(&id);
     }
 
+    /// Number of the last event; 0 before the first.
+    pub fn last(&self) -> u64 {
+        self.last_sequence
+    }
+
     /// Of how many guests the events are counted.
     #[cfg(test)]
     pub(crate) fn counted(&self) -> usize {

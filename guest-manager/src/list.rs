@@ -1,9 +1,12 @@
 //! Makes the answer to `list` fit into one message, however many guests there are: with many of them, what nobody reads in a list goes first.
 
+use capnp::message::{Builder, HeapAllocator};
 use sepal_schema::info::GuestInfo;
 
 /// Room for the answer, in bytes: a message has at most 128 KiB, and needs some for itself.
 const ROOM: usize = 120 * 1024;
+/// Words of 8 bytes that the information on a guest takes, as a rule.
+const WORDS: u32 = 128;
 /// Sentences are cut to this length, in bytes, where there are many guests.
 const SHORT: usize = 48;
 
@@ -42,7 +45,9 @@ fn shorten(text: &mut String) {
 
 /// Bytes that a guest's information takes in a message.
 fn size(info: &GuestInfo) -> usize {
-    let mut message = capnp::message::Builder::new_default();
+    // Not the usual 8 KiB, all of which would be zeroed for each guest.
+    let allocator = HeapAllocator::new().first_segment_words(WORDS);
+    let mut message = Builder::new(allocator);
     info.write(message.init_root());
     message.size_in_words() * 8
 }

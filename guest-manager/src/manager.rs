@@ -115,19 +115,23 @@ impl Manager {
         }))
     }
 
-    /// Reads or changes what is known about guests, and tells those who read the events along.
+    /// Reads or changes what is known about guests, and tells those who read the events along if there are any new ones.
     pub fn registry<R>(&self, work: impl FnOnce(&mut Registry, Moment) -> R) -> R {
-        let (result, forgotten) = {
+        let (result, forgotten, news) = {
             let mut registry = self.registry.borrow_mut();
+            let before = registry.log().last();
             let result = work(&mut registry, Moment::now());
-            (result, registry.take_forgotten())
+            let news = registry.log().last() != before;
+            (result, registry.take_forgotten(), news)
         };
         for id in forgotten {
             // Dropped with the map free again: the end of a slot may come back here.
             let slot = self.slots.borrow_mut().remove(&id);
             drop(slot);
         }
-        self.logged.notify(usize::MAX);
+        if news {
+            self.logged.notify(usize::MAX);
+        }
         result
     }
 
