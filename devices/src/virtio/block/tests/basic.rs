@@ -328,3 +328,41 @@ fn a_reset_forgets_what_the_limit_holds_back() {
     rig.kick(0);
     assert!(rig.used(0).is_none());
 }
+
+#[test]
+fn reads_that_wait_together_are_answered_each_for_itself() {
+    for engine in ENGINES {
+        let file = image(64 << 10);
+        std::os::unix::fs::FileExt::write_all_at(file.as_file(), &pattern(64 << 10, 9), 0).unwrap();
+        let mut rig = rig(&file, |config| config.io_uring = engine);
+        // Whole, in several buffers, empty, past the end; more than are done at a time.
+        let wanted: Vec<(u64, Vec<u32>)> = vec![
+            (0, vec![512]),
+            (1, vec![512, 1024]),
+            (7, vec![]),
+            (127, vec![512]),
+            (127, vec![1024]),
+        ];
+        let wanted: Vec<_> = (0..4).flat_map(|_| wanted.clone()).collect();
+        let mut heads = std::collections::BTreeMap::new();
+        for (sector, lens) in &wanted {
+            let mut buffers = vec![Buffer::Out(header(T_IN, *sector))];
+            buffers.extend(lens.iter().map(|&len| Buffer::In(len)));
+            buffers.push(Buffer::In(1));
+            heads.insert(
+                rig.add(0, &buffers),
+                (*sector as usize * 512, lens.iter().sum::<u32>() as usize),
+            );
+        }
+        let whole = contents(&file);
+        for mut used in finish_all(&mut rig, 0, wanted.len()) {
+            let (start, len) = heads[&used.head];
+            let status = used.bytes.pop().unwrap();
+            match whole.get(start..start + len) {
+                Some(expected) => assert_eq!((status, &used.bytes[..]), (OK, expected)),
+                None => assert_eq!(status, IOERR),
+            }
+        }
+        assert!(rig.reports().is_empty());
+    }
+}
