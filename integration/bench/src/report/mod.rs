@@ -17,7 +17,7 @@ pub(crate) fn terminal(results: &Results) -> String {
     render::terminal(&table::blocks(results))
 }
 
-/// The report as Markdown.
+/// The report as Markdown, a page of its own.
 pub(crate) fn markdown(results: &Results) -> String {
-    render::markdown(&table::blocks(results))
+    format!("# Performance: a run\n\n{}", render::markdown(&table::blocks(results)))
 }
