@@ -18,6 +18,9 @@ macro_rules! code {
     ($(#[$doc:meta])* $name:ident, $start:literal, $end:literal, $mode:literal, [$($line:literal),* $(,)?]) => {
         std::arch::global_asm!(
             ".pushsection .rodata.bench_guests, \"a\"",
+            // An optimized build puts this and the function into different objects.
+            concat!(".globl ", $start, ", ", $end),
+            concat!(".hidden ", $start, ", ", $end),
             concat!($start, ":"),
             $mode,
             $($line,)*
