@@ -1,7 +1,8 @@
 //! One guest manager of one's own, and guests of one kind that come and go on it, also several at once: what a client waits for.
 
 use std::{
-    future::Future,
+    future::{Future, ready},
+    iter,
     os::fd::OwnedFd,
     time::{Duration, Instant},
 };
@@ -80,20 +81,28 @@ impl Launcher {
         })
     }
 
-    /// Starts so many guests that end by themselves, at most `at_once` at a time, and waits for the end of each.
-    pub(crate) fn turn_over(&mut self, boots: Vec<Boot>, at_once: usize) -> Result<Duration> {
+    /// Starts guests that end by themselves for so long, at most `at_once` at a time, and waits for the end of each: how many there were a second.
+    pub(crate) fn turn_over(
+        &mut self,
+        boot: impl Fn() -> Result<Boot>,
+        at_once: usize,
+        during: Duration,
+    ) -> Result<f64> {
         let request = self.manager.launches();
-        let request = &request;
-        let guests = boots.into_iter().map(|boot| async move {
-            let (_, launched) = launch(request(boot)?).await?;
+        let (request, boot) = (&request, &boot);
+        let begun = Instant::now();
+        let due = iter::from_fn(|| (begun.elapsed() < during).then_some(()));
+        let guests = stream::iter(due).map(|()| async move {
+            let (_, launched) = launch(request(boot()?)?).await?;
             let answer = observer(&launched.guest).wait_request().send().promise.await?;
             StopReport::read_result(answer.get()?)?;
             Ok(())
         });
-        let begun = Instant::now();
-        let all = stream::iter(guests).buffer_unordered(at_once).try_collect::<()>();
-        self.run(all)?;
-        Ok(begun.elapsed())
+        let all = guests
+            .buffer_unordered(at_once)
+            .try_fold(0.0, |count, ()| ready(Ok(count + 1.0)));
+        let count: f64 = self.run(all)?;
+        Ok(count / begun.elapsed().as_secs_f64())
     }
 
     fn run<T>(&mut self, work: impl Future<Output = Result<T>>) -> Result<T> {

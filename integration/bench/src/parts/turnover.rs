@@ -4,7 +4,6 @@
 //! have one more on their way than there are processors, so that none of those waits for a client.
 
 use std::{
-    sync::atomic::{AtomicUsize, Ordering},
     thread,
     time::{Duration, Instant},
 };
@@ -34,41 +33,40 @@ pub(crate) const PART: Part = Part {
 fn run(bench: &mut Bench) -> Result<()> {
     let image = Image::first_byte(&bench.scratch)?;
     let machine = Machine::new(image.kernel());
-    let (rounds, guests) = (bench.scaled(7, 1), bench.scaled(200, 4));
+    let (rounds, during) = bench.scaled((5, Duration::from_secs(2)), (1, Duration::from_millis(50)));
     let at_once = thread::available_parallelism()?.get() + 1;
     let mut launcher = Launcher::start(&[])?;
     bench.alternate(&[&GUESTS], rounds, |vmm| {
-        let took = if vmm.name() == SEPAL {
-            let boots = (0..guests).map(|_| sepal_boot(&machine)).collect::<Result<_, _>>()?;
-            launcher.turn_over(boots, at_once)?
+        let rate = if vmm.name() == SEPAL {
+            let boot = || sepal_boot(&machine).map_err(StartError::into_error);
+            launcher.turn_over(boot, at_once, during)?
         } else {
-            turn_over(vmm, &machine, guests, at_once)?
+            turn_over(vmm, &machine, at_once, during)?
         };
-        Ok(vec![guests as f64 / took.as_secs_f64()])
+        Ok(vec![rate])
     })
 }
 
-/// Runs so many guests of a peer, at most `at_once` at a time.
-fn turn_over(vmm: &dyn Vmm, machine: &Machine<'_>, guests: usize, at_once: usize) -> Result<Duration, StartError> {
+/// Runs guests of a peer for so long, at most `at_once` at a time: how many there were a second.
+fn turn_over(vmm: &dyn Vmm, machine: &Machine<'_>, at_once: usize, during: Duration) -> Result<f64, StartError> {
     let begun = Instant::now();
-    let next = AtomicUsize::new(0);
-    let work = || -> Result<(), StartError> {
-        while next.fetch_add(1, Ordering::Relaxed) < guests {
+    let work = || -> Result<f64, StartError> {
+        let mut count = 0.0;
+        while begun.elapsed() < during {
             let mut running = vmm.start(machine)?;
             running.first_byte()?;
             running.end()?;
+            count += 1.0;
         }
-        Ok(())
+        Ok(count)
     };
-    thread::scope(|scope| {
+    let count: f64 = thread::scope(|scope| {
         let workers: Vec<_> = (0..at_once).map(|_| scope.spawn(work)).collect();
-        for worker in workers {
-            match worker.join() {
-                Ok(outcome) => outcome?,
-                Err(panic) => std::panic::resume_unwind(panic),
-            }
-        }
-        Ok::<(), StartError>(())
+        let counts = workers.into_iter().map(|worker| match worker.join() {
+            Ok(outcome) => outcome,
+            Err(panic) => std::panic::resume_unwind(panic),
+        });
+        counts.sum::<Result<f64, StartError>>()
     })?;
-    Ok(begun.elapsed())
+    Ok(count / begun.elapsed().as_secs_f64())
 }
