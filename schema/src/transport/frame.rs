@@ -13,8 +13,9 @@ use capnp::serialize::{OwnedSegments, SegmentLengthsBuilder};
 
 use super::limits::{Limit, Limits};
 
-/// Room for this many bytes is offered to each read, and at most [`MAX_CHUNK`].
-const MIN_CHUNK: usize = 16 * 1024;
+/// Room for this many bytes is offered to a read at least. An idle connection keeps no more than the little that its messages need.
+const MIN_CHUNK: usize = 4 * 1024;
+/// The room doubles up to this with each read that filled what it was offered.
 const MAX_CHUNK: usize = 64 * 1024;
 /// Memory that is kept between messages.
 const KEEP: usize = 128 * 1024;
@@ -36,6 +37,8 @@ pub(crate) struct Decoder {
     buffer: Vec<u8>,
     start: usize,
     end: usize,
+    /// What the next read is offered at least, in bytes.
+    room: usize,
     /// Stream offset of `buffer[start]`.
     offset: u64,
 }
@@ -55,6 +58,7 @@ impl Decoder {
             buffer: Vec::new(),
             start: 0,
             end: 0,
+            room: MIN_CHUNK,
             offset: 0,
         }
     }
@@ -68,11 +72,11 @@ impl Decoder {
                 self.buffer = Vec::new();
             }
         }
-        if self.buffer.len() - self.end < MIN_CHUNK {
+        if self.buffer.len() - self.end < self.room {
             self.buffer.copy_within(self.start..self.end, 0);
             (self.start, self.end) = (0, self.end - self.start);
             // Doubles what has come, so that a long message is not copied over and over.
-            let room = self.end.clamp(MIN_CHUNK, MAX_CHUNK);
+            let room = self.end.clamp(self.room, MAX_CHUNK);
             if self.buffer.len() - self.end < room {
                 self.buffer.resize(self.end + room, 0);
             }
@@ -82,7 +86,11 @@ impl Decoder {
 
     /// `count` bytes were put into [`Decoder::space`]. Returns their range in the stream.
     pub(crate) fn filled(&mut self, count: usize) -> Range<u64> {
-        let count = count.min(self.buffer.len() - self.end);
+        let offered = self.buffer.len() - self.end;
+        let count = count.min(offered);
+        if count == offered {
+            self.room = (2 * self.room).min(MAX_CHUNK);
+        }
         let from = self.offset + (self.end - self.start) as u64;
         self.end += count;
         from..from + count as u64
