@@ -205,17 +205,18 @@ pub fn seal(spec: &SealSpec) -> Result<Vec<LayerStatus>, SealError> {
     Ok(report)
 }
 
-/// Keeps the C library's allocator from giving memory of a thread's heap back: the first time it does, it reads
-/// `/proc/sys/vm/overcommit_memory` (glibc `malloc/arena.c`, `shrink_heap`), which would kill a sealed process. Large blocks
-/// are mappings of their own, and go back as ever. And bounds the number of heaps: where it has to choose how many there may be, it counts the
-/// host's CPUs in `/sys/devices/system/cpu/online` as soon as there are more than eight threads (`arena_get2`). A component's threads
-/// allocate little, and each heap costs memory.
+/// Keeps the C library's allocator from reading files, which would kill a sealed process, and from a heap a thread. A heap of its own for each
+/// thread costs memory, and system calls at its start. The first time that the allocator gives memory of such a heap back, it reads
+/// `/proc/sys/vm/overcommit_memory` (glibc `malloc/arena.c`, `shrink_heap`); and where it has to choose how many heaps there may be, it counts the
+/// host's CPUs in `/sys/devices/system/cpu/online` as soon as there are more than eight threads (`arena_get2`). With one heap it does neither. A
+/// component's threads allocate little, and what they free and allocate again is in their own caches.
 fn keep_allocator_from_files() {
     #[cfg(target_env = "gnu")]
     // SAFETY: sets numbers in the allocator; this is the only thread.
     unsafe {
-        libc::mallopt(libc::M_TRIM_THRESHOLD, libc::c_int::MAX);
-        libc::mallopt(libc::M_ARENA_MAX, 4);
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+        // The default, said so that it stays: large blocks are mappings of their own whatever was freed before.
+        libc::mallopt(libc::M_TRIM_THRESHOLD, 128 << 10);
     }
 }
 
