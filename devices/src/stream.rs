@@ -26,6 +26,9 @@ use crate::dispatch::EventSet;
 /// A ring that has been emptied gives back what it took beyond this, unless it was made with all its room.
 const KEPT_ROOM: usize = 16 * 1024;
 
+/// The C library makes a block of this size a mapping of its own, of pages that nobody has used.
+const OWN_MAPPING: usize = 128 * 1024;
+
 /// Bytes to the host: bounded, in order, the oldest are dropped.
 #[derive(Debug)]
 pub(crate) struct OutputRing {
@@ -37,11 +40,12 @@ pub(crate) struct OutputRing {
 
 impl OutputRing {
     /// A ring that takes its memory now: for a vCPU's thread, whose writes must not end in the allocator. Pages that are never touched
-    /// cost nothing.
+    /// cost nothing, so it takes a block large enough to be made of such.
     pub(crate) fn with_room(capacity: usize) -> Self {
+        let bytes = VecDeque::with_capacity(capacity.max(OWN_MAPPING));
         Self {
-            bytes: VecDeque::with_capacity(capacity),
-            kept: capacity,
+            kept: bytes.capacity(),
+            bytes,
             ..Self::new(capacity)
         }
     }
