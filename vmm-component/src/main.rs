@@ -12,6 +12,8 @@
 
 #![no_main]
 
+mod log;
+
 use std::{
     ffi::{c_char, c_int},
     os::{fd::OwnedFd, unix::net::UnixStream},
@@ -59,7 +61,7 @@ fn run() -> Result<()> {
     descriptors::reserve(DESCRIPTORS).context("making room for descriptors")?;
     let layers = inner::seal(handles.seal_spec()).context("closing the jail")?;
     drop(handles);
-    log_to_stderr();
+    log::to_stderr();
 
     let mut reactor = Reactor::single_threaded().context("making the control loop")?;
     let handle = reactor.handle();
@@ -86,16 +88,6 @@ fn kvm(fd: OwnedFd) -> Kvm {
     use std::os::fd::{FromRawFd, IntoRawFd};
     // SAFETY: the descriptor is owned and is /dev/kvm, which the startup handles have checked; ownership moves into the Kvm.
     unsafe { Kvm::from_raw_fd(fd.into_raw_fd()) }
-}
-
-/// Lines go to the manager, which adds the time and the guest's name.
-fn log_to_stderr() {
-    let lines = tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .without_time()
-        .with_ansi(false)
-        .with_target(false);
-    lines.with_max_level(tracing::Level::INFO).init();
 }
 
 fn layer_info(status: &LayerStatus) -> LayerInfo {
