@@ -6,7 +6,8 @@
 //! ```
 //!
 //! - start: from sending `launch` until the guest's first byte has come back to the client, the embedded guest, 128 MiB, one vCPU;
-//! - memory: the component's PSS without the guest's own memory, while the guest waits at its prompt, and where the most of it is;
+//! - memory: what the component has beside the guest's own memory, right after the guest's start and once it has been idle for some seconds, and
+//!   where the most of it is. PSS counts a page that n processes map as an nth; USS only what this process alone has;
 //! - threads of the component.
 //!
 //! The devices are disk, net, console, rng, balloon, vsock, or `all` of them. The guest has no drivers for them: what is measured is what having them
@@ -18,13 +19,16 @@ use std::{
     error::Error,
     fs::{self, File},
     os::unix::net::UnixStream,
+    thread,
     time::{Duration, Instant},
 };
 
-use sepal_integration::{Boot, Guest, Manager, disk};
+use sepal_integration::{Boot, Manager, disk};
 use sepal_schema::config::device::{Balloon, Console, DiskFormat, DiskMode, Link, Network, Rng, Vsock};
 
 const PATIENCE: Duration = Duration::from_secs(60);
+/// Until a guest counts as idle.
+const IDLE: Duration = Duration::from_secs(3);
 const DEVICES: [&str; 6] = ["disk", "net", "console", "rng", "balloon", "vsock"];
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -50,7 +54,10 @@ fn main() -> Result<(), Box<dyn Error>> {
         }
         guest.wait_for("sepal> ", PATIENCE)?;
         if cost.is_none() {
-            cost = Some((overhead(&mut guest)?, threads(&mut guest)?));
+            let pid = guest.info()?.component_pid;
+            let started = overhead(pid)?;
+            thread::sleep(IDLE);
+            cost = Some((started, overhead(pid)?, threads(pid)?));
         }
         manager = guest.finish()?;
     }
@@ -67,12 +74,14 @@ fn main() -> Result<(), Box<dyn Error>> {
         at(50),
         at(90)
     );
-    if let Some((memory, threads)) = cost {
-        println!(
-            "component at idle, without guest memory: PSS {} KiB, RSS {} KiB",
-            memory.pss, memory.rss
-        );
-        let mut parts: Vec<_> = memory.parts.into_iter().filter(|(_, kib)| *kib > 0).collect();
+    if let Some((started, idle, threads)) = cost {
+        for (when, memory) in [("just started", &started), ("at idle", &idle)] {
+            println!(
+                "component {when}, without guest memory: PSS {} KiB, USS {} KiB, RSS {} KiB",
+                memory.pss, memory.uss, memory.rss
+            );
+        }
+        let mut parts: Vec<_> = idle.parts.into_iter().filter(|(_, kib)| *kib > 0).collect();
         parts.sort_by_key(|(_, kib)| std::cmp::Reverse(*kib));
         for (name, kib) in parts.into_iter().take(8) {
             println!("{kib:6} KiB {name}");
@@ -108,12 +117,12 @@ fn with(boot: Boot, name: &str, peers: &mut Vec<UnixStream>) -> Result<Boot, Box
 struct Memory {
     pss: u64,
     rss: u64,
+    uss: u64,
     /// PSS by mapping.
     parts: BTreeMap<String, u64>,
 }
 
-fn overhead(guest: &mut Guest) -> Result<Memory, Box<dyn Error>> {
-    let pid = guest.info()?.component_pid;
+fn overhead(pid: u32) -> Result<Memory, Box<dyn Error>> {
     let smaps = fs::read_to_string(format!("/proc/{pid}/smaps"))?;
     let mut memory = Memory::default();
     let (mut mapping, mut counted) = (String::new(), true);
@@ -133,6 +142,7 @@ fn overhead(guest: &mut Guest) -> Result<Memory, Box<dyn Error>> {
                 *memory.parts.entry(mapping.clone()).or_default() += kib();
             }
             "Rss:" if counted => memory.rss += kib(),
+            "Private_Clean:" | "Private_Dirty:" if counted => memory.uss += kib(),
             first if first.contains('-') && !first.ends_with(':') => {
                 counted = !line.contains("memfd:");
                 // Address, access, offset, device, inode, and the name, if it has one.
@@ -145,8 +155,7 @@ fn overhead(guest: &mut Guest) -> Result<Memory, Box<dyn Error>> {
     Ok(memory)
 }
 
-fn threads(guest: &mut Guest) -> Result<Vec<String>, Box<dyn Error>> {
-    let pid = guest.info()?.component_pid;
+fn threads(pid: u32) -> Result<Vec<String>, Box<dyn Error>> {
     let mut names = Vec::new();
     for task in fs::read_dir(format!("/proc/{pid}/task"))? {
         names.push(fs::read_to_string(task?.path().join("comm"))?.trim().to_owned());

@@ -26,7 +26,7 @@ use sepal_schema::transport::Handle;
 
 use super::{
     devices::Handles,
-    jobs, news,
+    jobs, news, settle,
     state::{GuestState, Lent},
     vm::{Builder, Vm, VmSpec},
 };
@@ -310,6 +310,7 @@ impl Controller {
                     if let Some(guest) = &inner.guest {
                         guest.started();
                     }
+                    self.spawner.spawn(settle::after_start(self.spawner.clone()));
                 }
                 Err(error) => return Some(Input::StartFailed(generation, error)),
             },

@@ -9,7 +9,7 @@
 //!        |  build, tear down: a thread each (jobs.rs), so that no request waits behind them
 //!   vm.rs          the machine, as the controller sees it; devices.rs: its devices, from the configuration
 //!        |  reports
-//!   news.rs        what devices tell, at a pace
+//!   news.rs        what devices tell, at a pace; settle.rs: memory that goes back a while after the start
 //! ```
 
 mod component;
@@ -22,6 +22,7 @@ mod jobs;
 mod news;
 mod observer;
 mod power;
+mod settle;
 mod state;
 #[cfg(test)]
 mod tests;
