@@ -78,11 +78,16 @@ impl DiskJob {
 
 /// An open file of our own for the same file, with these rights; the one given where there is none to be had. Rights that it does not carry
 /// already are never asked for.
+///
+/// Reads through it do not note when the image was read last, where the manager may say so (open(2): to an owner, and to CAP_FOWNER): it costs each
+/// of a guest's reads a look at clock and inode, and tells nobody anything about a file that a guest has open.
 fn own(given: OwnedFd, writes: bool) -> OwnedFd {
     let access = if writes { OFlags::RDWR } else { OFlags::RDONLY };
     let path = format!("/proc/self/fd/{}", given.as_raw_fd());
     let flags = access | OFlags::CLOEXEC | OFlags::NOCTTY;
-    rustix::fs::open(path, flags, Mode::empty()).unwrap_or(given)
+    rustix::fs::open(&path, flags | OFlags::NOATIME, Mode::empty())
+        .or_else(|_| rustix::fs::open(&path, flags, Mode::empty()))
+        .unwrap_or(given)
 }
 
 /// Sets the flags that reads and writes follow. An io_uring takes O_NONBLOCK at its word even on a disk, and would fail with EAGAIN.
@@ -294,6 +299,35 @@ mod tests {
                 assert_eq!((flags & OFlags::ACCMODE, uses.len()), (access, 1), "{mode:?}");
                 assert!(!flags.contains(OFlags::NONBLOCK));
             }
+        }
+    }
+
+    #[test]
+    fn reads_of_the_manager_s_own_images_are_not_noted_and_others_are_opened_all_the_same() {
+        let folder = Folder::new();
+        let open = |path: &Path| {
+            open_as(DiskMode::ReadOnly, DiskFormat::Raw, way(path), vec![])
+                .unwrap()
+                .0
+        };
+        let noted = |files: &[OwnedFd]| !rustix::fs::fcntl_getfl(&files[0]).unwrap().contains(OFlags::NOATIME);
+        let path = folder.raw("raw");
+        assert!(!noted(&open(&path)));
+        // Somebody else's: only who may do anything with other users' files has it unnoted.
+        if rustix::process::geteuid().is_root() {
+            std::os::unix::fs::chown(&path, Some(1), Some(1)).unwrap();
+            fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o666)).unwrap();
+            fs::set_permissions(folder.0.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+            let others = std::thread::spawn(move || {
+                // SAFETY: the system call changes the ids of the calling thread only, which ends with this test.
+                assert_eq!(unsafe { libc::syscall(libc::SYS_setresuid, 65534, 65534, 65534) }, 0);
+                noted(
+                    &open_as(DiskMode::ReadOnly, DiskFormat::Raw, way(&path), vec![])
+                        .unwrap()
+                        .0,
+                )
+            });
+            assert!(others.join().unwrap());
         }
     }
 
