@@ -304,21 +304,9 @@ impl Virtqueue {
         self.publish()
     }
 
-    /// Gives chains back as [`push`](Self::push) does, so that the driver sees all of them or none: what belongs together, as the buffers of one
-    /// received frame do (virtio 5.1.6.4), must not be seen in part by a driver that looks at the same time.
-    ///
-    /// # Errors
-    ///
-    /// A [`Violation`] if the used ring is not where it was.
-    pub fn push_all(&mut self, chains: impl IntoIterator<Item = (Chain, u32)>) -> Result<(), Violation> {
-        for (chain, written) in chains {
-            self.stage(chain, written)?;
-        }
-        self.publish()
-    }
-
     /// Gives `chain` back as [`push`](Self::push) does, but the driver sees it only after [`publish`](Self::publish): each look that a driver takes
-    /// at the ring costs both sides, so what is done at nearly the same time is shown together.
+    /// at the ring costs both sides, so what is done at nearly the same time is shown together. And what belongs together, as the buffers of one
+    /// received frame do (virtio 5.1.6.4), must not be seen in part by a driver that looks at the same time.
     ///
     /// # Errors
     ///

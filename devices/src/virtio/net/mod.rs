@@ -26,6 +26,7 @@ use std::time::Instant;
 
 use event_manager::EventSet;
 
+use super::chain::Chain;
 use super::device::{ConfigLayout, Context, DeviceKind, Fault, VirtioDevice};
 use super::violation::Violation;
 use crate::alarm::Alarm;
@@ -112,6 +113,8 @@ pub struct Net {
     send_limit: Limit,
     flow_timer: Alarm,
     spill: Vec<u8>,
+    /// Room for the chains of a batch.
+    batch: Vec<Chain>,
     shared: Arc<Shared>,
 }
 
@@ -167,6 +170,7 @@ impl Net {
             send_limit: limit(&config.send_limit)?,
             flow_timer: Alarm::new().map_err(NetError::Resources)?,
             spill: vec![0; SPILL],
+            batch: Vec::new(),
             shared,
         };
         Ok((net, handle))
@@ -245,6 +249,7 @@ impl Net {
             link_up: self.link_up,
             limit: &mut self.send_limit,
             counters: &self.shared.sent,
+            batch: &mut self.batch,
         };
         let end = transmit::transmit(memory, queue, &mut sink).map_err(fault)?;
         context.interrupt(index)?;

@@ -32,6 +32,9 @@ pub(super) const SPILL: usize = MAX_FRAME + VLAN_BYTES;
 const TURN_FRAMES: usize = 64;
 /// Bytes of one turn.
 const TURN_BYTES: usize = 1 << 20;
+/// Frames that are shown to the driver together: enough to share out what a look at the ring costs both sides, few enough for the driver to take them
+/// while others are read.
+const BATCH: usize = 8;
 /// Parts of guest memory after which no more chains are taken before a frame is read.
 const MOST_PARTS: usize = 256;
 /// Frames of one segment after which longer ones are not expected any more.
@@ -139,10 +142,22 @@ impl Receiver {
         queue: &mut Virtqueue,
         source: &mut Source<'_>,
     ) -> Result<End, Trouble> {
+        let end = self.deliver_some(memory, queue, source);
+        queue.publish()?;
+        end
+    }
+
+    /// As [`deliver`](Self::deliver); the driver has yet to be shown the last few frames.
+    fn deliver_some(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        queue: &mut Virtqueue,
+        source: &mut Source<'_>,
+    ) -> Result<End, Trouble> {
         let mut turn = Turn::new(self, memory, queue, source.has(features::MRG_RXBUF));
         let segment = source.segment_room();
         let mut bytes = 0;
-        for _ in 0..TURN_FRAMES {
+        for number in 1..=TURN_FRAMES {
             let frame = match turn.receiver.parked.take() {
                 Some(frame) => frame,
                 None => {
@@ -167,6 +182,9 @@ impl Receiver {
             bytes += frame.len;
             if let Some(end) = turn.place(frame, source)? {
                 return Ok(end);
+            }
+            if number.is_multiple_of(BATCH) {
+                turn.queue.publish()?;
             }
             if bytes >= TURN_BYTES {
                 break;
@@ -219,28 +237,24 @@ impl<'t, 'm> Turn<'t, 'm> {
             room: 0,
         };
         for chain in held {
-            let slices = turn.slices_of(&chain);
-            turn.hold(chain, slices);
+            turn.hold(chain);
         }
         turn
     }
 
-    /// The writable bytes of a chain, as memory of this process for as long as the turn lasts.
-    fn slices_of(&self, chain: &Chain) -> Vec<VolatileSlice<'m>> {
-        let mut slices = Vec::with_capacity(chain.writable().len());
+    /// Keeps a chain, whose writable bytes are memory of this process for as long as the turn lasts: in how many pieces.
+    fn hold(&mut self, chain: Chain) -> usize {
+        let before = self.slices.len();
         for segment in chain.writable().iter().filter(|segment| segment.len > 0) {
             let address = GuestAddress(segment.address);
+            let slices = &mut self.slices;
             each_slice(self.memory, address, segment.len as usize, |slice| slices.push(slice));
         }
-        slices
-    }
-
-    fn hold(&mut self, chain: Chain, slices: Vec<VolatileSlice<'m>>) {
-        let bytes = chain.writable_bytes() as usize;
-        self.counts.push_back(slices.len());
-        self.slices.extend(slices);
-        self.room += bytes;
+        let count = self.slices.len() - before;
+        self.counts.push_back(count);
+        self.room += chain.writable_bytes() as usize;
         self.receiver.held.push_back(chain);
+        count
     }
 
     /// Takes chains until there are `wanted` bytes, as far as the driver gave some. Without merging, one chain is all that a frame gets.
@@ -264,16 +278,15 @@ impl<'t, 'm> Turn<'t, 'm> {
                     expected: "at least the 12 bytes of a header",
                 });
             }
-            let slices = self.slices_of(&chain);
-            if slices.len() > MOST_CHAIN_PARTS {
+            let count = self.hold(chain);
+            if count > MOST_CHAIN_PARTS {
                 return Err(Violation::Length {
                     queue,
                     what: "pieces of a receive buffer",
-                    got: slices.len() as u64,
+                    got: count as u64,
                     expected: "at most 512",
                 });
             }
-            self.hold(chain, slices);
             if self.slices.len() - self.first >= MOST_PARTS {
                 break;
             }
@@ -389,7 +402,8 @@ impl<'t, 'm> Turn<'t, 'm> {
         Ok(None)
     }
 
-    /// Puts the held chains that hold `total` bytes into the used ring.
+    /// Puts the held chains that hold `total` bytes into the used ring. A driver that sees the first of them looks for the others at once, so it is
+    /// shown all of them together, at the end of a batch of frames.
     fn give_back(&mut self, mut header: Header, total: usize) -> Result<(), Violation> {
         let (mut chains, mut bytes) = (0, 0);
         for chain in &self.receiver.held {
@@ -402,15 +416,14 @@ impl<'t, 'm> Turn<'t, 'm> {
         header.set_buffers(chains);
         scatter(&self.slices[self.first..], 0, &header.0);
         let mut left = total;
-        let used = self.receiver.held.drain(..usize::from(chains)).map(|chain| {
+        for chain in self.receiver.held.drain(..usize::from(chains)) {
             let written = left.min(chain.writable_bytes() as usize);
             left -= written;
             // At most a chain's bytes.
-            (chain, written as u32)
-        });
+            self.queue.stage(chain, written as u32)?;
+        }
         self.room -= bytes;
         self.first += self.counts.drain(..usize::from(chains)).sum::<usize>();
-        // A driver that sees the first of them looks for the others at once.
-        self.queue.push_all(used)
+        Ok(())
     }
 }

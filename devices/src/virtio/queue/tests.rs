@@ -133,8 +133,9 @@ fn chains_given_back_together_are_seen_together() {
             }
             rig.kick(0);
             rig.call(|device, context| {
-                let chains = device.held.drain(..).map(|chain| (chain, 16));
-                context.queue(0).unwrap().push_all(chains)
+                let queue = context.queue(0).unwrap();
+                device.held.drain(..).try_for_each(|chain| queue.stage(chain, 16))?;
+                queue.publish()
             })
             .unwrap();
             assert_eq!((0..4).filter_map(|_| rig.used(0)).count(), 4);

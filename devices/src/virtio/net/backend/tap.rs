@@ -56,7 +56,15 @@ pub enum TapError {
 pub(in super::super) struct Tap {
     queues: Vec<OwnedFd>,
     features: u64,
+    parts: Parts,
 }
+
+/// Room for the parts of a frame, used again for the next one.
+#[derive(Default)]
+struct Parts(Vec<libc::iovec>);
+
+// SAFETY: what the parts point to is nobody's any more when the call that collected them returns: each call clears them first.
+unsafe impl Send for Parts {}
 
 impl Tap {
     /// The queues of one tap device, whose frames get a header of [`HEADER_BYTES`] from now on, and no offloads. With `offloads`, it offers
@@ -75,7 +83,11 @@ impl Tap {
             set_header_bytes(queue.as_fd()).map_err(failed)?;
             rustix::io::ioctl_fionbio(queue, true).map_err(|error| failed(error.into()))?;
         }
-        let mut tap = Self { queues, features: 0 };
+        let mut tap = Self {
+            queues,
+            features: 0,
+            parts: Parts::default(),
+        };
         if offloads {
             // Kernels before 6.2 do not know segmentation of UDP.
             let with_udp = tap.set_offloads(features::GUEST_OFFLOADS).is_ok();
@@ -91,7 +103,11 @@ impl Tap {
 impl Tap {
     /// Descriptors that are no tap, but take and give one packet a call without waiting.
     pub(super) fn unchecked(queues: Vec<OwnedFd>) -> Self {
-        Self { queues, features: 0 }
+        Self {
+            queues,
+            features: 0,
+            parts: Parts::default(),
+        }
     }
 }
 
@@ -175,14 +191,15 @@ impl Backend for Tap {
 
     fn receive(&mut self, port: usize, room: &mut Room<'_, '_>) -> Received {
         let mut header = Header::default();
-        let mut into = Vec::with_capacity(room.slices.len() + 2);
+        let into = &mut self.parts.0;
+        into.clear();
         // Where there is room the header goes in front of its frame, since each part costs the kernel more than the bytes of a header.
         let in_front = room.slices.first().filter(|first| first.len() >= HEADER_BYTES);
         if in_front.is_some() {
-            parts(&mut into, room.slices, 0);
+            parts(into, room.slices, 0);
         } else {
             into.push(part(header.0.as_mut_ptr(), HEADER_BYTES));
-            parts(&mut into, room.slices, HEADER_BYTES);
+            parts(into, room.slices, HEADER_BYTES);
         }
         into.push(part(room.spill.as_mut_ptr(), room.spill.len()));
         loop {
@@ -225,9 +242,10 @@ impl Backend for Tap {
 
     fn send(&mut self, port: usize, header: &Header, slices: &[VolatileSlice<'_>]) -> Sent {
         let mut header = *header;
-        let mut from = Vec::with_capacity(slices.len() + 1);
+        let from = &mut self.parts.0;
+        from.clear();
         from.push(part(header.0.as_mut_ptr(), HEADER_BYTES));
-        parts(&mut from, slices, 0);
+        parts(from, slices, 0);
         loop {
             // SAFETY: each part is the header or a stretch of guest memory that its slice keeps mapped; the kernel only reads them, and copes with
             // bytes that change meanwhile.
