@@ -9,12 +9,18 @@ use std::{
     fs,
     os::fd::OwnedFd,
     sync::{Arc, Mutex, PoisonError},
+    thread,
+    time::Duration,
 };
 
 use rustix::fs::{FileType, FlockOperation, flock, major, minor};
 use sepal_schema::error::{Error, Kind};
 
 use super::no_resources;
+
+/// How often a lock is tried, and the pause between: 200 ms in all, far more than a ring takes to end, and no long wait for an answer.
+const TRIES: u32 = 21;
+const BETWEEN_TRIES: Duration = Duration::from_millis(10);
 
 /// What identifies a file on a host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -89,7 +95,7 @@ impl Images {
             true => FlockOperation::NonBlockingLockExclusive,
             false => FlockOperation::NonBlockingLockShared,
         };
-        match flock(image, wish) {
+        match patiently(|| flock(image, wish)) {
             Ok(()) => Ok(claimed),
             Err(rustix::io::Errno::WOULDBLOCK) => {
                 let locks = fs::read_to_string("/proc/locks").unwrap_or_default();
@@ -136,6 +142,18 @@ impl Images {
     }
 }
 
+/// Tries to lock, and again for a while if somebody has: a guest's rings let go of its images only moments after the guest has ended.
+fn patiently(lock: impl Fn() -> rustix::io::Result<()>) -> rustix::io::Result<()> {
+    let tries = (0..TRIES).map(|number| {
+        if number > 0 {
+            thread::sleep(BETWEEN_TRIES);
+        }
+        lock()
+    });
+    let mut taken = tries.skip_while(|outcome| *outcome == Err(rustix::io::Errno::WOULDBLOCK));
+    taken.next().unwrap_or(Err(rustix::io::Errno::WOULDBLOCK))
+}
+
 fn in_use(field: &str, who: &str, writes: bool) -> Error {
     let how = if writes { "writes to it" } else { "uses it" };
     let message =
@@ -164,6 +182,29 @@ mod tests {
 
     fn open(path: &std::path::Path) -> OwnedFd {
         File::open(path).unwrap().into()
+    }
+
+    #[test]
+    fn a_lock_that_is_let_go_of_meanwhile_is_taken() {
+        let tries = std::cell::Cell::new(0);
+        let busy_for = |times: u32| {
+            tries.set(0);
+            patiently(|| {
+                tries.set(tries.get() + 1);
+                if tries.get() <= times {
+                    Err(rustix::io::Errno::WOULDBLOCK)
+                } else {
+                    Ok(())
+                }
+            })
+        };
+        assert_eq!((busy_for(2), tries.get()), (Ok(()), 3));
+        assert_eq!(
+            (busy_for(u32::MAX), tries.get()),
+            (Err(rustix::io::Errno::WOULDBLOCK), TRIES)
+        );
+        // Other failures do not pass.
+        assert_eq!(patiently(|| Err(rustix::io::Errno::IO)), Err(rustix::io::Errno::IO));
     }
 
     #[test]
