@@ -81,6 +81,15 @@ impl Launcher {
         })
     }
 
+    /// Waits for a guest to end by itself, and let go of what it had.
+    pub(crate) fn end(&mut self, launched: &Launched) -> Result<()> {
+        let asked = observer(&launched.guest).wait_request().send().promise;
+        self.run(async move {
+            StopReport::read_result(asked.await?.get()?)?;
+            Ok(())
+        })
+    }
+
     /// Starts guests that end by themselves for so long, at most `at_once` at a time, and waits for the end of each: how many there were a second.
     pub(crate) fn turn_over(
         &mut self,

@@ -26,6 +26,7 @@ use rustix::{
 };
 use sepal_integration::Boot;
 use sepal_schema::config::device::{Balloon, Console, Link, Network, Rng, Vsock};
+use tempfile::NamedTempFile;
 
 use super::Part;
 use crate::{
@@ -120,7 +121,8 @@ fn pooled(bench: &mut Bench, spoken: &Machine<'_>) -> Result<()> {
     let mut launcher = Launcher::start(&["--pool", POOL]).context("a manager with a pool")?;
     for round in 0..=rounds {
         std::thread::sleep(REFILL);
-        let (took, _) = launcher.launch(sepal_boot(spoken).map_err(StartError::into_error)?)?;
+        let (took, launched) = launcher.launch(sepal_boot(spoken).map_err(StartError::into_error)?)?;
+        launcher.end(&launched)?;
         if round > 0 {
             bench.record(&POOLED, milliseconds(took));
         }
@@ -132,10 +134,16 @@ fn pooled(bench: &mut Bench, spoken: &Machine<'_>) -> Result<()> {
 fn devices(bench: &mut Bench, machine: &Machine<'_>) -> Result<()> {
     let rounds = bench.scaled(20, 1);
     let mut launcher = Launcher::start(&[])?;
+    let mut disks = Vec::new();
     bench.alternate(&[&DEVICES], rounds, |vmm| {
         let took = if vmm.name() == SEPAL {
             let (ours, theirs) = UnixStream::pair()?;
-            let (took, _) = launcher.launch(with_everything(sepal_boot(machine)?, theirs))?;
+            // A disk of its own each time: the one before is let go of only when the guest is long gone.
+            let disk = NamedTempFile::new()?;
+            disk.as_file().set_len(DISK)?;
+            let machine = with_disk(*machine, disk.path());
+            let (took, _) = launcher.launch(with_everything(sepal_boot(&machine)?, theirs))?;
+            disks.push(disk);
             drop(ours);
             took
         } else {
