@@ -112,13 +112,20 @@ fn catch_signals() -> Result<OwnedFd, KeeperError> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// How long there has to be nothing to do before the next start is prepared: that takes a processor for up to a millisecond, and the component that
+/// was started last needs it more until its guest runs.
+const QUIET: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 4_000_000,
+};
+
 struct Keeper {
     channel: Channel,
     signals: OwnedFd,
     runner: Runner,
     components: BTreeMap<u64, Component>,
     files: Vec<CleanFile>,
-    /// True after a turn that found nothing to do.
+    /// True after a turn that found nothing to do for [`QUIET`].
     idle: bool,
 }
 
@@ -157,9 +164,8 @@ impl Keeper {
                     .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)),
             );
         }
-        // Nothing to do at once, and no component between its clone and its exec: time to prepare the next start.
-        let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
-        let timeout = (!self.idle && starting.is_empty()).then_some(&at_once);
+        // Nothing to do for a while, and no component between its clone and its exec: time to prepare the next start.
+        let timeout = (!self.idle && starting.is_empty()).then_some(&QUIET);
         match rustix::event::poll(&mut poll, timeout) {
             Ok(ready) => self.idle = ready == 0,
             Err(Errno::INTR) => return Ok(()),
