@@ -1,6 +1,6 @@
 //! A run: who is measured, how often, and what came of it. Parts measure through this, so that all of them alternate, warm up and record alike.
 
-use std::{fmt::Display, path::PathBuf};
+use std::{fmt::Display, path::PathBuf, thread, time::Duration};
 
 use anyhow::{Context, Result};
 
@@ -9,6 +9,9 @@ use crate::{
     results::{Results, SEPAL},
     vmm::{StartError, Vmm},
 };
+
+/// Between two VMMs: what the kernel and a guest manager do after a guest has ended is not for the next one to wait for.
+const BETWEEN: Duration = Duration::from_millis(20);
 
 /// A run.
 pub(crate) struct Bench {
@@ -51,6 +54,9 @@ impl Bench {
                 let name = vmm.name().to_owned();
                 if out.contains(&name) {
                     continue;
+                }
+                if !self.short {
+                    thread::sleep(BETWEEN);
                 }
                 match work(vmm.as_ref()) {
                     Ok(values) if round >= warm_up => {

@@ -199,7 +199,13 @@ fn measure(bench: &mut Bench, drivers: &Drivers, jobs: &[Job], disk: Disk<'_>) -
             return Err(StartError::Unsupported("disks in qcow2".into()));
         }
         let mut machine = drivers.machine(&cmdline);
-        machine.disk = Some(disk);
+        // A VMM that is killed leaves a note in an image in qcow2, for which the next one may refuse it.
+        let fresh = disk.path.with_extension("fresh");
+        if disk.qcow2 {
+            fs::copy(disk.path, &fresh)?;
+        }
+        let path = if disk.qcow2 { &fresh } else { disk.path };
+        machine.disk = Some(Disk { path, ..disk });
         let mut guest = vmm.start(&machine)?;
         let mut values = Vec::new();
         for job in jobs {

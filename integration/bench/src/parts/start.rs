@@ -134,7 +134,7 @@ fn pooled(bench: &mut Bench, spoken: &Machine<'_>) -> Result<()> {
 fn devices(bench: &mut Bench, machine: &Machine<'_>) -> Result<()> {
     let rounds = bench.scaled(20, 1);
     let mut launcher = Launcher::start(&[])?;
-    let mut disks = Vec::new();
+    let mut kept = Vec::new();
     bench.alternate(&[&DEVICES], rounds, |vmm| {
         let took = if vmm.name() == SEPAL {
             let (ours, theirs) = UnixStream::pair()?;
@@ -143,8 +143,7 @@ fn devices(bench: &mut Bench, machine: &Machine<'_>) -> Result<()> {
             disk.as_file().set_len(DISK)?;
             let machine = with_disk(*machine, disk.path());
             let (took, _) = launcher.launch(with_everything(sepal_boot(&machine)?, theirs))?;
-            disks.push(disk);
-            drop(ours);
+            kept.push((disk, ours));
             took
         } else {
             first_byte(vmm, machine)?
