@@ -8,7 +8,7 @@
 use std::fs::File;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 
@@ -45,9 +45,10 @@ pub(super) struct Desk {
     outcome: Sender<Outcome>,
 }
 
-/// A job that is being done. Dropping it waits until the loader has let go of the memory.
+/// A job that is being done. Dropping it calls the job off and waits until the loader has let go of the memory.
 #[derive(Debug)]
 pub(super) struct Loading {
+    cancel: Arc<AtomicBool>,
     /// Until the outcome was taken.
     outcome: Option<Receiver<Outcome>>,
 }
@@ -77,9 +78,11 @@ impl Loader {
 
     /// Gives it its job.
     pub(super) fn begin(self, job: Job) -> Loading {
+        let cancel = Arc::clone(&job.cancel);
         // If its thread is gone, the outcome says so.
         let _ = self.job.send(job);
         Loading {
+            cancel,
             outcome: Some(self.outcome),
         }
     }
@@ -101,6 +104,8 @@ impl Loading {
 impl Drop for Loading {
     fn drop(&mut self) {
         if let Some(outcome) = &self.outcome {
+            // The creation has failed: nobody waits for its kernel.
+            self.cancel.store(true, Ordering::SeqCst);
             // What comes of it, or the end of the thread.
             let _ = outcome.recv();
         }
