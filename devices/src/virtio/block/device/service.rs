@@ -128,16 +128,20 @@ impl Block {
         let begun = self.begin_all(queue, &mut batch, context);
         batch.clear();
         self.batch = batch;
-        begun?;
-        if count > 1 {
+        let collected = if count > 1 && begun.is_ok() {
             if let Some(engine) = &mut self.engine {
                 engine.kick();
             }
-            self.collect(context)?;
-        }
+            self.collect(context).map(drop)
+        } else {
+            Ok(())
+        };
+        // What was done before a fault is done.
         if let Some(ring) = context.queue(queue) {
             ring.publish()?;
         }
+        begun?;
+        collected?;
         popped?;
         Ok(count)
     }
