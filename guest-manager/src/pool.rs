@@ -103,14 +103,16 @@ impl ComponentStarter for Pool {
     fn start(&self, request: StartRequest) -> LocalBoxFuture<'static, Result<Started, Error>> {
         let taken = is_plain(&request).then(|| self.0.take()).flatten();
         match taken {
-            Some(mut waiting) => Box::pin(async move {
-                // If this is never polled, dropping what waits kills it.
+            Some(mut waiting) => {
+                // Its seat is free, also if the launch is given up before this is polled: then dropping what waits kills it.
                 waiting.taken.take().map(|taken| taken.send(()));
-                waiting
-                    .started
-                    .take()
-                    .ok_or_else(|| Error::new(Kind::StartFailure, "a component was taken twice"))
-            }),
+                Box::pin(async move {
+                    waiting
+                        .started
+                        .take()
+                        .ok_or_else(|| Error::new(Kind::StartFailure, "a component was taken twice"))
+                })
+            }
             None => self.0.starter.start(request),
         }
     }

@@ -5,12 +5,12 @@
 //! exactly as long as somebody has that, even when the manager is killed.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     fs,
     os::fd::OwnedFd,
     sync::{Arc, Mutex, PoisonError},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use rustix::fs::{FileType, FlockOperation, flock, major, minor};
@@ -18,8 +18,9 @@ use sepal_schema::error::{Error, Kind};
 
 use super::no_resources;
 
-/// How often a lock is tried, and the pause between: 200 ms in all, far more than a ring takes to end, and no long wait for an answer.
-const TRIES: u32 = 21;
+/// The rings of a guest that has ended keep its images for some 50 ms more: so long, and far longer, a lock on one that was let go of is waited for.
+const PATIENCE: Duration = Duration::from_millis(200);
+/// Between two tries.
 const BETWEEN_TRIES: Duration = Duration::from_millis(10);
 
 /// What identifies a file on a host.
@@ -39,7 +40,23 @@ struct Use {
 #[derive(Debug, Default)]
 struct Table {
     used: HashMap<FileId, Vec<Use>>,
+    /// What was let go of a moment ago, oldest first.
+    let_go: VecDeque<(Instant, FileId)>,
     numbers: u64,
+}
+
+impl Table {
+    fn forget_long_gone(&mut self) {
+        while self.let_go.front().is_some_and(|(when, _)| when.elapsed() > PATIENCE) {
+            self.let_go.pop_front();
+        }
+    }
+
+    /// Whether a guest let go of this file a moment ago.
+    fn was_let_go(&mut self, file: FileId) -> bool {
+        self.forget_long_gone();
+        self.let_go.iter().any(|(_, known)| *known == file)
+    }
 }
 
 /// The images that are in use.
@@ -63,6 +80,8 @@ impl Drop for ImageUse {
                 table.used.remove(&self.file);
             }
         }
+        table.forget_long_gone();
+        table.let_go.push_back((Instant::now(), self.file));
     }
 }
 
@@ -95,7 +114,7 @@ impl Images {
             true => FlockOperation::NonBlockingLockExclusive,
             false => FlockOperation::NonBlockingLockShared,
         };
-        match patiently(|| flock(image, wish)) {
+        match patiently(|| self.table().was_let_go(file), || flock(image, wish)) {
             Ok(()) => Ok(claimed),
             Err(rustix::io::Errno::WOULDBLOCK) => {
                 let locks = fs::read_to_string("/proc/locks").unwrap_or_default();
@@ -142,16 +161,14 @@ impl Images {
     }
 }
 
-/// Tries to lock, and again for a while if somebody has: a guest's rings let go of its images only moments after the guest has ended.
-fn patiently(lock: impl Fn() -> rustix::io::Result<()>) -> rustix::io::Result<()> {
-    let tries = (0..TRIES).map(|number| {
-        if number > 0 {
-            thread::sleep(BETWEEN_TRIES);
+/// Tries to lock, and while `worth_waiting` again if somebody has.
+fn patiently(worth_waiting: impl Fn() -> bool, lock: impl Fn() -> rustix::io::Result<()>) -> rustix::io::Result<()> {
+    loop {
+        match lock() {
+            Err(rustix::io::Errno::WOULDBLOCK) if worth_waiting() => thread::sleep(BETWEEN_TRIES),
+            outcome => return outcome,
         }
-        lock()
-    });
-    let mut taken = tries.skip_while(|outcome| *outcome == Err(rustix::io::Errno::WOULDBLOCK));
-    taken.next().unwrap_or(Err(rustix::io::Errno::WOULDBLOCK))
+    }
 }
 
 fn in_use(field: &str, who: &str, writes: bool) -> Error {
@@ -185,26 +202,41 @@ mod tests {
     }
 
     #[test]
-    fn a_lock_that_is_let_go_of_meanwhile_is_taken() {
+    fn a_lock_is_waited_for_while_that_is_worth_it() {
+        const BUSY: rustix::io::Result<()> = Err(rustix::io::Errno::WOULDBLOCK);
         let tries = std::cell::Cell::new(0);
-        let busy_for = |times: u32| {
+        let busy_for = |times: u32, worth: u32| {
             tries.set(0);
-            patiently(|| {
-                tries.set(tries.get() + 1);
-                if tries.get() <= times {
-                    Err(rustix::io::Errno::WOULDBLOCK)
-                } else {
-                    Ok(())
-                }
-            })
+            patiently(
+                || tries.get() < worth,
+                || {
+                    tries.set(tries.get() + 1);
+                    if tries.get() <= times { BUSY } else { Ok(()) }
+                },
+            )
         };
-        assert_eq!((busy_for(2), tries.get()), (Ok(()), 3));
-        assert_eq!(
-            (busy_for(u32::MAX), tries.get()),
-            (Err(rustix::io::Errno::WOULDBLOCK), TRIES)
-        );
+        assert_eq!((busy_for(2, 9), tries.get()), (Ok(()), 3));
+        assert_eq!((busy_for(u32::MAX, 4), tries.get()), (BUSY, 4));
         // Other failures do not pass.
-        assert_eq!(patiently(|| Err(rustix::io::Errno::IO)), Err(rustix::io::Errno::IO));
+        assert_eq!(
+            patiently(|| true, || Err(rustix::io::Errno::IO)),
+            Err(rustix::io::Errno::IO)
+        );
+    }
+
+    #[test]
+    fn only_what_a_guest_let_go_of_a_moment_ago_is_worth_waiting_for() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        let images = Images::default();
+        let used = images
+            .claim("web", "disks[0].image", &open(image.path()), true)
+            .unwrap();
+        let file = used.file;
+        assert!(!images.table().was_let_go(file));
+        drop(used);
+        assert!(images.table().was_let_go(file));
+        images.table().let_go[0].0 -= PATIENCE * 2;
+        assert!(!images.table().was_let_go(file));
     }
 
     #[test]
