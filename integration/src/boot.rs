@@ -240,11 +240,7 @@ impl Guest {
     /// As [`wait_for`](Self::wait_for); [`HarnessError::Failed`] if it reports a failure, of this or of the whole guest.
     pub fn wait_for_report(&mut self, name: &str, patience: Duration) -> Result<Report, HarnessError> {
         let found = self.wait_until(&format!("a report on {name:?}"), patience, |fresh| {
-            let mut end = 0;
-            fresh.split_inclusive(|&byte| byte == b'\n').find_map(|line| {
-                end += line.len();
-                (line.ends_with(b"\n") && Report::is_about(name, line)).then_some(end)
-            })
+            Report::end_in(name, fresh)
         })?;
         Report::parse(found.lines().last().unwrap_or_default())
     }

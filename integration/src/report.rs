@@ -7,8 +7,17 @@ use crate::HarnessError;
 pub struct Report(String);
 
 impl Report {
-    /// Whether a line is the end of waiting for `name`: it reports on it, or says that the guest as a whole has failed.
-    pub fn is_about(name: &str, line: &[u8]) -> bool {
+    /// Where waiting for a report on `name` ends in a guest's output: behind the first line that reports on it, or says that the guest as a whole has
+    /// failed. `None` while no such line is whole.
+    pub fn end_in(name: &str, output: &[u8]) -> Option<usize> {
+        let mut end = 0;
+        output.split_inclusive(|&byte| byte == b'\n').find_map(|line| {
+            end += line.len();
+            (line.ends_with(b"\n") && Self::is_about(name, line)).then_some(end)
+        })
+    }
+
+    fn is_about(name: &str, line: &[u8]) -> bool {
         let line = String::from_utf8_lossy(line);
         let mut words = line.split_whitespace();
         match (words.next(), words.next()) {
@@ -66,9 +75,15 @@ mod tests {
 
     #[test]
     fn a_guest_that_fails_ends_every_wait() {
-        assert!(Report::is_about("rng", b"ok rng bytes=1\r\n"));
-        assert!(!Report::is_about("rng", b"ok rng-more\n"));
-        assert!(Report::is_about("rng", b"fail guest exception 14\n"));
-        assert!(!Report::is_about("rng", b"waiting rng\n"));
+        let ends = |output: &str| Report::end_in("rng", output.as_bytes());
+        assert_eq!(ends("ok rng bytes=1\r\nmore"), Some(16));
+        assert_eq!(ends("ok rng-more\n"), None);
+        assert_eq!(ends("noise\nfail guest exception 14\n"), Some(30));
+        assert_eq!(ends("waiting rng\n"), None);
+    }
+
+    #[test]
+    fn half_a_line_is_waited_for() {
+        assert_eq!(Report::end_in("rng", b"ok rng bytes=1"), None);
     }
 }

@@ -219,11 +219,7 @@ impl Running for Process {
 
     fn report(&mut self, command: &str) -> Result<Report, HarnessError> {
         let found = self.wait_until(&format!("the report on {command}"), REPORT_PATIENCE, |fresh| {
-            let mut end = 0;
-            fresh.split_inclusive(|&byte| byte == b'\n').find_map(|line| {
-                end += line.len();
-                (line.ends_with(b"\n") && Report::is_about(command, line)).then_some(end)
-            })
+            Report::end_in(command, fresh)
         })?;
         Report::parse(found.lines().last().unwrap_or_default())
     }
