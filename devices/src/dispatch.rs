@@ -12,6 +12,7 @@
 //! - `setup` runs on the thread before anything else: it narrows the thread's system-call filter. The epoll and the stop eventfd exist by then.
 //! - `wait` returns only when the device has started, so a failure to start is its result and not a message somebody has to look for. `spawn` does
 //!   both; who has many devices begins them all, and then waits.
+//! - Whoever has many ends them together, too: `stop_all` asks all of them, started or not, before it joins any, and waits for them only once.
 //! - What a device watches (queue doorbells, host files, timerfds) it registers under tokens of its own through [`Watches`].
 //! - Nothing here is on a vCPU's path: a device shares with its bus side whatever it needs, behind locks that it never holds in a system call.
 //!
@@ -338,11 +339,15 @@ impl DispatchLoop {
         })
     }
 
-    /// Asks the loop to end and gives the device `within` to bring out what must not be lost; returns at once. Lets a machine stop many
-    /// loops at the same time before it waits for each with [`stop`](Self::stop). A later request replaces the time left.
+    /// Asks the loop to end and gives the device `within` to bring out what must not be lost; returns at once. A later request replaces the
+    /// time left.
     pub fn request_stop(&self, within: Duration) {
         let now = Instant::now();
-        *lock(&self.stop.deadline) = Some(now.checked_add(within).unwrap_or(now + FOREVER));
+        self.request_stop_by(now.checked_add(within).unwrap_or(now + FOREVER));
+    }
+
+    fn request_stop_by(&self, deadline: Instant) {
+        *lock(&self.stop.deadline) = Some(deadline);
         // An eventfd's write fails only when its counter is full, and then the loop has been asked already.
         let _ = self.stop.fd.write(1);
     }
@@ -355,15 +360,40 @@ impl DispatchLoop {
     /// `within`.
     pub fn stop(mut self, within: Duration) -> Result<(), StopError> {
         self.request_stop(within);
-        self.join(within)
+        self.join(within.saturating_add(HANG_GRACE))
     }
 
-    fn join(&mut self, within: Duration) -> Result<(), StopError> {
+    /// Asks all loops to end, those that are still `starting` as well, gives their devices until `deadline` to bring out what must not be lost,
+    /// and joins the threads. However many do not end, it returns at the latest [`HANG_GRACE`] after `deadline`, or after now if that has passed.
+    ///
+    /// Returns what went wrong, in the order of the loops: [`StopError::Failed`] of each device that failed, now or earlier, or did not start;
+    /// [`StopError::Hung`] of each whose thread has not ended by then.
+    pub fn stop_all(
+        running: impl IntoIterator<Item = Self>,
+        starting: impl IntoIterator<Item = StartingLoop>,
+        deadline: Instant,
+    ) -> Vec<StopError> {
+        let starting = starting.into_iter().map(|starting| starting.the_loop);
+        let loops: Vec<_> = running.into_iter().chain(starting).collect();
+        for one in &loops {
+            one.request_stop_by(deadline);
+        }
+        let give_up = deadline.max(Instant::now()) + HANG_GRACE;
+        let mut errors = Vec::new();
+        for mut one in loops {
+            // Where others took all the time, one that has ended by then still says so.
+            errors.extend(one.join(give_up.saturating_duration_since(Instant::now())).err());
+        }
+        errors
+    }
+
+    /// Joins the thread, which was asked to end, if it does so within `patience`.
+    fn join(&mut self, patience: Duration) -> Result<(), StopError> {
         let Some(thread) = self.thread.take() else {
             return Ok(());
         };
         let device = self.name.clone();
-        match self.outcome.recv_timeout(within.saturating_add(HANG_GRACE)) {
+        match self.outcome.recv_timeout(patience) {
             Err(RecvTimeoutError::Timeout) => Err(StopError::Hung { device }),
             received => {
                 let panicked = thread.join().is_err();
@@ -384,7 +414,7 @@ impl Drop for DispatchLoop {
     fn drop(&mut self) {
         if self.thread.is_some() {
             self.request_stop(Duration::ZERO);
-            if let Err(error) = self.join(Duration::ZERO) {
+            if let Err(error) = self.join(HANG_GRACE) {
                 tracing::warn!(%error, "dispatch loop dropped");
             }
         }
@@ -406,7 +436,7 @@ impl<D: DispatchDevice> Body<D> {
         outcome: SyncSender<Result<(), String>>,
     ) {
         let device = || self.identity.name.clone();
-        let id = match catch_unwind(AssertUnwindSafe(|| {
+        let id = catch_unwind(AssertUnwindSafe(|| {
             setup().map_err(|e| StartError::Setup {
                 device: device(),
                 reason: e.to_string(),
@@ -415,17 +445,21 @@ impl<D: DispatchDevice> Body<D> {
                 device: device(),
                 reason: e.to_string(),
             })
-        })) {
-            Ok(Ok(id)) => id,
-            Ok(Err(error)) => return send(&started, Err(error)),
-            Err(panic) => {
-                return send(
-                    &started,
-                    Err(StartError::Panicked {
-                        device: device(),
-                        reason: panic_message(&*panic),
-                    }),
-                );
+        }))
+        .unwrap_or_else(|panic| {
+            Err(StartError::Panicked {
+                device: device(),
+                reason: panic_message(&*panic),
+            })
+        });
+        let id = match id {
+            Ok(id) => id,
+            Err(error) => {
+                // Dropping the device runs its code, too. The first reason is the one that counts.
+                let _ = caught(|| drop(self.manager));
+                // For an owner that does not wait for the start.
+                send(&outcome, Err(format!("it did not start: {}", error.reason())));
+                return send(&started, Err(error));
             }
         };
         send(&started, Ok(()));
@@ -433,9 +467,8 @@ impl<D: DispatchDevice> Body<D> {
 
         let mut result = self.dispatch(id);
         // Dropping the device runs its code, too.
-        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| drop(self.manager))) {
-            result = result.and_then(|()| Err(panic_message(&*panic)));
-        }
+        let dropped = caught(|| drop(self.manager));
+        result = result.and(dropped);
         if let Err(reason) = &result {
             let Identity { name, reporter } = &*self.identity;
             reporter.report(DeviceEvent::Failed {

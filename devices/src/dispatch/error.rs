@@ -37,10 +37,22 @@ pub enum StartError {
     },
 }
 
+impl StartError {
+    /// What was said, without the device's name.
+    pub(super) fn reason(&self) -> &str {
+        match self {
+            Self::Resources { reason, .. }
+            | Self::Setup { reason, .. }
+            | Self::Device { reason, .. }
+            | Self::Panicked { reason, .. } => reason,
+        }
+    }
+}
+
 /// Why a loop did not end well.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StopError {
-    /// The device had failed before (it was reported then), or failed while it stopped.
+    /// The device had failed before (it was reported then), failed while it stopped, or did not start and nobody waited for that.
     #[error("{device}: failed: {reason}")]
     Failed {
         /// The device's name.

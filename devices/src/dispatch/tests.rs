@@ -1,5 +1,6 @@
 //! Tests of the dispatch loop: start handshake, stop, quarantine, drop.
 
+use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, channel};
 
@@ -166,7 +167,7 @@ fn a_panic_in_start_is_the_result_of_spawn() {
 
 #[test]
 fn devices_that_are_begun_together_start_together() {
-    let meeting = Arc::new(std::sync::Barrier::new(2));
+    let meeting = Arc::new(Barrier::new(2));
     let starting: Vec<_> = (0..2)
         .map(|_| {
             let (rig, probe) = rig(Plan::Count);
@@ -193,6 +194,100 @@ fn nobody_has_to_wait_for_a_device_that_was_begun() {
     drop(starting.unwrap());
     assert!(rig.rung.recv().is_err(), "the thread is gone, and its device with it");
     assert!(rig.events.try_recv().is_err());
+}
+
+/// Ends only when another does so at the same time.
+struct Sociable(Arc<Barrier>);
+
+impl DispatchDevice for Sociable {
+    fn start(&mut self, _: &mut Watches<'_, '_>) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    fn ready(&mut self, _: u32, _: EventSet, _: &mut Watches<'_, '_>) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    fn stop(&mut self, _: Instant) {
+        self.0.wait();
+    }
+}
+
+#[test]
+fn loops_are_asked_to_end_before_any_is_joined() {
+    let meeting = Arc::new(Barrier::new(4));
+    let begin = |name: String| {
+        let device = Sociable(Arc::clone(&meeting));
+        DispatchLoop::begin(name, || Ok::<_, String>(()), device, rig(Plan::Count).0.reporter).unwrap()
+    };
+    let running: Vec<_> = (0..2).map(|n| begin(format!("{n}")).wait().unwrap()).collect();
+    let starting: Vec<_> = (2..4).map(|n| begin(format!("{n}"))).collect();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    assert_eq!(DispatchLoop::stop_all(running, starting, deadline), []);
+}
+
+#[test]
+fn loops_that_do_not_end_are_told_of_and_waited_for_only_once() {
+    let gate = Arc::new(Mutex::new(()));
+    let held = lock(&gate);
+    let names: Vec<_> = (0..16).map(|n| format!("stuck {n}")).collect();
+    let starting: Vec<_> = names
+        .iter()
+        .map(|name| {
+            let (rig, probe) = rig(Plan::Count);
+            let gate = Arc::clone(&gate);
+            let setup = move || {
+                drop(lock(&gate));
+                Ok::<_, String>(())
+            };
+            (
+                rig.rung,
+                DispatchLoop::begin(name.as_str(), setup, probe, rig.reporter).unwrap(),
+            )
+        })
+        .collect();
+    let (rungs, starting): (Vec<_>, Vec<_>) = starting.into_iter().unzip();
+    let (hanging, spawned) = spawn(Plan::Hang);
+    let held_too = lock(&hanging.hang);
+    hanging.doorbell.write(1).unwrap();
+    assert_eq!(hanging.rung.recv(), Ok(7));
+    let (willing, another) = spawn(Plan::Count);
+
+    let begun = Instant::now();
+    let errors = DispatchLoop::stop_all([spawned.unwrap(), another.unwrap()], starting, begun);
+    // Each by itself would be waited for as long as all of them are.
+    assert!(begun.elapsed() < HANG_GRACE * 17, "waited for more than once");
+    let hung = |device: &str| StopError::Hung { device: device.into() };
+    let expected: Vec<_> = std::iter::once("probe")
+        .chain(names.iter().map(String::as_str))
+        .map(hung)
+        .collect();
+    assert_eq!(errors, expected);
+    assert!(
+        willing.stopped.load(Ordering::SeqCst),
+        "what ends is joined after one that does not"
+    );
+
+    drop((held, held_too));
+    for rung in rungs.into_iter().chain([hanging.rung]) {
+        assert!(rung.recv().is_err(), "let go, the thread ends by itself");
+    }
+}
+
+#[test]
+fn a_device_that_did_not_start_says_so_when_it_is_stopped() {
+    for (plan, reason) in [
+        (Plan::RefuseStart, "no backing file"),
+        (Plan::PanicInStart, "start panics"),
+    ] {
+        let (rig, probe) = rig(plan);
+        let starting = DispatchLoop::begin("probe", || Ok::<_, String>(()), probe, rig.reporter).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let errors = DispatchLoop::stop_all([], [starting], deadline);
+        let told: Vec<_> = errors.iter().map(ToString::to_string).collect();
+        assert_eq!(told, [format!("probe: failed: it did not start: {reason}")]);
+        assert!(rig.rung.recv().is_err(), "the device is dropped");
+    }
 }
 
 /// Rings the doorbell of a device that then fails with `reason`.
