@@ -3,12 +3,15 @@
 //! ```text
 //!   a seat:   empty --(a rest)--> starting --> waiting --(taken by a launch)--> empty
 //!               ^                    | fails      | dies
-//!               '------ back-off ----'------------'
+//!               '----- the pool's ---'------------'
+//!                      back-off
 //! ```
 //!
 //! There are as many seats as components may wait, each looked after by a task of its own. What waits was started with the default jail, all of its layers and no
 //! limits: a configuration that asks for anything else of its process (limits, waived layers) gets one that is started for it, as everything does when
 //! nobody waits. So whoever takes one has exactly what a start would have given; nothing of a guest has touched it before.
+//!
+//! What makes one component fail makes all of them fail: the back-off is the pool's, all seats wait for it, and it is told of once.
 //!
 //! A seat rests before it is filled again, since the launch that emptied it needs the processor now. Those who wait end with the keeper, like all components,
 //! and with whatever ends the pool.
@@ -42,7 +45,7 @@ pub const MOST: usize = 64;
 
 /// How long an empty seat rests before somebody is started for it: about as long as a launch takes.
 const REST: Duration = Duration::from_millis(10);
-/// How long a seat waits after a component that failed, at first; twice as long after each that follows.
+/// How long the pool waits after a component that failed, at first; twice as long after each that follows.
 const FIRST_BACK_OFF: Duration = Duration::from_millis(100);
 /// The longest that it waits.
 const LONGEST_BACK_OFF: Duration = Duration::from_secs(30);
@@ -59,9 +62,8 @@ pub struct Pool(Rc<Shared>);
 struct Shared {
     starter: Rc<dyn ComponentStarter>,
     /// In the order in which they were started.
-    waiting: RefCell<VecDeque<Waiting>>,
-    /// How many wait.
-    count: Changed<usize>,
+    waiting: Changed<VecDeque<Waiting>>,
+    back_off: RefCell<BackOff>,
 }
 
 /// A component that waits. Dropping it kills it.
@@ -78,8 +80,8 @@ impl Pool {
     pub fn new(handle: &Handle, starter: Rc<dyn ComponentStarter>, size: usize) -> Self {
         let shared = Rc::new(Shared {
             starter,
-            waiting: RefCell::default(),
-            count: Changed::default(),
+            waiting: Changed::default(),
+            back_off: RefCell::default(),
         });
         for seat in 0..size.min(MOST) {
             handle.spawn(look_after(Rc::downgrade(&shared), handle.clone(), seat));
@@ -90,12 +92,13 @@ impl Pool {
     /// How many components wait.
     #[must_use]
     pub fn waiting(&self) -> usize {
-        self.0.count.look(|count| *count)
+        self.0.waiting.look(VecDeque::len)
     }
 
     /// Waits until so many components wait.
     pub async fn until_waiting(&self, wanted: usize) {
-        self.0.count.until(|count| (*count == wanted).then_some(())).await;
+        let there = |waiting: &mut VecDeque<_>| (waiting.len() == wanted).then_some(());
+        self.0.waiting.until(there).await;
     }
 }
 
@@ -136,11 +139,8 @@ impl Shared {
             let first = self.remove(|_| true)?;
             if first.lives() {
                 let pid = first.started.as_ref().map_or(0, |started| started.pid);
-                tracing::debug!(
-                    pid,
-                    waiting = self.waiting.borrow().len(),
-                    "a waiting component is taken"
-                );
+                let waiting = self.waiting.look(VecDeque::len);
+                tracing::debug!(pid, waiting, "a waiting component is taken");
                 return Some(first);
             }
         }
@@ -148,21 +148,27 @@ impl Shared {
 
     fn add(&self, waiting: Waiting) {
         let pid = waiting.started.as_ref().map_or(0, |started| started.pid);
-        self.waiting.borrow_mut().push_back(waiting);
-        let count = self.waiting.borrow().len();
-        self.count.change(|slot| *slot = count);
+        let count = self.waiting.change(|all| {
+            all.push_back(waiting);
+            all.len()
+        });
         tracing::debug!(pid, waiting = count, "a component waits");
     }
 
     fn remove(&self, wanted: impl Fn(&Waiting) -> bool) -> Option<Waiting> {
-        let removed = {
-            let mut waiting = self.waiting.borrow_mut();
-            let index = waiting.iter().position(wanted)?;
-            waiting.remove(index)
-        };
-        let count = self.waiting.borrow().len();
-        self.count.change(|slot| *slot = count);
-        removed
+        self.waiting.change(|all| {
+            let index = all.iter().position(wanted)?;
+            all.remove(index)
+        })
+    }
+
+    /// A component failed; see [`BackOff::failed`].
+    fn failed(&self, since: Instant, why: &str) {
+        let pause = self.back_off.borrow_mut().failed(since, Instant::now());
+        if let Some(pause) = pause {
+            let pause = pause.as_millis();
+            tracing::warn!("no component waits in advance, for {pause} ms: {why}");
+        }
     }
 }
 
@@ -186,26 +192,37 @@ impl Drop for Waiting {
 
 /// Keeps one seat filled for as long as the pool is there.
 async fn look_after(pool: Weak<Shared>, handle: Handle, seat: usize) {
-    let mut failures = 0;
     loop {
-        let pause = match failures {
-            0 => REST,
-            _ => back_off(failures),
+        handle.sleep(REST).await;
+        // Another seat may have made the pause longer meanwhile.
+        let shared = loop {
+            let Some(shared) = pool.upgrade() else { return };
+            let pause = shared.back_off.borrow().pause(Instant::now());
+            if pause.is_zero() {
+                break shared;
+            }
+            drop(shared);
+            handle.sleep(pause).await;
         };
-        handle.sleep(pause).await;
-        let Some(shared) = pool.upgrade() else { return };
         let request = StartRequest {
             name: NAME.into(),
             limits: ResourceLimits::default(),
             waived_layers: Vec::new(),
         };
+        let begun = Instant::now();
         let starting = shared.starter.start(request);
         drop(shared);
-        let mut started = match starting.await {
+        let started = starting.await;
+        let Some(shared) = pool.upgrade() else {
+            if let Ok(started) = started {
+                (started.kill)();
+            }
+            return;
+        };
+        let mut started = match started {
             Ok(started) => started,
             Err(error) => {
-                failures += 1;
-                warn(failures, &error.message);
+                shared.failed(begun, &error.message);
                 continue;
             }
         };
@@ -214,10 +231,6 @@ async fn look_after(pool: Weak<Shared>, handle: Handle, seat: usize) {
         started.exit = Box::pin(exit.clone());
         let words = started.stderr.as_ref().and_then(|stderr| stderr.try_clone().ok());
         let (taken, is_taken) = oneshot::channel();
-        let Some(shared) = pool.upgrade() else {
-            (started.kill)();
-            return;
-        };
         let since = Instant::now();
         shared.add(Waiting {
             seat,
@@ -231,14 +244,13 @@ async fn look_after(pool: Weak<Shared>, handle: Handle, seat: usize) {
             Either::Left((Err(_), exit)) => Some(exit.await),
             Either::Right((exit, _)) => Some(exit),
         };
-        let Some(exit) = died else {
-            failures = 0;
-            continue;
-        };
         let Some(shared) = pool.upgrade() else { return };
+        if died.is_none() || since.elapsed() >= PROVEN {
+            shared.back_off.borrow_mut().served(begun);
+        }
+        let Some(exit) = died else { continue };
         drop(shared.remove(|waiting| waiting.seat == seat));
-        failures = if since.elapsed() < PROVEN { failures + 1 } else { 1 };
-        warn(failures, &ended(&exit, words.and_then(last_words)));
+        shared.failed(Instant::now(), &ended(&exit, words.and_then(last_words)));
     }
 }
 
@@ -250,12 +262,42 @@ fn ended(exit: &Exit, words: Option<String>) -> String {
     }
 }
 
-fn warn(failures: u32, why: &str) {
-    let pause = back_off(failures).as_millis();
-    tracing::warn!("no component waits in advance, for {pause} ms: {why}");
+/// How the components of a pool have failed of late.
+#[derive(Debug, Default)]
+struct BackOff {
+    /// Failures in a row that counted.
+    failures: u32,
+    /// When the last of them was.
+    last: Option<Instant>,
 }
 
-/// How long a seat stays empty after so many failures in a row, of which there is one at least.
+impl BackOff {
+    /// How long nobody is started.
+    fn pause(&self, now: Instant) -> Duration {
+        let until = self.last.map(|last| last + back_off(self.failures));
+        until.map_or(Duration::ZERO, |until| until.saturating_duration_since(now))
+    }
+
+    /// A component failed at `now` whose start was begun at `since`, or that died after that, with `since` as `now`. Returns the pause that follows; none
+    /// where it failed together with another, which counted for both.
+    fn failed(&mut self, since: Instant, now: Instant) -> Option<Duration> {
+        if !self.pause(now).is_zero() || self.last.is_some_and(|last| since < last) {
+            return None;
+        }
+        self.failures = self.failures.saturating_add(1);
+        self.last = Some(now);
+        Some(back_off(self.failures))
+    }
+
+    /// A component served that was begun at `begun`. That ends the row, unless others have failed since.
+    fn served(&mut self, begun: Instant) {
+        if self.last.is_none_or(|last| last < begun) {
+            *self = Self::default();
+        }
+    }
+}
+
+/// How long nobody is started after so many failures in a row, of which there is one at least.
 fn back_off(failures: u32) -> Duration {
     let doublings = failures.saturating_sub(1).min(16);
     (FIRST_BACK_OFF * (1 << doublings)).min(LONGEST_BACK_OFF)
@@ -273,6 +315,33 @@ mod tests {
             assert!(back_off(failures) <= back_off(failures + 1));
         }
         assert_eq!(back_off(u32::MAX), LONGEST_BACK_OFF);
+    }
+
+    #[test]
+    fn those_who_fail_together_count_once() {
+        let (mut back_off, start) = (BackOff::default(), Instant::now());
+        let at = |ms| start + Duration::from_millis(ms);
+        assert_eq!(back_off.failed(at(0), at(10)), Some(FIRST_BACK_OFF));
+        assert_eq!(back_off.failed(at(0), at(11)), None, "during the pause");
+        assert_eq!(
+            back_off.failed(at(9), at(500)),
+            None,
+            "begun before the failure that counted"
+        );
+        assert_eq!(back_off.pause(at(50)), Duration::from_millis(60));
+        assert_eq!(back_off.pause(at(110)), Duration::ZERO);
+        assert_eq!(back_off.failed(at(110), at(120)), Some(FIRST_BACK_OFF * 2));
+    }
+
+    #[test]
+    fn only_one_that_came_after_the_failure_ends_the_row() {
+        let (mut back_off, start) = (BackOff::default(), Instant::now());
+        let at = |ms| start + Duration::from_millis(ms);
+        back_off.failed(at(0), at(10));
+        back_off.served(at(5));
+        assert_eq!(back_off.pause(at(10)), FIRST_BACK_OFF);
+        back_off.served(at(120));
+        assert_eq!(back_off.failed(at(130), at(140)), Some(FIRST_BACK_OFF));
     }
 
     #[test]

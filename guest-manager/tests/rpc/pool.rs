@@ -1,5 +1,12 @@
 //! Components that wait for their guests.
 
+use std::{
+    collections::HashSet,
+    io,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
 use sepal_guest_manager::component::Exit;
 use sepal_schema::{
     config::{GuestConfig, Limits},
@@ -113,6 +120,61 @@ fn as_long_as_none_can_be_started_launch_says_why_and_then_they_wait_again() {
         world.fake.behaviour.set(Behaviour::default());
         pool.until_waiting(1).await;
     });
+}
+
+#[test]
+fn all_seats_back_off_together_and_the_log_says_it_once() {
+    let log = Log::default();
+    let to = log.clone();
+    let subscriber = tracing_subscriber::fmt().with_writer(move || to.clone()).finish();
+    tracing::subscriber::with_default(subscriber, || {
+        with_pool(8, async |world, pool| {
+            world.fake.behaviour.set(Behaviour {
+                start: Does::Fails(Kind::StartFailure),
+                ..Behaviour::default()
+            });
+            while log.warnings().len() < 3 {
+                world.handle.sleep(Duration::from_millis(1)).await;
+            }
+            world.fake.behaviour.set(Behaviour::default());
+            pool.until_waiting(8).await;
+        });
+    });
+    let warnings = log.warnings();
+    for (warning, pause) in warnings.iter().zip(["100 ms", "200 ms", "400 ms"]) {
+        assert!(
+            warning.contains(&format!("for {pause}: the fake does not start")),
+            "{warning}"
+        );
+    }
+    // Each names another pause: no seat has said what another had.
+    let pauses: HashSet<_> = warnings
+        .iter()
+        .map(|line| line.split_once(" for ").unwrap().1)
+        .collect();
+    assert_eq!(pauses.len(), warnings.len(), "{warnings:?}");
+}
+
+/// What was logged.
+#[derive(Clone, Default)]
+struct Log(Arc<Mutex<Vec<u8>>>);
+
+impl Log {
+    fn warnings(&self) -> Vec<String> {
+        let text = String::from_utf8(self.0.lock().unwrap().clone()).unwrap();
+        let lines = text.lines().filter(|line| line.contains("no component waits"));
+        lines.map(str::to_owned).collect()
+    }
+}
+
+impl io::Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 #[test]
