@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use crate::{
     figure::Figure,
     results::{Results, SEPAL},
-    vmm::{StartError, Vmm},
+    vmm::{Found, Sepal, StartError, Vmm},
 };
 
 /// Between two VMMs: what the kernel and a guest manager do after a guest has ended is not for the next one to wait for.
@@ -16,9 +16,7 @@ const BETWEEN: Duration = Duration::from_millis(20);
 /// A run.
 pub(crate) struct Bench {
     /// Who is measured beside Sepal.
-    pub(crate) peers: Vec<Box<dyn Vmm>>,
-    /// Sepal, through a guest manager of its own for each guest.
-    pub(crate) sepal: Box<dyn Vmm>,
+    pub(crate) peers: Vec<Found>,
     /// Whether it is the short form: everything once, to see that it works.
     pub(crate) short: bool,
     /// Folder for images and sockets; gone after the run.
@@ -47,22 +45,22 @@ impl Bench {
         let mut out = Vec::new();
         for round in 0..rounds + warm_up {
             for index in 0..=self.peers.len() {
-                let vmm = match index.checked_sub(1) {
-                    None => &self.sepal,
+                let vmm: &dyn Vmm = match index.checked_sub(1) {
+                    None => &Sepal,
                     Some(peer) => &self.peers[peer],
                 };
-                let name = vmm.name().to_owned();
+                let name = vmm.name();
                 if out.contains(&name) {
                     continue;
                 }
                 if !self.short {
                     thread::sleep(BETWEEN);
                 }
-                match work(vmm.as_ref()) {
+                match work(vmm) {
                     Ok(values) if round >= warm_up => {
                         anyhow::ensure!(values.len() == figures.len(), "a value for each figure");
                         for (figure, value) in figures.iter().zip(values) {
-                            self.results.record(figure, &name, None, value);
+                            self.results.record(figure, name, None, value);
                         }
                     }
                     Ok(_) => {}
@@ -71,7 +69,7 @@ impl Bench {
                         return Err(error.into_error()).context(which);
                     }
                     Err(error) => {
-                        self.leave_out(figures, &name, error);
+                        self.leave_out(figures, name, error);
                         out.push(name);
                     }
                 }
@@ -80,8 +78,26 @@ impl Bench {
         Ok(())
     }
 
+    /// Does `work` with one peer after the other, and returns what came of it with their names. A peer that cannot do it is left out with its reason.
+    pub(crate) fn each_peer<T>(
+        &mut self,
+        figures: &[&'static Figure],
+        work: impl Fn(&dyn Vmm) -> Result<T, StartError>,
+    ) -> Vec<(&'static str, T)> {
+        let mut outcomes = Vec::new();
+        for index in 0..self.peers.len() {
+            let peer = &self.peers[index];
+            let name = peer.name();
+            match work(peer) {
+                Ok(outcome) => outcomes.push((name, outcome)),
+                Err(error) => self.leave_out(figures, name, error),
+            }
+        }
+        outcomes
+    }
+
     /// Notes that a peer has none of these figures.
-    pub(crate) fn leave_out(&mut self, figures: &[&'static Figure], peer: &str, reason: impl Display) {
+    fn leave_out(&mut self, figures: &[&'static Figure], peer: &str, reason: impl Display) {
         let reason = reason.to_string();
         eprintln!("  {peer} is left out: {reason}");
         for figure in figures {

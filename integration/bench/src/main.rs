@@ -32,7 +32,7 @@ use crate::{
     host::Host,
     parts::{PARTS, Part},
     results::{Results, Subject},
-    vmm::{PEERS, Sepal, Vmm, find_peers},
+    vmm::{PEERS, Sepal, Vmm},
 };
 
 /// Measures Sepal beside other virtual machine monitors.
@@ -77,8 +77,9 @@ struct Arguments {
 /// A peer's name and program.
 fn peer(text: &str) -> Result<(String, PathBuf), String> {
     match text.split_once('=') {
-        Some((name, _)) if !PEERS.contains(&name) => {
-            Err(format!("there is no peer {name}; there are {}", PEERS.join(", ")))
+        Some((name, _)) if PEERS.iter().all(|peer| peer.key != name) => {
+            let known = PEERS.map(|peer| peer.key).join(", ");
+            Err(format!("there is no peer {name}; there are {known}"))
         }
         Some((name, path)) if Path::new(path).is_file() => Ok((name.to_owned(), path.into())),
         Some((_, path)) => Err(format!("there is no program {path}")),
@@ -137,23 +138,30 @@ fn measure(arguments: &Arguments, parts: &[&'static Part]) -> Result<Results> {
         let option = arguments.peer.iter().find(|(known, _)| known == name);
         option.map(|(_, path)| path.as_path())
     };
-    let (peers, not_found) = find_peers(named);
+    let (mut peers, mut not_found) = (Vec::new(), Vec::new());
+    for peer in PEERS {
+        match peer.find(named(peer.key)) {
+            Some(found) => peers.push(found),
+            None => not_found.push(peer.key.to_owned()),
+        }
+    }
     if !not_found.is_empty() {
         eprintln!(
             "NOT COMPARED, since they are not on this host: {}",
             not_found.join(", ")
         );
     }
-    let sepal: Box<dyn Vmm> = Box::new(Sepal);
-    let subjects = std::iter::once(&sepal).chain(&peers).map(|vmm| Subject {
+    let subject = |vmm: &dyn Vmm| Subject {
         name: vmm.name().to_owned(),
         version: vmm.version(),
-    });
+    };
+    let mut subjects = vec![subject(&Sepal)];
+    subjects.extend(peers.iter().map(|peer| subject(peer)));
     let mut bench = Bench {
         results: Results {
             host: Host::look(),
             short: arguments.short,
-            subjects: subjects.collect(),
+            subjects,
             not_found,
             measured: Vec::new(),
             left_out: Vec::new(),
@@ -162,7 +170,6 @@ fn measure(arguments: &Arguments, parts: &[&'static Part]) -> Result<Results> {
             notes: Vec::new(),
         },
         peers,
-        sepal,
         short: arguments.short,
         scratch: scratch.path().to_owned(),
     };

@@ -6,11 +6,7 @@
 use anyhow::Result;
 
 use super::{Part, drivers::Drivers};
-use crate::{
-    bench::Bench,
-    figure::Figure,
-    vmm::{Extra, StartError, Vmm},
-};
+use crate::{bench::Bench, figure::Figure, vmm::Vmm};
 
 static INFLATE: Figure = Figure::rate("balloon.inflate", "inflating, neighbouring pages", "MiB/s");
 static DEFLATE: Figure = Figure::rate("balloon.deflate", "deflating, neighbouring pages", "MiB/s");
@@ -35,11 +31,6 @@ fn run(bench: &mut Bench) -> Result<()> {
     let cmdline = format!("run=balloon-bench:{mib},balloon-bench:{mib}:scattered");
     let figures = PART.figures;
     bench.alternate(figures, bench.scaled(5, 1), |vmm: &dyn Vmm| {
-        if !vmm.has(Extra::Balloon) {
-            return Err(StartError::Unsupported(
-                "balloons that can be asked for while it runs".into(),
-            ));
-        }
         let mut machine = drivers.machine(&cmdline);
         machine.balloon = true;
         machine.memory_mib = 512;

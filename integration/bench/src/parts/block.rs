@@ -21,7 +21,7 @@ use super::{Part, drivers::Drivers};
 use crate::{
     bench::Bench,
     figure::Figure,
-    vmm::{Disk, Extra, StartError, Vmm},
+    vmm::{Disk, Vmm},
 };
 
 const MIB: usize = 1 << 20;
@@ -195,9 +195,6 @@ fn measure(bench: &mut Bench, drivers: &Drivers, jobs: &[Job], disk: Disk<'_>) -
         .collect();
     let cmdline = format!("run={}", commands.join(","));
     bench.alternate(&figures(jobs), bench.scaled(5, 1), |vmm: &dyn Vmm| {
-        if disk.qcow2 && !vmm.has(Extra::Qcow2) {
-            return Err(StartError::Unsupported("disks in qcow2".into()));
-        }
         let mut machine = drivers.machine(&cmdline);
         // A VMM that is killed leaves a note in an image in qcow2, for which the next one may refuse it.
         let fresh = disk.path.with_extension("fresh");

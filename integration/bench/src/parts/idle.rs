@@ -64,7 +64,7 @@ const GUEST_MIB: u16 = 128;
 
 /// Whose rest is measured.
 struct Sleeper {
-    name: String,
+    name: &'static str,
     figures: [&'static Figure; 2],
     processes: Vec<Process>,
     /// Held: it ends with this.
@@ -74,7 +74,7 @@ struct Sleeper {
 impl Sleeper {
     fn of_ours(figures: [&'static Figure; 2], process: Process) -> Self {
         Self {
-            name: SEPAL.to_owned(),
+            name: SEPAL,
             figures,
             processes: vec![process],
             _guest: None,
@@ -109,24 +109,16 @@ fn peers(bench: &mut Bench) -> Result<Vec<Sleeper>> {
     let image = Image::idle(&bench.scratch)?;
     let machine = resting::machine(&image, GUEST_MIB);
     let figures: [&'static Figure; 2] = [&WAKEUPS, &CPU];
-    let started: Vec<_> = bench
-        .peers
-        .iter()
-        .map(|vmm| (vmm.name(), resting::start(vmm.as_ref(), &machine)))
-        .collect();
-    let mut sleepers = Vec::new();
-    for (name, started) in started {
-        match started {
-            Ok((guest, process)) => sleepers.push(Sleeper {
-                name: name.to_owned(),
-                figures,
-                processes: process.tree()?,
-                _guest: Some(guest),
-            }),
-            Err(error) => bench.leave_out(&figures, name, error),
-        }
-    }
-    Ok(sleepers)
+    let sleepers = bench.each_peer(&figures, |vmm| {
+        let (guest, process) = resting::start(vmm, &machine)?;
+        Ok(Sleeper {
+            name: vmm.name(),
+            figures,
+            processes: process.tree()?,
+            _guest: Some(guest),
+        })
+    });
+    Ok(sleepers.into_iter().map(|(_, sleeper)| sleeper).collect())
 }
 
 /// Notes what they do in so much time.
@@ -146,8 +138,8 @@ fn measure(bench: &mut Bench, sleepers: &[Sleeper], window: Duration) -> Result<
         let seconds = (after.1 - before.1).as_secs_f64();
         let [wakeups, cpu] = sleeper.figures;
         let results = &mut bench.results;
-        results.record(wakeups, &sleeper.name, None, number(done.wakeups) / seconds);
-        results.record(cpu, &sleeper.name, None, number(done.cpu_ns) / 1e9 / seconds * 100.0);
+        results.record(wakeups, sleeper.name, None, number(done.wakeups) / seconds);
+        results.record(cpu, sleeper.name, None, number(done.cpu_ns) / 1e9 / seconds * 100.0);
     }
     Ok(())
 }

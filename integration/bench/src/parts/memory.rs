@@ -18,7 +18,6 @@ use crate::{
     guests::Image,
     processes::{Mapping, Memory, Process, largest, total},
     results::SEPAL,
-    vmm::{StartError, Vmm},
 };
 
 static PSS: Figure = Figure::cost("memory.pss", "beyond the guest's memory, PSS, one guest", "KiB").goal(1024.0);
@@ -209,7 +208,8 @@ fn average_of(processes: &[Process]) -> std::io::Result<[f64; 3]> {
 fn crowd_of_peers(bench: &mut Bench) -> Result<()> {
     let image = Image::idle(&bench.scratch)?;
     let count = guests(bench);
-    let measured = |vmm: &dyn Vmm| -> Result<[f64; 3], StartError> {
+    let figures: [&'static Figure; 3] = [&CROWD_PSS, &CROWD_USS, &CROWD_RSS];
+    let all = bench.each_peer(&figures, |vmm| {
         let machine = resting::machine(&image, GUEST_MIB);
         let mut guests = Vec::new();
         for _ in 0..count {
@@ -223,21 +223,10 @@ fn crowd_of_peers(bench: &mut Bench) -> Result<()> {
             .collect::<Result<Vec<_>>>()?;
         resting::settle(&processes)?;
         Ok(average_of(&processes)?)
-    };
-    let figures: [&'static Figure; 3] = [&CROWD_PSS, &CROWD_USS, &CROWD_RSS];
-    let all: Vec<_> = bench
-        .peers
-        .iter()
-        .map(|vmm| (vmm.name(), measured(vmm.as_ref())))
-        .collect();
+    });
     for (name, values) in all {
-        match values {
-            Ok(values) => {
-                for (figure, value) in figures.into_iter().zip(values) {
-                    bench.results.record(figure, name, None, value);
-                }
-            }
-            Err(error) => bench.leave_out(&figures, name, error),
+        for (figure, value) in figures.into_iter().zip(values) {
+            bench.results.record(figure, name, None, value);
         }
     }
     Ok(())

@@ -23,7 +23,7 @@ use crate::{
     bench::Bench,
     figure::Figure,
     results::Summary,
-    vmm::{Running, StartError, Tap, Vmm},
+    vmm::{Running, Started, Tap, Vmm, mac},
 };
 
 static PING: Figure = Figure::cost("net.ping", "ping from the guest, 56 bytes", "us");
@@ -144,8 +144,7 @@ impl Lane {
         if let Some(mtu) = mtu {
             namespace.command("ip", &["link", "set", TAP, "mtu", mtu])?;
         }
-        let mac: Vec<String> = GUEST_MAC.iter().map(|byte| format!("{byte:02x}")).collect();
-        namespace.command("ip", &["neigh", "add", GUEST, "lladdr", &mac.join(":"), "dev", TAP])?;
+        namespace.command("ip", &["neigh", "add", GUEST, "lladdr", &mac(GUEST_MAC), "dev", TAP])?;
         let discard = namespace.enter(|| UdpSocket::bind((HOST, DISCARD_PORT)))??;
         Ok(Self {
             namespace,
@@ -154,7 +153,7 @@ impl Lane {
         })
     }
 
-    fn start(&self, vmm: &dyn Vmm, drivers: &Drivers, cmdline: &str) -> Result<Box<dyn Running>, StartError> {
+    fn start(&self, vmm: &dyn Vmm, drivers: &Drivers, cmdline: &str) -> Started {
         let mut machine = drivers.machine(cmdline);
         machine.tap = Some(Tap {
             fd: &self.tap,

@@ -3,68 +3,43 @@
 use std::{
     io,
     os::fd::{FromRawFd, OwnedFd},
-    path::{Path, PathBuf},
-    process::Command,
     ptr,
 };
 
 use rustix::io::{FdFlags, fcntl_setfd};
 
-use super::{Machine, Process, Running, StartError, Vmm, find};
+use super::{Found, Machine, Peer, Started};
 
 /// alioth.
-pub(crate) struct Alioth {
-    program: PathBuf,
-}
+pub(super) const ALIOTH: Peer = Peer {
+    key: "alioth",
+    name: "alioth",
+    program: "alioth",
+    version_argument: "--version",
+    has: &[],
+    options: |_| Vec::new(),
+    start,
+};
 
-impl Alioth {
-    /// Looks for it.
-    pub(crate) fn find(named: Option<&Path>) -> Option<Self> {
-        let program = find("alioth", named)?;
-        Some(Self { program })
+fn start(found: &Found, machine: &Machine<'_>) -> Started {
+    let mut command = found.command();
+    command
+        .args(["-l", "error", "boot", "--pvh"])
+        .arg(machine.kernel.elf)
+        .args(["--memory", &format!("size={}M", machine.memory_mib)])
+        .args(["--cpu", &format!("count={}", machine.cpus)]);
+    if !machine.cmdline.is_empty() {
+        command.args(["--cmdline", machine.cmdline]);
     }
-}
-
-impl Vmm for Alioth {
-    fn name(&self) -> &'static str {
-        "alioth"
+    if let Some(initrd) = machine.initrd {
+        command.arg("--initramfs").arg(initrd);
     }
-
-    fn version(&self) -> String {
-        super::first_line_of(&self.program, &["--version"])
+    if let Some(disk) = &machine.disk {
+        command.args(["--blk", &format!("file,path={}", disk.path.display())]);
     }
-
-    fn start(&self, machine: &Machine<'_>) -> Result<Box<dyn Running>, StartError> {
-        if machine.tap.is_some() {
-            return Err(StartError::Unsupported(
-                "it takes no tap device that is open already".into(),
-            ));
-        }
-        let mut command = Command::new(&self.program);
-        command
-            .args(["-l", "error", "boot", "--pvh"])
-            .arg(machine.kernel.elf)
-            .args(["--memory", &format!("size={}M", machine.memory_mib)])
-            .args(["--cpu", &format!("count={}", machine.cpus)]);
-        if !machine.cmdline.is_empty() {
-            command.args(["--cmdline", machine.cmdline]);
-        }
-        if let Some(initrd) = machine.initrd {
-            command.arg("--initramfs").arg(initrd);
-        }
-        match &machine.disk {
-            None => {}
-            Some(disk) if disk.direct => {
-                return Err(StartError::Unsupported("it has no disk past the page cache".into()));
-            }
-            Some(disk) => {
-                command.args(["--blk", &format!("file,path={}", disk.path.display())]);
-            }
-        }
-        // Nobody types, and nobody hangs up.
-        let (ours, its) = terminal()?;
-        Process::spawn(self.name(), command, its.into(), machine, ours)
-    }
+    // Nobody types, and nobody hangs up.
+    let (ours, its) = terminal()?;
+    found.spawn(command, its.into(), machine, ours)
 }
 
 /// A terminal's two ends, the user's and the program's: it wants its standard input to be one.

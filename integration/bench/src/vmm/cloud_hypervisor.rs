@@ -1,68 +1,42 @@
 //! cloud-hypervisor, with its seccomp filters, as it starts by itself; a disk by io_uring, as it has it where the host allows that.
 
-use std::{
-    os::fd::AsRawFd,
-    path::{Path, PathBuf},
-    process::{Command, Stdio},
-};
+use std::process::Stdio;
 
-use rustix::io::{FdFlags, fcntl_setfd};
-
-use super::{Extra, Machine, Process, Running, StartError, Vmm, find, mac};
+use super::{Extra, Found, Machine, Peer, Started, mac};
 
 /// cloud-hypervisor.
-pub(crate) struct CloudHypervisor {
-    program: PathBuf,
-}
+pub(super) const CLOUD_HYPERVISOR: Peer = Peer {
+    key: "cloud-hypervisor",
+    name: "cloud-hypervisor",
+    program: "cloud-hypervisor",
+    version_argument: "--version",
+    has: &[Extra::Tap, Extra::Direct, Extra::Qcow2],
+    options: |_| Vec::new(),
+    start,
+};
 
-impl CloudHypervisor {
-    /// Looks for it.
-    pub(crate) fn find(named: Option<&Path>) -> Option<Self> {
-        let program = find("cloud-hypervisor", named)?;
-        Some(Self { program })
+fn start(found: &Found, machine: &Machine<'_>) -> Started {
+    let mut command = found.command();
+    command
+        .arg("--kernel")
+        .arg(machine.kernel.elf)
+        .args(["--cmdline", machine.cmdline])
+        // Devices lie below the top of the address space: where a guest with four levels of page tables reaches.
+        .args(["--cpus", &format!("boot={},max_phys_bits=39", machine.cpus)])
+        .args(["--memory", &format!("size={}M", machine.memory_mib)])
+        .args(["--serial", "tty", "--console", "off"]);
+    if let Some(initrd) = machine.initrd {
+        command.arg("--initramfs").arg(initrd);
     }
-}
-
-impl Vmm for CloudHypervisor {
-    fn name(&self) -> &'static str {
-        "cloud-hypervisor"
+    if let Some(disk) = &machine.disk {
+        let direct = if disk.direct { "on" } else { "off" };
+        let format = if disk.qcow2 { "qcow2" } else { "raw" };
+        let disk = format!("path={},direct={direct},image_type={format}", disk.path.display());
+        command.args(["--disk", &disk]);
     }
-
-    fn version(&self) -> String {
-        super::first_line_of(&self.program, &["--version"])
+    if let Some(tap) = &machine.tap {
+        let net = format!("fd=[{}],mac={}", tap.inherited()?, mac(tap.mac));
+        command.args(["--net", &net]);
     }
-
-    fn has(&self, extra: Extra) -> bool {
-        match extra {
-            Extra::Qcow2 => true,
-            Extra::Balloon => false,
-        }
-    }
-
-    fn start(&self, machine: &Machine<'_>) -> Result<Box<dyn Running>, StartError> {
-        let mut command = Command::new(&self.program);
-        command
-            .arg("--kernel")
-            .arg(machine.kernel.elf)
-            .args(["--cmdline", machine.cmdline])
-            // Devices lie below the top of the address space: where a guest with four levels of page tables reaches.
-            .args(["--cpus", &format!("boot={},max_phys_bits=39", machine.cpus)])
-            .args(["--memory", &format!("size={}M", machine.memory_mib)])
-            .args(["--serial", "tty", "--console", "off"]);
-        if let Some(initrd) = machine.initrd {
-            command.arg("--initramfs").arg(initrd);
-        }
-        if let Some(disk) = &machine.disk {
-            let direct = if disk.direct { "on" } else { "off" };
-            let format = if disk.qcow2 { "qcow2" } else { "raw" };
-            let disk = format!("path={},direct={direct},image_type={format}", disk.path.display());
-            command.args(["--disk", &disk]);
-        }
-        if let Some(tap) = &machine.tap {
-            fcntl_setfd(tap.fd, FdFlags::empty())?;
-            let net = format!("fd=[{}],mac={}", tap.fd.as_raw_fd(), mac(tap.mac));
-            command.args(["--net", &net]);
-        }
-        Process::spawn(self.name(), command, Stdio::null(), machine, ())
-    }
+    found.spawn(command, Stdio::null(), machine, ())
 }

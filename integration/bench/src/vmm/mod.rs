@@ -5,23 +5,36 @@ mod cloud_hypervisor;
 mod crosvm;
 mod firecracker;
 mod lkvm;
+mod peer;
 mod process;
 mod qemu;
 mod qmp;
 mod sepal;
 
 use std::{
-    os::fd::OwnedFd,
-    path::{Path, PathBuf},
+    io,
+    os::fd::{AsRawFd, OwnedFd, RawFd},
+    path::Path,
 };
 
+use rustix::io::{FdFlags, fcntl_setfd};
 use sepal_integration::{HarnessError, Report};
 
-pub(crate) use process::Process;
+use peer::Peer;
+use process::Process;
+
+pub(crate) use peer::{Found, on_path};
 pub(crate) use sepal::{Sepal, boot as sepal_boot};
 
-/// What peers are called on the command line.
-pub(crate) const PEERS: [&str; 6] = ["qemu", "firecracker", "cloud-hypervisor", "alioth", "crosvm", "lkvm"];
+/// Who Sepal is measured beside, as far as they are on the host.
+pub(crate) const PEERS: [&Peer; 6] = [
+    &qemu::QEMU,
+    &firecracker::FIRECRACKER,
+    &cloud_hypervisor::CLOUD_HYPERVISOR,
+    &alioth::ALIOTH,
+    &crosvm::CROSVM,
+    &lkvm::LKVM,
+];
 
 /// A virtual machine monitor.
 pub(crate) trait Vmm: Sync {
@@ -31,22 +44,33 @@ pub(crate) trait Vmm: Sync {
     /// Its version.
     fn version(&self) -> String;
 
-    /// Whether it can do something that not all of them can: a machine is asked for it only then.
-    fn has(&self, _extra: Extra) -> bool {
-        false
-    }
-
     /// Starts a guest, whose serial port is then listened to.
-    fn start(&self, machine: &Machine<'_>) -> Result<Box<dyn Running>, StartError>;
+    fn start(&self, machine: &Machine<'_>) -> Started;
 }
 
 /// What not every VMM has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Extra {
+enum Extra {
+    /// A network device over a tap that is open already.
+    Tap,
+    /// Disks past the host's page cache.
+    Direct,
     /// Disks in QEMU's format.
     Qcow2,
-    /// A virtio memory balloon.
+    /// A virtio memory balloon whose size can be asked for while the guest runs.
     Balloon,
+}
+
+impl Extra {
+    /// What to say of who does not have it.
+    fn lack(self) -> &'static str {
+        match self {
+            Self::Tap => "it takes no tap device that is open already",
+            Self::Direct => "it has no disk past the page cache",
+            Self::Qcow2 => "disks in qcow2",
+            Self::Balloon => "balloons that can be asked for while it runs",
+        }
+    }
 }
 
 /// What to run.
@@ -66,7 +90,7 @@ pub(crate) struct Machine<'a> {
     pub(crate) disk: Option<Disk<'a>>,
     /// A virtio network device.
     pub(crate) tap: Option<Tap<'a>>,
-    /// A virtio memory balloon; of who has [`Extra::Balloon`].
+    /// A virtio memory balloon.
     pub(crate) balloon: bool,
     /// Has strace(1) write there all system calls of the VMM, a line each with the process in front; for peers, which are processes of their own.
     pub(crate) trace: Option<&'a Path>,
@@ -89,7 +113,7 @@ pub(crate) struct Disk<'a> {
     pub(crate) path: &'a Path,
     /// Past the host's page cache (O_DIRECT).
     pub(crate) direct: bool,
-    /// QEMU's format instead of a raw image; of who has [`Extra::Qcow2`].
+    /// QEMU's format instead of a raw image.
     pub(crate) qcow2: bool,
 }
 
@@ -115,6 +139,27 @@ impl<'a> Machine<'a> {
             trace: None,
         }
     }
+
+    /// What of it not every VMM has.
+    fn extras(&self) -> impl Iterator<Item = Extra> {
+        let disk = |wanted: fn(&Disk<'_>) -> bool| self.disk.as_ref().is_some_and(wanted);
+        [
+            (Extra::Tap, self.tap.is_some()),
+            (Extra::Qcow2, disk(|disk| disk.qcow2)),
+            (Extra::Direct, disk(|disk| disk.direct)),
+            (Extra::Balloon, self.balloon),
+        ]
+        .into_iter()
+        .filter_map(|(extra, wanted)| wanted.then_some(extra))
+    }
+}
+
+impl Tap<'_> {
+    /// Lets the program that is started next have it, under the number that is returned.
+    fn inherited(&self) -> io::Result<RawFd> {
+        fcntl_setfd(self.fd, FdFlags::empty())?;
+        Ok(self.fd.as_raw_fd())
+    }
 }
 
 /// A running guest; it ends when this is dropped.
@@ -134,11 +179,14 @@ pub(crate) trait Running {
     /// The process that is the virtual machine.
     fn pid(&mut self) -> Result<u32, HarnessError>;
 
-    /// Asks the guest for a balloon of so many pages of 4096 bytes; of who has [`Extra::Balloon`].
+    /// Asks the guest for a balloon of so many pages of 4096 bytes, whose machine has one.
     fn request_balloon(&mut self, _pages: u32) -> Result<(), HarnessError> {
         Err(HarnessError::Failed("it has no balloon".into()))
     }
 }
+
+/// A running guest, or why there is none.
+pub(crate) type Started = Result<Box<dyn Running>, StartError>;
 
 /// Why a guest does not run.
 #[derive(Debug)]
@@ -175,54 +223,7 @@ impl<E: Into<anyhow::Error>> From<E> for StartError {
     }
 }
 
-/// Those peers that are here, and the names of those that are not; `named` says where one is that is not on PATH.
-pub(crate) fn find_peers<'a>(named: impl Fn(&str) -> Option<&'a Path>) -> (Vec<Box<dyn Vmm>>, Vec<String>) {
-    fn boxed<V: Vmm + 'static>(found: Option<V>) -> Option<Box<dyn Vmm>> {
-        found.map(|vmm| Box::new(vmm) as Box<dyn Vmm>)
-    }
-    let (mut peers, mut not_found) = (Vec::new(), Vec::new());
-    for name in PEERS {
-        let path = named(name);
-        let found = match name {
-            "qemu" => boxed(qemu::Qemu::find(path)),
-            "firecracker" => boxed(firecracker::Firecracker::find(path)),
-            "cloud-hypervisor" => boxed(cloud_hypervisor::CloudHypervisor::find(path)),
-            "alioth" => boxed(alioth::Alioth::find(path)),
-            "crosvm" => boxed(crosvm::Crosvm::find(path)),
-            _ => boxed(lkvm::Lkvm::find(path)),
-        };
-        match found {
-            Some(peer) => peers.push(peer),
-            None => not_found.push(name.to_owned()),
-        }
-    }
-    (peers, not_found)
-}
-
 /// A MAC address, as command lines have it.
-fn mac(address: [u8; 6]) -> String {
+pub(crate) fn mac(address: [u8; 6]) -> String {
     address.map(|byte| format!("{byte:02x}")).join(":")
-}
-
-/// A program on PATH, or where an option says it is.
-pub(crate) fn find(name: &str, named: Option<&Path>) -> Option<PathBuf> {
-    match named {
-        Some(path) => Some(path.to_owned()),
-        None => {
-            let path = std::env::var_os("PATH")?;
-            std::env::split_paths(&path)
-                .map(|folder| folder.join(name))
-                .find(|path| path.is_file())
-        }
-    }
-}
-
-/// The first line that a program prints, for its version.
-pub(crate) fn first_line_of(program: &Path, arguments: &[&str]) -> String {
-    let output = std::process::Command::new(program).args(arguments).output();
-    let printed = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
-    printed
-        .ok()
-        .and_then(|text| text.lines().next().map(str::to_owned))
-        .unwrap_or_default()
 }

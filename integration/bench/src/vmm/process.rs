@@ -16,7 +16,7 @@ use rustix::{
 };
 use sepal_integration::{HarnessError, Report};
 
-use super::{Machine, Running, StartError};
+use super::{Running, Started};
 use crate::guests::FIRST_BYTE;
 
 /// By then a guest of ours has written its first byte, however busy the host is.
@@ -31,7 +31,7 @@ const PIECE: usize = 4096;
 const TAIL: usize = 1000;
 
 /// A running VMM; it is killed when this is dropped.
-pub(crate) struct Process {
+pub(super) struct Process {
     name: &'static str,
     child: Child,
     output: ChildStdout,
@@ -57,24 +57,14 @@ enum Silence {
 }
 
 impl Process {
-    /// Starts a command with this standard input for a machine, and keeps `kept` for as long as it runs.
-    pub(crate) fn spawn(
-        name: &'static str,
-        command: Command,
-        input: Stdio,
-        machine: &Machine<'_>,
-        kept: impl std::any::Any,
-    ) -> Result<Box<dyn Running>, StartError> {
-        Self::start(name, command, input, machine.trace, kept)
-    }
-
-    fn start(
+    /// Starts a command with this standard input, under strace if there is a file for what that writes, and keeps `kept` for as long as it runs.
+    pub(super) fn start(
         name: &'static str,
         mut command: Command,
         input: Stdio,
         trace: Option<&Path>,
         kept: impl std::any::Any,
-    ) -> Result<Box<dyn Running>, StartError> {
+    ) -> Started {
         if let Some(file) = trace {
             command = traced(&command, file);
         }

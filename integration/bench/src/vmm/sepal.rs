@@ -5,7 +5,7 @@ use std::time::Duration;
 use sepal_integration::{Boot, Guest, HarnessError, Report, disk};
 use sepal_schema::config::device::{Balloon, DiskFormat, DiskMode, Link, Network};
 
-use super::{Extra, Machine, Running, StartError, Vmm};
+use super::{Machine, Running, StartError, Started, Vmm};
 use crate::results::SEPAL;
 
 /// The slowest guest is done by then.
@@ -50,13 +50,7 @@ impl Vmm for Sepal {
         env!("CARGO_PKG_VERSION").to_owned()
     }
 
-    fn has(&self, extra: Extra) -> bool {
-        match extra {
-            Extra::Qcow2 | Extra::Balloon => true,
-        }
-    }
-
-    fn start(&self, machine: &Machine<'_>) -> Result<Box<dyn Running>, StartError> {
+    fn start(&self, machine: &Machine<'_>) -> Started {
         if machine.trace.is_some() {
             return Err(StartError::Unsupported(
                 "its guests are no processes of one's own to trace".into(),

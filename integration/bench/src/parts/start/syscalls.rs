@@ -17,12 +17,12 @@ use crate::{
     bench::Bench,
     launcher::Launcher,
     results::SEPAL,
-    vmm::{Machine, StartError, find, sepal_boot},
+    vmm::{Machine, StartError, on_path, sepal_boot},
 };
 
 /// Counts them once, for everybody.
 pub(super) fn measure(bench: &mut Bench, machine: &Machine<'_>) -> Result<()> {
-    if find("strace", None).is_none() {
+    if on_path("strace").is_none() {
         bench.skip(&[&SYSCALLS, &MANAGER_SYSCALLS], "there is no strace");
         return Ok(());
     }
