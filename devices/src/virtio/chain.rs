@@ -69,12 +69,12 @@ impl Chain {
     }
 
     /// A cursor at the first readable byte.
-    pub fn reader<'a>(&'a self, memory: &'a GuestMemoryMmap) -> Reader<'a> {
+    pub fn reader<'c, 'm>(&'c self, memory: &'m GuestMemoryMmap) -> Reader<'c, 'm> {
         Reader(Cursor::new(memory, self.readable(), self.readable_bytes))
     }
 
     /// A cursor at the first writable byte.
-    pub fn writer<'a>(&'a self, memory: &'a GuestMemoryMmap) -> Writer<'a> {
+    pub fn writer<'c, 'm>(&'c self, memory: &'m GuestMemoryMmap) -> Writer<'c, 'm> {
         Writer(Cursor::new(memory, self.writable(), self.writable_bytes))
     }
 
@@ -94,20 +94,20 @@ pub struct TooShort {
     pub left: usize,
 }
 
-/// A position in a row of segments.
+/// A position in a row of segments. What it finds in memory may outlive the chain.
 #[derive(Clone)]
-struct Cursor<'a> {
-    memory: &'a GuestMemoryMmap,
+struct Cursor<'c, 'm> {
+    memory: &'m GuestMemoryMmap,
     /// Those not yet passed; the first may be passed in part.
-    segments: &'a [Segment],
+    segments: &'c [Segment],
     /// Bytes passed of the first.
     offset: u32,
     left: u32,
     total: u32,
 }
 
-impl<'a> Cursor<'a> {
-    fn new(memory: &'a GuestMemoryMmap, segments: &'a [Segment], total: u32) -> Self {
+impl<'c, 'm> Cursor<'c, 'm> {
+    fn new(memory: &'m GuestMemoryMmap, segments: &'c [Segment], total: u32) -> Self {
         Self {
             memory,
             segments,
@@ -151,7 +151,7 @@ impl<'a> Cursor<'a> {
     }
 
     /// Calls `each` with the next `len` bytes as memory of this process, without copying.
-    fn each_slice(&mut self, len: usize, mut each: impl FnMut(VolatileSlice<'a>)) -> Result<(), TooShort> {
+    fn each_slice(&mut self, len: usize, mut each: impl FnMut(VolatileSlice<'m>)) -> Result<(), TooShort> {
         self.check(len)?;
         let memory = self.memory;
         self.pass(len, |address, range| {
@@ -162,7 +162,7 @@ impl<'a> Cursor<'a> {
     }
 
     /// As [`each_slice`](Self::each_slice), all at once.
-    fn slices(&mut self, len: usize) -> Result<Vec<VolatileSlice<'a>>, TooShort> {
+    fn slices(&mut self, len: usize) -> Result<Vec<VolatileSlice<'m>>, TooShort> {
         let mut slices = Vec::with_capacity(self.segments.len());
         self.each_slice(len, |slice| slices.push(slice))?;
         Ok(slices)
@@ -180,9 +180,9 @@ impl<'a> Cursor<'a> {
 
 /// Reads a chain's readable bytes, from the first on.
 #[derive(Clone)]
-pub struct Reader<'a>(Cursor<'a>);
+pub struct Reader<'c, 'm>(Cursor<'c, 'm>);
 
-impl<'a> Reader<'a> {
+impl<'m> Reader<'_, 'm> {
     /// Bytes not yet read.
     pub fn left(&self) -> usize {
         self.0.left as usize
@@ -247,7 +247,7 @@ impl<'a> Reader<'a> {
     /// # Errors
     ///
     /// [`TooShort`]: nothing was passed.
-    pub fn slices(&mut self, len: usize) -> Result<Vec<VolatileSlice<'a>>, TooShort> {
+    pub fn slices(&mut self, len: usize) -> Result<Vec<VolatileSlice<'m>>, TooShort> {
         self.0.slices(len)
     }
 
@@ -256,16 +256,16 @@ impl<'a> Reader<'a> {
     /// # Errors
     ///
     /// [`TooShort`]: nothing was passed.
-    pub fn each_slice(&mut self, len: usize, each: impl FnMut(VolatileSlice<'a>)) -> Result<(), TooShort> {
+    pub fn each_slice(&mut self, len: usize, each: impl FnMut(VolatileSlice<'m>)) -> Result<(), TooShort> {
         self.0.each_slice(len, each)
     }
 }
 
 /// Writes a chain's writable bytes, from the first on.
 #[derive(Clone)]
-pub struct Writer<'a>(Cursor<'a>);
+pub struct Writer<'c, 'm>(Cursor<'c, 'm>);
 
-impl<'a> Writer<'a> {
+impl<'m> Writer<'_, 'm> {
     /// Bytes not yet written.
     pub fn left(&self) -> usize {
         self.0.left as usize
@@ -325,7 +325,7 @@ impl<'a> Writer<'a> {
     /// # Errors
     ///
     /// [`TooShort`]: nothing was passed.
-    pub fn slices(&mut self, len: usize) -> Result<Vec<VolatileSlice<'a>>, TooShort> {
+    pub fn slices(&mut self, len: usize) -> Result<Vec<VolatileSlice<'m>>, TooShort> {
         self.0.slices(len)
     }
 
@@ -334,7 +334,7 @@ impl<'a> Writer<'a> {
     /// # Errors
     ///
     /// [`TooShort`]: nothing was passed.
-    pub fn each_slice(&mut self, len: usize, each: impl FnMut(VolatileSlice<'a>)) -> Result<(), TooShort> {
+    pub fn each_slice(&mut self, len: usize, each: impl FnMut(VolatileSlice<'m>)) -> Result<(), TooShort> {
         self.0.each_slice(len, each)
     }
 }

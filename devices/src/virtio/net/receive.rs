@@ -14,14 +14,13 @@
 use std::collections::VecDeque;
 use std::io;
 
-use vm_memory::{GuestAddress, GuestMemoryMmap, VolatileSlice};
+use vm_memory::{GuestMemoryMmap, VolatileSlice};
 
 use super::backend::{Backend, Received, Room, scatter};
 use super::features;
 use super::handle::Counters;
 use super::header::{ETHERNET_BYTES, HEADER_BYTES, Header, MAX_FRAME, VLAN_BYTES};
 use super::limit::Limit;
-use crate::virtio::access::each_slice;
 use crate::virtio::chain::Chain;
 use crate::virtio::queue::Virtqueue;
 use crate::virtio::violation::Violation;
@@ -245,14 +244,14 @@ impl<'t, 'm> Turn<'t, 'm> {
     /// Keeps a chain, whose writable bytes are memory of this process for as long as the turn lasts: in how many pieces.
     fn hold(&mut self, chain: Chain) -> usize {
         let before = self.slices.len();
-        for segment in chain.writable().iter().filter(|segment| segment.len > 0) {
-            let address = GuestAddress(segment.address);
-            let slices = &mut self.slices;
-            each_slice(self.memory, address, segment.len as usize, |slice| slices.push(slice));
-        }
+        let bytes = chain.writable_bytes() as usize;
+        // There are as many bytes.
+        let _ = chain
+            .writer(self.memory)
+            .each_slice(bytes, |slice| self.slices.push(slice));
         let count = self.slices.len() - before;
         self.counts.push_back(count);
-        self.room += chain.writable_bytes() as usize;
+        self.room += bytes;
         self.receiver.held.push_back(chain);
         count
     }

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use vm_memory::{GuestAddress, GuestMemoryMmap, VolatileSlice};
+use vm_memory::{GuestMemoryMmap, VolatileSlice};
 
 use super::backend::{Backend, Sent};
 use super::flow::Flow;
@@ -10,7 +10,6 @@ use super::handle::Counters;
 use super::header::{ETHERNET_BYTES, HEADER_BYTES, Header, MAX_FRAME, VLAN_BYTES};
 use super::limit::Limit;
 use super::receive::Trouble;
-use crate::virtio::access::each_slice;
 use crate::virtio::chain::Chain;
 use crate::virtio::queue::Virtqueue;
 use crate::virtio::violation::Violation;
@@ -202,14 +201,6 @@ fn frame<'m>(
         return None;
     }
     let header = header.checked(accepted, len)?;
-    let mut skip = HEADER_BYTES;
-    for segment in chain.readable() {
-        let len = segment.len as usize;
-        if skip < len {
-            let address = GuestAddress(segment.address + skip as u64);
-            each_slice(memory, address, len - skip, |slice| slices.push(slice));
-        }
-        skip = skip.saturating_sub(len);
-    }
+    reader.each_slice(len, |slice| slices.push(slice)).ok()?;
     (slices.len() <= MOST_PARTS).then_some(header)
 }

@@ -146,7 +146,7 @@ fn accept(chain: &Chain) -> Result<u32, Violation> {
 }
 
 /// Writes `len` random bytes.
-fn fill(writer: &mut Writer<'_>, len: u32) -> io::Result<()> {
+fn fill(writer: &mut Writer<'_, '_>, len: u32) -> io::Result<()> {
     let mut buffer = [0; 4096];
     let mut left = len as usize;
     while left > 0 {

@@ -165,7 +165,7 @@ impl Stream {
     }
 
     /// Passes on what `payload` holds: how many of the bytes held for the host are gone now. The others are in the backlog.
-    pub(super) fn write(&mut self, mut payload: Reader<'_>) -> usize {
+    pub(super) fn write(&mut self, mut payload: Reader<'_, '_>) -> usize {
         let len = payload.left();
         if self.broken {
             return len;
