@@ -1,36 +1,37 @@
-//! Reads the devices of a configuration out of a message.
+//! Reads the devices of a configuration out of a message. Those that come in lists are read by modules of their own; what all have in common, and the devices
+//! of which a guest has one, are here.
 //!
 //! Every function takes the descriptors that belong to its part before it refuses anything, so that none stays behind.
+
+mod disks;
+mod networks;
+mod vhost_user;
 
 use std::{collections::HashMap, hash::Hash};
 
 use super::{
-    File, GuestConfig, Handles, MAX_DEVICES, OnPanic,
-    decode::{at_most, file, take, text},
+    GuestConfig, Handles, MAX_DEVICES, OnPanic,
+    decode::{at_most, text},
     device::{
-        AGENT_PORT, Backend, Backing, Balloon, Console, Disk, DiskFormat, DiskMode, Link, Listener, MAX_BACKING,
-        MAX_CONSOLE_PORTS, MAX_DISK_ID, MAX_INTERFACE_NAME, MAX_LISTENERS, MAX_MEMORY_ALIGNMENT, MAX_MEMORY_REGION,
-        MAX_MTU, MAX_QUEUE_PAIRS, MAX_QUEUE_SIZE, MAX_QUEUES, MAX_SHARES, MAX_SOCKET_PATH, MAX_TAG, MAX_VHOST_USER,
-        MAX_VHOST_USER_QUEUES, MIN_CID, MIN_MEMORY_BLOCK, MIN_MTU, MemoryDevice, Network, RateLimit, Rng, Share,
+        AGENT_PORT, Balloon, Console, Disk, Link, Listener, MAX_CONSOLE_PORTS, MAX_LISTENERS, MAX_MEMORY_ALIGNMENT,
+        MAX_MEMORY_REGION, MAX_SOCKET_PATH, MIN_CID, MIN_MEMORY_BLOCK, MemoryDevice, Network, RateLimit, Rng, Share,
         VhostUser, Vsock, WatchdogAction,
     },
 };
 use crate::{
     config_capnp::{
         Toggle,
-        guest_config::{self, backend, disk, network, rate_limit},
+        guest_config::{self, rate_limit},
     },
     error::Error,
 };
+
+pub use networks::show_mac;
 
 /// Most bytes of a rate or a burst.
 const MAX_RATE_BYTES: u64 = 1 << 40;
 /// Most operations of a rate or a burst.
 const MAX_RATE_OPERATIONS: u64 = 1 << 32;
-/// Most queues of a tap that are looked at.
-const MAX_TAPS: u32 = MAX_QUEUE_PAIRS as u32;
-/// The largest number of a virtio device type that the PCI id of a device has room for (virtio 1.2, section 4.1.2: 0x1040 to 0x107f).
-const MAX_DEVICE_TYPE: u16 = 63;
 
 /// What [`GuestConfig`] gets from here.
 pub(super) struct Devices {
@@ -44,10 +45,10 @@ impl Devices {
     /// Reads what has descriptors, of all kinds, whatever is wrong with one of them.
     pub(super) fn take(config: guest_config::Reader<'_>, handles: &dyn Handles) -> Self {
         Self {
-            disks: disks(config, handles),
-            networks: networks(config, handles),
-            shares: shares(config, handles),
-            vhost_user: vhost_user(config, handles),
+            disks: disks::disks(config, handles),
+            networks: networks::networks(config, handles),
+            shares: vhost_user::shares(config, handles),
+            vhost_user: vhost_user::vhost_user(config, handles),
         }
     }
 
@@ -168,235 +169,6 @@ fn rate(field: &str, from: rate_limit::Reader<'_>) -> Result<RateLimit, Error> {
         }
     }
     Ok(limit)
-}
-
-fn disks(config: guest_config::Reader<'_>, handles: &dyn Handles) -> Result<Vec<Disk>, Error> {
-    let list = config.get_disks()?;
-    at_most("disks", list.len(), MAX_DEVICES)?;
-    let disks: Vec<_> = list
-        .iter()
-        .enumerate()
-        .map(|(i, from)| disk(i, from, handles))
-        .collect();
-    let disks: Vec<Disk> = disks.into_iter().collect::<Result<_, _>>()?;
-    let ids = disks.iter().enumerate().filter(|(_, disk)| !disk.id.is_empty());
-    unique("disks", "id", ids.map(|(i, disk)| (i, &disk.id)), |id| {
-        format!("\"{id}\"")
-    })?;
-    Ok(disks)
-}
-
-fn disk(i: usize, from: disk::Reader<'_>, handles: &dyn Handles) -> Result<Disk, Error> {
-    let at = |name: &str| format!("disks[{i}].{name}");
-    let image = file(&at("image"), from.get_image()?, handles);
-    let backing = backing(i, from, handles);
-    let scratch = file(&at("scratch"), from.get_scratch()?, handles);
-    let (image, backing, scratch) = (image?, backing?, scratch?);
-    let mode = from.get_mode().map_err(|_| unknown(&at("mode")))?;
-    match &image {
-        File::None => {
-            let message = format!("{} is missing: a disk needs an image", at("image"));
-            return Err(bad(at("image"), message));
-        }
-        File::Bytes(_) | File::Upload(_) if mode == DiskMode::ReadWrite => {
-            let message = format!(
-                "{} is given by its content, which nobody could read again: use readOnly or volatileWrite, or a file",
-                at("image")
-            );
-            return Err(bad(at("image"), message));
-        }
-        _ => {}
-    }
-    match &scratch {
-        File::None => {}
-        _ if mode != DiskMode::VolatileWrite => {
-            let message = format!("{} is set, but only a volatileWrite disk has one", at("scratch"));
-            return Err(bad(at("scratch"), message));
-        }
-        File::Bytes(_) | File::Upload(_) => {
-            let message = format!("{} is given by its content; it has to be an empty file", at("scratch"));
-            return Err(bad(at("scratch"), message));
-        }
-        File::Fd(_) | File::Path(_) => {}
-    }
-    let format = from.get_format().map_err(|_| unknown(&at("format")))?;
-    if !backing.is_empty() && format != DiskFormat::Qcow2 {
-        let message = format!("{} is set, but only qcow2 images have files below them", at("backing"));
-        return Err(bad(at("backing"), message));
-    }
-    let block_size = from.get_block_size();
-    if !matches!(block_size, 0 | 512 | 4096) {
-        let message = format!("{} is {block_size}; 512 and 4096 are possible", at("blockSize"));
-        return Err(bad(at("blockSize"), message));
-    }
-    Ok(Disk {
-        id: disk_id(&at("id"), from.get_id()?)?,
-        image,
-        mode,
-        format,
-        direct: from.get_direct(),
-        block_size,
-        rate_limit: rate(&at("rateLimit"), from.get_rate_limit()?)?,
-        backing,
-        queues: bounded(at("queues"), from.get_queues(), MAX_QUEUES)?,
-        scratch,
-    })
-}
-
-fn disk_id(field: &str, from: capnp::text::Reader<'_>) -> Result<String, Error> {
-    let id = text(field, from, MAX_DISK_ID)?;
-    match id.chars().find(|c| !c.is_ascii_graphic()) {
-        Some(c) => Err(bad(
-            field,
-            format!(
-                "{field} has the character '{}'; printable ASCII without blanks is allowed",
-                c.escape_default()
-            ),
-        )),
-        None => Ok(id),
-    }
-}
-
-fn backing(i: usize, from: disk::Reader<'_>, handles: &dyn Handles) -> Result<Vec<Backing>, Error> {
-    let field = format!("disks[{i}].backing");
-    let files = from.get_backing()?;
-    at_most(&field, files.len(), MAX_BACKING)?;
-    let taken: Vec<_> = files
-        .iter()
-        .enumerate()
-        .map(|(j, from)| file(&format!("{field}[{j}]"), from, handles))
-        .collect();
-    let formats = from.get_backing_format()?;
-    at_most(&format!("disks[{i}].backingFormat"), formats.len(), files.len())?;
-    let mut formats = formats.iter();
-    let mut backing = Vec::new();
-    for (j, file) in taken.into_iter().enumerate() {
-        let file = file?;
-        if file.is_none() {
-            return Err(bad(format!("{field}[{j}]"), format!("{field}[{j}] names no file")));
-        }
-        let format = formats.next().unwrap_or(Ok(DiskFormat::Unspecified));
-        let format = format.map_err(|_| unknown(&format!("disks[{i}].backingFormat[{j}]")))?;
-        backing.push(Backing { file, format });
-    }
-    Ok(backing)
-}
-
-fn networks(config: guest_config::Reader<'_>, handles: &dyn Handles) -> Result<Vec<Network>, Error> {
-    let list = config.get_networks()?;
-    at_most("networks", list.len(), MAX_DEVICES)?;
-    let networks: Vec<_> = list
-        .iter()
-        .enumerate()
-        .map(|(i, from)| network(i, from, handles))
-        .collect();
-    let networks: Vec<Network> = networks.into_iter().collect::<Result<_, _>>()?;
-    let macs = networks
-        .iter()
-        .enumerate()
-        .filter_map(|(i, network)| Some((i, network.mac?)));
-    unique("networks", "mac", macs, |mac| show_mac(*mac))?;
-    Ok(networks)
-}
-
-/// An address as people write it.
-pub fn show_mac(mac: [u8; 6]) -> String {
-    mac.map(|byte| format!("{byte:02x}")).join(":")
-}
-
-fn network(i: usize, from: network::Reader<'_>, handles: &dyn Handles) -> Result<Network, Error> {
-    let at = |name: &str| format!("networks[{i}].{name}");
-    let link = link(i, from, handles)?;
-    let mtu = from.get_mtu();
-    if mtu != 0 && !(MIN_MTU..=MAX_MTU).contains(&mtu) {
-        let message = format!("{} is {mtu}; {MIN_MTU} to {MAX_MTU} are possible", at("mtu"));
-        return Err(bad(at("mtu"), message));
-    }
-    let queue_pairs = bounded(at("queuePairs"), from.get_queue_pairs(), MAX_QUEUE_PAIRS)?;
-    let wrong = |message: &str| {
-        Err(bad(
-            at("queuePairs"),
-            format!("{} is {queue_pairs}, {message}", at("queuePairs")),
-        ))
-    };
-    match &link {
-        Link::Tap(queues) if queue_pairs != 0 && usize::from(queue_pairs) != queues.len() => {
-            return wrong(&format!("but {} descriptors of a tap are given", queues.len()));
-        }
-        Link::User | Link::Socket(_) if queue_pairs > 1 => return wrong("but only taps have more than one"),
-        _ => {}
-    }
-    Ok(Network {
-        mac: mac(&at("mac"), from.get_mac()?)?,
-        link,
-        mtu,
-        rate_limit: rate(&at("rateLimit"), from.get_rate_limit()?)?,
-        queue_pairs,
-        offloads: toggle(&at("offloads"), from.get_offloads())?,
-        link_down: from.get_link_down(),
-    })
-}
-
-fn mac(field: &str, from: &[u8]) -> Result<Option<[u8; 6]>, Error> {
-    if from.is_empty() {
-        return Ok(None);
-    }
-    let Ok(mac) = <[u8; 6]>::try_from(from) else {
-        let message = format!("{field} has {} bytes; an Ethernet address has 6", from.len());
-        return Err(bad(field, message));
-    };
-    let why = if mac[0] & 1 != 0 {
-        "is a multicast address; a device needs one of its own (an even first byte)"
-    } else if mac == [0; 6] {
-        "is no address"
-    } else {
-        return Ok(Some(mac));
-    };
-    Err(bad(field, format!("{field}: {} {why}", show_mac(mac))))
-}
-
-fn link(i: usize, from: network::Reader<'_>, handles: &dyn Handles) -> Result<Link, Error> {
-    use network::Which;
-    let at = |name: &str| format!("networks[{i}].{name}");
-    Ok(match from.which().map_err(|_| unknown(&format!("networks[{i}]")))? {
-        Which::User(()) => Link::User,
-        Which::Tap(queues) => {
-            let queues = queues?;
-            at_most(&at("tap"), queues.len(), MAX_TAPS)?;
-            if queues.is_empty() {
-                return Err(bad(at("tap"), format!("{} has no descriptor", at("tap"))));
-            }
-            let taken: Vec<_> = queues.iter().map(|queue| take(&at("tap"), queue, handles)).collect();
-            Link::Tap(taken.into_iter().collect::<Result<_, _>>()?)
-        }
-        Which::TapNamed(name) => Link::TapNamed(interface(&at("tapNamed"), name?)?),
-        Which::Bridge(name) => {
-            let name = interface(&at("bridge"), name?)?;
-            if name.is_empty() {
-                return Err(bad(
-                    at("bridge"),
-                    format!("{} is empty; it names a bridge", at("bridge")),
-                ));
-            }
-            Link::Bridge(name)
-        }
-        Which::Socket(socket) => Link::Socket(take(&at("socket"), socket?, handles)?),
-    })
-}
-
-/// The name of a network interface, or none. What Linux takes (dev_valid_name), and nothing that would have to be quoted.
-fn interface(field: &str, from: capnp::text::Reader<'_>) -> Result<String, Error> {
-    let name = text(field, from, MAX_INTERFACE_NAME)?;
-    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-    let why = match name.chars().find(|c| !allowed(*c)) {
-        Some(c) => format!(
-            "has the character '{}'; letters, digits, '.', '_' and '-' are allowed",
-            c.escape_default()
-        ),
-        None if name.starts_with(['.', '-']) => "must start with a letter, a digit or '_'".to_owned(),
-        None => return Ok(name),
-    };
-    Err(bad(field, format!("{field}: \"{}\" {why}", name.escape_default())))
 }
 
 fn console(config: guest_config::Reader<'_>) -> Result<Option<Console>, Error> {
@@ -532,75 +304,6 @@ fn memory_device(config: guest_config::Reader<'_>) -> Result<Option<MemoryDevice
         }
     }
     Ok(Some(device))
-}
-
-fn backend(field: &str, from: backend::Reader<'_>, handles: &dyn Handles) -> Result<Backend, Error> {
-    use backend::Which;
-    match from.which().map_err(|_| unknown(field))? {
-        Which::Socket(socket) => Ok(Backend::Socket(take(field, socket?, handles)?)),
-        Which::Path(path) => {
-            let path = text(field, path?, libc::PATH_MAX as usize)?;
-            absolute(field, &path)?;
-            Ok(Backend::Path(path))
-        }
-    }
-}
-
-fn shares(config: guest_config::Reader<'_>, handles: &dyn Handles) -> Result<Vec<Share>, Error> {
-    let list = config.get_shares()?;
-    at_most("shares", list.len(), MAX_SHARES)?;
-    let shares: Vec<_> = list
-        .iter()
-        .enumerate()
-        .map(|(i, from)| {
-            let at = |name: &str| format!("shares[{i}].{name}");
-            let backend = backend(&at("backend"), from.get_backend()?, handles)?;
-            let tag = text(&at("tag"), from.get_tag()?, MAX_TAG)?;
-            if tag.is_empty() || tag.contains('\0') {
-                let message = format!("{} must have 1 to {MAX_TAG} bytes, none of them NUL", at("tag"));
-                return Err(bad(at("tag"), message));
-            }
-            let queues = bounded(at("queues"), from.get_queues(), MAX_QUEUES)?;
-            Ok(Share { tag, backend, queues })
-        })
-        .collect();
-    let shares: Vec<Share> = shares.into_iter().collect::<Result<_, Error>>()?;
-    let tags = shares.iter().enumerate().map(|(i, share)| (i, &share.tag));
-    unique("shares", "tag", tags, |tag| format!("\"{}\"", tag.escape_debug()))?;
-    Ok(shares)
-}
-
-fn vhost_user(config: guest_config::Reader<'_>, handles: &dyn Handles) -> Result<Vec<VhostUser>, Error> {
-    let list = config.get_vhost_user()?;
-    at_most("vhostUser", list.len(), MAX_VHOST_USER)?;
-    let devices: Vec<_> = list
-        .iter()
-        .enumerate()
-        .map(|(i, from)| {
-            let at = |name: &str| format!("vhostUser[{i}].{name}");
-            let backend = backend(&at("backend"), from.get_backend()?, handles)?;
-            let device_type = from.get_device_type();
-            if !(1..=MAX_DEVICE_TYPE).contains(&device_type) {
-                let message = format!(
-                    "{} is {device_type}; 1 to {MAX_DEVICE_TYPE} are possible",
-                    at("deviceType")
-                );
-                return Err(bad(at("deviceType"), message));
-            }
-            let queue_size = bounded(at("queueSize"), from.get_queue_size(), MAX_QUEUE_SIZE)?;
-            if queue_size != 0 && !queue_size.is_power_of_two() {
-                let message = format!("{} is {queue_size}, no power of two", at("queueSize"));
-                return Err(bad(at("queueSize"), message));
-            }
-            Ok(VhostUser {
-                device_type,
-                backend,
-                queues: bounded(at("queues"), from.get_queues(), MAX_VHOST_USER_QUEUES)?,
-                queue_size,
-            })
-        })
-        .collect();
-    devices.into_iter().collect()
 }
 
 fn watchdog(config: guest_config::Reader<'_>) -> Result<Option<WatchdogAction>, Error> {
