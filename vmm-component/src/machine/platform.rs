@@ -79,6 +79,24 @@ struct Loops {
     running: Vec<DispatchLoop>,
 }
 
+impl Loops {
+    /// Starts the thread of a device, and does not wait for it: all get ready at the same time.
+    fn begin(
+        &mut self,
+        name: &str,
+        role: ThreadRole,
+        device: impl DispatchDevice + 'static,
+        reporter: &Arc<Reporter>,
+        hooks: &Hooks,
+    ) -> Result<(), MachineError> {
+        let setup = Arc::clone(&hooks.thread_setup);
+        let starting = DispatchLoop::begin(name, move || setup(role), device, Arc::clone(reporter) as _);
+        self.starting
+            .push((name.to_owned(), starting.map_err(start_error(name))?));
+        Ok(())
+    }
+}
+
 impl Platform {
     /// Makes the devices of `vm`.
     pub(super) fn new(
@@ -184,14 +202,10 @@ impl Platform {
     pub(super) fn begin(&self, reporter: &Arc<Reporter>, hooks: &Hooks) -> Result<(), MachineError> {
         let mut loops = self.loops();
         if let Some(device) = loops.serial.take() {
-            let role = ThreadRole::Device(SERIAL);
-            let starting = begin(SERIAL, role, device, reporter, hooks)?;
-            loops.starting.push(starting);
+            loops.begin(SERIAL, ThreadRole::Device(SERIAL), device, reporter, hooks)?;
         }
         if let Some(device) = loops.rtc.take() {
-            let role = ThreadRole::Device(RTC);
-            let starting = begin(RTC, role, device, reporter, hooks)?;
-            loops.starting.push(starting);
+            loops.begin(RTC, ThreadRole::Device(RTC), device, reporter, hooks)?;
         }
         Ok(())
     }
@@ -201,13 +215,10 @@ impl Platform {
         let mut loops = self.loops();
         if let Some(device) = loops.watchdog.take() {
             let role = ThreadRole::Device(guards::WATCHDOG);
-            let starting = begin(guards::WATCHDOG, role, device, reporter, hooks)?;
-            loops.starting.push(starting);
+            loops.begin(guards::WATCHDOG, role, device, reporter, hooks)?;
         }
         for Pending { name, kind, worker } in std::mem::take(&mut loops.virtio) {
-            let role = ThreadRole::Virtio(kind);
-            let starting = begin(&name, role, worker, reporter, hooks)?;
-            loops.starting.push(starting);
+            loops.begin(&name, ThreadRole::Virtio(kind), worker, reporter, hooks)?;
         }
         for (name, device) in std::mem::take(&mut loops.starting) {
             loops.running.push(device.wait().map_err(start_error(&name))?);
@@ -332,19 +343,6 @@ impl DeviceReporter for Reporter {
             event => Self::report(self, Happening::Device(event)),
         }
     }
-}
-
-/// Starts the thread of a device, and does not wait for it: all get ready at the same time.
-fn begin(
-    name: &str,
-    role: ThreadRole,
-    device: impl DispatchDevice + 'static,
-    reporter: &Arc<Reporter>,
-    hooks: &Hooks,
-) -> Result<(String, StartingLoop), MachineError> {
-    let setup = Arc::clone(&hooks.thread_setup);
-    let starting = DispatchLoop::begin(name, move || setup(role), device, Arc::clone(reporter) as _);
-    Ok((name.to_owned(), starting.map_err(start_error(name))?))
 }
 
 fn start_error(device: &str) -> impl FnOnce(StartError) -> MachineError {
