@@ -6,6 +6,7 @@
 //! libraries lead to the static ones. Relocations are packed (RELR), which only newer C libraries unpack.
 //!
 //! Nothing more has to be installed: a program is linked that way and run first, and if that fails, the component is linked as any other.
+//! `tests/linked.rs` fails if that happens although the C compiler can.
 
 use std::{
     env, fs, io,
@@ -48,8 +49,11 @@ fn main() {
         return;
     };
     if !is_candidate() {
+        println!("cargo::rustc-env=SEPAL_LINKED=as asked");
         return;
     }
+    // For the test that looks at what came of it.
+    println!("cargo::rustc-env=SEPAL_LINKED=static where it works");
     let arguments = [
         "-static-pie".to_owned(),
         format!("-L{}", out.display()),
