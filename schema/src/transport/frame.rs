@@ -13,11 +13,11 @@ use capnp::serialize::{OwnedSegments, SegmentLengthsBuilder};
 
 use super::limits::{Limit, Limits};
 
-/// Room for this many bytes is offered to a read at least. An idle connection keeps no more than the little that its messages need.
+/// Room for this many bytes is offered to a read at least. A connection that waits between two messages keeps no more.
 const MIN_CHUNK: usize = 4 * 1024;
 /// The room doubles up to this with each read that filled what it was offered.
 const MAX_CHUNK: usize = 64 * 1024;
-/// Memory that is kept between messages.
+/// Memory that is kept between messages of a burst.
 const KEEP: usize = 128 * 1024;
 const WORD: usize = 8;
 
@@ -39,6 +39,8 @@ pub(crate) struct Decoder {
     end: usize,
     /// What the next read is offered at least, in bytes.
     room: usize,
+    /// Bytes that have come since the last rest.
+    burst: usize,
     /// Stream offset of `buffer[start]`.
     offset: u64,
 }
@@ -59,6 +61,7 @@ impl Decoder {
             start: 0,
             end: 0,
             room: MIN_CHUNK,
+            burst: 0,
             offset: 0,
         }
     }
@@ -93,7 +96,24 @@ impl Decoder {
         }
         let from = self.offset + (self.end - self.start) as u64;
         self.end += count;
+        self.burst = self.burst.saturating_add(count);
         from..from + count as u64
+    }
+
+    /// Nothing more has come: gives back what only the last burst needed, unless the rest of a message is awaited. The next one begins with as much room
+    /// as this one needed, so that a peer that sends much at a time is read with as few calls as if it had been kept.
+    pub(crate) fn rest(&mut self) {
+        if !self.is_between_messages() {
+            return;
+        }
+        (self.start, self.end) = (0, 0);
+        if self.buffer.len() > MIN_CHUNK {
+            self.buffer = Vec::new();
+        }
+        if self.burst > 0 {
+            self.room = self.burst.min(MAX_CHUNK).next_power_of_two().max(MIN_CHUNK);
+            self.burst = 0;
+        }
     }
 
     /// Whether the stream may end here, between two messages.
@@ -263,6 +283,54 @@ mod tests {
             prop_assert_eq!(whole.1, split.1);
             prop_assert!(split.2.buffer.len() <= 2 * MAX_CHUNK);
         }
+    }
+
+    /// Puts `bytes` in, as much at a time as there is room for, and takes all messages out. Returns the number of reads.
+    fn burst(decoder: &mut Decoder, mut bytes: &[u8]) -> usize {
+        let mut reads = 0;
+        while !bytes.is_empty() {
+            let space = decoder.space();
+            let count = space.len().min(bytes.len());
+            space[..count].copy_from_slice(&bytes[..count]);
+            decoder.filled(count);
+            bytes = &bytes[count..];
+            reads += 1;
+            while decoder.next().unwrap().is_some() {}
+        }
+        reads
+    }
+
+    #[test]
+    fn after_a_burst_a_resting_decoder_is_small_and_the_next_burst_is_read_as_fast() {
+        let mut decoder = Decoder::new(&limits());
+        let message = encode(&[vec![1; 1024]]);
+        let many = message.repeat(60);
+        let first = burst(&mut decoder, &many);
+        decoder.rest();
+        assert!(decoder.buffer.capacity() <= MIN_CHUNK);
+        let next = burst(&mut decoder, &many);
+        assert!(next == 1 && first > next, "{next} reads after {first}");
+        decoder.rest();
+        // One that sends little has little, from its second message on.
+        for _ in 0..2 {
+            assert_eq!(burst(&mut decoder, &message), 1);
+            decoder.rest();
+        }
+        let little = decoder.space().len();
+        assert_eq!(little, MIN_CHUNK);
+    }
+
+    #[test]
+    fn what_has_come_of_a_message_stays_while_the_decoder_rests() {
+        let mut decoder = Decoder::new(&limits());
+        let message = encode(&[vec![7; 2400]]);
+        let (head, tail) = message.split_at(1001);
+        burst(&mut decoder, head);
+        decoder.rest();
+        decoder.space()[..tail.len()].copy_from_slice(tail);
+        decoder.filled(tail.len());
+        let frame = decoder.next().unwrap().unwrap();
+        assert_eq!(frame.segments.get_segment(0).unwrap(), [7; 2400]);
     }
 
     #[test]

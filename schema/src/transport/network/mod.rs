@@ -219,7 +219,10 @@ impl Wire {
         let count = match link.poll_receive(cx, inbound.decoder.space(), &mut fds) {
             // The peer takes no replies any more, and has sent nothing further.
             Poll::Pending if self.deaf.get() => return Poll::Ready(Err(EndReason::ClosedByPeer)),
-            Poll::Pending => return Poll::Pending,
+            Poll::Pending => {
+                inbound.decoder.rest();
+                return Poll::Pending;
+            }
             Poll::Ready(Err(error)) => return Poll::Ready(Err(error.into())),
             Poll::Ready(Ok(count)) => count,
         };
