@@ -46,6 +46,14 @@ impl Boot {
         Self::default()
     }
 
+    /// A guest of this configuration, whose files are open.
+    pub fn of(config: GuestConfig) -> Self {
+        Self {
+            config,
+            ..Self::default()
+        }
+    }
+
     /// The guest that drives virtio devices, with these commands; `sepal-driver-guest` says which there are.
     pub fn drivers(commands: &str) -> Self {
         let boot = Self {

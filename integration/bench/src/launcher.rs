@@ -15,10 +15,12 @@ use sepal_schema::{
     error::{Error, Outcome},
     guest_capnp::{guest, observer, output, power},
     info::GuestInfo,
-    manager_capnp::guest_manager::lease,
+    manager_capnp::guest_manager::{self, lease},
     report::StopReport,
     transport::Handle,
 };
+
+use crate::processes::Process;
 
 /// Nothing here takes as long.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -30,9 +32,17 @@ pub(crate) struct Launcher {
 
 /// A guest that runs; it is stopped when this is dropped, which nobody waits for.
 pub(crate) struct Launched {
+    pub(crate) name: String,
     guest: guest::Client,
     /// Held: the guest ends when it is dropped.
     _lease: lease::Client,
+}
+
+impl Launched {
+    /// What tells about it.
+    pub(crate) fn observer(&self) -> observer::Client {
+        observer(&self.guest)
+    }
 }
 
 impl Launcher {
@@ -51,8 +61,14 @@ impl Launcher {
     }
 
     /// The manager's process.
-    pub(crate) fn pid(&self) -> Result<u32> {
-        self.manager.pid().context("the manager is somebody else's")
+    pub(crate) fn process(&self) -> Result<Process> {
+        let pid = self.manager.pid().context("the manager is somebody else's")?;
+        Ok(Process(pid))
+    }
+
+    /// What makes calls to the manager.
+    pub(crate) fn client(&self) -> &guest_manager::Client {
+        self.manager.client()
     }
 
     /// Launches a guest; how long it took from sending that until its first byte had come back. What reads the byte is sent along with the launch.
@@ -61,13 +77,38 @@ impl Launcher {
         self.run(launch(request))
     }
 
+    /// Asks for what there is to know about a guest.
+    pub(crate) fn info(&mut self, launched: &Launched) -> Result<(GuestInfo, Duration)> {
+        let observer = launched.observer();
+        self.run(async move {
+            let asked = Instant::now();
+            let response = observer.info_request().send().promise.await?;
+            let info = GuestInfo::read_result(response.get()?)?;
+            Ok((info, asked.elapsed()))
+        })
+    }
+
+    /// Waits until all that a guest has printed ends with this.
+    pub(crate) fn wait_for(&mut self, launched: &Launched, end: &[u8]) -> Result<()> {
+        let output: output::Client = launched.observer().output_request().send().pipeline.get_output();
+        self.run(async move {
+            let mut printed = Vec::new();
+            while !printed.ends_with(end) {
+                let mut request = output.read_request();
+                request.get().set_position(printed.len() as u64);
+                let response = request.send().promise.await?;
+                let piece = response.get()?.outcome()?;
+                ensure!(!piece.get_ended(), "the guest has ended");
+                printed.extend(piece.get_bytes()?);
+            }
+            Ok(())
+        })
+    }
+
     /// Stops a guest by force: how long it takes until the manager says that it has ended and its process is gone, whatever comes last.
     pub(crate) fn stop(&mut self, launched: &Launched) -> Result<Duration> {
-        let info = observer(&launched.guest).info_request().send().promise;
-        let process = self.run(async move {
-            let answer = info.await?;
-            process(GuestInfo::read_result(answer.get()?)?.component_pid)
-        })?;
+        let (info, _) = self.info(launched)?;
+        let process = process(info.component_pid)?;
         let power = launched.guest.power_request().send().pipeline.get_power();
         let gone = gone(self.manager.handle(), process)?;
         self.run(async move {
@@ -83,7 +124,7 @@ impl Launcher {
 
     /// Waits for a guest to end by itself, and let go of what it had.
     pub(crate) fn end(&mut self, launched: &Launched) -> Result<()> {
-        let asked = observer(&launched.guest).wait_request().send().promise;
+        let asked = launched.observer().wait_request().send().promise;
         self.run(async move {
             StopReport::read_result(asked.await?.get()?)?;
             Ok(())
@@ -103,7 +144,7 @@ impl Launcher {
         let due = iter::from_fn(|| (begun.elapsed() < during).then_some(()));
         let guests = stream::iter(due).map(|()| async move {
             let (_, launched) = launch(request(boot()?)?).await?;
-            let answer = observer(&launched.guest).wait_request().send().promise.await?;
+            let answer = launched.observer().wait_request().send().promise.await?;
             StopReport::read_result(answer.get()?)?;
             Ok(())
         });
@@ -114,7 +155,8 @@ impl Launcher {
         Ok(count / begun.elapsed().as_secs_f64())
     }
 
-    fn run<T>(&mut self, work: impl Future<Output = Result<T>>) -> Result<T> {
+    /// Does work that makes calls, but not for ever.
+    pub(crate) fn run<T>(&mut self, work: impl Future<Output = Result<T>>) -> Result<T> {
         let outcome = self.manager.within(PATIENCE, work)?;
         outcome.with_context(|| format!("no answer within {PATIENCE:?}"))?
     }
@@ -129,6 +171,7 @@ async fn launch(request: LaunchRequest) -> Result<(Duration, Launched)> {
     let response = launching.promise.await?;
     let launched = response.get()?.outcome()?;
     let launched = Launched {
+        name: launched.get_name()?.to_string()?,
         guest: launched.get_guest()?,
         _lease: launched.get_lease()?,
     };

@@ -58,7 +58,7 @@ fn sepal(machine: &Machine<'_>, file: &Path) -> Result<(usize, usize), StartErro
     let mut launcher = Launcher::start(&[])?;
     // What is done only once is not part of a start.
     drop(launcher.launch(sepal_boot(machine)?)?);
-    let manager = launcher.pid()?;
+    let manager = launcher.process()?.0;
     let known = [vec![manager], children(manager)?].concat();
     let tracer = Tracer::attach(&known, file)?;
     let launched = launcher.launch(sepal_boot(machine)?);
