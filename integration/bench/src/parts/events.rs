@@ -27,7 +27,7 @@ use sepal_schema::{
     transport::{Connection, Limits, Reactor, connect, guard},
 };
 
-use super::{Part, rpc::within};
+use super::{Part, rpc::within, units::milliseconds};
 use crate::{bench::Bench, figure::Figure};
 
 const LATENCY: Figure = Figure::cost(
@@ -62,7 +62,7 @@ fn run(bench: &mut Bench) -> Result<()> {
     audience.round(1)?;
     audience.round(burst)?;
     for _ in 0..singles {
-        bench.record(&LATENCY, audience.round(1)?.as_secs_f64() * 1e3);
+        bench.record(&LATENCY, milliseconds(audience.round(1)?));
     }
     for _ in 0..bursts {
         let took = audience.round(burst)?;

@@ -18,11 +18,10 @@ use rustix::process::geteuid;
 use sepal_integration::host::Namespace;
 use serde_json::Value;
 
-use super::{Part, drivers::Drivers};
+use super::{Part, drivers::Drivers, units::median_microseconds};
 use crate::{
     bench::Bench,
     figure::Figure,
-    results::Summary,
     vmm::{Running, Started, Tap, Vmm, mac},
 };
 
@@ -208,7 +207,7 @@ fn echo(socket: &UdpSocket, trips: usize) -> Result<f64> {
         let start = Instant::now();
         socket.send_to(&[0x55; SIZES[0]], (GUEST, ECHO_PORT))?;
         socket.recv(&mut [0; 2 * SIZES[0]]).context("the guest's echo")?;
-        times.push(start.elapsed().as_secs_f64() * 1e6);
+        times.push(start.elapsed());
     }
-    Summary::of(&times).map(|times| times.median).context("no round trips")
+    median_microseconds(times)
 }

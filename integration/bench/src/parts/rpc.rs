@@ -29,7 +29,7 @@ use sepal_schema::{
     transport::{Connection, Limits, Reactor, connect},
 };
 
-use super::Part;
+use super::{Part, units::median_microseconds};
 use crate::{bench::Bench, figure::Figure};
 
 pub(crate) use served::serve_calls;
@@ -240,7 +240,7 @@ impl Peer {
                 request.send().promise.await?;
                 times.push(start.elapsed());
             }
-            median_us(times)
+            median_microseconds(times)
         })
     }
 }
@@ -270,7 +270,7 @@ async fn single_calls(client: &guest_manager::Client, count: usize) -> Result<f6
         call(client).await?;
         times.push(start.elapsed());
     }
-    median_us(times)
+    median_microseconds(times)
 }
 
 /// Calls a second with [`DEPTH`] in flight, and the caller's CPU time for each, in us.
@@ -309,12 +309,6 @@ async fn call(client: &guest_manager::Client) -> Result<()> {
     let response = client.version_request().send().promise.await?;
     ensure!(response.get()?.get_pid() != 0, "the answer says who answered");
     Ok(())
-}
-
-fn median_us(times: Vec<Duration>) -> Result<f64> {
-    let micros: Vec<f64> = times.iter().map(|time| time.as_secs_f64() * 1e6).collect();
-    let summary = crate::results::Summary::of(&micros).context("nothing was measured")?;
-    Ok(summary.median)
 }
 
 /// CPU time of this process.

@@ -14,8 +14,6 @@ mod syscalls;
 
 use std::{
     fs::File,
-    os::unix::net::UnixStream,
-    path::Path,
     time::{Duration, Instant},
 };
 
@@ -25,12 +23,11 @@ use rustix::{
     process::{Signal, pidfd_send_signal},
 };
 use sepal_integration::Boot;
-use sepal_schema::config::device::{Balloon, Console, Link, Network, Rng, Vsock};
-use tempfile::NamedTempFile;
 
-use super::Part;
+use super::{Part, units::milliseconds};
 use crate::{
     bench::Bench,
+    crowd::{furnish, of_kernel},
     figure::Figure,
     guests::Image,
     launcher::{Launcher, process},
@@ -74,8 +71,10 @@ pub(crate) const PART: Part = Part {
 const POOL: &str = "2";
 /// How long a pool has to fill up again, which nothing tells: far more than one start takes.
 const REFILL: Duration = Duration::from_millis(50);
-/// Bytes of the disk.
+/// Bytes of the peers' disk.
 const DISK: u64 = 64 << 20;
+/// MiB of each guest with devices.
+const GUEST_MIB: u16 = 128;
 
 fn run(bench: &mut Bench) -> Result<()> {
     let folder = bench.scratch.clone();
@@ -85,9 +84,7 @@ fn run(bench: &mut Bench) -> Result<()> {
     for value in component::measure(&Machine::new(spoken.kernel()), rounds)? {
         bench.record(&COMPONENT, value);
     }
-    let disk = folder.join("start.disk");
-    File::create(&disk)?.set_len(DISK)?;
-    devices(bench, &with_disk(Machine::new(spoken.kernel()), &disk))?;
+    devices(bench, &spoken)?;
     syscalls::measure(bench, &Machine::new(spoken.kernel()))?;
     pooled(bench, &Machine::new(spoken.kernel()))
 }
@@ -131,47 +128,33 @@ fn pooled(bench: &mut Bench, spoken: &Machine<'_>) -> Result<()> {
 }
 
 /// Starts with a disk, for all; Sepal with a network device, a console, a source of entropy, a balloon and vsock besides.
-fn devices(bench: &mut Bench, machine: &Machine<'_>) -> Result<()> {
+fn devices(bench: &mut Bench, spoken: &Image) -> Result<()> {
     let rounds = bench.scaled(20, 1);
+    let scratch = bench.scratch.clone();
+    let disk = scratch.join("start.disk");
+    File::create(&disk)?.set_len(DISK)?;
+    let machine = Machine {
+        memory_mib: GUEST_MIB.into(),
+        disk: Some(Disk {
+            path: &disk,
+            direct: false,
+            qcow2: false,
+        }),
+        ..Machine::new(spoken.kernel())
+    };
     let mut launcher = Launcher::start(&[])?;
-    let mut kept = Vec::new();
+    let mut networks = Vec::new();
     bench.alternate(&[&DEVICES], rounds, |vmm| {
         let took = if vmm.name() == SEPAL {
-            let (ours, theirs) = UnixStream::pair()?;
             // A disk of its own each time: the one before is let go of only when the guest is long gone.
-            let disk = NamedTempFile::new()?;
-            disk.as_file().set_len(DISK)?;
-            let machine = with_disk(*machine, disk.path());
-            let (took, _) = launcher.launch(with_everything(sepal_boot(&machine)?, theirs))?;
-            kept.push((disk, ours));
-            took
+            let (config, network) = furnish(of_kernel(spoken.kernel(), GUEST_MIB)?, &scratch)?;
+            networks.push(network);
+            launcher.launch(Boot::of(config))?.0
         } else {
-            first_byte(vmm, machine)?
+            first_byte(vmm, &machine)?
         };
         Ok(vec![milliseconds(took)])
     })
-}
-
-fn with_disk<'a>(machine: Machine<'a>, path: &'a Path) -> Machine<'a> {
-    let disk = Disk {
-        path,
-        direct: false,
-        qcow2: false,
-    };
-    Machine {
-        disk: Some(disk),
-        ..machine
-    }
-}
-
-fn with_everything(boot: Boot, network: UnixStream) -> Boot {
-    boot.network(Network::new(Link::Socket(network.into())))
-        .configure(|config| {
-            config.console = Some(Console::default());
-            config.rng = Some(Rng::default());
-            config.balloon = Some(Balloon::default());
-            config.vsock = Some(Vsock::default());
-        })
 }
 
 /// From starting a process until its guest's first byte.
@@ -191,8 +174,4 @@ fn killed(vmm: &dyn Vmm, machine: &Machine<'_>) -> Result<Duration, StartError> 
     pidfd_send_signal(&process, Signal::KILL)?;
     poll(&mut [PollFd::new(&process, PollFlags::IN)], None)?;
     Ok(asked.elapsed())
-}
-
-fn milliseconds(took: Duration) -> f64 {
-    took.as_secs_f64() * 1e3
 }

@@ -2,6 +2,10 @@
 
 use std::time::Duration;
 
+use anyhow::{Context, Result};
+
+use crate::results::Summary;
+
 /// A count.
 #[expect(clippy::cast_precision_loss, reason = "nothing is counted for that long")]
 pub(super) fn number(count: u64) -> f64 {
@@ -21,4 +25,14 @@ pub(super) fn milliseconds(time: Duration) -> f64 {
 /// A time in us.
 pub(super) fn microseconds(time: Duration) -> f64 {
     time.as_secs_f64() * 1e6
+}
+
+/// The median of times, in us.
+///
+/// # Errors
+/// There are none.
+pub(super) fn median_microseconds(times: impl IntoIterator<Item = Duration>) -> Result<f64> {
+    let times: Vec<_> = times.into_iter().map(microseconds).collect();
+    let summary = Summary::of(&times).context("nothing was measured")?;
+    Ok(summary.median)
 }

@@ -21,8 +21,7 @@ use sepal_schema::{
     transport::{Limits, Reactor, connect, reactor::Direction},
 };
 
-use super::milliseconds;
-use crate::vmm::Machine;
+use crate::{parts::units::milliseconds, vmm::Machine};
 
 /// Nothing here takes as long.
 const PATIENCE: Duration = Duration::from_secs(60);
