@@ -253,7 +253,7 @@ impl Virtqueue {
         self.seen.wrapping_sub(self.queue.next_avail())
     }
 
-    /// Looks how many chains there are.
+    /// Looks how many chains there are. They are [`known`](Self::known) from then on, whatever the driver writes.
     fn look(&mut self) -> Result<u16, Violation> {
         let available = self.available()?;
         self.seen = self.queue.next_avail().wrapping_add(available);
@@ -379,18 +379,19 @@ impl Virtqueue {
         self.queue.disable_notification(&self.memory).map_err(|e| self.lost(&e))
     }
 
-    /// Asks the driver to ring its doorbell for the next chain. True: one has come meanwhile, and the device has to look again.
+    /// Asks the driver to ring its doorbell for the next chain. True: one has come meanwhile, and the next [`pop`](Self::pop) takes it, even from a
+    /// driver that takes it back, which none may do (virtio 2.7.6.1). So whoever pops again and again as long as this is true takes a chain each
+    /// time, of which there are no more than the ring has entries.
     ///
     /// # Errors
     ///
-    /// A [`Violation`] if the rings are not where they were.
+    /// A [`Violation`] if the rings are not where they were, or as of [`available`](Self::available).
     pub fn wait_for_doorbell(&mut self) -> Result<bool, Violation> {
-        let more = self
-            .queue
+        self.queue
             .enable_notification(&self.memory)
             .map_err(|e| self.lost(&e))?;
         fence(Ordering::SeqCst);
-        Ok(more)
+        Ok(self.look()? > 0)
     }
 
     /// Position of the next chain to take, and of the next entry of the used ring: for a device whose work is done by another process.

@@ -295,18 +295,18 @@ impl<'t, 'm> Turn<'t, 'm> {
 
     /// Whether there is any room; tries to have `wanted` bytes of it. If not, the driver rings when it gives more.
     fn has_room(&mut self, wanted: usize) -> Result<bool, Violation> {
-        loop {
-            self.refill(wanted)?;
-            if !self.counts.is_empty() {
-                if !std::mem::replace(&mut self.receiver.quiet, true) {
-                    self.queue.ignore_doorbell()?;
-                }
-                return Ok(true);
-            }
+        self.refill(wanted)?;
+        if self.counts.is_empty() {
             if !self.more_came()? {
                 return Ok(false);
             }
+            // At least one chain, whatever the driver does.
+            self.refill(wanted)?;
         }
+        if !std::mem::replace(&mut self.receiver.quiet, true) {
+            self.queue.ignore_doorbell()?;
+        }
+        Ok(true)
     }
 
     /// Asks the driver to ring when it gives room. True: it gave some meanwhile.
@@ -388,7 +388,7 @@ impl<'t, 'm> Turn<'t, 'm> {
                     source.counters.dropped();
                     return Ok(None);
                 }
-                // Room that came meanwhile may still be too little, but there is an end to what fits into the ring.
+                // Room that came meanwhile may still be too little, but each time it is a chain, and there is an end to what fits into the ring.
                 if !self.more_came()? {
                     self.receiver.parked = Some(frame);
                     return Ok(Some(End::NoRoom));

@@ -208,6 +208,30 @@ fn chains_given_back_are_seen_once_they_are_published() {
 }
 
 #[test]
+fn a_chain_that_was_seen_is_taken_even_if_the_driver_takes_it_back() {
+    for features in [u64::MAX, !feature::EVENT_IDX] {
+        let mut rig = Rig::new(Echo::default());
+        rig.activate(features).unwrap();
+        let wait = |rig: &mut Rig<Echo>| rig.call(|_, context| context.queue(0).unwrap().wait_for_doorbell());
+        let take = |rig: &mut Rig<Echo>| rig.call(|_, context| context.queue(0).unwrap().pop());
+        assert_eq!(wait(&mut rig), Ok(false));
+        let head = rig.add(0, &[Buffer::In(1)]);
+        assert_eq!(wait(&mut rig), Ok(true));
+        // Otherwise a driver that does this at the right times keeps a device looking without end.
+        rig.set_available_index(0, 0);
+        assert_eq!(take(&mut rig).unwrap().map(|chain| chain.head()), Some(head));
+        let behind = Violation::AvailableIndex {
+            queue: 0,
+            index: 0,
+            ahead: u16::MAX,
+            size: 8,
+        };
+        assert_eq!(take(&mut rig), Err(behind.clone()));
+        assert_eq!(wait(&mut rig), Err(behind));
+    }
+}
+
+#[test]
 fn a_chain_put_back_comes_again() {
     let mut rig = Rig::active(Echo::default());
     let head = rig.add(0, &[Buffer::Out(vec![1])]);
