@@ -2,8 +2,8 @@
 
 use std::{
     collections::BTreeMap,
-    io::Write,
-    os::unix::process::ExitStatusExt,
+    io::{self, Write},
+    os::unix::process::{CommandExt, ExitStatusExt},
     process::{Child, Command, ExitStatus, Stdio},
     sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -26,12 +26,29 @@ pub(crate) fn children() -> MutexGuard<'static, BTreeMap<u32, u64>> {
     CHILDREN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Starts a program that belongs to the world `owner`.
+/// What ends a program that does nothing about it. A shell without job control ignores some of them for what it starts in the background, `nohup` others; programs
+/// inherit that, and keep it.
+const ENDINGS: [libc::c_int; 5] = [libc::SIGINT, libc::SIGQUIT, libc::SIGTERM, libc::SIGHUP, libc::SIGPIPE];
+
+/// Starts a program that belongs to the world `owner`. Everything that tests start comes by here, and begins with no signal ignored, however the tests
+/// were started.
 pub(crate) fn spawn(command: &mut Command, owner: u64) -> Child {
+    let restore = || match ENDINGS.iter().all(|&signal| reset(signal)) {
+        true => Ok(()),
+        false => Err(io::Error::last_os_error()),
+    };
+    // SAFETY: between fork and exec it makes system calls only, which are async-signal-safe, and allocates nothing.
+    unsafe { command.pre_exec(restore) };
     let mut children = children();
     let child = command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
     children.insert(child.id(), owner);
     child
+}
+
+/// Gives a signal its default meaning, in this process.
+fn reset(signal: libc::c_int) -> bool {
+    // SAFETY: no handler is installed, so no code of ours runs on the signal.
+    unsafe { libc::signal(signal, libc::SIG_DFL) != libc::SIG_ERR }
 }
 
 /// Reaps a child if it has ended.
@@ -226,4 +243,26 @@ pub(crate) fn describe(command: &Command) -> String {
     let words = std::iter::once(command.get_program()).chain(command.get_args());
     let words: Vec<_> = words.map(|word| word.to_string_lossy().into_owned()).collect();
     words.join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_started_ignores_nothing_that_ends_it() {
+        // As for a test run in the background of a script.
+        // SAFETY: no handler is installed.
+        let before = unsafe { libc::signal(libc::SIGINT, libc::SIG_IGN) };
+        let running = Running::start(Command::new("cat"), None, 0);
+        // SAFETY: what was there before, which was no handler either.
+        unsafe { libc::signal(libc::SIGINT, before) };
+        let ignored = u64::from_str_radix(&crate::process::status(running.pid(), "SigIgn"), 16).unwrap();
+        assert!(
+            ENDINGS.iter().all(|signal| ignored & 1 << (signal - 1) == 0),
+            "{ignored:x}"
+        );
+        running.signal(Signal::INT);
+        assert_eq!(running.wait().code(), 128 + libc::SIGINT);
+    }
 }
