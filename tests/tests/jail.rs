@@ -53,6 +53,22 @@ impl Guest {
     fn launch(world: &World, name: &str, arguments: &[&str]) -> Self {
         let all: Vec<&str> = ["launch", name, "--detach"].iter().chain(arguments).copied().collect();
         world.guest(&all).expect_code(0);
+        Self::of(world, name)
+    }
+
+    /// Launches a guest with limits; none, and says so aloud, where this host cannot enforce these.
+    fn launch_limited(world: &World, name: &str, limits: &[&str]) -> Option<Self> {
+        let all: Vec<&str> = ["launch", name, "--detach"].iter().chain(limits).copied().collect();
+        let launched = world.guest(&all);
+        if launched.code() == 1 && launched.stderr.contains("cannot be enforced") {
+            println!("skipped: {}", launched.stderr);
+            return None;
+        }
+        launched.expect_code(0);
+        Some(Self::of(world, name))
+    }
+
+    fn of(world: &World, name: &str) -> Self {
         Self::look(world.guest(&["info", name, "--json"]).expect_code(0).out())
     }
 
@@ -68,6 +84,13 @@ impl Guest {
         let text = |layer: usize, key| layers[layer][key].as_str().unwrap();
         let all = (0..layers.len()).map(|layer| (text(layer, "name"), (text(layer, "state"), text(layer, "detail"))));
         all.collect()
+    }
+
+    /// Checks what `info` says of its limits, and that it is in a group of its own for them.
+    fn assert_limited(&self, limits: &str) {
+        assert_eq!(self.layers()["cgroup"], ("holds", limits));
+        let within = fs::read_to_string(format!("/proc/{}/cgroup", self.pid)).unwrap();
+        assert!(within.contains("/sepal-"), "{within}");
     }
 
     fn problems(&self) -> String {
@@ -213,31 +236,13 @@ fn limits_are_enforced_by_groups_that_go_with_the_guest() {
     }
     let world = World::with_manager();
     let limits = ["--limit-memory", "300M", "--limit-tasks", "40", "--limit-cpu", "150"];
-    let probe = world.guest(&[
-        "launch",
-        "--cmdline",
-        "quiet run=shutdown",
-        "--limit-cpu",
-        "150",
-        "--limit-tasks",
-        "40",
-    ]);
-    if probe.code() == 1 && probe.stderr.contains("cannot be enforced") {
-        println!("skipped: {}", probe.stderr);
+    let Some(guest) = Guest::launch_limited(&world, "bee", &limits) else {
         return;
-    }
-    probe.expect_code(0);
-    let guest = Guest::launch(&world, "bee", &limits);
-    let (state, detail) = guest.layers()["cgroup"];
-    assert_eq!(
-        (state, detail),
-        ("holds", "memory 314572800 bytes, 40 threads, 1.500 processors")
-    );
+    };
+    guest.assert_limited("memory 314572800 bytes, 40 threads, 1.500 processors");
     world.family();
     let groups = world.groups();
     assert!(!groups.is_empty());
-    let within = fs::read_to_string(format!("/proc/{}/cgroup", guest.pid)).unwrap();
-    assert!(within.contains("/sepal-"), "{within}");
     world.guest(&["stop", "bee", "--force"]).expect_code(0);
     let component = Path::new("/proc").join(guest.pid.to_string());
     assert!(!component.exists(), "stop returns after the process is gone");
@@ -283,16 +288,11 @@ fn limits_hold_where_components_wait() {
     }
     let world = World::with_pool(1);
     let waits = world.components();
-    let launched = world.guest(&["launch", "bee", "--detach", "--limit-tasks", "40"]);
-    if launched.code() == 1 && launched.stderr.contains("cannot be enforced") {
-        println!("skipped: {}", launched.stderr);
+    let Some(guest) = Guest::launch_limited(&world, "bee", &["--limit-tasks", "40"]) else {
         return;
-    }
-    let guest = Guest::look(world.guest(&["info", "bee", "--json"]).expect_code(0).out());
+    };
     assert_ne!(guest.pid, waits[0].pid);
-    assert_eq!(guest.layers()["cgroup"], ("holds", "40 threads"));
-    let within = fs::read_to_string(format!("/proc/{}/cgroup", guest.pid)).unwrap();
-    assert!(within.contains("/sepal-"), "{within}");
+    guest.assert_limited("40 threads");
     world.end();
 }
 
