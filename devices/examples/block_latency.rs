@@ -49,6 +49,38 @@ struct Surroundings {
     again: AtomicBool,
 }
 
+impl Surroundings {
+    fn new() -> Outcome<Self> {
+        Ok(Self {
+            epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
+            again: AtomicBool::new(false),
+        })
+    }
+
+    /// Starts a device with its queue, has `work` done with it, and resets it.
+    fn run(
+        &self,
+        mut block: Block,
+        memory: &GuestMemoryMmap,
+        work: impl FnOnce(&mut Block, &mut Context<'_>) -> Outcome<()>,
+    ) -> Outcome<()> {
+        let features = block.features() | feature::VERSION_1 | feature::EVENT_IDX;
+        let mut context = Context {
+            memory,
+            reclaim: self,
+            queues: &mut [Some(Virtqueue::new(0, SETUP, features, memory.clone())?)],
+            features,
+            transport: self,
+            watches: &mut Watched(self),
+        };
+        block.start(&mut context)?;
+        block.activate(&mut context)?;
+        work(&mut block, &mut context)?;
+        block.reset(&mut context);
+        Ok(())
+    }
+}
+
 impl Transport for Surroundings {
     fn interrupt(&self, _: u16) {}
     fn update_config(&self, _: usize, _: &[u8]) {}
@@ -104,56 +136,64 @@ fn stay_on(cpu: usize) -> Outcome<()> {
     Ok(rustix::thread::sched_setaffinity(None, &set)?)
 }
 
+/// Guest memory, with data for the requests.
+fn memory() -> Outcome<GuestMemoryMmap> {
+    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 64 << 20)])?;
+    memory.write_slice(&vec![0x5a; 48 << 20], GuestAddress(DATA))?;
+    Ok(memory)
+}
+
 /// The device's thread, until `stop`.
-fn serve(mut block: Block, memory: &GuestMemoryMmap, doorbell: &EventFd, stop: &AtomicBool) -> Outcome<()> {
+fn serve(block: Block, memory: &GuestMemoryMmap, doorbell: &EventFd, stop: &AtomicBool) -> Outcome<()> {
     stay_on(1)?;
-    let around = Surroundings {
-        epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
-        again: AtomicBool::new(false),
-    };
-    let mut watched = Watched(&around);
-    watched.add(doorbell.as_raw_fd(), DOORBELL, EventSet::IN)?;
-    let features = block.features() | feature::VERSION_1 | feature::EVENT_IDX;
-    let mut queues = [Some(Virtqueue::new(0, SETUP, features, memory.clone())?)];
-    let mut context = Context {
-        memory,
-        reclaim: &around,
-        queues: &mut queues,
-        features,
-        transport: &around,
-        watches: &mut watched,
-    };
-    block.start(&mut context)?;
-    block.activate(&mut context)?;
-    block.notify(0, &mut context)?;
-    let mut events = Vec::with_capacity(8);
-    while !stop.load(Ordering::Relaxed) {
-        let at_once = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
-        let again = around.again.swap(false, Ordering::Relaxed);
-        events.clear();
-        match epoll::wait(
-            &around.epoll,
-            rustix::buffer::spare_capacity(&mut events),
-            again.then_some(&at_once),
-        ) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
-        }
-        if again {
-            block.notify(0, &mut context)?;
-        }
-        for event in &events {
-            match event.data.u64() as u32 {
-                DOORBELL => {
-                    let _ = doorbell.read();
-                    block.notify(0, &mut context)?;
+    let around = Surroundings::new()?;
+    around.run(block, memory, |block, context| {
+        context.watches.add(doorbell.as_raw_fd(), DOORBELL, EventSet::IN)?;
+        block.notify(0, context)?;
+        let mut events = Vec::with_capacity(8);
+        while !stop.load(Ordering::Relaxed) {
+            let at_once = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+            let again = around.again.swap(false, Ordering::Relaxed);
+            events.clear();
+            match epoll::wait(
+                &around.epoll,
+                rustix::buffer::spare_capacity(&mut events),
+                again.then_some(&at_once),
+            ) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+            if again {
+                block.notify(0, context)?;
+            }
+            for event in &events {
+                match event.data.u64() as u32 {
+                    DOORBELL => {
+                        let _ = doorbell.read();
+                        block.notify(0, context)?;
+                    }
+                    token => block.ready(token, EventSet::IN, context)?,
                 }
-                token => block.ready(token, EventSet::IN, &mut context)?,
             }
         }
+        Ok(())
+    })
+}
+
+/// Numbers that look random (xorshift): the same ones each time.
+struct Random(u64);
+
+impl Random {
+    fn new() -> Self {
+        Self(0x9e37_79b9_7f4a_7c15)
     }
-    block.reset(&mut context);
-    Ok(())
+
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
 }
 
 /// The driver's side.
@@ -165,7 +205,17 @@ struct Driver<'a> {
     doorbells: u64,
 }
 
-impl Driver<'_> {
+impl<'a> Driver<'a> {
+    fn new(memory: &'a GuestMemoryMmap, doorbell: &'a EventFd) -> Self {
+        Self {
+            memory,
+            doorbell,
+            available: 0,
+            used: 0,
+            doorbells: 0,
+        }
+    }
+
     fn put<T: vm_memory::ByteValued>(&self, at: u64, value: T) -> Outcome<()> {
         Ok(self.memory.write_obj(value, GuestAddress(at))?)
     }
@@ -239,16 +289,31 @@ impl Driver<'_> {
         }
     }
 
+    /// Has requests done on this thread: nanoseconds that the device took for each.
+    fn batch(&mut self, slots: &[u16], block: &mut Block, context: &mut Context<'_>) -> Outcome<f64> {
+        self.submit(slots)?;
+        let begun = Instant::now();
+        block.notify(0, context)?;
+        let took = begun.elapsed();
+        let (mut left, mut reaped) = (slots.len(), Vec::new());
+        while left > 0 {
+            // What the kernel did not do at once.
+            while self.load(USED + 2)? == self.used {
+                block.ready(ENGINE, EventSet::IN, context)?;
+            }
+            self.reap(&mut reaped)?;
+            left -= reaped.len();
+        }
+        Ok(took.as_secs_f64() * 1e9 / slots.len() as f64)
+    }
+
     /// Microseconds an operation: median of stretches of a hundred.
     fn run(&mut self, write: bool, len: u32, depth: u16, sequential: bool, count: usize) -> Outcome<f64> {
         let places = IMAGE / u64::from(len);
-        let (mut next, mut random) = (0u64, 0x9e37_79b9_7f4a_7c15u64);
+        let (mut next, mut random) = (0u64, Random::new());
         let mut sector = || {
             next = (next + 1) % places;
-            random ^= random << 13;
-            random ^= random >> 7;
-            random ^= random << 17;
-            (if sequential { next } else { random % places }) * u64::from(len) / 512
+            (if sequential { next } else { random.next() % places }) * u64::from(len) / 512
         };
         let mut slots: Vec<u16> = (0..depth).collect();
         for &slot in &slots {
@@ -284,20 +349,13 @@ impl Driver<'_> {
 
 fn measure(what: &str, config: BlockConfig) -> Outcome<()> {
     let (block, handle) = Block::new(config)?;
-    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 64 << 20)])?;
-    memory.write_slice(&vec![0x5a; 48 << 20], GuestAddress(DATA))?;
+    let memory = memory()?;
     let (doorbell, stop) = (Arc::new(EventFd::new(EFD_NONBLOCK)?), Arc::new(AtomicBool::new(false)));
     let thread = {
         let (memory, doorbell, stop) = (memory.clone(), doorbell.clone(), stop.clone());
         std::thread::spawn(move || serve(block, &memory, &doorbell, &stop))
     };
-    let mut driver = Driver {
-        memory: &memory,
-        doorbell: &doorbell,
-        available: 0,
-        used: 0,
-        doorbells: 0,
-    };
+    let mut driver = Driver::new(&memory, &doorbell);
     let mut line = format!("{what:32}");
     let kinds = [
         (false, 4096, 1, false),
@@ -323,78 +381,39 @@ fn measure(what: &str, config: BlockConfig) -> Outcome<()> {
 /// What the device's thread alone does for a request, in nanoseconds: driver and device take turns on one thread, and only the device's are timed. The
 /// least of many batches, which tells more than a median where others want the processors, too.
 fn alone(config: BlockConfig) -> Outcome<()> {
-    let (mut block, _handle) = Block::new(BlockConfig {
+    let (block, _handle) = Block::new(BlockConfig {
         poll: Duration::ZERO,
         ..config
     })?;
-    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 64 << 20)])?;
-    memory.write_slice(&vec![0x5a; 48 << 20], GuestAddress(DATA))?;
+    let memory = memory()?;
     let doorbell = EventFd::new(EFD_NONBLOCK)?;
-    let around = Surroundings {
-        epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
-        again: AtomicBool::new(false),
-    };
-    let mut watched = Watched(&around);
-    let features = block.features() | feature::VERSION_1 | feature::EVENT_IDX;
-    let mut queues = [Some(Virtqueue::new(0, SETUP, features, memory.clone())?)];
-    let mut context = Context {
-        memory: &memory,
-        reclaim: &around,
-        queues: &mut queues,
-        features,
-        transport: &around,
-        watches: &mut watched,
-    };
-    block.start(&mut context)?;
-    block.activate(&mut context)?;
-    let mut driver = Driver {
-        memory: &memory,
-        doorbell: &doorbell,
-        available: 0,
-        used: 0,
-        doorbells: 0,
-    };
+    let mut driver = Driver::new(&memory, &doorbell);
     println!("\nns of the device's thread, least of many batches");
-    for (what, write, len, places) in [
-        ("4k read", false, 4096, IMAGE / 4096),
-        ("4k read, 64k of the image", false, 4096, 16),
-        ("512 read, one place", false, 512, 1),
-        ("64k read", false, 65536, IMAGE / 65536),
-        ("4k write, one place", true, 4096, 1),
-    ] {
-        let mut line = format!("{what:32}");
-        let mut random = 0x9e37_79b9_7f4a_7c15u64;
-        for depth in [1, 4, 8, MOST] {
-            let slots: Vec<u16> = (0..depth).collect();
-            let mut reaped = Vec::new();
-            let mut least = f64::INFINITY;
-            for _ in 0..if write { 100 } else { 3000 } {
-                for &slot in &slots {
-                    random ^= random << 13;
-                    random ^= random >> 7;
-                    random ^= random << 17;
-                    driver.prepare(slot, write, random % places * u64::from(len) / 512, len)?;
-                }
-                driver.submit(&slots)?;
-                let begun = Instant::now();
-                block.notify(0, &mut context)?;
-                least = least.min(begun.elapsed().as_secs_f64() * 1e9 / f64::from(depth));
-                let mut left = usize::from(depth);
-                while left > 0 {
-                    // What the kernel did not do at once.
-                    while driver.load(USED + 2)? == driver.used {
-                        block.ready(ENGINE, EventSet::IN, &mut context)?;
+    Surroundings::new()?.run(block, &memory, |block, context| {
+        for (what, write, len, places) in [
+            ("4k read", false, 4096, IMAGE / 4096),
+            ("4k read, 64k of the image", false, 4096, 16),
+            ("512 read, one place", false, 512, 1),
+            ("64k read", false, 65536, IMAGE / 65536),
+            ("4k write, one place", true, 4096, 1),
+        ] {
+            let mut line = format!("{what:32}");
+            let mut random = Random::new();
+            for depth in [1, 4, 8, MOST] {
+                let slots: Vec<u16> = (0..depth).collect();
+                let mut least = f64::INFINITY;
+                for _ in 0..if write { 100 } else { 3000 } {
+                    for &slot in &slots {
+                        driver.prepare(slot, write, random.next() % places * u64::from(len) / 512, len)?;
                     }
-                    driver.reap(&mut reaped)?;
-                    left -= reaped.len();
+                    least = least.min(driver.batch(&slots, block, context)?);
                 }
+                line += &format!(" QD{depth}: {least:6.0}");
             }
-            line += &format!(" QD{depth}: {least:6.0}");
+            println!("{line}");
         }
-        println!("{line}");
-    }
-    block.reset(&mut context);
-    Ok(())
+        Ok(())
+    })
 }
 
 fn main() -> Outcome<()> {
