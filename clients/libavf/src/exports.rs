@@ -1,0 +1,230 @@
+//! The C functions. Each does no more than to make values of pointers and descriptors, and errors of panics; the header has their documentation.
+//!
+//! Safety: as in C. Pointers are null, or lead to what the header says; handles are those that a function here returned and none has given back since;
+//! descriptors that are taken are the caller's to give away.
+#![expect(clippy::missing_safety_doc, reason = "one contract for all, above")]
+
+use std::{
+    ffi::{CStr, c_char, c_int},
+    panic::{AssertUnwindSafe, catch_unwind},
+    ptr, slice,
+};
+
+use crate::config::{Disk, INSTANCE_ID, Memory, RawConfig, take_fd};
+
+/// What is behind a handle `AVirtualizationService`.
+pub struct Service;
+
+/// What is behind a handle `AVirtualMachine`.
+pub struct Vm;
+
+/// Runs `body`. No panic leaves it: that would end the program.
+fn guarded<T>(otherwise: T, body: impl FnOnce() -> T) -> T {
+    catch_unwind(AssertUnwindSafe(body)).unwrap_or(otherwise)
+}
+
+/// Sets a field of a configuration, if there is one.
+unsafe fn set(config: *mut RawConfig, set: impl FnOnce(&mut RawConfig)) {
+    // SAFETY: null, or a configuration that nobody else uses at this time.
+    if let Some(config) = unsafe { config.as_mut() } {
+        guarded((), || set(config));
+    }
+}
+
+/// `AVirtualMachineRawConfig_create`.
+#[unsafe(no_mangle)]
+pub extern "C" fn AVirtualMachineRawConfig_create() -> *mut RawConfig {
+    Box::into_raw(Box::default())
+}
+
+/// `AVirtualMachineRawConfig_destroy`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn AVirtualMachineRawConfig_destroy(config: *mut RawConfig) {
+    if !config.is_null() {
+        // SAFETY: it came from `create`, and nobody uses it after this.
+        let config = unsafe { Box::from_raw(config) };
+        guarded((), || drop(config));
+    }
+}
+
+/// `AVirtualMachineRawConfig_setName`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn AVirtualMachineRawConfig_setName(config: *mut RawConfig, name: *const c_char) -> c_int {
+    if config.is_null() || name.is_null() {
+        return -libc::EINVAL;
+    }
+    // SAFETY: not null, so a string that ends with NUL.
+    let Ok(name) = unsafe { CStr::from_ptr(name) }.to_str() else {
+        return -libc::EINVAL;
+    };
+    // SAFETY: as the contract says.
+    unsafe { set(config, |config| config.name = Some(name.to_owned())) };
+    0
+}
+
+/// `AVirtualMachineRawConfig_setInstanceId`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn AVirtualMachineRawConfig_setInstanceId(
+    config: *mut RawConfig,
+    id: *const i8,
+    size: usize,
+) -> c_int {
+    if config.is_null() || id.is_null() || size != INSTANCE_ID {
+        return -libc::EINVAL;
+    }
+    // SAFETY: not null, so an array of the size that was checked.
+    let bytes = unsafe { slice::from_raw_parts(id.cast::<u8>(), INSTANCE_ID) };
+    // SAFETY: as the contract says.
+    unsafe { set(config, |config| config.instance_id = bytes.try_into().ok()) };
+    0
+}
+
+/// `AVirtualMachineRawConfig_setKernel`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn AVirtualMachineRawConfig_setKernel(config: *mut RawConfig, fd: c_int) {
+    // SAFETY: as the contract says.
+    let kernel = unsafe { take_fd(fd) };
+    // SAFETY: as the contract says.
+    unsafe { set(config, |config| config.kernel = kernel) };
+}
+
+/// `AVirtualMachineRawConfig_setInitRd`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn AVirtualMachineRawConfig_setInitRd(config: *mut RawConfig, fd: c_int) {
+    // SAFETY: as the contract says.
+    let initrd = unsafe { take_fd(fd) };
+    // SAFETY: as the contract says.
+    unsafe { set(config, |config| config.initrd = initrd) };
+}
+
+/// `AVirtualMachineRawConfig_addDisk`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn AVirtualMachineRawConfig_addDisk(config: *mut RawConfig, fd: c_int, writable: bool) -> c_int {
+    // SAFETY: as the contract says.
+    let image = unsafe { take_fd(fd) };
+    match image {
+        Some(image) if !config.is_null() => {
+            // SAFETY: as the contract says.
+            unsafe { set(config, |config| config.disks.push(Disk { image, writable })) };
+            0
+        }
+        _ => -libc::EINVAL,
+    }
+}
+
+/// `AVirtualMachineRawConfig_setMemoryMib`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn AVirtualMachineRawConfig_setMemoryMib(config: *mut RawConfig, mib: i32) {
+    // SAFETY: as the contract says.
+    unsafe { set(config, |config| config.memory_mib = mib) };
+}
+
+/// `AVirtualMachineRawConfig_setMemoryMiB`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn AVirtualMachineRawConfig_setMemoryMiB(config: *mut RawConfig, mib: i32) {
+    // SAFETY: as the contract says.
+    unsafe { AVirtualMachineRawConfig_setMemoryMib(config, mib) };
+}
+
+/// `AVirtualMachineRawConfig_setProtectedVm`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn AVirtualMachineRawConfig_setProtectedVm(config: *mut RawConfig, protected: bool) {
+    // SAFETY: as the contract says.
+    unsafe { set(config, |config| config.protected_vm = protected) };
+}
+
+/// `AVirtualMachineRawConfig_setBalloon`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn AVirtualMachineRawConfig_setBalloon(config: *mut RawConfig, balloon: bool) {
+    // SAFETY: as the contract says.
+    unsafe { set(config, |config| config.balloon = balloon) };
+}
+
+/// `AVirtualMachineRawConfig_setHypervisorSpecificAuthMethod`.
+#[unsafe(no_mangle)]
+pub extern "C" fn AVirtualMachineRawConfig_setHypervisorSpecificAuthMethod(_: *mut RawConfig, _: bool) -> c_int {
+    -libc::ENOTSUP
+}
+
+/// `AVirtualMachineRawConfig_addCustomMemoryBackingFile`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn AVirtualMachineRawConfig_addCustomMemoryBackingFile(
+    config: *mut RawConfig,
+    fd: c_int,
+    start: u64,
+    end: u64,
+) -> c_int {
+    // SAFETY: as the contract says.
+    let memfd = unsafe { take_fd(fd) };
+    match memfd {
+        Some(memfd) if !config.is_null() && start <= end => {
+            // SAFETY: as the contract says.
+            unsafe { set(config, |config| config.memory.push(Memory { memfd, start, end })) };
+            0
+        }
+        _ => -libc::EINVAL,
+    }
+}
+
+/// `AVirtualizationService_create`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn AVirtualizationService_create(service: *mut *mut Service, _early: bool) -> c_int {
+    if service.is_null() {
+        return -libc::EINVAL;
+    }
+    -libc::ENOENT
+}
+
+/// `AVirtualizationService_destroy`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn AVirtualizationService_destroy(service: *mut Service) {
+    if !service.is_null() {
+        // SAFETY: it came from `create`, and nobody uses it after this.
+        drop(unsafe { Box::from_raw(service) });
+    }
+}
+
+/// `AVirtualMachine_createRaw`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn AVirtualMachine_createRaw(
+    _service: *const Service,
+    config: *mut RawConfig,
+    console_out: c_int,
+    console_in: c_int,
+    log: c_int,
+    _vm: *mut *mut Vm,
+) -> c_int {
+    // SAFETY: as the contract says.
+    let _fds = [console_out, console_in, log].map(|fd| unsafe { take_fd(fd) });
+    // SAFETY: as the contract says.
+    unsafe { AVirtualMachineRawConfig_destroy(config) };
+    -libc::EIO
+}
+
+/// `AVirtualMachine_start`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn AVirtualMachine_start(_vm: *mut Vm) -> c_int {
+    -libc::EIO
+}
+
+/// `AVirtualMachine_stop`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn AVirtualMachine_stop(_vm: *mut Vm) -> c_int {
+    -libc::EIO
+}
+
+/// `AVirtualMachine_waitForStop`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn AVirtualMachine_waitForStop(
+    _vm: *mut Vm,
+    _timeout: *const libc::timespec,
+    _reason: *mut i32,
+) -> bool {
+    false
+}
+
+/// `AVirtualMachine_destroy`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn AVirtualMachine_destroy(vm: *mut Vm) {
+    let _ = ptr::NonNull::new(vm);
+}
