@@ -77,6 +77,8 @@ struct Loops {
     /// Perhaps not yet ready.
     starting: Vec<(String, StartingLoop)>,
     running: Vec<DispatchLoop>,
+    /// Those that did not end when they were told to.
+    stuck: Vec<String>,
 }
 
 impl Loops {
@@ -189,6 +191,7 @@ impl Platform {
                 watchdog: watchdog_loop,
                 starting: Vec::new(),
                 running: Vec::new(),
+                stuck: Vec::new(),
             }),
         })
     }
@@ -220,35 +223,44 @@ impl Platform {
         for Pending { name, kind, worker } in std::mem::take(&mut loops.virtio) {
             loops.begin(&name, ThreadRole::Virtio(kind), worker, reporter, hooks)?;
         }
-        for (name, device) in std::mem::take(&mut loops.starting) {
-            loops.running.push(device.wait().map_err(start_error(&name))?);
+        let mut starting = std::mem::take(&mut loops.starting).into_iter();
+        while let Some((name, device)) = starting.next() {
+            match device.wait() {
+                Ok(running) => loops.running.push(running),
+                Err(error) => {
+                    // The others are ended together.
+                    loops.starting.extend(starting);
+                    return Err(start_error(&name)(error));
+                }
+            }
         }
         Ok(())
     }
 
-    /// Ends the devices' loops, which bring out what must not be lost until `deadline`; returns the names of those that don't end.
+    /// Ends the devices' loops, which bring out what must not be lost until `deadline`; returns the names of those that don't end, now or when
+    /// this was called before.
     pub(super) fn stop(&self, deadline: Instant) -> Vec<String> {
         let mut loops = self.loops();
-        // One that never ran has nothing to bring out.
-        (loops.serial, loops.rtc, loops.watchdog) = (None, None, None);
-        loops.virtio.clear();
-        loops.starting.clear();
-        let running = std::mem::take(&mut loops.running);
+        let Loops {
+            running,
+            starting,
+            stuck,
+            ..
+        } = std::mem::take(&mut *loops);
         drop(loops);
-        let left = |deadline: Instant| deadline.saturating_duration_since(Instant::now());
-        for device in &running {
-            device.request_stop(left(deadline));
-        }
-        let mut hung = Vec::new();
-        for device in running {
-            match device.stop(left(deadline).max(LEAST_PATIENCE)) {
-                Ok(()) => {}
-                Err(StopError::Hung { device }) => hung.push(device),
+        // Those of the rest never ran, and have nothing to bring out.
+        let starting = starting.into_iter().map(|(_, device)| device);
+        let deadline = deadline.max(Instant::now() + LEAST_PATIENCE);
+        let hung = DispatchLoop::stop_all(running, starting, deadline)
+            .into_iter()
+            .filter_map(|error| match error {
+                StopError::Hung { device } => Some(device),
                 // It was reported when it happened.
-                Err(StopError::Failed { .. }) => {}
-            }
-        }
-        hung
+                StopError::Failed { .. } => None,
+            });
+        let stuck: Vec<_> = stuck.into_iter().chain(hung).collect();
+        self.loops().stuck.clone_from(&stuck);
+        stuck
     }
 
     /// Places of the devices on the PCI bus.
@@ -292,7 +304,7 @@ impl Platform {
     }
 }
 
-/// What a device's loop gets to end even after the deadline.
+/// What the devices' loops get to end even after the deadline.
 const LEAST_PATIENCE: Duration = Duration::from_millis(10);
 
 impl GuestBus for Platform {

@@ -1,15 +1,19 @@
 //! A device that does not come back: the guest and its owner go on.
 
-use std::sync::Mutex;
+use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use sepal_devices::virtio::device::{Context, DeviceKind, Fault, VirtioDevice};
-use sepal_vmm_component::machine::{DeviceSpec, Happening};
+use sepal_vmm_component::machine::{DeviceSpec, Happening, Machine, ThreadRole};
 
 use crate::registers;
-use crate::rig::{PATIENCE, Rig, kvm};
+use crate::rig::{self, PATIENCE, Rig, kvm};
 use crate::virtio::kernel_of_requests;
+
+/// Enough for threads that do end.
+const PATIENCE_WITH_STUCK: Duration = Duration::from_secs(1);
 
 /// Tells that it was notified, and does not come back until the test lets go.
 struct Hangs {
@@ -66,5 +70,25 @@ fn while_a_device_hangs_the_guest_and_its_owner_go_on() {
     // A vCPU may need longer to end than that.
     let stuck = rig.machine.join(Duration::from_millis(1)).stuck;
     assert!(stuck.contains(&"hangs".to_owned()), "{stuck:?}");
+    drop(release);
+}
+
+#[test]
+fn devices_whose_threads_never_get_ready_are_told_of_when_the_machine_ends() {
+    let Some(kvm) = kvm() else { return };
+    let (release, released) = channel::<()>();
+    let released = Mutex::new(released);
+    let (hooks, _events) = rig::hooks_with(move |role| {
+        if matches!(role, ThreadRole::Device(_)) {
+            // Fails only when the test is over.
+            let _ = released.lock().map(|released| released.recv());
+        }
+        Ok(())
+    });
+    let (_ours, serial) = UnixStream::pair().expect("a socket pair");
+    let config = rig::config(&kernel_of_requests(), 1, Some(serial.into()));
+    let machine = Machine::create(&kvm, config, hooks, &Arc::default()).expect("the machine is made");
+    let stuck = machine.join(PATIENCE_WITH_STUCK).stuck;
+    assert_eq!(stuck, ["serial", "rtc"]);
     drop(release);
 }
