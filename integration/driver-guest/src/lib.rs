@@ -6,7 +6,8 @@
 //!
 //! # On the kernel command line
 //!
-//! - `run=COMMAND,COMMAND,...` with each `NAME[@DEVICE][:ARGUMENT]...`: DEVICE counts the devices of a kind from 0, in the order of the bus.
+//! - `run=COMMAND,COMMAND,...` with each `NAME[@DEVICE][:ARGUMENT]...`: DEVICE counts the devices of a kind from 0, in the order of the bus. Without
+//!   that word the commands are what the initial RAM file system holds as text, with commas, blanks or line ends between them.
 //! - `pci=ports` uses the ports 0xcf8 and 0xcfc instead of ECAM; `pci=HEX` names ECAM's address, which otherwise ACPI does.
 //!
 //! # On the serial port
@@ -53,6 +54,17 @@
 //! | `mem[:MIB]` | virtio-mem: plugs what the host asks for, uses it, unplugs when it asks for nothing |
 //! | `hostile:KIND[:QUEUE]` | rings against the rules: `refused=` with DEVICE_NEEDS_RESET, `used=`, `ignored=`; resets after each |
 //! | `serial-bulk[:BYTES]` | prints so many bytes, looking for room before each: `bytes_s=` |
+//! | `serial-line` | reads a line from the serial port: `got=` |
+//! | `console-say:PORT:TEXT` | several ports: writes a line to one: `names=`, `open=` |
+//! | `console-echo:PORT[:BYTES]` | several ports: sends back what one receives, until it was so many bytes |
+//! | `memory` | `mib=` usable, `ranges=` |
+//! | `mem-sum:ADDRESS:BYTES` | `fnv=` of guest memory |
+//! | `mem-fill:ADDRESS:BYTES[:SEED]` | byte `i` becomes `(SEED + i) mod 251` |
+//! | `mem-wait:ADDRESS:VALUE` | until the host has made the byte there that value |
+//! | `instance-id` | `id=` as the ACPI device SEPL0001 tells it, or `none` |
+//! | `hang`, `halt` | runs or halts for ever |
+//! | `reset[:acpi\|i8042\|triple-fault]`, `crash` | resets; makes its vCPU fail |
+//! | `watchdog[:MILLISECONDS]` | arms the watchdog and does not feed it |
 //! | `say:TEXT` | `ok say TEXT` |
 
 /// The guest, an ELF64 executable; see the crate's head for what it does.

@@ -37,4 +37,14 @@ impl<'a> Arguments<'a> {
                 .map_err(|_| Failure(format!("argument {index}, {text:?}, is no number that fits"))),
         }
     }
+
+    /// Argument `index`, an address: decimal, or hexadecimal with 0x before it.
+    pub(crate) fn address(&self, index: usize) -> Result<u64, Failure> {
+        let text = self.text(index).unwrap_or_default();
+        let number = match text.strip_prefix("0x") {
+            Some(digits) => u64::from_str_radix(digits, 16),
+            None => text.parse(),
+        };
+        number.map_err(|_| Failure(format!("argument {index}, {text:?}, is no address")))
+    }
 }

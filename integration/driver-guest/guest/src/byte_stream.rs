@@ -11,10 +11,10 @@ use virtio_drivers::device::rng::VirtIORng;
 use virtio_drivers::transport::DeviceType;
 
 use crate::arguments::Arguments;
-use crate::ensure;
 use crate::guest::{Guest, Outcome};
 use crate::heap::Identity;
 use crate::port::Port;
+use crate::{cpu, ensure};
 
 pub(crate) use bench::{ping, serial, take};
 
@@ -65,6 +65,21 @@ pub(crate) fn console(guest: &mut Guest, arguments: Arguments<'_>) -> Outcome {
     }
     let size = device.size()?.map_or_else(|| "none".into(), |size| format!("{size}"));
     Ok(format!("got={line} size={size}"))
+}
+
+/// `serial-line`: reads a line from the serial port and reports it.
+pub(crate) fn serial_line(guest: &mut Guest, _: Arguments<'_>) -> Outcome {
+    guest.say("waiting serial-line");
+    let mut line = String::new();
+    let ended = guest.within(PATIENCE, || {
+        let mut byte = [0];
+        if cpu::serial_read(&mut byte) != 0 && byte != *b"\n" {
+            line.push(char::from(byte[0]));
+        }
+        byte == *b"\n"
+    });
+    ensure!(ended, "no line came; so far {line:?}");
+    Ok(format!("got={}", line.trim_end()))
 }
 
 /// `console-bulk[:BYTES[:PIECE]]`: writes so many bytes in pieces, and reports how long that took. The bytes are the counter 0, 1, ...

@@ -6,12 +6,14 @@ use alloc::vec::Vec;
 
 use crate::arguments::Arguments;
 use crate::guest::{Failure, Guest, Outcome};
-use crate::{balloon, block, bus, byte_stream, hostile, interrupts, memory, multiport, network, vsock};
+use crate::{
+    balloon, block, bus, byte_stream, endings, hostile, interrupts, memory, multiport, network, physical, vsock,
+};
 
 type Command = fn(&mut Guest, Arguments<'_>) -> Outcome;
 
 /// What each does is at the head of the crate `sepal-driver-guest`.
-const COMMANDS: [(&str, Command); 42] = [
+const COMMANDS: [(&str, Command); 55] = [
     ("pci", list),
     ("pci-ways", ways),
     ("bar-move", bus::bar_move),
@@ -54,12 +56,28 @@ const COMMANDS: [(&str, Command); 42] = [
     ("intx", interrupts::intx),
     ("serial-bulk", byte_stream::serial),
     ("say", say),
+    ("serial-line", byte_stream::serial_line),
+    ("console-say", multiport::say),
+    ("console-echo", multiport::echo),
+    ("memory", physical::show),
+    ("mem-sum", physical::sum),
+    ("mem-fill", physical::fill),
+    ("mem-wait", physical::wait),
+    ("instance-id", physical::instance_id),
+    ("hang", endings::hang),
+    ("halt", endings::halt),
+    ("reset", endings::reset),
+    ("crash", endings::crash),
+    ("watchdog", endings::watchdog),
 ];
 
-/// Runs the commands of `run=` in turn, each reporting in a line of its own.
+/// Runs the commands of `run=`, or of the script where there is no such word, in turn, each reporting in a line of its own.
 pub(crate) fn run_all(guest: &mut Guest) {
-    let run: String = guest.option("run=").unwrap_or_default();
-    for command in run.split(',').filter(|command| !command.is_empty()) {
+    let run: String = match guest.option("run=") {
+        Some(run) => run,
+        None => core::mem::take(&mut guest.script),
+    };
+    for command in run.split([',', ' ']).filter(|command| !command.is_empty()) {
         let (name, arguments) = Arguments::parse(command);
         let outcome = match COMMANDS.iter().find(|(known, _)| *known == name) {
             Some((_, run)) => run(guest, arguments),

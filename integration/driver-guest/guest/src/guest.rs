@@ -9,7 +9,7 @@ use crate::boot_info::BootInfo;
 use crate::bus::{self, Found};
 use crate::console::Console;
 use crate::machine::{LowMemory, Mapper, MonotonicClock};
-use crate::{cpu, heap, machine};
+use crate::{cpu, heap, machine, script};
 
 /// Why a command failed, in words.
 pub(crate) struct Failure(pub(crate) String);
@@ -45,6 +45,8 @@ pub(crate) struct Guest {
     pub(crate) acpi: Option<Acpi>,
     pub(crate) config: bus::Access,
     pub(crate) devices: Vec<Found>,
+    /// The text that came as initial RAM file system.
+    pub(crate) script: String,
     clock: MonotonicClock,
     console: Console,
 }
@@ -57,15 +59,19 @@ impl Guest {
         } else {
             BootInfo::from_zero_page(&LowMemory, address)
         };
-        let mapper = Mapper::new();
+        let mut mapper = Mapper::new();
         let start = mapper.free_memory() + DIRECTORIES;
         let usable = memory
             .ranges()
             .iter()
             .find(|range| range.usable() && range.start <= start && start < range.end);
         let end = usable.map_or(start, |range| range.end.min(HEAP_END));
+        // An initial RAM file system lies at the end of the memory: the heap ends before it.
+        let place = script::place(pvh, address);
+        let end = place.map_or(end, |(script, _)| end.min(script.max(start)));
         // SAFETY: usable memory behind the image and its page directories, mapped by boot.s; nothing was allocated yet.
         unsafe { heap::start(start as usize, end as usize) };
+        let script = place.and_then(|place| script::read(place, &mut mapper, &memory));
         let acpi = Acpi::read(&LowMemory, memory.rsdp);
         let config = bus::Access::choose(word(memory.command_line(), "pci="), acpi.as_ref());
         let devices = bus::scan(config);
@@ -79,6 +85,7 @@ impl Guest {
             acpi,
             config,
             devices,
+            script: script.unwrap_or_default(),
             clock: MonotonicClock::new(),
             console: Console::new(),
         }

@@ -99,7 +99,7 @@ struct Lane {
 struct Ports {
     port: Port,
     control: Inbox,
-    send: Queue,
+    tell: Queue,
     lanes: Vec<Lane>,
 }
 
@@ -120,28 +120,48 @@ impl Ports {
             });
         }
         let control = Inbox::new(&mut port, RECEIVE_CONTROL)?;
-        let send = Box::new(VirtQueue::new(&mut port, SEND_CONTROL, false, false)?);
+        let tell = Box::new(VirtQueue::new(&mut port, SEND_CONTROL, false, false)?);
         port.finish_init();
         let mut ports = Self {
             port,
             control,
-            send,
+            tell,
             lanes,
         };
         for _ in 0..ENTRIES / 2 {
             ports.control.post(&mut ports.port, vec![0; 64])?;
         }
-        for lane in &mut ports.lanes {
-            lane.input.post(&mut ports.port, vec![0; 256])?;
-        }
         Ok(ports)
+    }
+
+    /// Gives port `id` a buffer for what the host has for it.
+    fn listen(&mut self, id: usize) -> Result<(), Failure> {
+        match self.lanes.get_mut(id) {
+            Some(lane) => lane.input.post(&mut self.port, vec![0; 256]),
+            None => Err(Failure(format!("there is no port {id}"))),
+        }
+    }
+
+    /// All ports, with the number of the one that a command's first argument names, and what to report: `names=` of all, and `open=` of those that
+    /// somebody is at the other end of.
+    fn with(guest: &mut Guest, arguments: Arguments<'_>) -> Result<(Self, usize, String), Failure> {
+        let id = arguments.number(0, 0)?;
+        let mut ports = Self::open(guest, arguments.device)?;
+        let greeted = ports.greet(guest)?;
+        let names: Vec<&str> = greeted.iter().map(|(name, _)| name.as_str()).collect();
+        let open: Vec<String> = (0..greeted.len())
+            .filter(|&id| greeted.get(id).is_some_and(|(_, open)| *open))
+            .map(|id| format!("{id}"))
+            .collect();
+        let report = format!("names={} open={}", names.join("+"), open.join("+"));
+        Ok((ports, id, report))
     }
 
     fn tell(&mut self, id: u32, event: u16, value: u16) -> Result<(), Failure> {
         let mut message = id.to_le_bytes().to_vec();
         message.extend(event.to_le_bytes());
         message.extend(value.to_le_bytes());
-        self.send.add_notify_wait_pop(&[&message], &mut [], &mut self.port)?;
+        self.tell.add_notify_wait_pop(&[&message], &mut [], &mut self.port)?;
         Ok(())
     }
 
@@ -160,8 +180,8 @@ impl Ports {
         ))
     }
 
-    /// Sets all ports up; their names, the console's as `console`.
-    fn greet(&mut self, guest: &mut Guest) -> Result<Vec<String>, Failure> {
+    /// Sets all ports up; their names, a console's as `console`, and whether somebody is at the other end.
+    fn greet(&mut self, guest: &mut Guest) -> Result<Vec<(String, bool)>, Failure> {
         let count = self.lanes.len() as u32;
         self.tell(u32::MAX, DEVICE_READY, 1)?;
         for id in 0..count {
@@ -173,55 +193,60 @@ impl Ports {
             self.tell(id, PORT_READY, 1)?;
             let mut name = String::new();
             // The last one says whether somebody is at the other end.
-            loop {
+            let open = loop {
                 let (port, event, value, rest) = self.hear(guest)?;
                 ensure!(port == id, "event {event} of port {port} instead of {id}");
                 match event {
                     CONSOLE_PORT => name = "console".into(),
                     PORT_NAME => name = String::from_utf8_lossy(&rest).into_owned(),
-                    PORT_OPEN => {
-                        ensure!(value == 1, "nobody is at the other end of port {id}");
-                        break;
-                    }
+                    PORT_OPEN => break value == 1,
                     _ => {}
                 }
-            }
+            };
             self.tell(id, PORT_OPEN, 1)?;
-            names.push(name);
+            names.push((name, open));
         }
         Ok(names)
     }
 
     /// Sends a line through a port.
     fn say(&mut self, id: usize, line: &str) -> Result<(), Failure> {
+        self.send(id, &format!("{line}\n").into_bytes())
+    }
+
+    /// Sends bytes through a port.
+    fn send(&mut self, id: usize, bytes: &[u8]) -> Result<(), Failure> {
         let Self { port, lanes, .. } = self;
         let Some(Lane {
             output, output_index, ..
         }) = lanes.get_mut(id)
         else {
-            return Ok(());
+            return Err(Failure(format!("there is no port {id}")));
         };
-        let bytes = format!("{line}\n").into_bytes();
         // SAFETY: the bytes live until the chain was taken back, or for ever if that does not happen.
-        let token = unsafe { output.add(&[&bytes], &mut []) }?;
+        let token = unsafe { output.add(&[bytes], &mut []) }?;
         port.notify(*output_index);
         while !output.can_pop() {
             core::hint::spin_loop();
         }
         // SAFETY: as above.
-        unsafe { output.pop_used(token, &[&bytes], &mut []) }?;
+        unsafe { output.pop_used(token, &[bytes], &mut []) }?;
         Ok(())
+    }
+
+    /// Waits for what the host has for a port.
+    fn take(&mut self, guest: &mut Guest, id: usize) -> Result<Vec<u8>, Failure> {
+        match self.lanes.get_mut(id) {
+            Some(lane) => lane.input.take(guest, &mut self.port),
+            None => Err(Failure(format!("there is no port {id}"))),
+        }
     }
 
     /// Waits for a line from a port.
     fn read(&mut self, guest: &mut Guest, id: usize) -> Result<String, Failure> {
-        let Self { port, lanes, .. } = self;
-        let Some(Lane { input, .. }) = lanes.get_mut(id) else {
-            return Ok(String::new());
-        };
         let mut line = Vec::new();
         while !line.ends_with(b"\n") {
-            line.extend(input.take(guest, port)?);
+            line.extend(self.take(guest, id)?);
         }
         line.pop();
         Ok(String::from_utf8_lossy(&line).into_owned())
@@ -231,7 +256,12 @@ impl Ports {
 /// `console-ports[:TEXT]`: sets all ports up, writes `TEXT-N` to port N, then reads a line from each, the last port first.
 pub(crate) fn talk(guest: &mut Guest, arguments: Arguments<'_>) -> Outcome {
     let mut ports = Ports::open(guest, arguments.device)?;
-    let names = ports.greet(guest)?;
+    for id in 0..ports.lanes.len() {
+        ports.listen(id)?;
+    }
+    let (names, open): (Vec<String>, Vec<bool>) = ports.greet(guest)?.into_iter().unzip();
+    let closed = open.iter().position(|open| !open);
+    ensure!(closed.is_none(), "nobody is at the other end of port {closed:?}");
     let text = arguments.text(0).unwrap_or("hello");
     for id in 0..names.len() {
         ports.say(id, &format!("{text}-{id}"))?;
@@ -242,4 +272,26 @@ pub(crate) fn talk(guest: &mut Guest, arguments: Arguments<'_>) -> Outcome {
     }
     got.reverse();
     Ok(format!("names={} got={}", names.join("+"), got.join("+")))
+}
+
+/// `console-say:PORT:TEXT`: writes a line to one of several ports.
+pub(crate) fn say(guest: &mut Guest, arguments: Arguments<'_>) -> Outcome {
+    let (mut ports, id, greeting) = Ports::with(guest, arguments)?;
+    ports.say(id, arguments.text(1).unwrap_or("hello"))?;
+    Ok(greeting)
+}
+
+/// `console-echo:PORT[:BYTES]`: sends back what one of several ports receives, until it was so many bytes.
+pub(crate) fn echo(guest: &mut Guest, arguments: Arguments<'_>) -> Outcome {
+    let total: usize = arguments.number(1, 1)?;
+    let (mut ports, id, greeting) = Ports::with(guest, arguments)?;
+    ports.listen(id)?;
+    guest.say("waiting console-echo");
+    let mut echoed = 0;
+    while echoed < total {
+        let bytes = ports.take(guest, id)?;
+        ports.send(id, &bytes)?;
+        echoed += bytes.len();
+    }
+    Ok(format!("bytes={echoed} {greeting}"))
 }
