@@ -3,7 +3,7 @@
 use std::fs::OpenOptions;
 use std::io;
 use std::mem::zeroed;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, UdpSocket};
 use std::os::fd::{AsRawFd, OwnedFd};
 
 /// The kernel's address on the tap.
@@ -41,7 +41,7 @@ pub(super) fn tap(queues: usize) -> Option<Vec<OwnedFd>> {
         OwnedFd::from(tun)
     };
     let taps = (0..queues).map(|_| open()).collect();
-    let socket = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
+    let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
     let mut address = request();
     let mut hardware = [0; 14];
     for (place, byte) in hardware.iter_mut().zip(HOST_MAC) {
@@ -76,7 +76,7 @@ pub(super) fn tap(queues: usize) -> Option<Vec<OwnedFd>> {
 
 /// Brings the kernel's end up or down.
 pub(super) fn set_up(up: bool) {
-    let socket = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
+    let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
     let mut flags = request();
     flags.ifr_ifru.ifru_flags = if up { libc::IFF_UP as i16 } else { 0 };
     control(&socket, libc::SIOCSIFFLAGS, &mut flags);
@@ -149,6 +149,20 @@ pub(super) fn udp_frame(ports: [u16; 2], payload: &[u8], checksum: u16) -> Vec<u
     }
     frame.extend_from_slice(payload);
     frame
+}
+
+/// Whether a frame is such a packet, of either side.
+pub(super) fn is_udp(frame: &[u8]) -> bool {
+    frame[12..14] == [8, 0] && frame[23] == 17
+}
+
+/// Has the kernel send what `socket` is given in UDP packets of `size` bytes, or leave that to the tap. 0: as one packet.
+pub(super) fn set_segments(socket: &UdpSocket, size: i32) {
+    const UDP_SEGMENT: i32 = 103;
+    let (at, len) = ((&raw const size).cast(), size_of_val(&size) as libc::socklen_t);
+    // SAFETY: the option takes an int.
+    let done = unsafe { libc::setsockopt(socket.as_raw_fd(), libc::SOL_UDP, UDP_SEGMENT, at, len) };
+    assert_eq!(done, 0);
 }
 
 /// The checksum of the pseudo header in front of a UDP packet with `payload` bytes: what a checksum that the host completes begins with.

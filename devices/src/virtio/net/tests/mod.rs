@@ -10,12 +10,12 @@ mod commands;
 mod host;
 mod link;
 mod malformed;
+mod many;
 mod packets;
 mod properties;
 mod receiving;
 mod sending;
 mod tap;
-mod throughput;
 
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 /// Queues of a device with one pair.

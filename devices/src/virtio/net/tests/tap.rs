@@ -1,16 +1,15 @@
 //! The device over a real tap: frames through the host's kernel, with and without offloads.
 
 use std::net::UdpSocket;
-use std::os::fd::AsRawFd;
 
 use super::host::{self, GUEST, HOST, checksum_is_right, partial_checksum, udp_frame};
 use super::*;
 
 /// A UDP port of the kernel's side, and the guest's.
-const PORTS: [u16; 2] = [4000, 5000];
+pub(super) const PORTS: [u16; 2] = [4000, 5000];
 
 /// A device over a tap with `queues` queues, on a bench, and a socket of the kernel's; `None` where there is no privilege for it.
-fn tap(queues: usize) -> Option<(Rig<Net>, NetHandle, UdpSocket)> {
+pub(super) fn tap(queues: usize) -> Option<(Rig<Net>, NetHandle, UdpSocket)> {
     let taps = host::tap(queues)?;
     let (net, handle) = Net::new(config(NetBackend::Tap(taps))).unwrap();
     let socket = UdpSocket::bind((HOST, PORTS[1])).unwrap();
@@ -38,7 +37,7 @@ fn udp_frames(rig: &mut Rig<Net>, queue: u16, count: usize) -> Vec<(Vec<u8>, Vec
             let more = usize::from(header[10]) - 1;
             let chains = std::iter::once(first).chain(used.by_ref().take(more));
             let frame = merged(chains).remove(0);
-            if frame[12..14] == [8, 0] && frame[23] == 17 {
+            if host::is_udp(&frame) {
                 frames.push((header, frame));
             }
         }
@@ -135,19 +134,7 @@ fn segmentation_is_left_to_the_host() {
 
 /// Has the kernel send 5000 bytes in segments of 1000, or leave that to the tap.
 fn send_segments(socket: &UdpSocket) {
-    const UDP_SEGMENT: i32 = 103;
-    let size: i32 = 1000;
-    // SAFETY: the option takes an int.
-    let done = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_UDP,
-            UDP_SEGMENT,
-            (&raw const size).cast(),
-            4,
-        )
-    };
-    assert_eq!(done, 0);
+    host::set_segments(socket, 1000);
     socket.send(&frame(3, 5000)).unwrap();
 }
 
