@@ -24,6 +24,7 @@ use crate::{
     error::HarnessError,
     events::News,
     manager::{Manager, PATIENCE},
+    printed::{Printed, end_of},
     report::Report,
 };
 
@@ -197,11 +198,9 @@ pub struct Guest {
     /// Held: the guest ends when it is dropped. None of a guest that somebody else launched.
     _lease: Option<guest_manager::lease::Client>,
     pub(crate) news: Option<News>,
-    output: Vec<u8>,
+    output: Printed,
     /// Position of the serial port's output after what has been read.
     position: u64,
-    /// Where the next wait looks for its text.
-    seen: usize,
     ended: bool,
 }
 
@@ -212,9 +211,8 @@ impl Guest {
             guest,
             _lease: lease,
             news: None,
-            output: Vec::new(),
+            output: Printed::default(),
             position: 0,
-            seen: 0,
             ended: false,
         }
     }
@@ -225,9 +223,7 @@ impl Guest {
     /// # Errors
     /// [`HarnessError::TimedOut`], [`HarnessError::Ended`].
     pub fn wait_for(&mut self, text: &str, patience: Duration) -> Result<String, HarnessError> {
-        self.wait_until(&format!("the text {text:?}"), patience, |fresh| {
-            find(fresh, text.as_bytes()).map(|at| at + text.len())
-        })
+        self.wait_until(&format!("the text {text:?}"), patience, |fresh| end_of(text, fresh))
     }
 
     /// Waits until the guest has printed a whole line with `text` in it, after what earlier waits have found. Returns the line.
@@ -236,8 +232,8 @@ impl Guest {
     /// As [`wait_for`](Self::wait_for).
     pub fn wait_for_line(&mut self, text: &str, patience: Duration) -> Result<String, HarnessError> {
         let found = self.wait_until(&format!("a line with {text:?}"), patience, |fresh| {
-            let after = find(fresh, text.as_bytes())? + text.len();
-            find(&fresh[after..], b"\n").map(|end| after + end + 1)
+            let after = end_of(text, fresh)?;
+            end_of("\n", &fresh[after..]).map(|end| after + end)
         })?;
         Ok(found.lines().last().unwrap_or_default().to_owned())
     }
@@ -262,10 +258,7 @@ impl Guest {
     ) -> Result<String, HarnessError> {
         let deadline = Instant::now() + patience;
         loop {
-            let fresh = &self.output[self.seen..];
-            if let Some(end) = search(fresh) {
-                let found = String::from_utf8_lossy(&fresh[..end]).into_owned();
-                self.seen += end;
+            if let Some(found) = self.output.take(&search) {
                 return Ok(found);
             }
             if self.ended {
@@ -357,7 +350,7 @@ impl Guest {
 
     /// Everything that the guest printed so far and a wait has collected.
     pub fn output(&self) -> String {
-        String::from_utf8_lossy(&self.output).into_owned()
+        self.output.text()
     }
 
     /// Ends the guest, and hands its manager back.
@@ -387,11 +380,11 @@ impl Guest {
         let answer = answer?;
         let piece = answer.get()?;
         if piece.get_dropped() > 0 {
-            self.output
-                .extend_from_slice(format!("[{} bytes lost]", piece.get_dropped()).as_bytes());
+            let lost = format!("[{} bytes lost]", piece.get_dropped());
+            self.output.push(lost.as_bytes());
         }
         let bytes = piece.get_bytes()?;
-        self.output.extend_from_slice(bytes);
+        self.output.push(bytes);
         self.position = piece.get_position() + bytes.len() as u64;
         self.ended = piece.get_ended();
         Ok(true)
@@ -406,13 +399,6 @@ impl Guest {
     }
 
     fn tail(&self) -> String {
-        let start = self.output.len().saturating_sub(TAIL);
-        String::from_utf8_lossy(&self.output[start..]).into_owned()
+        self.output.tail(TAIL)
     }
-}
-
-fn find(haystack: &[u8], needle: &[u8]) -> Option<usize> {
-    haystack
-        .windows(needle.len().max(1))
-        .position(|window| window.starts_with(needle))
 }

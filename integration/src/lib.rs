@@ -20,6 +20,7 @@
 //! - `host`: what devices need on the host: images, networks apart from the host's, the other ends of connections.
 //! - `manager`: [`Manager`], a guest manager of one's own or one that runs.
 //! - `power`: what a client does to whether a guest runs.
+//! - `printed`: [`Printed`], a guest's output and how much of it was waited for.
 //! - `programs`: where the programs of this build are.
 
 mod archive;
@@ -31,6 +32,7 @@ mod facets;
 pub mod host;
 mod manager;
 mod power;
+mod printed;
 mod programs;
 mod report;
 
@@ -39,5 +41,6 @@ pub use boot::{Boot, Guest, disk};
 pub use error::HarnessError;
 pub use facets::{BalloonSize, MemorySize};
 pub use manager::{LaunchRequest, Manager};
+pub use printed::{Printed, end_of};
 pub use programs::program;
 pub use report::Report;

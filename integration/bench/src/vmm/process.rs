@@ -14,7 +14,7 @@ use rustix::{
     fs::{MemfdFlags, memfd_create},
     io::Errno,
 };
-use sepal_integration::{HarnessError, Report};
+use sepal_integration::{HarnessError, Printed, Report, end_of};
 
 use super::{Running, Started};
 use crate::guests::FIRST_BYTE;
@@ -38,9 +38,7 @@ pub(super) struct Process {
     /// What it writes to standard error: in memory, so that nobody has to read it.
     errors: File,
     /// What the guest printed so far.
-    printed: Vec<u8>,
-    /// How much of that was asked for.
-    seen: usize,
+    printed: Printed,
     /// Whether the process is strace, with the VMM below it.
     traced: bool,
     /// What must last as long as the process.
@@ -80,8 +78,7 @@ impl Process {
             child,
             output,
             errors,
-            printed: Vec::new(),
-            seen: 0,
+            printed: Printed::default(),
             traced: trace.is_some(),
             _kept: Box::new(kept),
         }))
@@ -102,7 +99,7 @@ impl Process {
         match self.output.read(&mut piece) {
             Ok(0) => Err(Silence::End),
             Ok(count) => {
-                self.printed.extend(piece.iter().take(count));
+                self.printed.push(piece.get(..count).unwrap_or_default());
                 Ok(())
             }
             Err(error) => Err(Silence::Io(error)),
@@ -118,10 +115,7 @@ impl Process {
     ) -> Result<String, HarnessError> {
         let deadline = Instant::now() + patience;
         loop {
-            let fresh = self.printed.get(self.seen..).unwrap_or_default();
-            if let Some(end) = search(fresh) {
-                let found = String::from_utf8_lossy(fresh.get(..end).unwrap_or_default()).into_owned();
-                self.seen += end;
+            if let Some(found) = self.printed.take(&search) {
                 return Ok(found);
             }
             self.read_more(deadline)
@@ -137,11 +131,9 @@ impl Process {
             Silence::Io(error) => format!("{what}: {error}"),
         };
         let words = self.last_line_of_errors();
-        let start = self.printed.len().saturating_sub(TAIL);
-        let printed = String::from_utf8_lossy(self.printed.get(start..).unwrap_or_default()).into_owned();
-        let printed = printed.trim();
+        let printed = self.printed.tail(TAIL);
         let mut message = how;
-        for (label, text) in [("it said", words.trim()), ("the guest printed", printed)] {
+        for (label, text) in [("it said", words.trim()), ("the guest printed", printed.trim())] {
             if !text.is_empty() {
                 message.push_str(&format!("; {label}: {text}"));
             }
@@ -194,16 +186,12 @@ impl Running for Process {
         if found.as_bytes() == [FIRST_BYTE] {
             return Ok(());
         }
-        let printed = String::from_utf8_lossy(&self.printed);
+        let printed = self.printed.text();
         Err(self.failed(format!("it prints something of its own: {printed:?}")))
     }
 
     fn wait_for(&mut self, text: &str) -> Result<(), HarnessError> {
-        let wanted = text.as_bytes();
-        let found = self.wait_until(&format!("{text:?}"), PATIENCE, |fresh| {
-            let at = fresh.windows(wanted.len().max(1)).position(|window| window == wanted)?;
-            Some(at + wanted.len())
-        });
+        let found = self.wait_until(&format!("{text:?}"), PATIENCE, |fresh| end_of(text, fresh));
         found.map(drop)
     }
 
