@@ -68,6 +68,12 @@ interface GuestManager {
   whoAmI @11 () -> (uid :UInt32, gid :UInt32, role :Role, readOnly :Bool);
   # How the manager sees the caller. `readOnly`: it came by the read-only socket, where nobody has more than the role observe.
 
+  check @12 (config :GuestConfig) -> Completion;
+  # Whether a guest could be created from this, as far as that can be told without making, starting or taking anything: fails with what create would
+  # fail with. Not looked at: whether the name is free, what is in a kernel, whether there is privilege for a tap, whether somebody serves at a back
+  # end's socket. What the host has at the moment (memory, images and context ids that others use) may be gone by the time of create. Needs what
+  # newGuest and create need.
+
   struct RedeemResult {
     facet @0 :Facets.Facet;
     # To be cast to what `kind` says.

@@ -8,7 +8,7 @@ use sepal_schema::{
         self, GuestConfig, Limits, OnPanic, OnReset,
         device::{Backend, Backing, Disk, DiskFormat, DiskMode, Link, Network, Share, VhostUser, Vsock},
     },
-    error::Outcome,
+    error::{Outcome, read_completion},
     guest_capnp::guest,
     manager_capnp::guest_manager,
     transport::Handle,
@@ -33,7 +33,7 @@ struct Launched {
     name: String,
 }
 
-/// Boots a guest; stays connected to its serial port until it ends, unless it is to be left running.
+/// Boots a guest; stays connected to its serial port until it ends, unless it is to be left running. Or only tells whether it could be booted.
 pub(crate) async fn launch(handle: &Handle, place: &Place, args: &Launch) -> Result<u8> {
     let otherwise = match args.detach {
         true => Otherwise::Daemon,
@@ -48,15 +48,18 @@ pub(crate) async fn launch(handle: &Handle, place: &Place, args: &Launch) -> Res
         false => uploads::replace(&manager, &mut config, &disks).await,
     };
     let launched = match ready {
-        Ok(()) => send(&manager, config, args.detach).await,
+        Ok(()) if args.check => check(&manager, config).await.map(|()| None),
+        Ok(()) => send(&manager, config, args.detach).await.map(Some),
         Err(error) => Err(error),
     };
     let outcome = match launched {
-        Ok(launched) if args.detach => {
+        // Nothing to be told: what is wrong would have been.
+        Ok(None) => Ok(status::SUCCESS),
+        Ok(Some(launched)) if args.detach => {
             show::print(format!("{}\n", launched.name).as_bytes())?;
             Ok(status::SUCCESS)
         }
-        Ok(Launched { guest, lease, name }) => {
+        Ok(Some(Launched { guest, lease, name })) => {
             let ended = session::launched(handle, &manager, &guest, &name).await;
             drop(lease);
             ended
@@ -197,6 +200,12 @@ fn vhost_user(spec: &VhostUserSpec, here: bool) -> Result<VhostUser> {
         queues: spec.queues,
         queue_size: spec.queue_size,
     })
+}
+
+async fn check(manager: &Manager, config: GuestConfig) -> Result<()> {
+    let mut request = manager.client.check_request();
+    config.encode(request.get().init_config(), &manager.fds())?;
+    Ok(read_completion(request.send().promise.await?.get()?)?)
 }
 
 async fn send(manager: &Manager, config: GuestConfig, detach: bool) -> Result<Launched> {

@@ -33,18 +33,8 @@ pub(crate) async fn connect(
     may_name_paths: bool,
     patience: Duration,
 ) -> Result<Paths, Error> {
-    let shares = config.shares.iter_mut().enumerate();
-    let shares = shares.map(|(i, share)| (format!("share{i}"), format!("shares[{i}].backend"), &mut share.backend));
-    let others = config.vhost_user.iter_mut().enumerate();
-    let others = others.map(|(i, device)| {
-        (
-            format!("vhost-user{i}"),
-            format!("vhostUser[{i}].backend"),
-            &mut device.backend,
-        )
-    });
     let mut paths = HashMap::new();
-    for (device, field, backend) in shares.chain(others) {
+    for (device, field, backend) in all(config) {
         let path = match backend {
             Backend::Socket(_) => continue,
             Backend::Path(path) if !may_name_paths => return Err(no_paths(&field, path)),
@@ -55,14 +45,50 @@ pub(crate) async fn connect(
             let again = persist(handle, &path);
             attempted = handle.timeout(patience, again).await.map_or(attempted, Ok);
         }
-        let socket = attempted.map_err(|error| {
-            let message = format!("{field}: nobody serves at {path}: {error}");
-            Error::new(Kind::FailedServiceConnect, message).about(field)
-        })?;
+        let socket = attempted.map_err(|error| nobody(&field, &path, &error))?;
         *backend = Backend::Socket(socket);
         paths.insert(device, path);
     }
     Ok(Rc::new(paths))
+}
+
+/// Every back end of a configuration: its device's name, its field, and itself.
+fn all(config: &mut GuestConfig) -> impl Iterator<Item = (String, String, &mut Backend)> {
+    let shares = config.shares.iter_mut().enumerate();
+    let shares = shares.map(|(i, share)| (format!("share{i}"), format!("shares[{i}].backend"), &mut share.backend));
+    let others = config.vhost_user.iter_mut().enumerate();
+    let others = others.map(|(i, device)| {
+        let (name, field) = (format!("vhost-user{i}"), format!("vhostUser[{i}].backend"));
+        (name, field, &mut device.backend)
+    });
+    shares.chain(others)
+}
+
+fn nobody(field: &str, path: &str, error: &dyn std::fmt::Display) -> Error {
+    let message = format!("{field}: nobody serves at {path}: {error}");
+    Error::new(Kind::FailedServiceConnect, message).about(field)
+}
+
+/// The back ends that `config` names by path: field and path.
+pub(crate) fn named(config: &mut GuestConfig) -> Vec<(String, String)> {
+    let path = |(_, field, backend): (_, String, &mut Backend)| match backend {
+        Backend::Path(path) => Some((field, path.clone())),
+        Backend::Socket(_) => None,
+    };
+    all(config).filter_map(path).collect()
+}
+
+/// Whether there is a socket at a back end's path. It is not connected to: some back ends serve whoever comes first, and end with them. May block.
+///
+/// # Errors
+/// `FAILED_SERVICE_CONNECT` about the field.
+pub(crate) fn check(field: &str, path: &str) -> Result<(), Error> {
+    use std::os::unix::fs::FileTypeExt;
+    match std::fs::metadata(path) {
+        Ok(found) if found.file_type().is_socket() => Ok(()),
+        Ok(_) => Err(nobody(field, path, &"it is no socket")),
+        Err(error) => Err(nobody(field, path, &error)),
+    }
 }
 
 async fn attempt(handle: &Handle, path: String) -> io::Result<OwnedFd> {

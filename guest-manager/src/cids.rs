@@ -59,14 +59,7 @@ impl Cids {
     /// `ALREADY_BOUND` about `vsock.cid`, saying who has it; `NO_RESOURCES`.
     pub fn take(&self, wanted: u32, guest: &str) -> Result<Cid, Error> {
         if wanted != 0 {
-            return self.bind(wanted, guest)?.ok_or_else(|| {
-                let holder = self.0.borrow().get(&wanted).cloned();
-                let who = holder.map_or("a guest of another manager or monitor".to_owned(), |name| {
-                    format!("guest \"{name}\"")
-                });
-                let message = format!("vsock.cid: {who} has the context id {wanted}; 0 chooses one that is free");
-                Error::new(Kind::AlreadyBound, message).about("vsock.cid")
-            });
+            return self.bind(wanted, guest)?.ok_or_else(|| self.taken(wanted));
         }
         for number in MIN_CID..MIN_CID + MAX_TRIES {
             if let Some(cid) = self.bind(number, guest)? {
@@ -77,13 +70,37 @@ impl Cids {
         Err(Error::new(Kind::NoResources, message).about("vsock.cid"))
     }
 
+    /// Whether the context id `wanted` could be taken, without taking it. Guests of other monitors, which only who takes one meets, are not looked at.
+    ///
+    /// # Errors
+    /// `ALREADY_BOUND` about `vsock.cid`, saying who has it.
+    pub(crate) fn look(&self, wanted: u32) -> Result<(), Error> {
+        if wanted == 0 {
+            return Ok(());
+        }
+        // Whoever has the name can be connected to.
+        let has_holder = || -> io::Result<()> { UnixDatagram::unbound()?.connect_addr(&name(wanted)?) };
+        match self.0.borrow().contains_key(&wanted) || has_holder().is_ok() {
+            true => Err(self.taken(wanted)),
+            false => Ok(()),
+        }
+    }
+
+    fn taken(&self, number: u32) -> Error {
+        let holder = self.0.borrow().get(&number).cloned();
+        let who = holder.map_or("a guest of another manager or monitor".to_owned(), |name| {
+            format!("guest \"{name}\"")
+        });
+        let message = format!("vsock.cid: {who} has the context id {number}; 0 chooses one that is free");
+        Error::new(Kind::AlreadyBound, message).about("vsock.cid")
+    }
+
     /// Takes one; none if somebody has it.
     fn bind(&self, number: u32, guest: &str) -> Result<Option<Cid>, Error> {
         if self.0.borrow().contains_key(&number) {
             return Ok(None);
         }
-        let bound = SocketAddr::from_abstract_name(format!("sepal/cid/{number}"))
-            .and_then(|name| UnixDatagram::bind_addr(&name));
+        let bound = name(number).and_then(|name| UnixDatagram::bind_addr(&name));
         match bound {
             Ok(socket) => {
                 let Ok(reserved) = reserve(number) else {
@@ -106,6 +123,11 @@ impl Cids {
     }
 }
 
+/// The name that stands for a context id.
+fn name(number: u32) -> io::Result<SocketAddr> {
+    SocketAddr::from_abstract_name(format!("sepal/cid/{number}"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -124,8 +146,11 @@ mod tests {
             let error = cids.take(somewhere(), "db").unwrap_err();
             assert_eq!((error.kind, &error.about[..]), (Kind::AlreadyBound, "vsock.cid"));
             assert!(error.message.contains(who), "{error}");
+            assert_eq!(cids.look(somewhere()), Err(error));
         }
         drop(cid);
+        ours.look(somewhere()).unwrap();
+        ours.look(0).unwrap();
         theirs.take(somewhere(), "db").unwrap();
     }
 

@@ -12,7 +12,7 @@ use std::{
 use capnp::capability::FromClientHook;
 use futures::future::LocalBoxFuture;
 use sepal_schema::{
-    config::Limits as ResourceLimits,
+    config::{GuestConfig, Limits as ResourceLimits},
     error::Error,
     lifecycle_capnp::{component, guest_lifecycle},
     transport::{
@@ -42,6 +42,17 @@ pub struct StartRequest {
     pub waived_layers: Vec<String>,
 }
 
+impl StartRequest {
+    /// For a guest of this name and configuration.
+    pub fn new(name: Rc<str>, config: &GuestConfig) -> Self {
+        Self {
+            name,
+            limits: config.limits,
+            waived_layers: config.waived_layers.clone(),
+        }
+    }
+}
+
 /// A component that was started.
 pub struct Started {
     /// Its process id on the host.
@@ -62,6 +73,12 @@ pub trait ComponentStarter {
     ///
     /// The error is `START_FAILURE` as a rule, and names what is missing.
     fn start(&self, request: StartRequest) -> LocalBoxFuture<'static, Result<Started, Error>>;
+
+    /// Whether one could be started, as far as that can be told without doing so.
+    ///
+    /// # Errors
+    /// What [`ComponentStarter::start`] would fail with.
+    fn check(&self, request: &StartRequest) -> Result<(), Error>;
 }
 
 /// How a process ended.

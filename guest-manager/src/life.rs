@@ -64,11 +64,7 @@ struct Held<'a> {
 
 /// Drives `guest` until it has ended and nothing is left of it.
 pub(crate) async fn live(guest: Rc<Guest>, slot: Rc<Slot>, config: GuestConfig, client: Client) {
-    let request = StartRequest {
-        name: guest.name.clone(),
-        limits: config.limits,
-        waived_layers: config.waived_layers.clone(),
-    };
+    let request = StartRequest::new(guest.name.clone(), &config);
     let on_reset = config.on_reset;
     let prepared = resources::prepare(&guest, config, &client);
     let prepared = match select(pin!(prepared), pin!(guest.stop_wanted())).await {

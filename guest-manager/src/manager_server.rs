@@ -21,6 +21,7 @@ use crate::{
     list,
     manager::Manager,
     registry::Origin,
+    resources,
     roles::Role,
     serial::yield_now,
     slot::Slot,
@@ -76,6 +77,14 @@ impl ManagerServer {
             released: Cell::new(params.get_detach()),
         });
         Ok((guest, lease))
+    }
+
+    /// Reads a configuration that only is to be looked at, while its descriptors are there.
+    fn read(&self, params: &guest_manager::CheckParams) -> Result<GuestConfig, Error> {
+        self.client.check(Role::Operate, "check")?;
+        let config = GuestConfig::decode(params.get()?.get_config()?, &self.client.fds)?;
+        self.client.check_config(&config)?;
+        Ok(config)
     }
 
     /// The guest that was created last under a name.
@@ -322,6 +331,22 @@ impl guest_manager::Server for ManagerServer {
         call.done(outcome.as_ref().copied());
         write_completion(&outcome, results.get());
         Ok(())
+    }
+
+    fn check(
+        self: Rc<Self>,
+        params: guest_manager::CheckParams,
+        mut results: guest_manager::CheckResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        let config = self.read(&params);
+        async move {
+            let checked = match config {
+                Ok(config) => resources::check(&self.manager, config, &self.client).await,
+                Err(error) => Err(error),
+            };
+            write_completion(&checked, results.get());
+            Ok(())
+        }
     }
 
     fn who_am_i(

@@ -119,6 +119,10 @@ impl ComponentStarter for Pool {
             None => self.0.starter.start(request),
         }
     }
+
+    fn check(&self, request: &StartRequest) -> Result<(), Error> {
+        self.0.starter.check(request)
+    }
 }
 
 /// Whether a component that knows nothing of the request can serve it.

@@ -5,6 +5,7 @@
 //!   configuration of a client --prepare--> Resources: descriptors, addresses and numbers, nothing left to choose
 //!                                              '--furnish, for each run--> configuration for the component: descriptors of its own for the
 //!                                                                          same files; processes of its own for networks and devices
+//!                   '--check--> whether all that could be got; nothing is
 //! ```
 
 use std::{rc::Rc, time::Duration};
@@ -25,9 +26,12 @@ use crate::{
     backends::{self, Paths},
     cids::Cid,
     client::Client,
+    component::StartRequest,
     files::{self, ImageUse, no_paths},
     guest::Guest,
     macs,
+    manager::Manager,
+    network,
     networks::{self, Networks},
     vsock::{self, path::PathSocket},
 };
@@ -68,12 +72,7 @@ pub(crate) struct Listening {
 /// With the field's name: what cannot be had, who has it, or which privilege is lacking.
 pub(crate) async fn prepare(guest: &Guest, config: GuestConfig, client: &Client) -> Result<Resources, Error> {
     let manager = &guest.manager;
-    let only_once = only_once(&config);
-    let may_begin_again = config.on_reset != OnReset::Stop || config.on_panic == OnPanic::Restart;
-    if let (true, Some(error)) = (may_begin_again, &only_once) {
-        return Err(error.clone());
-    }
-    guest.set_only_once(only_once);
+    guest.set_only_once(check_only_once(&config)?);
     let files::Opened {
         mut config,
         images,
@@ -103,6 +102,44 @@ pub(crate) async fn prepare(guest: &Guest, config: GuestConfig, client: &Client)
         backends: Paths::default(),
         listening: listens,
     })
+}
+
+/// Whether a guest with this configuration could be created, as far as that can be told without making, starting or taking anything. `client`
+/// sent it, and may have what it asks for.
+///
+/// # Errors
+/// What [`prepare`] and the component's start would fail with.
+pub(crate) async fn check(manager: &Manager, config: GuestConfig, client: &Client) -> Result<(), Error> {
+    check_only_once(&config)?;
+    manager.starter.check(&StartRequest::new("".into(), &config))?;
+    let mut config = files::look(manager, config, client.trusted).await?;
+    let vsock = config.vsock.take().unwrap_or_default();
+    manager.cids.look(vsock.cid)?;
+    let backends = backends::named(&mut config);
+    let (networks, path) = (config.networks, vsock.socket_path);
+    let look = move || {
+        for (i, network) in networks.iter().enumerate() {
+            network::check(i, network)?;
+        }
+        for (field, path) in backends {
+            backends::check(&field, &path)?;
+        }
+        match path.is_empty() {
+            true => Ok(()),
+            false => PathSocket::check(&path),
+        }
+    };
+    let looked = manager.handle.spawn_blocking(look).await;
+    looked.map_err(|error| Error::new(Kind::NoResources, error.to_string()))?
+}
+
+/// Why a guest with this configuration cannot begin again, if it cannot; refuses one that is to do so all the same.
+fn check_only_once(config: &GuestConfig) -> Result<Option<Error>, Error> {
+    let may_begin_again = config.on_reset != OnReset::Stop || config.on_panic == OnPanic::Restart;
+    match only_once(config) {
+        Some(error) if may_begin_again => Err(error),
+        only_once => Ok(only_once),
+    }
 }
 
 /// Why a guest with this configuration cannot begin again, if it cannot. What has begun on a stream, a new component cannot go on with.

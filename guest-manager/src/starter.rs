@@ -357,6 +357,11 @@ impl ComponentStarter for KeeperStarter {
             })
         })
     }
+
+    fn check(&self, request: &StartRequest) -> Result<(), Error> {
+        jail(&request.limits, &request.waived_layers)?;
+        host::open_kvm().map(drop)
+    }
 }
 
 fn start_failure(message: String) -> Error {

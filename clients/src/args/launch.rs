@@ -39,6 +39,9 @@ pub(crate) struct Launch {
     /// Leave the guest running, and a guest manager with it; print its name
     #[arg(long, short)]
     pub(crate) detach: bool,
+    /// Only tell whether the guest could be launched, as far as that is known without starting anything
+    #[arg(long, conflicts_with = "detach")]
+    pub(crate) check: bool,
     /// What becomes of a guest that resets itself: stop (the default), restart or pause (restarted, but paused before its first instruction)
     #[arg(long, value_name = "ACTION", value_parser = specs::parse_on_reset)]
     pub(crate) on_reset: Option<OnReset>,

@@ -12,7 +12,10 @@ use sepal_schema::{
     transport::file::Requirements,
 };
 
-use super::{Way, images::ImageUse, images::Images};
+use super::{
+    Way,
+    images::{Claims, ImageUse},
+};
 
 /// The first bytes of a qcow2 image (docs/interop/qcow2.txt of QEMU).
 const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
@@ -50,7 +53,7 @@ impl DiskJob {
     }
 
     /// Opens the files and takes them into use. Returns the image, then the files below it.
-    pub(super) fn open(self, guest: &str, images: &Images, uses: &mut Vec<ImageUse>) -> Result<Vec<OwnedFd>, Error> {
+    pub(super) fn open(self, claims: &Claims, uses: &mut Vec<ImageUse>) -> Result<Vec<OwnedFd>, Error> {
         let index = self.index;
         let field = format!("disks[{index}].image");
         let writes = self.mode == DiskMode::ReadWrite;
@@ -60,12 +63,12 @@ impl DiskJob {
             Requirements::READ
         };
         let image = own(self.image.open(&field, needed.or_block_device())?, writes);
-        uses.push(images.claim(guest, &field, &image, writes)?);
+        uses.push(claims.claim(&field, &image, writes)?);
         let mut files = vec![(field, image, self.format)];
         for (j, (way, format)) in self.backing.into_iter().enumerate() {
             let field = format!("disks[{index}].backing[{j}]");
             let file = own(way.open(&field, Requirements::READ.or_block_device())?, false);
-            uses.push(images.claim(guest, &field, &file, false)?);
+            uses.push(claims.claim(&field, &file, false)?);
             files.push((field, file, format));
         }
         check_chain(&files, self.block_size)?;
@@ -220,6 +223,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::files::Images;
 
     struct Folder(tempfile::TempDir);
 
@@ -251,6 +255,10 @@ mod tests {
         }
     }
 
+    fn claims() -> Claims {
+        Claims::new(&Images::default(), "web")
+    }
+
     fn way(path: &Path) -> Way {
         Way::Open(path.to_str().unwrap().to_owned())
     }
@@ -271,7 +279,7 @@ mod tests {
             image,
             backing,
         };
-        Ok((job.open("web", &Images::default(), &mut uses)?, uses))
+        Ok((job.open(&claims(), &mut uses)?, uses))
     }
 
     fn refused(about: &str, words: &str, result: Result<(Vec<OwnedFd>, Vec<ImageUse>), Error>) -> Kind {
@@ -413,7 +421,7 @@ mod tests {
         let mut disk = Disk::new(sepal_schema::config::File::None, DiskMode::ReadOnly);
         disk.direct = true;
         let job = DiskJob::new(2, &disk, way(&folder.raw("raw")), vec![]);
-        match job.open("web", &Images::default(), &mut Vec::new()) {
+        match job.open(&claims(), &mut Vec::new()) {
             Ok(files) => assert!(rustix::fs::fcntl_getfl(&files[0]).unwrap().contains(OFlags::DIRECT)),
             // A tmpfs of an old kernel.
             Err(error) => assert_eq!(

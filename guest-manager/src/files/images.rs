@@ -3,6 +3,9 @@
 //! Within a manager a table tells, by name. Towards guests of other managers, and whoever else keeps to it, the image carries a lock
 //! (flock(2)): exclusive for a guest that writes, shared for others. The lock belongs to the open file that the component gets, so it lasts
 //! exactly as long as somebody has that, even when the manager is killed.
+//!
+//! Who only wants to know whether an image could be used ([`Claims::look`]) asks the same table, and for locks the kernel's list of them, so that
+//! it is in nobody's way.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -52,6 +55,19 @@ impl Table {
         }
     }
 
+    /// Whether `guest` could use a file besides those that do.
+    fn check(&self, guest: &str, field: &str, file: FileId, exclusive: bool) -> Result<(), Error> {
+        let uses = self.used.get(&file).map_or(&[][..], Vec::as_slice);
+        let Some(other) = uses.iter().find(|other| exclusive || other.exclusive) else {
+            return Ok(());
+        };
+        let who = match other.guest == guest {
+            true => "another disk of this guest".to_owned(),
+            false => format!("guest \"{}\"", other.guest),
+        };
+        Err(in_use(field, &who, other.exclusive))
+    }
+
     /// Whether a guest let go of this file a moment ago.
     fn was_let_go(&mut self, file: FileId) -> bool {
         self.forget_long_gone();
@@ -85,17 +101,64 @@ impl Drop for ImageUse {
     }
 }
 
-impl Images {
-    fn table(&self) -> std::sync::MutexGuard<'_, Table> {
-        // Nothing panics between two changes that belong together.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+/// Claims that one configuration makes.
+pub(super) struct Claims {
+    images: Images,
+    /// The guest's name.
+    guest: String,
+    /// Only looks, and notes here what the configuration itself would use.
+    own: Option<Images>,
+}
+
+impl Claims {
+    /// Images are taken into use by `guest`.
+    pub(super) fn new(images: &Images, guest: &str) -> Self {
+        Self {
+            images: images.clone(),
+            guest: guest.to_owned(),
+            own: None,
+        }
     }
 
-    /// Takes `image` into use, `exclusive` for a guest that writes to it.
+    /// Nothing is taken into use.
+    pub(super) fn look(images: &Images) -> Self {
+        Self {
+            images: images.clone(),
+            // What no guest is called.
+            guest: String::new(),
+            own: Some(Images::default()),
+        }
+    }
+
+    /// Whether nothing is taken into use.
+    pub(super) fn only_looks(&self) -> bool {
+        self.own.is_some()
+    }
+
+    /// Takes `image` into use, or looks whether that could be done.
     ///
     /// # Errors
     /// `ALREADY_RUNNING`, naming who uses it.
-    pub(super) fn claim(&self, guest: &str, field: &str, image: &OwnedFd, exclusive: bool) -> Result<ImageUse, Error> {
+    pub(super) fn claim(&self, field: &str, image: &OwnedFd, exclusive: bool) -> Result<ImageUse, Error> {
+        match &self.own {
+            None => self.images.claim(&self.guest, field, image, exclusive),
+            Some(own) => {
+                self.images.look(field, image, exclusive)?;
+                own.note(&self.guest, field, Identity::of(field, image)?.file, exclusive)
+            }
+        }
+    }
+}
+
+/// Which file an image is.
+struct Identity {
+    file: FileId,
+    /// As proc_locks(5) names it.
+    place: String,
+}
+
+impl Identity {
+    fn of(field: &str, image: &OwnedFd) -> Result<Self, Error> {
         let status = rustix::fs::fstat(image).map_err(|error| no_resources(field, &error.into()))?;
         let file = match FileType::from_raw_mode(status.st_mode) {
             // Whatever node leads to it.
@@ -108,6 +171,24 @@ impl Images {
                 inode: status.st_ino,
             },
         };
+        let (major, minor) = (major(status.st_dev), minor(status.st_dev));
+        let place = format!("{major:02x}:{minor:02x}:{}", status.st_ino);
+        Ok(Self { file, place })
+    }
+}
+
+impl Images {
+    fn table(&self) -> std::sync::MutexGuard<'_, Table> {
+        // Nothing panics between two changes that belong together.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes `image` into use, `exclusive` for a guest that writes to it.
+    ///
+    /// # Errors
+    /// `ALREADY_RUNNING`, naming who uses it.
+    pub(super) fn claim(&self, guest: &str, field: &str, image: &OwnedFd, exclusive: bool) -> Result<ImageUse, Error> {
+        let Identity { file, place } = Identity::of(field, image)?;
         let claimed = self.note(guest, field, file, exclusive)?;
         // Not with the table locked: a lock may be asked for over a network, and the event loop gives images back.
         let wish = match exclusive {
@@ -117,14 +198,8 @@ impl Images {
         match patiently(|| self.table().was_let_go(file), || flock(image, wish)) {
             Ok(()) => Ok(claimed),
             Err(rustix::io::Errno::WOULDBLOCK) => {
-                let locks = fs::read_to_string("/proc/locks").unwrap_or_default();
-                let place = format!(
-                    "{:02x}:{:02x}:{}",
-                    major(status.st_dev),
-                    minor(status.st_dev),
-                    status.st_ino
-                );
-                let (who, writes) = holder(&locks, &place);
+                let holder = holder(&locks(), &place);
+                let (who, writes) = holder.unwrap_or_else(|| ("another program".to_owned(), false));
                 Err(in_use(field, &who, writes))
             }
             Err(error) => {
@@ -135,17 +210,30 @@ impl Images {
         }
     }
 
+    /// Whether `image` could be taken into use.
+    ///
+    /// # Errors
+    /// As for [`Images::claim`], but for locks that the kernel does not show to this process.
+    fn look(&self, field: &str, image: &OwnedFd, exclusive: bool) -> Result<(), Error> {
+        let Identity { file, place } = Identity::of(field, image)?;
+        self.table().check("", field, file, exclusive)?;
+        let mut in_the_way = None;
+        let look = || {
+            in_the_way = holder(&locks(), &place).filter(|(_, writes)| exclusive || *writes);
+            match in_the_way {
+                Some(_) => Err(rustix::io::Errno::WOULDBLOCK),
+                None => Ok(()),
+            }
+        };
+        // Fails with that alone, and then there is somebody.
+        let _ = patiently(|| self.table().was_let_go(file), look);
+        in_the_way.map_or(Ok(()), |(who, writes)| Err(in_use(field, &who, writes)))
+    }
+
     /// Notes that a guest uses an image, unless another use is in the way.
     fn note(&self, guest: &str, field: &str, file: FileId, exclusive: bool) -> Result<ImageUse, Error> {
         let mut table = self.table();
-        let uses = table.used.get(&file).map_or(&[][..], Vec::as_slice);
-        if let Some(other) = uses.iter().find(|other| exclusive || other.exclusive) {
-            let who = match other.guest == guest {
-                true => "another disk of this guest".to_owned(),
-                false => format!("guest \"{}\"", other.guest),
-            };
-            return Err(in_use(field, &who, other.exclusive));
-        }
+        table.check(guest, field, file, exclusive)?;
         table.numbers += 1;
         let number = table.numbers;
         table.used.entry(file).or_default().push(Use {
@@ -162,7 +250,10 @@ impl Images {
 }
 
 /// Tries to lock, and while `worth_waiting` again if somebody has.
-fn patiently(worth_waiting: impl Fn() -> bool, lock: impl Fn() -> rustix::io::Result<()>) -> rustix::io::Result<()> {
+fn patiently(
+    worth_waiting: impl Fn() -> bool,
+    mut lock: impl FnMut() -> rustix::io::Result<()>,
+) -> rustix::io::Result<()> {
     loop {
         match lock() {
             Err(rustix::io::Errno::WOULDBLOCK) if worth_waiting() => thread::sleep(BETWEEN_TRIES),
@@ -178,17 +269,22 @@ fn in_use(field: &str, who: &str, writes: bool) -> Error {
     Error::new(Kind::AlreadyRunning, message).about(field)
 }
 
+/// The locks of the host that the kernel shows to this process.
+fn locks() -> String {
+    fs::read_to_string("/proc/locks").unwrap_or_default()
+}
+
 /// Who has locked the file at `place`, and whether exclusively, by what proc_locks(5) says.
-fn holder(locks: &str, place: &str) -> (String, bool) {
+fn holder(locks: &str, place: &str) -> Option<(String, bool)> {
     for line in locks.lines() {
         let words: Vec<_> = line.split_ascii_whitespace().collect();
         if let [_, "FLOCK", _, access, pid, file, ..] = words[..]
             && file == place
         {
-            return (format!("process {pid}"), access == "WRITE");
+            return Some((format!("process {pid}"), access == "WRITE"));
         }
     }
-    ("another program".to_owned(), false)
+    None
 }
 
 #[cfg(test)]
@@ -286,11 +382,39 @@ mod tests {
     }
 
     #[test]
+    fn who_only_looks_is_told_the_same_and_is_in_nobodys_way() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        let (ours, theirs) = (Images::default(), Images::default());
+        let field = "disks[0].image";
+        let look = |images: &Images| Claims::look(images).claim(field, &open(image.path()), true);
+        let claims = Claims::look(&ours);
+        let looked = claims.claim(field, &open(image.path()), true).unwrap();
+        let error = claims.claim("disks[1].image", &open(image.path()), false).unwrap_err();
+        assert!(error.message.contains("another disk of this guest"), "{error}");
+        // Whoever takes it into use meanwhile.
+        let writer = open(image.path());
+        let used = ours.claim("web", field, &writer, true).unwrap();
+        drop(looked);
+        let error = look(&ours).unwrap_err();
+        assert_eq!((error.kind, &error.about[..]), (Kind::AlreadyRunning, field));
+        assert!(error.message.contains("guest \"web\""), "{error}");
+        let error = look(&theirs).unwrap_err();
+        assert!(
+            error.message.contains(&format!("process {}", std::process::id())),
+            "{error}"
+        );
+        drop((used, writer));
+        look(&ours).unwrap();
+        look(&theirs).unwrap();
+        assert!(ours.table().used.is_empty());
+    }
+
+    #[test]
     fn who_holds_a_lock_is_read() {
         let locks = "1: POSIX  ADVISORY  WRITE 11 fe:01:7 0 EOF\n2: FLOCK  ADVISORY  READ 12 fe:01:7 0 EOF\n\
                      3: FLOCK  ADVISORY  WRITE 13 fe:01:8 0 EOF\n";
-        assert_eq!(holder(locks, "fe:01:7"), ("process 12".into(), false));
-        assert_eq!(holder(locks, "fe:01:8"), ("process 13".into(), true));
-        assert_eq!(holder(locks, "fe:01:9"), ("another program".into(), false));
+        assert_eq!(holder(locks, "fe:01:7"), Some(("process 12".into(), false)));
+        assert_eq!(holder(locks, "fe:01:8"), Some(("process 13".into(), true)));
+        assert_eq!(holder(locks, "fe:01:9"), None);
     }
 }

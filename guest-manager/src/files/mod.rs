@@ -21,6 +21,7 @@ use sepal_schema::{
 };
 
 use self::disks::DiskJob;
+use self::images::Claims;
 pub use self::images::{ImageUse, Images};
 use self::scratch::Scratch;
 pub(crate) use self::scratch::default_folder as default_scratch;
@@ -41,9 +42,22 @@ pub struct Opened {
 /// # Errors
 /// `BAD_CONFIG`, `NOT_FOUND` or `PERMISSION_DENIED` with the field's name for a file that cannot be used; `ALREADY_RUNNING` for an image that
 /// another guest uses; `GUEST_INITIALIZATION_FAILURE` for more memory than the host has.
-pub async fn open(
+pub async fn open(manager: &Manager, guest: &str, config: GuestConfig, may_name_paths: bool) -> Result<Opened, Error> {
+    open_for(manager, Claims::new(&manager.images, guest), config, may_name_paths).await
+}
+
+/// Looks whether the files of a configuration can be used, and leaves all of them as they are. Returns the rest of the configuration.
+///
+/// # Errors
+/// As for [`open`].
+pub(crate) async fn look(manager: &Manager, config: GuestConfig, may_name_paths: bool) -> Result<GuestConfig, Error> {
+    let opened = open_for(manager, Claims::look(&manager.images), config, may_name_paths).await?;
+    Ok(opened.config)
+}
+
+async fn open_for(
     manager: &Manager,
-    guest: &str,
+    claims: Claims,
     mut config: GuestConfig,
     may_name_paths: bool,
 ) -> Result<Opened, Error> {
@@ -67,13 +81,13 @@ pub async fn open(
         }
         let scratch = match std::mem::take(&mut disk.scratch) {
             _ if disk.mode != DiskMode::VolatileWrite => Scratch::Unneeded,
+            File::None if claims.only_looks() => Scratch::Unneeded,
             File::None => Scratch::In(manager.settings.scratch.clone()),
             file => Scratch::Given(way(&format!("disks[{i}].scratch"), file).await?),
         };
         jobs.push((DiskJob::new(i, disk, image, backing), scratch));
     }
     let custom_memory = std::mem::take(&mut config.custom_memory);
-    let (guest, images) = (guest.to_owned(), manager.images.clone());
     let ready = |way: &Way| matches!(way, Way::Ready(_));
     let at_once = ready(&kernel) && initrd.iter().all(ready) && jobs.is_empty() && custom_memory.is_empty();
     let work = move || {
@@ -85,7 +99,7 @@ pub async fn open(
         }
         let (mut uses, mut notes) = (Vec::new(), Vec::new());
         let open = |(i, (job, scratch)): (usize, (DiskJob, Scratch))| {
-            Ok::<_, Error>((job.open(&guest, &images, &mut uses)?, scratch.open(i, &mut notes)?))
+            Ok::<_, Error>((job.open(&claims, &mut uses)?, scratch.open(i, &mut notes)?))
         };
         let disks = jobs.into_iter().enumerate().map(open).collect::<Result<Vec<_>, _>>()?;
         Ok::<_, Error>((kernel, initrd, custom_memory, disks, uses, notes))

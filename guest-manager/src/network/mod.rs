@@ -96,6 +96,14 @@ impl NetworkError {
     }
 }
 
+impl NetworkError {
+    /// The error as it is told, of what a field of the network device `index` asks for.
+    fn of(self, index: usize, field: &str) -> Error {
+        let field = format!("networks[{index}].{field}");
+        Error::new(self.kind(), format!("{field}: {self}")).about(field)
+    }
+}
+
 /// Makes an error of a step from what the host said.
 fn failed(what: impl Into<String>) -> impl FnOnce(io::Error) -> NetworkError {
     let what = what.into();
@@ -144,7 +152,21 @@ pub fn open(index: usize, network: Network) -> Result<(Network, Guard), Error> {
         Link::Bridge(bridge) => ("bridge", tap::bridged(&bridge, queue_pairs, mtu).map(Link::Tap)),
         link @ (Link::Tap(_) | Link::Socket(_)) => ("", Ok(link)),
     };
-    let field = format!("networks[{index}].{field}");
-    let link = link.map_err(|error| Error::new(error.kind(), format!("{field}: {error}")).about(field))?;
+    let link = link.map_err(|error| error.of(index, field))?;
     Ok((Network { link, ..network }, guard))
+}
+
+/// Whether the other end of the network device `index` could be had, as far as that can be told without making or starting anything.
+///
+/// # Errors
+///
+/// As for [`open`]; what only shows when it is tried, a lack of privilege above all, is not among them.
+pub(crate) fn check(index: usize, network: &Network) -> Result<(), Error> {
+    let (field, checked) = match &network.link {
+        Link::User => ("user", passt::check(passt::PROGRAM)),
+        Link::TapNamed(name) => ("tapNamed", tap::check(name, None)),
+        Link::Bridge(bridge) => ("bridge", tap::check("", Some(bridge))),
+        Link::Tap(_) | Link::Socket(_) => return Ok(()),
+    };
+    checked.map_err(|error| error.of(index, field))
 }

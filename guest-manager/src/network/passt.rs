@@ -76,6 +76,17 @@ pub(super) fn start(program: &str, mtu: u16, mac: Option<[u8; 6]>) -> Result<(Ow
     }
 }
 
+/// Whether there is a program of that name.
+pub(super) fn check(program: &str) -> Result<(), NetworkError> {
+    let folders = std::env::var_os("PATH").unwrap_or_default();
+    let runs =
+        |folder: std::path::PathBuf| rustix::fs::access(folder.join(program), rustix::fs::Access::EXEC_OK).is_ok();
+    match std::env::split_paths(&folders).any(runs) {
+        true => Ok(()),
+        false => Err(NetworkError::NoPasst(program.to_owned())),
+    }
+}
+
 /// A pipe whose writer loses what does not fit.
 fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(rustix::pipe::pipe_with(

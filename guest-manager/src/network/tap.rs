@@ -3,12 +3,17 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
 
 use super::interface::{self, Interfaces};
 use super::{NetworkError, failed};
 
 /// Names that the kernel completes with a number.
 const PATTERN: &str = "sepal%d";
+/// Where taps come from.
+const TUN: &str = "/dev/net/tun";
+/// What failed where the kernel takes no requests about interfaces.
+const NO_SOCKET: &str = "no socket for the network's settings";
 /// What a network device needs of its tap.
 const FLAGS: i32 = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
 
@@ -20,7 +25,7 @@ pub(super) fn named(name: &str, queues: u16, mtu: u16) -> Result<Vec<OwnedFd>, N
     if !interface::is_name(name) {
         return Err(NetworkError::Name(name.to_owned()));
     }
-    let interfaces = Interfaces::new().map_err(failed("no socket for the network's settings"))?;
+    let interfaces = Interfaces::new().map_err(failed(NO_SOCKET))?;
     if interfaces.index(name).is_some() {
         adopt(name, queues)
     } else {
@@ -34,6 +39,23 @@ pub(super) fn bridged(bridge: &str, queues: u16, mtu: u16) -> Result<Vec<OwnedFd
         return Err(NetworkError::Name(bridge.to_owned()));
     }
     make(PATTERN, queues, mtu, Some(bridge))
+}
+
+/// Whether a tap of this name (empty: of one that is free) could be there, joined to `bridge`, as far as can be told without making one.
+pub(super) fn check(name: &str, bridge: Option<&str>) -> Result<(), NetworkError> {
+    for name in [name].into_iter().filter(|name| !name.is_empty()).chain(bridge) {
+        if !interface::is_name(name) {
+            return Err(NetworkError::Name(name.to_owned()));
+        }
+    }
+    if !Path::new(TUN).exists() {
+        return Err(NetworkError::NoTun);
+    }
+    let interfaces = Interfaces::new().map_err(failed(NO_SOCKET))?;
+    match bridge {
+        Some(bridge) if interfaces.index(bridge).is_none() => Err(NetworkError::NoBridge(bridge.to_owned())),
+        _ => Ok(()),
+    }
 }
 
 /// Opens a tap that is there. Its settings are its owner's.
@@ -58,7 +80,7 @@ fn adopt(name: &str, queues: u16) -> Result<Vec<OwnedFd>, NetworkError> {
 }
 
 fn make(name: &str, queues: u16, mtu: u16, bridge: Option<&str>) -> Result<Vec<OwnedFd>, NetworkError> {
-    let interfaces = Interfaces::new().map_err(failed("no socket for the network's settings"))?;
+    let interfaces = Interfaces::new().map_err(failed(NO_SOCKET))?;
     let missing = |bridge: &&str| interfaces.index(bridge).is_none();
     if let Some(bridge) = bridge.filter(missing) {
         return Err(NetworkError::NoBridge(bridge.to_owned()));
@@ -97,7 +119,7 @@ fn open(name: &str, queues: u16, several: bool) -> io::Result<(String, Vec<Owned
     let mut name = name.to_owned();
     let mut taps = Vec::new();
     for _ in 0..queues {
-        let tun = OpenOptions::new().read(true).write(true).open("/dev/net/tun")?;
+        let tun = OpenOptions::new().read(true).write(true).open(TUN)?;
         name = attach(&tun, &name, several)?;
         taps.push(tun.into());
     }

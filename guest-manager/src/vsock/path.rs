@@ -44,16 +44,6 @@ impl PathSocket {
     /// # Errors
     /// About `vsock.socketPath`: `ALREADY_BOUND` if somebody listens there, `PERMISSION_DENIED`, `NOT_FOUND` (the folder), `BAD_CONFIG`.
     pub(crate) fn bind(path: &str) -> Result<Self, Error> {
-        let refused = |error: &io::Error| {
-            let kind = match error.kind() {
-                io::ErrorKind::AddrInUse | io::ErrorKind::AlreadyExists => Kind::AlreadyBound,
-                io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => Kind::PermissionDenied,
-                io::ErrorKind::NotFound => Kind::NotFound,
-                _ => Kind::BadConfig,
-            };
-            let message = format!("vsock.socketPath: {path} cannot be bound: {error}");
-            Error::new(kind, message).about("vsock.socketPath")
-        };
         let path = PathBuf::from(path);
         let bound = bind(&path).or_else(|error| match error.kind() {
             // What a manager that was killed has left behind.
@@ -64,10 +54,29 @@ impl PathSocket {
             _ => Err(error),
         });
         Ok(Self {
-            listener: Some(bound.map_err(|error| refused(&error))?),
+            listener: Some(bound.map_err(|error| refused(&path, &error))?),
             path,
             serving: None,
         })
+    }
+
+    /// Whether the path could be bound, as far as that can be told without doing so. May block.
+    ///
+    /// # Errors
+    /// As for [`PathSocket::bind`].
+    pub(crate) fn check(path: &str) -> Result<(), Error> {
+        let path = Path::new(path);
+        let checked = match fs::symlink_metadata(path) {
+            Ok(_) if is_stale(path) => Ok(()),
+            Ok(_) => Err(rustix::io::Errno::ADDRINUSE.into()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let folder = path.parent().unwrap_or(path);
+                rustix::fs::access(folder, rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK)
+                    .map_err(io::Error::from)
+            }
+            Err(error) => Err(error),
+        };
+        checked.map_err(|error| refused(path, &error))
     }
 
     /// Serves clients of the path and connections of the guest, until this is dropped.
@@ -94,6 +103,17 @@ impl PathSocket {
         }));
         Ok(())
     }
+}
+
+fn refused(path: &Path, error: &io::Error) -> Error {
+    let kind = match error.kind() {
+        io::ErrorKind::AddrInUse | io::ErrorKind::AlreadyExists => Kind::AlreadyBound,
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => Kind::PermissionDenied,
+        io::ErrorKind::NotFound => Kind::NotFound,
+        _ => Kind::BadConfig,
+    };
+    let message = format!("vsock.socketPath: {} cannot be bound: {error}", path.display());
+    Error::new(kind, message).about("vsock.socketPath")
 }
 
 /// Whether nobody listens behind a socket file any more.
@@ -166,7 +186,10 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("vsock");
         let name = path.to_str().unwrap();
+        PathSocket::check(name).unwrap();
+        assert!(!path.exists());
         let bound = PathSocket::bind(name).unwrap();
+        assert_eq!(PathSocket::check(name), Err(PathSocket::bind(name).unwrap_err()));
         let error = PathSocket::bind(name).unwrap_err();
         assert_eq!((error.kind, &error.about[..]), (Kind::AlreadyBound, "vsock.socketPath"));
         let mode = fs::metadata(&path).unwrap().permissions().mode();
@@ -175,14 +198,15 @@ mod tests {
         assert!(!path.exists());
         // What a manager leaves behind that is killed.
         drop(UnixListener::bind(&path).unwrap());
+        PathSocket::check(name).unwrap();
         drop(PathSocket::bind(name).unwrap());
         fs::write(&path, "a file of somebody's").unwrap();
         assert_eq!(PathSocket::bind(name).unwrap_err().kind, Kind::AlreadyBound);
+        assert_eq!(PathSocket::check(name).unwrap_err().kind, Kind::AlreadyBound);
         assert!(path.exists());
         let nowhere = folder.path().join("nowhere/vsock");
-        assert_eq!(
-            PathSocket::bind(nowhere.to_str().unwrap()).unwrap_err().kind,
-            Kind::NotFound
-        );
+        let nowhere = nowhere.to_str().unwrap();
+        let error = PathSocket::bind(nowhere).unwrap_err();
+        assert_eq!((error.kind, PathSocket::check(nowhere)), (Kind::NotFound, Err(error)));
     }
 }

@@ -144,6 +144,13 @@ impl ComponentStarter for Starter {
             })
         })
     }
+
+    fn check(&self, _: &StartRequest) -> Result<(), Error> {
+        match self.0.behaviour.get().start {
+            Does::Fails(kind) => Err(Error::new(kind, "the fake does not start")),
+            Does::Works | Does::Hangs => Ok(()),
+        }
+    }
 }
 
 #[derive(Debug, Default)]

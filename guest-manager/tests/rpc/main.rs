@@ -4,6 +4,7 @@
 
 mod access;
 mod audit;
+mod check;
 mod devices;
 mod events;
 mod fake;

@@ -139,6 +139,12 @@ impl Caller {
         })
     }
 
+    pub(crate) async fn check(&self, config: GuestConfig) -> Result<(), Error> {
+        let mut request = self.manager.check_request();
+        config.encode(request.get().init_config(), &self.connection.fds())?;
+        read_completion(request.send().promise.await?.get()?)
+    }
+
     pub(crate) async fn launch(&self, name: &str) -> Result<Launched, Error> {
         self.launch_config(named(name), false).await
     }

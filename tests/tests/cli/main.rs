@@ -5,6 +5,7 @@
     reason = "helpers of tests: a failure is a panic with a message"
 )]
 
+mod checked;
 mod devices;
 mod endings;
 mod far;
