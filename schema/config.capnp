@@ -342,13 +342,13 @@ struct GuestConfig {
   struct Limits {
     # Enforced by the host's control groups. A limit that is asked for and cannot be enforced fails the start.
     memoryMib @0 :UInt64;
-    # Memory of the component and its guest together, less than 2^43; 0: no limit.
+    # Memory of the component and its guest together, less than 2^43; 0: no limit. BAD_CONFIG says what the component needs at least.
     cpuPercent @1 :UInt32;
     # CPU time, in percent of one CPU, at most 100000; 0: no limit.
     cpuWeight @2 :UInt32;
     # 1 to 10000, relative to others; 0: the host's default.
     tasks @3 :UInt32;
-    # Threads of the component, at most 4194304; 0: no limit.
+    # Threads of the component, at most 4194304; 0: no limit. BAD_CONFIG says what it needs at least.
   }
 
   enum OnReset {

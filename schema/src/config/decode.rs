@@ -80,6 +80,7 @@ impl GuestConfig {
             ..Self::default()
         };
         devices.finish(config, &mut decoded)?;
+        decoded.check_limits()?;
         let length = decoded.full_cmdline().len();
         if length > MAX_CMDLINE {
             let message =
@@ -87,6 +88,31 @@ impl GuestConfig {
             return Err(Error::bad_config("cmdline", message));
         }
         Ok(decoded)
+    }
+
+    /// Refuses limits under which the component could not even begin, which its death would tell less well.
+    fn check_limits(&self) -> Result<(), Error> {
+        let least = |field: &str, seen: u64, least: u64, what: &str| match seen {
+            0 => Ok(()),
+            seen if seen < least => {
+                let message = format!("{field} is {seen}; {what} of this guest needs {least} at least");
+                Err(Error::bad_config(field, message))
+            }
+            _ => Ok(()),
+        };
+        let memory = self.least_memory_mib();
+        least(
+            "limits.memoryMib",
+            self.limits.memory_mib,
+            memory,
+            "the component alone",
+        )?;
+        least(
+            "limits.tasks",
+            self.limits.tasks.into(),
+            self.least_tasks(),
+            "the component",
+        )
     }
 }
 

@@ -169,6 +169,10 @@ fn what_is_out_of_range_is_refused_by_name() {
     refused(Kind::BadConfig, "limits.cpuPercent", |c, _| {
         c.init_limits().set_cpu_percent(100_001)
     });
+    refused(Kind::BadConfig, "limits.memoryMib", |c, _| {
+        c.init_limits().set_memory_mib(1)
+    });
+    refused(Kind::BadConfig, "limits.tasks", |c, _| c.init_limits().set_tasks(1));
     refused(Kind::BadConfig, "limits.tasks", |c, _| {
         c.init_limits().set_tasks((4 << 20) + 1)
     });

@@ -121,6 +121,17 @@ fn layers_and_limits() {
     says(&finished, &["BAD_CONFIG", "chastity"]);
     let finished = refused(&world, &["--limit-cpu", "4000000000"]);
     says(&finished, &["limit"]);
+    let finished = refused(&world, &["--limit-memory", "1"]);
+    says(&finished, &["BAD_CONFIG", "limits.memoryMib is 1;", "needs 4 at least"]);
+    let finished = refused(&world, &["--limit-tasks", "1", "--cpus", "2", "--console"]);
+    says(&finished, &["BAD_CONFIG", "limits.tasks is 1;", "needs 8 at least"]);
+    // What is named does it, unless the host cannot enforce it.
+    for limit in [["--limit-memory", "4"], ["--limit-tasks", "6"]] {
+        let arguments = [&["launch", "--cmdline", "quiet run=shutdown"][..], &limit].concat();
+        let finished = world.guest(&arguments);
+        let enforced = !finished.stderr.contains("cannot be enforced");
+        finished.expect_code(if enforced { 0 } else { 1 });
+    }
     world.end();
 }
 
