@@ -12,79 +12,97 @@ use vm_memory::{
 /// Bytes of a cache line on the processors we run on.
 const LINE: u64 = 64;
 
-/// A stretch of guest memory that lies in one piece, found once for many accesses.
+/// Guest memory for many accesses, nearly all of which are to one piece of it: that is found once, and the others are found each time.
 pub(super) struct Window {
+    /// Where the piece begins.
     start: u64,
+    /// Its bytes.
     len: u64,
     /// Where it is mapped.
     base: *mut u8,
     /// Keeps it mapped.
-    _memory: GuestMemoryMmap,
+    memory: GuestMemoryMmap,
 }
 
 // SAFETY: the mapping behind `base` belongs to no thread, and is only accessed as volatile memory.
 unsafe impl Send for Window {}
 
 impl Window {
-    /// The `len` bytes from `start` on. `None`: they are not in memory, or not in one piece.
-    pub(super) fn new(memory: &GuestMemoryMmap, start: u64, len: u64) -> Option<Self> {
-        let slice = memory.get_slice(GuestAddress(start), usize::try_from(len).ok()?).ok()?;
+    /// The memory, by the piece that `address` lies in. `None`: it is not in memory.
+    pub(super) fn around(memory: &GuestMemoryMmap, address: u64) -> Option<Self> {
+        let piece = memory.find_region(GuestAddress(address))?;
         Some(Self {
-            start,
-            len,
-            base: slice.ptr_guard_mut().as_ptr(),
-            _memory: memory.clone(),
+            start: piece.start_addr().0,
+            len: piece.len(),
+            base: piece.as_ptr(),
+            memory: memory.clone(),
         })
     }
 
-    /// The whole piece that `address` lies in.
-    pub(super) fn around(memory: &GuestMemoryMmap, address: u64) -> Option<Self> {
-        let region = memory.find_region(GuestAddress(address))?;
-        Self::new(memory, region.start_addr().0, region.len())
-    }
-
-    /// Whether all of a range is in it.
-    pub(super) fn contains(&self, address: u64, len: u64) -> bool {
+    /// Whether all of a range is in the piece.
+    fn contains(&self, address: u64, len: u64) -> bool {
         // What lies before the start is far past the end.
         let offset = address.wrapping_sub(self.start);
         offset <= self.len && len <= self.len - offset
     }
 
-    /// A range as memory of this process. `None`: not all of it is inside.
+    /// A range of the piece as memory of this process. `None`: not all of it is inside.
     fn slice(&self, address: u64, len: usize) -> Option<VolatileSlice<'_>> {
         if !self.contains(address, len as u64) {
             return None;
         }
         let offset = (address - self.start) as usize;
-        // SAFETY: `base` is where the window's `len` bytes begin, all in one mapping, which `_memory` keeps for as long as `self`; the range lies in
+        // SAFETY: `base` is where the piece's `len` bytes begin, all in one mapping, which `memory` keeps for as long as `self`; the range lies in
         // them, as was checked. Nobody has references to guest memory.
         Some(unsafe { VolatileSlice::new(self.base.add(offset), len) })
     }
 
-    /// As [`load`].
+    /// A field that both sides change. `None`: it is not in memory.
+    fn field(&self, address: u64) -> Option<VolatileSlice<'_>> {
+        // Aligned, so it lies in one piece.
+        self.slice(address, 2)
+            .or_else(|| self.memory.get_slice(GuestAddress(address), 2).ok())
+    }
+
+    /// Reads a field that the driver changes meanwhile; what it wrote before that is seen afterwards. `None`: it is not in memory, or not aligned.
     pub(super) fn load(&self, address: u64) -> Option<u16> {
-        self.slice(address, 2)?.load(0, Ordering::Acquire).ok()
+        self.field(address)?.load(0, Ordering::Acquire).ok()
     }
 
-    /// As [`store`].
+    /// Writes a field that the driver reads meanwhile; a driver that sees it sees what was written before.
     pub(super) fn store(&self, address: u64, value: u16) -> Option<()> {
-        self.slice(address, 2)?.store(value, 0, Ordering::Release).ok()
+        self.field(address)?.store(value, 0, Ordering::Release).ok()
     }
 
-    /// As [`read_obj`].
+    /// Reads a structure. `None`: not all of it is in memory.
     pub(super) fn read_obj<T: ByteValued + Default>(&self, address: u64) -> Option<T> {
         let mut value = T::default();
-        self.slice(address, size_of::<T>())?.copy_to(value.as_mut_slice());
+        match self.slice(address, size_of::<T>()) {
+            Some(slice) => {
+                slice.copy_to(value.as_mut_slice());
+            }
+            None => read(&self.memory, GuestAddress(address), value.as_mut_slice())?,
+        }
         Some(value)
     }
 
-    /// As [`write`].
+    /// Writes `bytes`. `None`: not all of it is in memory.
     pub(super) fn write(&self, address: u64, bytes: &[u8]) -> Option<()> {
-        self.slice(address, bytes.len())?.copy_from(bytes);
-        Some(())
+        match self.slice(address, bytes.len()) {
+            Some(slice) => {
+                slice.copy_from(bytes);
+                Some(())
+            }
+            None => write(&self.memory, GuestAddress(address), bytes),
+        }
     }
 
-    /// Has the processor fetch the line at `address`, which another one wrote last: by the time it is needed it is here. With `WRITE` it is going to
+    /// Whether all of a range is in memory.
+    pub(super) fn is_inside(&self, address: u64, len: u32) -> bool {
+        self.contains(address, len.into()) || is_inside(&self.memory, address, len)
+    }
+
+    /// Has the processor fetch the piece's line at `address`, which another one wrote last: by the time it is needed it is here. With `WRITE` it is going to
     /// be written.
     pub(super) fn prefetch<const WRITE: bool>(&self, address: u64) {
         let offset = address.wrapping_sub(self.start);
@@ -115,19 +133,6 @@ fn prefetch<const WRITE: bool>(at: *const u8) {
 #[cfg(not(target_arch = "x86_64"))]
 fn prefetch<const WRITE: bool>(_: *const u8) {}
 
-/// Reads a field that the driver changes meanwhile; what it wrote before that is seen afterwards. `None`: it is not in memory, or not aligned.
-pub(super) fn load(memory: &GuestMemoryMmap, address: u64) -> Option<u16> {
-    // Aligned, so it lies in one piece.
-    let field = memory.get_slice(GuestAddress(address), 2).ok()?;
-    field.load(0, Ordering::Acquire).ok()
-}
-
-/// Writes a field that the driver reads meanwhile; a driver that sees it sees what was written before.
-pub(super) fn store(memory: &GuestMemoryMmap, address: u64, value: u16) -> Option<()> {
-    let field = memory.get_slice(GuestAddress(address), 2).ok()?;
-    field.store(value, 0, Ordering::Release).ok()
-}
-
 /// Fills `buffer`. `None`: not all of it is in memory.
 pub(super) fn read(memory: &GuestMemoryMmap, address: GuestAddress, buffer: &mut [u8]) -> Option<()> {
     match memory.get_slice(address, buffer.len()) {
@@ -150,15 +155,8 @@ pub(super) fn write(memory: &GuestMemoryMmap, address: GuestAddress, bytes: &[u8
     }
 }
 
-/// Reads a structure.
-pub(super) fn read_obj<T: ByteValued + Default>(memory: &GuestMemoryMmap, address: u64) -> Option<T> {
-    let mut value = T::default();
-    read(memory, GuestAddress(address), value.as_mut_slice())?;
-    Some(value)
-}
-
 /// Whether all of a range is in memory.
-pub(super) fn is_inside(memory: &GuestMemoryMmap, address: u64, len: u32) -> bool {
+fn is_inside(memory: &GuestMemoryMmap, address: u64, len: u32) -> bool {
     let (address, len) = (GuestAddress(address), len as usize);
     memory.get_slice(address, len).is_ok() || memory.check_range(address, len)
 }
@@ -207,7 +205,6 @@ mod tests {
             assert_eq!((written.is_some(), got.is_some()), (inside, inside), "{address:#x}");
             if inside {
                 assert_eq!(&read_back, b"8 bytes!");
-                assert_eq!(read_obj::<[u8; 8]>(&memory, address), Some(*b"8 bytes!"));
                 let mut slices = Vec::new();
                 each_slice(&memory, GuestAddress(address), 8, |slice| slices.push(slice));
                 assert_eq!(slices.iter().map(VolatileSlice::len).sum::<usize>(), 8);
@@ -216,9 +213,8 @@ mod tests {
     }
 
     #[test]
-    fn a_window_is_one_piece_and_ends_where_it_ends() {
+    fn a_window_is_around_one_piece() {
         let memory = memory();
-        assert!(Window::new(&memory, 0xffc, 8).is_none(), "two pieces");
         assert!(Window::around(&memory, 0x2000).is_none());
         let window = Window::around(&memory, 0x1234).unwrap();
         for (address, len, inside) in [
@@ -234,30 +230,38 @@ mod tests {
             assert_eq!(window.contains(address, len), inside, "{address:#x} {len:#x}");
             window.prefetch::<true>(address);
         }
-        for (address, inside) in [(0x1000, true), (0x1ff8, true), (0x1ff9, false), (0xff9, false)] {
-            assert_eq!(window.write(address, b"8 bytes!").is_some(), inside, "{address:#x}");
-            let back = window.read_obj::<[u8; 8]>(address);
-            assert_eq!(back, inside.then_some(*b"8 bytes!"), "{address:#x}");
-            assert_eq!(back, read_obj(&memory, address).filter(|_| inside), "{address:#x}");
-        }
-        for (address, there) in [(0x1ffe, true), (0x1fff, false), (0x2000, false), (0x1001, false)] {
-            assert_eq!(window.store(address, 0x1234).is_some(), there, "{address:#x}");
-            assert_eq!(window.load(address), there.then_some(0x1234), "{address:#x}");
-        }
     }
 
     #[test]
-    fn fields_are_aligned_and_in_memory() {
+    fn what_is_not_in_the_windows_piece_is_found_too() {
         let memory = memory();
-        for (address, there) in [
-            (0xffe, true),
-            (0x1000, true),
-            (0xfff, false),
-            (0x2000, false),
-            (1, false),
-        ] {
-            assert_eq!(store(&memory, address, 0x1234).is_some(), there, "{address:#x}");
-            assert_eq!(load(&memory, address), there.then_some(0x1234), "{address:#x}");
+        for around in [0, 0x1000, 0x4000] {
+            let window = Window::around(&memory, around).unwrap();
+            for (address, inside) in [
+                (0x1000, true),
+                (0xffc, true),
+                (0x1ff8, true),
+                (0x1ff9, false),
+                (0x4ff8, true),
+                (u64::MAX - 3, false),
+            ] {
+                assert_eq!(window.is_inside(address, 8), inside, "{address:#x}");
+                assert_eq!(window.write(address, b"8 bytes!").is_some(), inside, "{address:#x}");
+                let back = window.read_obj::<[u8; 8]>(address);
+                assert_eq!(back, inside.then_some(*b"8 bytes!"), "{address:#x}");
+            }
+            for (address, there) in [
+                (0xffe, true),
+                (0x1000, true),
+                (0xfff, false),
+                (0x1ffe, true),
+                (0x2000, false),
+                (0x4000, true),
+                (1, false),
+            ] {
+                assert_eq!(window.store(address, 0x1234).is_some(), there, "{address:#x}");
+                assert_eq!(window.load(address), there.then_some(0x1234), "{address:#x}");
+            }
         }
     }
 }

@@ -15,7 +15,7 @@ use std::sync::atomic::{Ordering, fence};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{ByteValued, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
-use super::access::{self, Window};
+use super::access::Window;
 use super::chain::{Chain, Segment};
 use super::violation::Violation;
 
@@ -70,7 +70,7 @@ pub struct Virtqueue {
     setup: QueueSetup,
     queue: Queue,
     memory: GuestMemoryMmap,
-    /// The piece of memory that holds the descriptor table, and with most machines all that a driver uses.
+    /// The same, by the piece that holds the descriptor table, and with most machines all that a driver uses.
     around: Window,
     event_idx: bool,
     indirect: bool,
@@ -316,10 +316,8 @@ impl Virtqueue {
         let slot = u64::from(next % self.setup.size);
         let at = self.setup.used + USED_HEADER_BYTES + USED_ELEMENT_BYTES * slot;
         let element = [u32::from(chain.head()).to_le(), written.to_le()];
-        let bytes = ByteValued::as_slice(&element);
         self.around
-            .write(at, bytes)
-            .or_else(|| access::write(&self.memory, GuestAddress(at), bytes))
+            .write(at, ByteValued::as_slice(&element))
             .ok_or_else(|| self.outside(at, USED_ELEMENT_BYTES))?;
         self.keep(chain);
         self.in_flight = self.in_flight.saturating_sub(1);
@@ -340,10 +338,7 @@ impl Virtqueue {
         }
         let (at, index) = (self.setup.used + 2, self.queue.next_used().to_le());
         // Released: whoever sees the index sees the entries.
-        self.around
-            .store(at, index)
-            .or_else(|| access::store(&self.memory, at, index))
-            .ok_or_else(|| self.outside(at, 2))
+        self.around.store(at, index).ok_or_else(|| self.outside(at, 2))
     }
 
     /// Whether the driver wants to be told of what was pushed since the last call. [`Context::interrupt`](super::device::Context::interrupt)
@@ -478,10 +473,7 @@ impl Virtqueue {
 
     fn descriptor(&self, table: u64, index: u32) -> Result<Descriptor, Violation> {
         let address = table.checked_add(DESCRIPTOR_BYTES * u64::from(index));
-        let read = address.and_then(|address| {
-            let near = self.around.read_obj::<Descriptor>(address);
-            near.or_else(|| access::read_obj(&self.memory, address))
-        });
+        let read = address.and_then(|address| self.around.read_obj::<Descriptor>(address));
         let raw = read.ok_or(Violation::Address {
             queue: self.index,
             address: address.unwrap_or(table),
@@ -497,24 +489,20 @@ impl Virtqueue {
 
     fn check_buffer(&self, descriptor: &Descriptor) -> Result<(), Violation> {
         let Descriptor { address, len, .. } = *descriptor;
-        let fits =
-            len == 0 || self.around.contains(address, len.into()) || access::is_inside(&self.memory, address, len);
-        if fits {
+        if len == 0 || self.around.is_inside(address, len) {
             Ok(())
         } else {
             Err(Violation::Address {
                 queue: self.index,
-                address: descriptor.address,
-                len: descriptor.len.into(),
+                address,
+                len: len.into(),
             })
         }
     }
 
     /// Reads a field of the available ring that the driver changes while the device reads.
     fn load(&self, address: u64) -> Result<u16, Violation> {
-        let near = self.around.load(address);
-        near.or_else(|| access::load(&self.memory, address))
-            .ok_or_else(|| self.outside(address, 2))
+        self.around.load(address).ok_or_else(|| self.outside(address, 2))
     }
 
     fn outside(&self, address: u64, len: u64) -> Violation {
