@@ -27,7 +27,7 @@ struct GuestConfig {
   # ELF (PVH note, or 64-bit entry), or bzImage. None: the small guest that is built into Sepal.
 
   initrd @3 :File;
-  # Initial RAM file system, as is. None: there is none.
+  # Initial RAM file system, as is, for the `kernel`. None: there is none. BAD_CONFIG without a kernel: the default guest reads none.
 
   dtbOverlay @4 :File;
   # Device tree overlay. Not supported on x86-64.
@@ -238,7 +238,10 @@ struct GuestConfig {
   struct Console {
     enabled @0 :Toggle;
     ports @1 :UInt16;
-    # Number of ports, 1 to 32; 0: one. Port 0 is a console (hvc0 in Linux), the others are named "port1", "port2"...
+    # Number of ports, 1 to 32; 0: one. Those after port 0 are named "port1", "port2"...
+    consolePorts @2 :UInt16;
+    # How many of the ports, from the first, are consoles (hvc0, hvc1... in Linux); 0: one. The others are plain streams (/dev/vport0p1...). More
+    # than `ports` are BAD_CONFIG.
   }
 
   struct Rng {

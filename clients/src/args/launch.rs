@@ -18,8 +18,8 @@ pub(crate) struct Launch {
     /// Kernel: an ELF image (vmlinux) or a bzImage (vmlinuz)
     #[arg(long, value_name = "FILE")]
     pub(crate) kernel: Option<PathBuf>,
-    /// Initial RAM file system
-    #[arg(long, value_name = "FILE")]
+    /// Initial RAM file system of the kernel
+    #[arg(long, value_name = "FILE", requires = "kernel")]
     pub(crate) initrd: Option<PathBuf>,
     /// Kernel command line [default: "console=ttyS0" with --kernel]
     #[arg(long, value_name = "STRING")]
@@ -80,8 +80,8 @@ pub(crate) struct Devices {
     /// user needs no privilege: the guest reaches out, nobody reaches in. May be given several times.
     #[arg(long = "net", value_name = "KIND[,...]", value_parser = specs::parse_net)]
     pub(crate) networks: Vec<NetSpec>,
-    /// A virtio console, of one port or this many (1 to 32)
-    #[arg(long, value_name = "PORTS", num_args = 0..=1, require_equals = true, default_missing_value = "1", value_parser = specs::parse_console)]
+    /// A virtio console: [PORTS][,consoles=N], of one port or this many (1 to 32), of which the first, or the first N, are terminals to the guest
+    #[arg(long, value_name = "PORTS[,...]", num_args = 0..=1, require_equals = true, default_missing_value = "", value_parser = specs::parse_console)]
     pub(crate) console: Option<Console>,
     /// An entropy source, of 1 MiB a second or [bps=N]
     #[arg(long, value_name = "LIMIT", num_args = 0..=1, require_equals = true, default_missing_value = "", value_parser = specs::parse_rng)]
@@ -149,9 +149,9 @@ mod tests {
         ];
         let devices = launch(&all).unwrap();
         assert_eq!((devices.disks.len(), devices.networks.len()), (2, 1));
-        assert_eq!(devices.console, Some(Console { ports: 1 }));
+        assert_eq!(devices.console, Some(Console::default()));
         assert!(devices.rng.is_some() && devices.vsock.is_some() && devices.watchdog.is_none());
-        assert_eq!(launch(&["--console=3"]).unwrap().console, Some(Console { ports: 3 }));
+        assert_eq!(launch(&["--console=3"]).unwrap().console.map(|console| console.ports), Some(3));
         assert_eq!(
             launch(&["--watchdog=stop"]).unwrap().watchdog,
             Some(WatchdogAction::Stop)

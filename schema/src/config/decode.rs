@@ -79,6 +79,10 @@ impl GuestConfig {
             on_reset: config.get_on_reset().map_err(|_| unknown("onReset"))?,
             ..Self::default()
         };
+        if decoded.kernel.is_none() && !decoded.initrd.is_none() {
+            let message = "initrd is set, but kernel, which would read it, is not";
+            return Err(Error::bad_config("initrd", message));
+        }
         devices.finish(config, &mut decoded)?;
         decoded.check_limits()?;
         let length = decoded.full_cmdline().len();

@@ -157,6 +157,9 @@ fn what_is_out_of_range_is_refused_by_name() {
             range.init_memfd().set_number(t.send(some_fd()).unwrap());
         }
     });
+    refused(Kind::BadConfig, "initrd", |c, t| {
+        c.init_initrd().init_fd().set_number(t.send(some_fd()).unwrap())
+    });
     refused(Kind::BadConfig, "shares", |c, _| {
         c.init_shares(17);
     });

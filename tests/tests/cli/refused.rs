@@ -59,10 +59,15 @@ fn an_initrd_that_does_not_fit() {
         return;
     }
     let world = World::with_manager();
-    let path = world.folder().join("initrd");
+    let (kernel, path) = (world.folder().join("kernel"), world.folder().join("initrd"));
+    fs::write(&kernel, sepal_driver_guest::IMAGE).unwrap();
     fs::File::create(&path).unwrap().set_len(64 << 20).unwrap();
-    let finished = refused(&world, &["--initrd", path.to_str().unwrap(), "--memory", "32M"]);
+    let (kernel, initrd) = (kernel.to_str().unwrap(), path.to_str().unwrap());
+    let finished = refused(&world, &["--kernel", kernel, "--initrd", initrd, "--memory", "32M"]);
     says(&finished, &["BAD_CONFIG", "initramfs", "67108864 bytes do not fit"]);
+    // Nobody would read it.
+    let finished = world.guest(&["launch", "--initrd", initrd]).expect_code(2);
+    says(&finished, &["--kernel"]);
     world.end();
 }
 
