@@ -28,7 +28,8 @@ pub(crate) struct Local {
     pub(crate) child: Option<Private>,
 }
 
-/// Connects to the manager that listens at `socket`, or at the user's own; `otherwise` says what to do if nobody does.
+/// Connects to the manager that listens at `socket`, or at the user's own; `otherwise` says what to do if nobody listens at the user's own. One is never started
+/// elsewhere: a path that was mistyped would get a manager of its own.
 pub(crate) fn connect(socket: Option<&Path>, otherwise: Otherwise) -> Result<Local> {
     let found = |stream| Local {
         socket: stream,
@@ -37,22 +38,23 @@ pub(crate) fn connect(socket: Option<&Path>, otherwise: Otherwise) -> Result<Loc
     if let Some(stream) = find(socket)? {
         return Ok(found(stream));
     }
+    let path = path_of(socket);
+    let path = path.display();
     match otherwise {
-        Otherwise::Fail => bail!(
-            "no guest manager runs (nobody listens at {}); `guest launch --detach` starts one that stays",
-            path_of(socket).display()
+        Otherwise::Private | Otherwise::Daemon if socket.is_some() => bail!(
+            "no guest manager runs (nobody listens at {path}); `guest launch` starts one only where no address is given"
         ),
+        Otherwise::Fail => {
+            bail!("no guest manager runs (nobody listens at {path}); `guest launch --detach` starts one that stays")
+        }
         Otherwise::Private => start_private(),
         Otherwise::Daemon => {
-            let started = start_daemon(socket);
+            let started = start_daemon();
             // Also where it did not start: another may have been quicker.
-            match (find(socket)?, started) {
+            match (find(None)?, started) {
                 (Some(stream), _) => Ok(found(stream)),
                 (None, Err(error)) => Err(error),
-                (None, Ok(())) => bail!(
-                    "the guest manager started, but nobody listens at {}",
-                    path_of(socket).display()
-                ),
+                (None, Ok(())) => bail!("the guest manager started, but nobody listens at {path}"),
             }
         }
     }
@@ -162,8 +164,8 @@ fn spawn(mut command: Command, fd: OwnedFd) -> Result<Child> {
 /// How many components a manager that stays keeps waiting: who launches one guest after the other finds one each time, and one costs less than 2 MiB (docs/decisions/0011).
 const POOL: &str = "1";
 
-/// Starts a manager in a session of its own, and returns when it listens.
-fn start_daemon(socket: Option<&Path>) -> Result<()> {
+/// Starts the user's own manager in a session of its own, and returns when it listens.
+fn start_daemon() -> Result<()> {
     let (mut ready, theirs) = io::pipe().context("making a pipe")?;
     let mut command = command()?;
     command
@@ -172,10 +174,7 @@ fn start_daemon(socket: Option<&Path>) -> Result<()> {
         .arg(POOL)
         .arg("--ready-fd")
         .arg(theirs.as_raw_fd().to_string());
-    // Otherwise it finds the user's own, and sees to it that the folder is nobody else's.
-    if let Some(socket) = socket {
-        command.arg("--socket").arg(socket);
-    }
+    // Without --socket it finds the user's own, and sees to it that the folder is nobody else's.
     command.stdout(Stdio::null()).stderr(Stdio::piped());
     // SAFETY: setsid is async-signal-safe, and nothing else happens between fork and exec.
     unsafe {

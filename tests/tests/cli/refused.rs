@@ -163,6 +163,20 @@ fn without_a_manager_nothing_answers() {
     }
     let version = world.guest(&["version"]).expect_code(0);
     assert!(version.out().contains("not running"), "{}", version.out());
+    // Nor is one started where an address is given, which may be mistyped.
+    let (address, mistyped) = ("--manager=sock", world.folder().join("sock"));
+    for detach in [&["--detach"][..], &[]] {
+        let mut command = world.command(&[&[address, "launch", "bee"], detach].concat());
+        command.current_dir(world.folder());
+        let mut guest = world.start_command(command, None);
+        guest.close_input();
+        let finished = guest.wait().expect_code(1);
+        says(
+            &finished,
+            &["no guest manager runs", "nobody listens at sock", "no address is given"],
+        );
+        assert!(!mistyped.exists());
+    }
     world.end();
 }
 
