@@ -7,7 +7,7 @@ use sepal_schema::facet::{self, CallRate, FacetKind, Range, Right};
 
 use super::{
     EventOptions, ExecOptions, LinkState, RegisterOptions, StopOptions, WaitOptions,
-    units::{parse_range, parse_rate, parse_time},
+    units::{parse_lifetime, parse_range, parse_rate},
 };
 use crate::specs;
 
@@ -45,8 +45,8 @@ pub(crate) struct Limits {
     /// debug, share
     #[arg(long, value_name = "RIGHT,...", value_delimiter = ',', value_parser = parse_right)]
     pub(crate) only: Vec<Right>,
-    /// It ends after this time: 90s, 15m, 8h, 2d
-    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    /// It ends after this time, a second at least: 90s, 15m, 8h, 2d
+    #[arg(long, value_name = "TIME", value_parser = parse_lifetime)]
     pub(crate) expires: Option<Duration>,
     /// So many changes a second, BURST of them at once after a rest
     #[arg(long, value_name = "N[/BURST]", value_parser = parse_rate)]

@@ -54,6 +54,14 @@ pub(super) fn parse_time(text: &str) -> Result<Duration, String> {
     Duration::try_from_secs_f64(number * seconds).map_err(|error| error.to_string())
 }
 
+/// Reads the time after which something ends: of a second or more, since one of nothing would be gone before anybody had it.
+pub(super) fn parse_lifetime(text: &str) -> Result<Duration, String> {
+    match parse_time(text)? {
+        time if time < Duration::from_secs(1) => Err("it must be at least 1 s; left out, there is no end".to_owned()),
+        time => Ok(time),
+    }
+}
+
 /// Reads sizes from one to another, both included: `MIN..MAX`; left out, the first is 0 and the second has no bound.
 pub(super) fn parse_range(text: &str) -> Result<Range, String> {
     let Some((min, max)) = text.split_once("..") else {
@@ -114,6 +122,14 @@ mod tests {
             "9999T",
         ] {
             assert!(parse_memory(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn lifetimes() {
+        assert_eq!(parse_lifetime("1s"), Ok(Duration::from_secs(1)));
+        for text in ["0", "0s", "1ms", "0.999"] {
+            assert!(parse_lifetime(text).unwrap_err().contains("at least 1 s"), "{text}");
         }
     }
 

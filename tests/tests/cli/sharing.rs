@@ -246,6 +246,7 @@ fn what_cannot_be_shared_says_why() {
         ),
         (&["bee", "balloon", "--balloon", "2M..1M"], 2, &["nothing is in"]),
         (&["bee", "power", "--expires", "soon"], 2, &["'soon' is no time"]),
+        (&["bee", "power", "--expires", "0"], 2, &["--expires", "at least 1 s"]),
         (&["bee", "power", "--rate", "0"], 2, &["no number of calls"]),
         (&["bee", "balloon", "--balloon", "0..4097"], 1, &["BAD_CONFIG", "4096"]),
         (
