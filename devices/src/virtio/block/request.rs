@@ -183,6 +183,7 @@ pub(super) fn parse(
         }
     };
     let sector = u64::from_le(header.sector);
+    let mut buffers = room.cleared();
 
     match u32::from_le(header.kind) {
         T_IN => {
@@ -191,7 +192,6 @@ pub(super) fn parse(
             let Some(offset) = place(sector, room_in.into(), limits.capacity) else {
                 return Ok(Request::Answer(IOERR));
             };
-            let mut buffers = room.cleared();
             // There are as many bytes.
             let _ = chain
                 .writer(memory)
@@ -204,7 +204,6 @@ pub(super) fn parse(
             let Some(offset) = place(sector, data_out.into(), limits.capacity).filter(|_| !limits.read_only) else {
                 return Ok(Request::Answer(IOERR));
             };
-            let mut buffers = room.cleared();
             // As above.
             let _ = reader.each_slice(data_out as usize, |slice| buffers.push(&slice));
             Ok(transfer(Operation::Write, offset, data_out, buffers))
@@ -212,7 +211,7 @@ pub(super) fn parse(
         T_FLUSH => {
             only_reads("a flush has readable data")?;
             only_writes("a flush has writable data")?;
-            Ok(work(Operation::Flush, 0, 0, room.cleared()))
+            Ok(work(Operation::Flush, 0, 0, buffers))
         }
         T_GET_ID => {
             only_reads("a request for the id has readable data")?;
@@ -229,7 +228,7 @@ pub(super) fn parse(
             let range = reader.read_obj::<Range>().unwrap_or_default();
             let one = data_out == RANGE_BYTES;
             Ok(match ranged(kind, &range, one, limits) {
-                Ok((operation, offset, len)) => work(operation, offset, len, room.cleared()),
+                Ok((operation, offset, len)) => work(operation, offset, len, buffers),
                 Err(status) => Request::Answer(status),
             })
         }
