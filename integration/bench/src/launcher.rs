@@ -32,6 +32,7 @@ pub(crate) struct Launcher {
 
 /// A guest that runs; it is stopped when this is dropped, which nobody waits for.
 pub(crate) struct Launched {
+    /// What the manager calls it.
     pub(crate) name: String,
     guest: guest::Client,
     /// Held: the guest ends when it is dropped.
