@@ -59,17 +59,19 @@ impl Block {
                 context.interrupt(queue)?;
             }
             self.shared.counters.in_flight(self.flying.len() - self.free.len());
-            if worked {
-                if begun.elapsed().as_nanos() > TURN {
-                    // The first that is enabled will do: all are served.
-                    if let Some(queue) = context.queues.iter().flatten().next() {
-                        context.ring(queue.index());
-                    }
+            if !worked {
+                if self.look_out(context)? {
+                    self.poll.found();
+                } else if !self.sleep(context)? {
                     return Ok(());
                 }
-            } else if self.look_out(context)? {
-                self.poll.found();
-            } else if !self.sleep(context)? {
+            }
+            // Also of a driver that shows work and takes it back.
+            if begun.elapsed().as_nanos() > TURN {
+                // The first that is enabled will do: all are served.
+                if let Some(queue) = context.queues.iter().flatten().next() {
+                    context.ring(queue.index());
+                }
                 return Ok(());
             }
         }
