@@ -103,7 +103,8 @@ interface Facet {
 
   share @1 (bounds :Bounds, terms :Terms) -> ShareResult;
   # A token with which another client of this manager gets a capability for the same thing, narrowed by `bounds`: `GuestManager.redeem`.
-  # Needs the right `share`. The share outlives this connection, and ends with the guest. At most 256 of a guest: NO_RESOURCES.
+  # Needs the right `share`. The share outlives this connection, and ends with the guest. At most 256 of a guest: NO_RESOURCES. BAD_CONFIG where
+  # `bounds.only` leaves no right that means something for this kind.
 
   describe @2 () -> DescribeResult;
   # What this is, and what it permits. Needs no right.

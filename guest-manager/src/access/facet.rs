@@ -4,7 +4,7 @@ use std::{rc::Rc, time::Instant};
 
 use sepal_schema::{
     error::{Error, Kind, write_completion},
-    facet::{Bounds, Right, Terms, kind_name},
+    facet::{Bounds, Right, Rights, Terms, kind_name},
     facet_capnp::{facet, revoker},
     transport::guard,
 };
@@ -96,6 +96,7 @@ pub(crate) async fn share(holder: &Holder, params: facet::ShareParams, mut resul
         // Nobody could redeem it.
         holder.guest.check_live()?;
         let shared = holder.narrow(&bounds)?;
+        check_useful(&shared, &bounds)?;
         let (grant, uid) = (shared.grant, holder.client.who.uid);
         let mut shares = holder.guest.access.shares.borrow_mut();
         let what = (shared.thing, grant.clone());
@@ -117,6 +118,19 @@ pub(crate) async fn share(holder: &Holder, params: facet::ShareParams, mut resul
         }
     }
     Ok(())
+}
+
+/// Refuses rights of which nothing is left: whoever redeems the token could do nothing with it.
+fn check_useful(shared: &Holder, bounds: &Bounds) -> Result<(), Error> {
+    if bounds.only.is_none() || shared.permitted() != Rights::NONE {
+        return Ok(());
+    }
+    let thing = shared.thing;
+    let message = format!(
+        "nothing of it is left by these rights: those of {thing} are {}",
+        thing.rights()
+    );
+    Err(Error::bad_config("bounds.only", message))
 }
 
 /// `Facet.describe`.

@@ -248,6 +248,11 @@ fn what_cannot_be_shared_says_why() {
         (&["bee", "power", "--expires", "soon"], 2, &["'soon' is no time"]),
         (&["bee", "power", "--expires", "0"], 2, &["--expires", "at least 1 s"]),
         (&["bee", "power", "--rate", "0"], 2, &["no number of calls"]),
+        (
+            &["bee", "serial", "--only", "kill"],
+            1,
+            &["BAD_CONFIG", "those of serial are output"],
+        ),
         (&["bee", "balloon", "--balloon", "0..4097"], 1, &["BAD_CONFIG", "4096"]),
         (
             &["bee", "power", "--uid", "no-such-user"],

@@ -45,6 +45,26 @@ fn every_facet_can_be_shared_and_is_what_it_was() {
 }
 
 #[test]
+fn a_token_that_would_permit_nothing_is_refused() {
+    run(async |world| {
+        let caller = world.caller();
+        let launched = launch(&world, &caller, "web").await;
+        let serial = Part::Serial.of(&launched.guest);
+        let error = share(&serial, &only(Right::Kill), &Terms::default())
+            .await
+            .err()
+            .unwrap();
+        assert_eq!((error.kind, &error.about[..]), (Kind::BadConfig, "bounds.only"));
+        assert!(
+            error.message.contains("serial are output,input,share"),
+            "{}",
+            error.message
+        );
+        assert!(shares(&launched.guest).await.unwrap().is_empty());
+    });
+}
+
+#[test]
 fn a_token_is_bound_to_its_user_and_its_secret_and_used_up_once() {
     run(async |world| {
         let caller = world.caller();
