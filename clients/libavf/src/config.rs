@@ -1,28 +1,52 @@
-//! A raw configuration: what a program has set so far.
+//! A raw configuration: what a program has set, and the guest's configuration that the manager gets of it.
+//!
+//! What Android's machines have without being asked is the same for all: a serial port, a virtio console with three ports (the console, one that nothing is
+//! connected to, the log), entropy, vsock and a watchdog.
 
 use std::{
     ffi::c_int,
-    os::fd::{FromRawFd, OwnedFd},
+    fs::File,
+    io,
+    os::{
+        fd::{AsFd, FromRawFd, OwnedFd},
+        unix::fs::FileExt,
+    },
+    path::PathBuf,
 };
+
+use rustix::fs::{MemfdFlags, SealFlags};
+use sepal_schema::{
+    config::{
+        self, GuestConfig, Handles, MemoryBacking, OnReset,
+        device::{self, Balloon, Console, DiskFormat, DiskMode, Rng, Vsock, WatchdogAction},
+    },
+    config_capnp::guest_config,
+    error::{Error, Kind},
+    transport::file::{FileError, check_regular},
+};
+
+use crate::environment;
 
 /// Bytes of an instance id.
 pub(crate) const INSTANCE_ID: usize = 64;
+/// What Linux needs to be told: where to print before it has found the console, where afterwards, and to reset itself when it panics.
+const CMDLINE: &str = "earlycon=uart8250,io,0x3f8 console=hvc0 panic=-1";
+/// The console, an unused one, the log.
+const CONSOLE_PORTS: u16 = 3;
+/// Names the folder where each machine's vsock ports are offered as Unix sockets.
+const VSOCK_VARIABLE: &str = "SEPAL_AVF_VSOCK_DIR";
+/// What is copied at a time.
+const CHUNK: usize = 1 << 16;
 
 /// A disk.
+#[derive(Debug)]
 pub(crate) struct Disk {
     pub(crate) image: OwnedFd,
     pub(crate) writable: bool,
 }
 
-/// A range of guest memory that a memfd backs.
-pub(crate) struct Memory {
-    pub(crate) memfd: OwnedFd,
-    pub(crate) start: u64,
-    pub(crate) end: u64,
-}
-
 /// What is behind a handle `AVirtualMachineRawConfig`.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub struct RawConfig {
     pub(crate) name: Option<String>,
     pub(crate) instance_id: Option<[u8; INSTANCE_ID]>,
@@ -32,7 +56,126 @@ pub struct RawConfig {
     pub(crate) memory_mib: i32,
     pub(crate) protected_vm: bool,
     pub(crate) balloon: bool,
-    pub(crate) memory: Vec<Memory>,
+    pub(crate) memory: Vec<MemoryBacking>,
+    /// The guest's vsock context id, 0 for one of the manager's choice.
+    pub(crate) cid: u32,
+}
+
+/// Why there is no machine of it.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Incomplete {
+    #[error("it has no name")]
+    Name,
+    #[error("it has no kernel")]
+    Kernel,
+    #[error("{0}: {1}")]
+    File(&'static str, #[source] io::Error),
+}
+
+impl RawConfig {
+    /// The name, if it can be a machine's; makes its files fit to be handed over.
+    ///
+    /// # Errors
+    /// What is missing, or which file cannot be made fit.
+    pub(crate) fn complete(&mut self) -> Result<String, Incomplete> {
+        let name = self.name.clone().ok_or(Incomplete::Name)?;
+        let kernel = self.kernel.take().ok_or(Incomplete::Kernel)?;
+        self.kernel = Some(steady(kernel).map_err(|error| Incomplete::File("the kernel", error))?);
+        let initrd = self.initrd.take().map(steady).transpose();
+        self.initrd = initrd.map_err(|error| Incomplete::File("the initial RAM file system", error))?;
+        for disk in &self.disks {
+            seal(disk.image.as_fd());
+        }
+        Ok(name)
+    }
+
+    /// Writes the configuration of a guest of this name; its descriptors are copies.
+    ///
+    /// # Errors
+    /// What cannot be handed over.
+    pub(crate) fn write(
+        &self,
+        name: &str,
+        mut to: guest_config::Builder<'_>,
+        handles: &dyn Handles,
+    ) -> Result<(), Error> {
+        let no_descriptors = |error: io::Error| Error::new(Kind::NoResources, format!("copying descriptors: {error}"));
+        let guest = self.guest(name).map_err(no_descriptors)?;
+        guest.encode(to.reborrow(), handles)?;
+        to.set_protected_vm(self.protected_vm);
+        if let Some(id) = &self.instance_id {
+            to.set_instance_id(id);
+        }
+        Ok(())
+    }
+
+    fn guest(&self, name: &str) -> io::Result<GuestConfig> {
+        let file = |fd: &Option<OwnedFd>| {
+            let copy = fd.as_ref().map(OwnedFd::try_clone).transpose()?;
+            Ok::<_, io::Error>(copy.map_or(config::File::None, config::File::Fd))
+        };
+        let disk = |disk: &Disk| {
+            Ok::<_, io::Error>(device::Disk {
+                id: String::new(),
+                image: config::File::Fd(disk.image.try_clone()?),
+                mode: match disk.writable {
+                    true => DiskMode::ReadWrite,
+                    false => DiskMode::ReadOnly,
+                },
+                format: DiskFormat::Raw,
+                direct: false,
+                block_size: 0,
+                rate_limit: device::RateLimit::default(),
+                backing: Vec::new(),
+                queues: 0,
+                scratch: config::File::None,
+            })
+        };
+        let memory = |range: &MemoryBacking| {
+            Ok::<_, io::Error>(MemoryBacking {
+                memfd: range.memfd.try_clone()?,
+                ..*range
+            })
+        };
+        Ok(GuestConfig {
+            name: name.to_owned(),
+            kernel: file(&self.kernel)?,
+            initrd: file(&self.initrd)?,
+            cmdline: CMDLINE.to_owned(),
+            memory_mib: self.memory_mib,
+            custom_memory: self.memory.iter().map(memory).collect::<Result<_, _>>()?,
+            disks: self.disks.iter().map(disk).collect::<Result<_, _>>()?,
+            console: Some(Console {
+                ports: CONSOLE_PORTS,
+                console_ports: CONSOLE_PORTS,
+            }),
+            rng: Some(Rng {
+                rate_limit: device::RateLimit::default(),
+            }),
+            balloon: self.balloon.then_some(Balloon {
+                deflate_on_oom: true,
+                free_page_reporting: true,
+            }),
+            vsock: Some(Vsock {
+                cid: self.cid,
+                listeners: Vec::new(),
+                socket_path: vsock_path(name)?,
+            }),
+            watchdog: Some(WatchdogAction::Stop),
+            on_reset: OnReset::Stop,
+            ..GuestConfig::default()
+        })
+    }
+}
+
+/// Where the vsock ports of the guest of this name are offered; empty: nowhere.
+fn vsock_path(name: &str) -> io::Result<String> {
+    let Some(folder) = environment::variable(VSOCK_VARIABLE) else {
+        return Ok(String::new());
+    };
+    let path = std::path::absolute(PathBuf::from(folder).join(format!("{name}.vsock")))?;
+    let text = path.into_os_string().into_string();
+    text.map_err(|_| io::Error::other(format!("the folder of {VSOCK_VARIABLE} is not UTF-8")))
 }
 
 /// Takes over the descriptor with this number; none if there is none.
@@ -47,3 +190,42 @@ pub(crate) unsafe fn take_fd(number: c_int) -> Option<OwnedFd> {
     // SAFETY: it is open, and the caller gives it away.
     Some(unsafe { OwnedFd::from_raw_fd(number) })
 }
+
+/// Keeps a memfd from being shortened, if it lets itself be.
+pub(crate) fn seal(fd: impl AsFd) {
+    // What is no memfd has no seals, and what may not be sealed the manager looks at.
+    let _ = rustix::fs::fcntl_add_seals(fd, SealFlags::SHRINK);
+}
+
+/// The file, or a copy if it is a memfd that could be shortened while it is read.
+fn steady(file: OwnedFd) -> io::Result<OwnedFd> {
+    seal(file.as_fd());
+    match check_regular(&file) {
+        Err(FileError::NotSealed) => copy(&File::from(file)),
+        // What else may be wrong with it, the manager says.
+        _ => Ok(file),
+    }
+}
+
+fn copy(from: &File) -> io::Result<OwnedFd> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let to = File::from(rustix::fs::memfd_create("libavf", flags)?);
+    let mut buffer = vec![0; CHUNK];
+    let mut position = 0;
+    loop {
+        match from.read_at(&mut buffer, position) {
+            Ok(0) => break,
+            Ok(count) => {
+                to.write_all_at(&buffer[..count], position)?;
+                position += count as u64;
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    seal(&to);
+    Ok(to.into())
+}
+
+#[cfg(test)]
+mod tests;

@@ -7,16 +7,19 @@
 use std::{
     ffi::{CStr, c_char, c_int},
     panic::{AssertUnwindSafe, catch_unwind},
-    ptr, slice,
+    slice,
+    time::Duration,
 };
 
-use crate::config::{Disk, INSTANCE_ID, Memory, RawConfig, take_fd};
+use sepal_schema::config::MemoryBacking;
 
-/// What is behind a handle `AVirtualizationService`.
-pub struct Service;
-
-/// What is behind a handle `AVirtualMachine`.
-pub struct Vm;
+use crate::{
+    config::{Disk, INSTANCE_ID, RawConfig, seal, take_fd},
+    log,
+    service::Service,
+    streams::Ends,
+    vm::Vm,
+};
 
 /// Runs `body`. No panic leaves it: that would end the program.
 fn guarded<T>(otherwise: T, body: impl FnOnce() -> T) -> T {
@@ -158,8 +161,9 @@ pub unsafe extern "C" fn AVirtualMachineRawConfig_addCustomMemoryBackingFile(
     let memfd = unsafe { take_fd(fd) };
     match memfd {
         Some(memfd) if !config.is_null() && start <= end => {
+            seal(&memfd);
             // SAFETY: as the contract says.
-            unsafe { set(config, |config| config.memory.push(Memory { memfd, start, end })) };
+            unsafe { set(config, |config| config.memory.push(MemoryBacking { memfd, start, end })) };
             0
         }
         _ => -libc::EINVAL,
@@ -168,11 +172,24 @@ pub unsafe extern "C" fn AVirtualMachineRawConfig_addCustomMemoryBackingFile(
 
 /// `AVirtualizationService_create`.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn AVirtualizationService_create(service: *mut *mut Service, _early: bool) -> c_int {
+pub unsafe extern "C" fn AVirtualizationService_create(service: *mut *mut Service, early: bool) -> c_int {
     if service.is_null() {
         return -libc::EINVAL;
     }
-    -libc::ENOENT
+    let made = guarded(Err(libc::EIO), || {
+        Service::new(early).map_err(|error| {
+            log::say(&error.to_string());
+            error.errno()
+        })
+    });
+    match made {
+        Ok(made) => {
+            // SAFETY: not null, so a place for the handle.
+            unsafe { service.write(Box::into_raw(Box::new(made))) };
+            0
+        }
+        Err(errno) => -errno,
+    }
 }
 
 /// `AVirtualizationService_destroy`.
@@ -180,51 +197,124 @@ pub unsafe extern "C" fn AVirtualizationService_create(service: *mut *mut Servic
 pub unsafe extern "C" fn AVirtualizationService_destroy(service: *mut Service) {
     if !service.is_null() {
         // SAFETY: it came from `create`, and nobody uses it after this.
-        drop(unsafe { Box::from_raw(service) });
+        let service = unsafe { Box::from_raw(service) };
+        guarded((), || service.destroy());
     }
 }
 
 /// `AVirtualMachine_createRaw`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn AVirtualMachine_createRaw(
-    _service: *const Service,
+    service: *const Service,
     config: *mut RawConfig,
     console_out: c_int,
     console_in: c_int,
     log: c_int,
-    _vm: *mut *mut Vm,
+    vm: *mut *mut Vm,
 ) -> c_int {
-    // SAFETY: as the contract says.
-    let _fds = [console_out, console_in, log].map(|fd| unsafe { take_fd(fd) });
-    // SAFETY: as the contract says.
-    unsafe { AVirtualMachineRawConfig_destroy(config) };
-    -libc::EIO
+    // SAFETY: as the contract says; all are taken, whatever comes of it.
+    let [console_out, console_in, log] = [console_out, console_in, log].map(|fd| unsafe { take_fd(fd) });
+    let ends = Ends {
+        console_out,
+        console_in,
+        log,
+    };
+    // SAFETY: null, or it came from `create`, and nobody uses it after this.
+    let config = (!config.is_null()).then(|| unsafe { Box::from_raw(config) });
+    // SAFETY: null, or a service that nobody destroys at this time.
+    let (Some(service), Some(config), false) = (unsafe { service.as_ref() }, config, vm.is_null()) else {
+        return -libc::EINVAL;
+    };
+    match guarded(None, || service.machine(*config, ends)) {
+        Some(made) => {
+            // SAFETY: not null, so a place for the handle.
+            unsafe { vm.write(Box::into_raw(Box::new(made))) };
+            0
+        }
+        None => -libc::EIO,
+    }
 }
 
 /// `AVirtualMachine_start`.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn AVirtualMachine_start(_vm: *mut Vm) -> c_int {
-    -libc::EIO
+pub unsafe extern "C" fn AVirtualMachine_start(vm: *mut Vm) -> c_int {
+    // SAFETY: as the contract says.
+    unsafe { done(vm, Vm::start) }
 }
 
 /// `AVirtualMachine_stop`.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn AVirtualMachine_stop(_vm: *mut Vm) -> c_int {
-    -libc::EIO
+pub unsafe extern "C" fn AVirtualMachine_stop(vm: *mut Vm) -> c_int {
+    // SAFETY: as the contract says.
+    unsafe { done(vm, Vm::stop) }
+}
+
+/// What comes of something that is done with a machine.
+unsafe fn done(vm: *mut Vm, what: impl FnOnce(&Vm) -> bool) -> c_int {
+    // SAFETY: null, or a machine that nobody destroys at this time.
+    let Some(vm) = (unsafe { vm.as_ref() }) else {
+        return -libc::EINVAL;
+    };
+    match guarded(false, || what(vm)) {
+        true => 0,
+        false => -libc::EIO,
+    }
 }
 
 /// `AVirtualMachine_waitForStop`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn AVirtualMachine_waitForStop(
-    _vm: *mut Vm,
-    _timeout: *const libc::timespec,
-    _reason: *mut i32,
+    vm: *mut Vm,
+    timeout: *const libc::timespec,
+    reason: *mut i32,
 ) -> bool {
-    false
+    // SAFETY: null, or a machine that nobody destroys at this time.
+    let Some(vm) = (unsafe { vm.as_ref() }).filter(|_| !reason.is_null()) else {
+        return false;
+    };
+    // SAFETY: null, or a time.
+    let timeout = unsafe { timeout.as_ref() }.map(duration);
+    match guarded(None, || vm.wait(timeout)) {
+        Some(why) => {
+            // SAFETY: not null, so a place for the reason.
+            unsafe { reason.write(why as i32) };
+            true
+        }
+        None => false,
+    }
+}
+
+/// How long a timeout is; what is none does not wait.
+fn duration(time: &libc::timespec) -> Duration {
+    let nanoseconds = u32::try_from(time.tv_nsec)
+        .ok()
+        .filter(|nanoseconds| *nanoseconds < 1_000_000_000);
+    match (u64::try_from(time.tv_sec), nanoseconds) {
+        (Ok(seconds), Some(nanoseconds)) => Duration::new(seconds, nanoseconds),
+        _ => Duration::ZERO,
+    }
 }
 
 /// `AVirtualMachine_destroy`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn AVirtualMachine_destroy(vm: *mut Vm) {
-    let _ = ptr::NonNull::new(vm);
+    if !vm.is_null() {
+        // SAFETY: it came from `createRaw`, and nobody uses it after this.
+        let vm = unsafe { Box::from_raw(vm) };
+        guarded((), || vm.destroy());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_timeout_that_is_none_does_not_wait() {
+        let of = |tv_sec, tv_nsec| duration(&libc::timespec { tv_sec, tv_nsec });
+        assert_eq!(of(1, 999_999_999), Duration::from_nanos(1_999_999_999));
+        for (seconds, nanoseconds) in [(-1, 0), (0, -1), (1, 1_000_000_000)] {
+            assert_eq!(of(seconds, nanoseconds), Duration::ZERO);
+        }
+    }
 }

@@ -1,0 +1,82 @@
+//! Names: Android takes any text, and several machines may have the same; the manager takes letters, digits, '.', '_' and '-', each name once.
+
+use sepal_schema::config::MAX_NAME;
+
+/// What a machine is called whose name has nothing that the manager takes.
+const NAMELESS: &str = "vm";
+
+/// The name for the manager: what it does not take becomes '-', and where the name is taken, a number follows it.
+pub(crate) fn free(name: &str, taken: impl Fn(&str) -> bool) -> String {
+    let valid = valid(name);
+    if !taken(&valid) {
+        return valid;
+    }
+    let mut number = 2_u64;
+    loop {
+        let suffix = format!("-{number}");
+        let kept = valid.len().min(MAX_NAME - suffix.len());
+        let candidate = format!("{}{suffix}", &valid[..kept]);
+        // There are more numbers than machines.
+        if !taken(&candidate) {
+            return candidate;
+        }
+        number += 1;
+    }
+}
+
+/// Only characters of one byte remain.
+fn valid(name: &str) -> String {
+    let fit = |c: char| match c {
+        'a'..='z' | 'A'..='Z' | '0'..='9' | '.' | '_' | '-' => c,
+        _ => '-',
+    };
+    let name = name.trim_start_matches(|c: char| !c.is_ascii_alphanumeric());
+    match name {
+        "" => NAMELESS.to_owned(),
+        name => name.chars().take(MAX_NAME).map(fit).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use proptest::prelude::*;
+    use sepal_schema::config::check_name;
+
+    use super::*;
+
+    #[test]
+    fn a_name_that_fits_stays_as_it_is() {
+        assert_eq!(free("microdroid_1.2", |_| false), "microdroid_1.2");
+    }
+
+    #[test]
+    fn others_are_made_to_fit() {
+        assert_eq!(free("My machine", |_| false), "My-machine");
+        assert_eq!(free("/dev/kvm", |_| false), "dev-kvm");
+        assert_eq!(free("", |_| false), "vm");
+        assert_eq!(free("虚拟机", |_| false), "vm");
+        assert_eq!(free(&"x".repeat(100), |_| false), "x".repeat(64));
+    }
+
+    #[test]
+    fn the_second_of_a_name_gets_a_number() {
+        let taken = ["a", "a-2"];
+        assert_eq!(free("a", |name| taken.contains(&name)), "a-3");
+        let long = "x".repeat(64);
+        assert_eq!(free(&long, |name| name == long), format!("{}-2", "x".repeat(62)));
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_the_names_are_each_machine_gets_one_of_its_own(names in prop::collection::vec(".{0,80}", 1..40)) {
+            let mut taken = HashSet::new();
+            for name in names {
+                let name = free(&name, |name| taken.contains(name));
+                prop_assert!(check_name(&name).is_ok(), "{name}");
+                prop_assert!(taken.insert(name));
+            }
+        }
+    }
+}

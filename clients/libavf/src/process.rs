@@ -1,0 +1,143 @@
+//! The guest manager's process: where the program is, how it is started in somebody else's process, and how it ends.
+
+use std::{
+    ffi::{CStr, OsStr, OsString},
+    fs, io,
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::{ffi::OsStrExt, process::CommandExt},
+    },
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+};
+
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
+};
+
+use crate::environment;
+
+/// Names the guest manager's program.
+const PROGRAM_VARIABLE: &str = "SEPAL_GUEST_MANAGER";
+const PROGRAM: &str = "guest-manager";
+/// Where it is installed, seen from the library's folder.
+const LIBEXEC: &str = "../libexec/sepal";
+/// How long a manager may take to end its guests and itself, in seconds; then it is killed, and its keeper ends them.
+const END_WITHIN: i64 = 10;
+/// Descriptors below this number have other uses in a new process.
+const FIRST_FREE: i32 = 3;
+
+/// A manager that runs.
+#[derive(Debug)]
+pub(crate) struct Process {
+    child: Child,
+    /// None where the kernel has none, or the process has ended and the program does not wait for its children.
+    pidfd: Option<OwnedFd>,
+}
+
+impl Process {
+    /// Starts the manager, to serve `socket` and end with it.
+    ///
+    /// # Errors
+    /// `NotFound` if there is no such program; whatever keeps it from being started.
+    pub(crate) fn start(socket: OwnedFd) -> io::Result<Self> {
+        let program = find()?;
+        // The program may have closed its standard descriptors, and then this is one of them.
+        let socket = rustix::io::fcntl_dupfd_cloexec(&socket, FIRST_FREE)?;
+        let number = socket.as_raw_fd();
+        let mut command = Command::new(program);
+        command.arg("--fd").arg(number.to_string());
+        // What the program's terminal or folder is asked to do is none of the manager's business. What the manager has to say, its user reads.
+        command
+            .current_dir("/")
+            .process_group(0)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null());
+        // SAFETY: between fork and exec only system calls are made; the descriptor is open until the command has been started.
+        unsafe {
+            command.pre_exec(move || prepare(number));
+        }
+        let child = command.spawn()?;
+        drop(socket);
+        let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
+        let pidfd = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
+        Ok(Self { child, pidfd })
+    }
+
+    /// Waits until it has ended, which is up to it for a while.
+    pub(crate) fn end(mut self) {
+        if let Some(pidfd) = &self.pidfd {
+            let mut ended = [PollFd::new(pidfd, PollFlags::IN)];
+            let limit = Timespec {
+                tv_sec: END_WITHIN,
+                tv_nsec: 0,
+            };
+            if !matches!(poll(&mut ended, Some(&limit)), Ok(1..)) {
+                self.kill();
+            }
+        }
+        // Fails if the program waits for all children itself, and then there is nothing left to wait for.
+        let _ = self.child.wait();
+    }
+
+    /// Ends it at once.
+    pub(crate) fn kill(&self) {
+        if let Some(pidfd) = &self.pidfd {
+            // It may have ended.
+            let _ = pidfd_send_signal(pidfd, Signal::KILL);
+        }
+    }
+}
+
+/// In the new process: signals do what they do by default, whatever the program has chosen, and no descriptor but the standard ones and `socket` goes along.
+fn prepare(socket: i32) -> io::Result<()> {
+    // SAFETY: all of these only make system calls. Numbers that are no signal, or one that cannot be changed, are refused.
+    unsafe {
+        for signal in 1..=libc::SIGRTMAX() {
+            libc::signal(signal, libc::SIG_DFL);
+        }
+        if libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) != 0 {
+            // Something between us and the kernel does not know the call (valgrind of 2022).
+            let most = libc::sysconf(libc::_SC_OPEN_MAX);
+            for number in 3..i32::try_from(most).unwrap_or(i32::MAX) {
+                libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC);
+            }
+        }
+        if libc::fcntl(socket, libc::F_SETFD, 0) != 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
+/// The manager's program: the one that the environment names, beside the library, or where the library's installation puts it.
+fn find() -> io::Result<PathBuf> {
+    if let Some(named) = environment::variable(PROGRAM_VARIABLE) {
+        // The new process has another folder.
+        return std::path::absolute(named);
+    }
+    let library = fs::canonicalize(library()?)?;
+    let folder = library.parent().unwrap_or(Path::new("/"));
+    let places = [folder.join(PROGRAM), folder.join(LIBEXEC).join(PROGRAM)];
+    let found = places.into_iter().find(|place| place.is_file());
+    found.ok_or_else(|| io::Error::from_raw_os_error(libc::ENOENT))
+}
+
+/// The file that this code was loaded from: the library, or the program that it is linked into.
+fn library() -> io::Result<OsString> {
+    let mut found = libc::Dl_info {
+        dli_fname: std::ptr::null(),
+        dli_fbase: std::ptr::null_mut(),
+        dli_sname: std::ptr::null(),
+        dli_saddr: std::ptr::null_mut(),
+    };
+    let here: *const () = (library as fn() -> io::Result<OsString>) as *const ();
+    // SAFETY: the address is of this code, and the result is a local that the call fills.
+    if unsafe { libc::dladdr(here.cast(), &raw mut found) } == 0 || found.dli_fname.is_null() {
+        return Err(io::Error::from_raw_os_error(libc::ENOENT));
+    }
+    // SAFETY: a string that the loader keeps as long as this code is loaded.
+    let name = unsafe { CStr::from_ptr(found.dli_fname) };
+    Ok(OsStr::from_bytes(name.to_bytes()).to_owned())
+}

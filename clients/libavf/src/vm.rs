@@ -1,0 +1,177 @@
+//! A virtual machine as the program's threads use it: its life behind a lock, and the way to the task that carries it out (`machine`).
+
+use std::{
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        mpsc::{Receiver, Sender, channel},
+    },
+    time::{Duration, Instant},
+};
+
+use futures::channel::mpsc::{UnboundedReceiver, UnboundedSender, unbounded};
+
+use crate::{
+    life::{Life, NoStart, Stop},
+    log,
+    reason::StopReason,
+    streams::Ends,
+};
+
+/// What the program asks of the task.
+pub(crate) enum Command {
+    Start,
+    Stop,
+}
+
+/// What a machine's handle and task share.
+pub(crate) struct Shared {
+    life: Mutex<Life>,
+    changed: Condvar,
+    name: String,
+    pub(crate) ends: Arc<Ends>,
+}
+
+impl Shared {
+    fn look(&self) -> MutexGuard<'_, Life> {
+        self.life.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes its life, and wakes whoever waits for that.
+    pub(crate) fn change<T>(&self, change: impl FnOnce(&mut Life) -> T) -> T {
+        let result = change(&mut self.look());
+        self.changed.notify_all();
+        result
+    }
+
+    /// Waits until `what` is there.
+    fn until<T>(&self, what: impl Fn(&Life) -> Option<T>) -> T {
+        let mut life = self.look();
+        loop {
+            if let Some(result) = what(&life) {
+                return result;
+            }
+            life = self.changed.wait(life).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Tells the user about this machine.
+    pub(crate) fn say(&self, what: &str) {
+        log::say_to(self.ends.log.as_ref(), &format!("{}: {what}", self.name));
+    }
+}
+
+/// The task's side. When it is dropped, the machine is stopped for good.
+pub(crate) struct Driven {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) commands: UnboundedReceiver<Command>,
+    /// Dropped last: who destroys the machine waits for it.
+    _gone: Sender<()>,
+}
+
+impl Drop for Driven {
+    fn drop(&mut self) {
+        self.shared.change(Life::lost);
+    }
+}
+
+/// What is behind a handle `AVirtualMachine`.
+pub struct Vm {
+    shared: Arc<Shared>,
+    commands: UnboundedSender<Command>,
+    gone: Mutex<Receiver<()>>,
+}
+
+impl Vm {
+    /// A machine that does not run, and its task's side. `name` is what the program calls it.
+    pub(crate) fn new(name: String, ends: Ends) -> (Self, Driven) {
+        let shared = Arc::new(Shared {
+            life: Mutex::new(Life::new()),
+            changed: Condvar::new(),
+            name,
+            ends: Arc::new(ends),
+        });
+        let (sender, commands) = unbounded();
+        let (keeps, gone) = channel();
+        let vm = Self {
+            shared: shared.clone(),
+            commands: sender,
+            gone: Mutex::new(gone),
+        };
+        let driven = Driven {
+            shared,
+            commands,
+            _gone: keeps,
+        };
+        (vm, driven)
+    }
+
+    /// Tells the user about this machine.
+    pub(crate) fn say(&self, what: &str) {
+        self.shared.say(what);
+    }
+
+    fn command(&self, command: Command) {
+        // Without a task the machine is lost, which its life says.
+        let _ = self.commands.unbounded_send(command);
+    }
+
+    /// Starts it; returns when its processors run, or whether they do not.
+    pub(crate) fn start(&self) -> bool {
+        let started = self.shared.change(Life::start);
+        match started {
+            Ok(run) => {
+                self.command(Command::Start);
+                self.shared.until(|life| life.has_started(run))
+            }
+            Err(why @ (NoStart::Running | NoStart::Lost)) => {
+                self.say(&format!("not started: {why}"));
+                false
+            }
+        }
+    }
+
+    /// Stops it; returns when it has stopped, or false if it was not running or its service ended.
+    pub(crate) fn stop(&self) -> bool {
+        let run = match self.shared.change(Life::stop) {
+            Stop::NotRunning => return false,
+            Stop::Ask(run) => {
+                self.command(Command::Stop);
+                run
+            }
+            Stop::Wait(run) => run,
+        };
+        self.shared.until(|life| life.is_over(run).then_some(!life.is_lost()))
+    }
+
+    /// Waits for its end, for at most `timeout`; for ever without one.
+    pub(crate) fn wait(&self, timeout: Option<Duration>) -> Option<StopReason> {
+        // Later than the clock can tell is never.
+        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        let mut life = self.shared.look();
+        let since = life.ended_runs();
+        loop {
+            if let Some(reason) = life.stopped(since) {
+                return Some(reason);
+            }
+            let Some(deadline) = deadline else {
+                life = self.shared.changed.wait(life).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            };
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return None;
+            }
+            let waited = self.shared.changed.wait_timeout(life, left);
+            life = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Stops it, and waits until nothing of it is left.
+    pub(crate) fn destroy(self) {
+        self.stop();
+        let Self { shared, commands, gone } = self;
+        drop((shared, commands));
+        // The answer is that the other end is gone.
+        let _ = gone.into_inner().unwrap_or_else(PoisonError::into_inner).recv();
+    }
+}
