@@ -74,6 +74,10 @@ interface GuestManager {
   # end's socket. What the host has at the moment (memory, images and context ids that others use) may be gone by the time of create. Needs what
   # newGuest and create need.
 
+  describe @13 (token :Text) -> Facets.Facet.DescribeResult;
+  # What a token stands for, and what it would permit the caller. It is not redeemed by that: one that can be used once still can. Fails as `redeem`
+  # would.
+
   struct RedeemResult {
     facet @0 :Facets.Facet;
     # To be cast to what `kind` says.

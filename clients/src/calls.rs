@@ -54,9 +54,21 @@ pub(crate) async fn resize(console: &console::Client, columns: u16, rows: u16) -
 
 /// What a capability is, and what it permits.
 pub(crate) async fn describe(facet: &facet::Client) -> Result<Description> {
-    use facet::describe_result::Which;
     let response = facet.describe_request().send().promise.await?;
-    match response.get()?.which()? {
+    description(response.get()?)
+}
+
+/// What a token stands for, and what it permits; it is not redeemed by that.
+pub(crate) async fn describe_token(manager: &guest_manager::Client, token: &str) -> Result<Description> {
+    let mut request = manager.describe_request();
+    request.get().set_token(token);
+    let response = request.send().promise.await?;
+    description(response.get()?)
+}
+
+fn description(result: facet::describe_result::Reader<'_>) -> Result<Description> {
+    use facet::describe_result::Which;
+    match result.which()? {
         Which::Description(description) => Ok(Description::read(description?)?),
         Which::Error(error) => Err(Error::read(error?)?.into()),
     }

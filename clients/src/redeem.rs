@@ -1,16 +1,20 @@
 //! `guest redeem`: what somebody has shared, used on a connection of one's own.
 //!
 //! ```text
-//!   token --(its kind, which it begins with)--> does the action fit? --no--> say which do; the token is as it was
+//!   token --(its kind, which it begins with)--> does the action fit? --no--> say which do
+//!                                                    | yes
+//!                                                 describe --> is it permitted? --no--> say what is
 //!                                                    | yes
 //!                                                 redeem --> facet --> action
 //! ```
+//!
+//! Until it is redeemed, a token that can be used once is as good as before.
 
 use anyhow::Result;
 use capnp::capability::FromClientHook;
 use sepal_schema::{
-    error::{Error, Outcome},
-    facet::{FacetKind, kind_name, kind_of},
+    error::{Error, Kind, Outcome},
+    facet::{Description, FacetKind, Right, kind_name, kind_of, right_name},
     facet_capnp::facet,
     guest_capnp::{guest, output, serial},
     transport::Handle,
@@ -44,12 +48,18 @@ struct Redeemed<'a> {
 pub(crate) async fn redeem(handle: &Handle, place: &Place, args: &Redeem) -> Result<u8> {
     // What is no token is for the manager to refuse.
     let told = args.token.split('.').next().and_then(kind_of);
+    let action = args.action.as_ref();
     if let Some(kind) = told
-        && let Some(status) = refuse(kind, args.action.as_ref(), false)
+        && let Some(status) = refuse(kind, action)
     {
         return Ok(status);
     }
     let manager = Manager::running(handle, place)?;
+    let description = calls::describe_token(&manager.client, args.token.trim()).await?;
+    if let Some(Action::Describe { json }) = action {
+        return describe(&description, *json);
+    }
+    permitted(&description, action)?;
     let mut request = manager.client.redeem_request();
     request.get().set_token(args.token.trim());
     let response = request.send().promise.await?;
@@ -62,10 +72,58 @@ pub(crate) async fn redeem(handle: &Handle, place: &Place, args: &Redeem) -> Res
         kind: redeemed.get_kind().map_err(unknown)?,
         guest: redeemed.get_guest()?.to_string()?,
     };
-    match refuse(redeemed.kind, args.action.as_ref(), true) {
-        Some(status) => Ok(status),
-        None => redeemed.act(args.action.as_ref()).await,
+    redeemed.act(action).await
+}
+
+/// The rights without which an action, or what is done where none is named, would be refused.
+fn needed(kind: FacetKind, action: Option<&Action>) -> &'static [Right] {
+    match (action, kind) {
+        (None | Some(Action::Attach), FacetKind::Serial | FacetKind::Console) => &[Right::Output],
+        (None, _) => &[Right::Observe],
+        (Some(Action::Describe { .. } | Action::Attach), _) => &[],
+        // The port that it reads may be one of the guest's.
+        (Some(Action::Read { .. }), FacetKind::Serial | FacetKind::Console) => &[Right::Output],
+        (Some(Action::Read { .. }), _) => &[Right::Observe, Right::Output],
+        (Some(Action::Info { .. } | Action::Wait(_) | Action::Events(_) | Action::Stats { .. }), _) => {
+            &[Right::Observe]
+        }
+        (Some(Action::Size { .. } | Action::Disks { .. } | Action::Networks { .. }), _) => &[Right::Observe],
+        (Some(Action::Shutdown), _) => &[Right::Shutdown],
+        (Some(Action::Stop(options)), _) => match (options.kill, options.force, options.timeout) {
+            (false, false, _) => &[Right::Shutdown],
+            (false, true, Some(_)) => &[Right::Shutdown, Right::Kill],
+            _ => &[Right::Kill],
+        },
+        (Some(Action::Kill), _) => &[Right::Kill],
+        (Some(Action::Pause | Action::Resume), _) => &[Right::Pause],
+        (Some(Action::Reset), _) => &[Right::Reset],
+        (Some(Action::Nmi), _) => &[Right::Nmi],
+        (Some(Action::Set { .. }), FacetKind::MemController) => &[Right::Memory],
+        (Some(Action::Set { .. }), _) => &[Right::Balloon],
+        (Some(Action::Resize { .. }), _) => &[Right::Disk],
+        (Some(Action::Link { .. }), _) => &[Right::Network],
+        (Some(Action::Connect { .. }), _) => &[Right::Connect],
+        (Some(Action::Listen { .. }), _) => &[Right::Listen],
+        (Some(Action::Exec(_)), _) => &[Right::Agent],
+        (Some(Action::Registers(_)), _) => &[Right::Debug],
     }
+}
+
+/// Whether what was shared permits an action.
+///
+/// # Errors
+/// `PERMISSION_DENIED`, as the manager would answer once the token was redeemed.
+fn permitted(description: &Description, action: Option<&Action>) -> Result<(), Error> {
+    let needed = needed(description.kind, action);
+    let Some(&missing) = needed.iter().find(|&&right| !description.rights.has(right)) else {
+        return Ok(());
+    };
+    let message = format!(
+        "this needs the right {}, and the token permits {}; it has not been used up",
+        right_name(missing),
+        description.rights
+    );
+    Err(Error::new(Kind::PermissionDenied, message))
 }
 
 /// The actions that fit a kind of facet, `describe` left out; the first without arguments is what is done where none is named.
@@ -146,7 +204,7 @@ fn name_of(action: &Action) -> &'static str {
 }
 
 /// Why this cannot be done with a token of this kind, told; none if it can.
-fn refuse(kind: FacetKind, action: Option<&Action>, used: bool) -> Option<u8> {
+fn refuse(kind: FacetKind, action: Option<&Action>) -> Option<u8> {
     let fits = match action {
         None => is_plain(kind),
         Some(Action::Describe { .. }) => true,
@@ -165,9 +223,7 @@ fn refuse(kind: FacetKind, action: Option<&Action>, used: bool) -> Option<u8> {
     }
     let all: Vec<_> = actions(kind).iter().copied().chain(["describe"]).collect();
     eprintln!("hint: guest redeem TOKEN {}", all.join("|"));
-    if !used {
-        eprintln!("hint: the token has not been used up; `guest redeem --help` says more");
-    }
+    eprintln!("hint: the token has not been used up; `guest redeem --help` says more");
     Some(status::USAGE)
 }
 
@@ -188,7 +244,8 @@ impl Redeemed<'_> {
                 FacetKind::Statistics => stats::show(&self.facet.clone().cast_to(), false).await,
                 _ => self.attach().await,
             },
-            Some(Action::Describe { json }) => self.describe(*json).await,
+            // Done before anything is redeemed.
+            Some(Action::Describe { .. }) => Ok(status::SUCCESS),
             Some(Action::Attach) => self.attach().await,
             Some(Action::Read { follow }) => show::logs_of(&self.output().await?, *follow).await,
             Some(Action::Info { json }) => show::info_of(&self.of(FacetKind::Observer).await?, *json).await,
@@ -281,24 +338,24 @@ impl Redeemed<'_> {
             _ => stats::show(&self.of(FacetKind::Statistics).await?, json).await,
         }
     }
+}
 
-    async fn describe(&self, json: bool) -> Result<u8> {
-        let found = calls::describe(&self.facet).await?;
-        if json {
-            show::print_json(&description(&found))?;
-            return Ok(status::SUCCESS);
-        }
-        let mut facts = vec![
-            ("facet", kind_name(found.kind).to_owned()),
-            ("guest", found.guest.clone()),
-            ("permits", spaced(found.rights)),
-            ("expires in", found.expires_in.map_or("- (with the guest)".into(), left)),
-        ];
-        facts.extend(bound_facts(&found.bounds));
-        facts.push(("actions", actions(found.kind).join(", ")));
-        show::print(table::facts(&facts).as_bytes())?;
-        Ok(status::SUCCESS)
+/// Shows what a token stands for.
+fn describe(found: &Description, json: bool) -> Result<u8> {
+    if json {
+        show::print_json(&description(found))?;
+        return Ok(status::SUCCESS);
     }
+    let mut facts = vec![
+        ("facet", kind_name(found.kind).to_owned()),
+        ("guest", found.guest.clone()),
+        ("permits", spaced(found.rights)),
+        ("expires in", found.expires_in.map_or("- (with the guest)".into(), left)),
+    ];
+    facts.extend(bound_facts(&found.bounds));
+    facts.push(("actions", actions(found.kind).join(", ")));
+    show::print(table::facts(&facts).as_bytes())?;
+    Ok(status::SUCCESS)
 }
 
 fn done(outcome: Result<()>) -> Result<u8> {
@@ -308,7 +365,7 @@ fn done(outcome: Result<()>) -> Result<u8> {
 #[cfg(test)]
 mod tests {
     use clap::Subcommand;
-    use sepal_schema::facet::KINDS;
+    use sepal_schema::facet::{Bounds, KINDS};
 
     use super::*;
 
@@ -330,13 +387,25 @@ mod tests {
     #[test]
     fn what_does_not_fit_is_refused() {
         let json = false;
-        assert_eq!(refuse(FacetKind::Console, None, false), None);
-        assert_eq!(refuse(FacetKind::Power, None, false), Some(status::USAGE));
-        assert_eq!(refuse(FacetKind::Power, Some(&Action::Pause), false), None);
-        assert_eq!(refuse(FacetKind::Power, Some(&Action::Describe { json }), false), None);
-        assert_eq!(
-            refuse(FacetKind::Statistics, Some(&Action::Pause), true),
-            Some(status::USAGE)
-        );
+        assert_eq!(refuse(FacetKind::Console, None), None);
+        assert_eq!(refuse(FacetKind::Power, None), Some(status::USAGE));
+        assert_eq!(refuse(FacetKind::Power, Some(&Action::Pause)), None);
+        assert_eq!(refuse(FacetKind::Power, Some(&Action::Describe { json })), None);
+        assert_eq!(refuse(FacetKind::Statistics, Some(&Action::Pause)), Some(status::USAGE));
+    }
+
+    #[test]
+    fn what_is_not_permitted_is_refused_before_anything_is_redeemed() {
+        let description = |rights: Right| Description {
+            kind: FacetKind::Power,
+            guest: "web".into(),
+            rights: rights.into(),
+            expires_in: None,
+            bounds: Bounds::default(),
+        };
+        permitted(&description(Right::Kill), Some(&Action::Kill)).unwrap();
+        let error = permitted(&description(Right::Pause), Some(&Action::Kill)).unwrap_err();
+        assert_eq!(error.kind, Kind::PermissionDenied);
+        assert!(error.message.contains("the right kill") && error.message.contains("permits pause"));
     }
 }

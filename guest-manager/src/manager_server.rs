@@ -11,7 +11,10 @@ use sepal_schema::{
 };
 
 use crate::{
-    access::{redeem::redeem, thing},
+    access::{
+        redeem::{describe, redeem},
+        thing,
+    },
     audit::Call,
     client::{Client, Who},
     guest::{Guest, StopCause},
@@ -347,6 +350,22 @@ impl guest_manager::Server for ManagerServer {
             write_completion(&checked, results.get());
             Ok(())
         }
+    }
+
+    fn describe(
+        self: Rc<Self>,
+        params: guest_manager::DescribeParams,
+        mut results: guest_manager::DescribeResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        let described = || {
+            let token = params.get()?.get_token()?.to_str();
+            describe(&self.manager, &self.client, token.unwrap_or_default())
+        };
+        match described() {
+            Ok(description) => description.write(results.get().init_description()),
+            Err(error) => error.write(results.get().init_error()),
+        }
+        reply(Ok(()))
     }
 
     fn who_am_i(

@@ -4,7 +4,7 @@ use std::{rc::Rc, time::Instant};
 
 use sepal_schema::{
     error::{Error, Kind},
-    facet::Bounds,
+    facet::{Bounds, Description},
 };
 
 use super::{holder::Holder, shares::Token};
@@ -24,12 +24,22 @@ pub(crate) fn redeem(manager: &Rc<Manager>, client: &Client, token: &str) -> Res
     if let Ok(holder) = &redeemed {
         call.guest(&holder.guest.name);
         let share = holder.client.who.share.unwrap_or(0);
+        holder.guest.access.shares.borrow_mut().redeemed(share);
         call.detail(format!("{}, share {share}", holder.thing));
     }
     call.done(redeemed.as_ref().map(drop));
     redeemed
 }
 
+/// What [`redeem`] would give, without doing it.
+///
+/// # Errors
+/// As [`redeem`].
+pub(crate) fn describe(manager: &Rc<Manager>, client: &Client, token: &str) -> Result<Description, Error> {
+    find(manager, client, token).map(|holder| holder.describe())
+}
+
+/// What a token stands for, as `client` would hold it; it has not been redeemed by that.
 fn find(manager: &Rc<Manager>, client: &Client, text: &str) -> Result<Holder, Error> {
     let unknown = || {
         let message = "there is no such token: it was used up or revoked, its guest has ended, or it never was";
@@ -40,12 +50,9 @@ fn find(manager: &Rc<Manager>, client: &Client, text: &str) -> Result<Holder, Er
         if !guest.live() {
             continue;
         }
-        let found = guest
-            .access
-            .shares
-            .borrow_mut()
-            .redeem(&token, client.who.uid, Instant::now())?;
-        let Some(redeemed) = found else { continue };
+        let (uid, now) = (client.who.uid, Instant::now());
+        let found = guest.access.shares.borrow().find(&token, uid, now)?;
+        let Some(found) = found else { continue };
         let who = Who {
             share: Some(token.id),
             ..client.who
@@ -53,15 +60,12 @@ fn find(manager: &Rc<Manager>, client: &Client, text: &str) -> Result<Holder, Er
         let holder = Holder {
             client: Client { who, ..client.clone() },
             guest,
-            grant: redeemed.grant,
-            thing: redeemed.thing,
+            grant: found.grant,
+            thing: found.thing,
         };
         return match client.read_only {
             // Whatever it comes by, it can only look.
-            true => {
-                let narrowed = holder.narrow(&Bounds::only(client.role.rights()));
-                narrowed.inspect_err(|_| holder.guest.access.shares.borrow_mut().give_back(token.id))
-            }
+            true => holder.narrow(&Bounds::only(client.role.rights())),
             false => Ok(holder),
         };
     }

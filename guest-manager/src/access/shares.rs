@@ -1,9 +1,9 @@
 //! What was shared of a guest: tokens with which other clients get a capability. Pure: secrets and time are passed in.
 //!
 //! ```text
-//!   share --> waiting --redeem--> waiting (lasting), or used up (once)
-//!                |                   |
-//!                '---- ended --------'-->  gone: the grant was revoked or has expired, or it is used up and nobody holds what it gave
+//!   share --> waiting --redeemed--> waiting (lasting), or used up (once)
+//!                |                     |
+//!                '------ ended --------'-->  gone: the grant was revoked or has expired, or it is used up and nobody holds what it gave
 //! ```
 
 use std::{collections::BTreeMap, fmt::Write, hint::black_box, time::Instant};
@@ -97,8 +97,8 @@ pub(crate) struct Shares {
     all: BTreeMap<u64, Entry>,
 }
 
-/// Who can redeem a token, or not.
-pub(crate) struct Redeemed {
+/// What a token stands for.
+pub(crate) struct Found {
     /// What it is for.
     pub(crate) thing: Thing,
     /// What it permits.
@@ -144,8 +144,8 @@ impl Shares {
     ///
     /// # Errors
     /// `PERMISSION_DENIED`: it is for another user.
-    pub(crate) fn redeem(&mut self, token: &Token, uid: u32, now: Instant) -> Result<Option<Redeemed>, Error> {
-        let Some(share) = self.all.get_mut(&token.id) else {
+    pub(crate) fn find(&self, token: &Token, uid: u32, now: Instant) -> Result<Option<Found>, Error> {
+        let Some(share) = self.all.get(&token.id) else {
             return Ok(None);
         };
         let known = same(&share.secret, &token.secret) && token.kind == kind_name(share.thing.kind());
@@ -158,17 +158,16 @@ impl Shares {
             let message = format!("this token is for the user with uid {only}, and this client has uid {uid}");
             return Err(Error::new(Kind::PermissionDenied, message).about("token"));
         }
-        share.redeemed = share.redeemed.saturating_add(1);
-        Ok(Some(Redeemed {
+        Ok(Some(Found {
             thing: share.thing,
             grant: share.grant.clone(),
         }))
     }
 
-    /// Takes the last [`Shares::redeem`] of a share back, because nothing could be made of it.
-    pub(crate) fn give_back(&mut self, id: u64) {
+    /// What [`Shares::find`] has found in this share was given to somebody.
+    pub(crate) fn redeemed(&mut self, id: u64) {
         if let Some(share) = self.all.get_mut(&id) {
-            share.redeemed = share.redeemed.saturating_sub(1);
+            share.redeemed = share.redeemed.saturating_add(1);
         }
     }
 

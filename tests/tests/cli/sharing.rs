@@ -225,6 +225,27 @@ fn a_token_is_not_used_up_by_a_mistake() {
             says(&finished, &["power", "shutdown|stop|kill|pause", "not been used up"]);
         }
     }
+    // Nor by a look at it, or by asking for more than it permits.
+    let stop = share(&world, &["bee", "power", "--once", "--only", "pause"]);
+    for _ in 0..2 {
+        let told = world.guest(&["redeem", &stop, "describe"]).expect_code(0).out();
+        assert!(told.contains("pause"), "{told}");
+    }
+    let refused = world.guest(&["redeem", &stop, "kill"]).expect_code(1);
+    says(
+        &refused,
+        &[
+            "PERMISSION_DENIED",
+            "the right kill",
+            "permits pause",
+            "not been used up",
+        ],
+    );
+    world.guest(&["redeem", &stop, "pause"]).expect_code(0);
+    says(
+        &world.guest(&["redeem", &stop, "describe"]).expect_code(1),
+        &["NOT_FOUND"],
+    );
     world.guest(&["redeem", &token, "kill"]).expect_code(0);
     says(
         &world.guest(&["redeem", "power.1.nonsense", "kill"]).expect_code(1),

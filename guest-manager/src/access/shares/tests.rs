@@ -51,6 +51,15 @@ proptest! {
     }
 }
 
+/// Finds a share, and has it given out.
+fn redeem(shares: &mut Shares, token: &Token, uid: u32, now: Instant) -> Result<Option<Found>, Error> {
+    let found = shares.find(token, uid, now)?;
+    if found.is_some() {
+        shares.redeemed(token.id);
+    }
+    Ok(found)
+}
+
 #[test]
 fn a_token_is_redeemed_by_whom_it_is_for_as_often_as_it_may() {
     let now = Instant::now();
@@ -67,16 +76,16 @@ fn a_token_is_redeemed_by_whom_it_is_for_as_often_as_it_may() {
         token("power", id + 1, 1),
         token("console", id, 1),
     ] {
-        assert!(shares.redeem(&wrong, 1000, now).unwrap().is_none());
+        assert!(redeem(&mut shares, &wrong, 1000, now).unwrap().is_none());
     }
     let right = token("power", id, 1);
     assert_eq!(
-        shares.redeem(&right, 1001, now).err().unwrap().kind,
+        redeem(&mut shares, &right, 1001, now).err().unwrap().kind,
         Kind::PermissionDenied
     );
-    let redeemed = shares.redeem(&right, 1000, now).unwrap().unwrap();
+    let redeemed = redeem(&mut shares, &right, 1000, now).unwrap().unwrap();
     assert_eq!(redeemed.thing, Thing::Power);
-    assert!(shares.redeem(&right, 1000, now).unwrap().is_none());
+    assert!(redeem(&mut shares, &right, 1000, now).unwrap().is_none());
     // It is told as long as somebody has what it gave.
     assert_eq!(shares.list(&root(), now)[0].redeemed, 1);
     drop(redeemed);
@@ -92,7 +101,7 @@ fn a_token_is_redeemed_by_whom_it_is_for_as_often_as_it_may() {
         )
         .unwrap();
     for _ in 0..3 {
-        shares.redeem(&token("serial", id, 3), 7, now).unwrap().unwrap();
+        redeem(&mut shares, &token("serial", id, 3), 7, now).unwrap().unwrap();
     }
     assert_eq!(shares.list(&root(), now)[0].redeemed, 3);
 }
@@ -121,11 +130,19 @@ fn what_has_ended_is_gone_and_makes_room() {
     let ids = |shares: &mut Shares, now| -> Vec<_> { shares.list(&root, now).iter().map(|share| share.id).collect() };
     assert_eq!(ids(&mut shares, now), [lasting, short]);
     let later = now + Duration::from_secs(1);
-    assert!(shares.redeem(&token("guest", short, 0), 0, later).unwrap().is_none());
+    assert!(
+        redeem(&mut shares, &token("guest", short, 0), 0, later)
+            .unwrap()
+            .is_none()
+    );
     assert_eq!(ids(&mut shares, later), [lasting]);
     assert_eq!(shares.revoke(&root, short, later).unwrap_err().kind, Kind::NotFound);
     shares.revoke(&root, lasting, later).unwrap();
-    assert!(shares.redeem(&token("guest", lasting, 0), 0, later).unwrap().is_none());
+    assert!(
+        redeem(&mut shares, &token("guest", lasting, 0), 0, later)
+            .unwrap()
+            .is_none()
+    );
     // Nothing left is no failure.
     shares.revoke(&root, 0, later).unwrap();
 }

@@ -123,6 +123,16 @@ async fn describe(of: &facet::Client) -> Result<Description, Error> {
     }
 }
 
+/// What a token stands for, without redeeming it.
+async fn describe_token(caller: &Caller, token: &str) -> Result<Description, Error> {
+    let mut call = caller.manager.describe_request();
+    call.get().set_token(token);
+    match call.send().promise.await?.get()?.which().unwrap() {
+        facet::describe_result::Description(description) => Description::read(description?),
+        facet::describe_result::Error(error) => Err(Error::read(error?)?),
+    }
+}
+
 async fn shares(of: &guest::Client) -> Result<Vec<Share>, Error> {
     let answer = of.shares_request().send().promise.await?;
     match answer.get()?.which().unwrap() {

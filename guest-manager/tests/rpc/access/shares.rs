@@ -12,7 +12,7 @@ use sepal_schema::{
 };
 
 use super::{
-    describe, lasting, launch,
+    describe, describe_token, lasting, launch,
     methods::{METHODS, PARTS, Part, cast},
     narrow, narrow_guest, redeem, revoke, revoke_share, share, shares, user,
 };
@@ -61,6 +61,32 @@ fn a_token_that_would_permit_nothing_is_refused() {
             error.message
         );
         assert!(shares(&launched.guest).await.unwrap().is_empty());
+    });
+}
+
+#[test]
+fn describing_a_token_does_not_redeem_it() {
+    run(async |world| {
+        let caller = world.caller();
+        let launched = launch(&world, &caller, "web").await;
+        let terms = Terms {
+            once: true,
+            uid: Some(7),
+            ..Terms::default()
+        };
+        let power = Part::Power.of(&launched.guest);
+        let token = share(&power, &only(Right::Pause), &terms).await.unwrap().token;
+        let (user, other) = (user(&world, 7), user(&world, 8));
+        for _ in 0..2 {
+            let told = describe_token(&user, &token).await.unwrap();
+            assert_eq!((told.kind, &told.guest[..]), (FacetKind::Power, "web"));
+            assert_eq!(told.rights, Rights::from(Right::Pause));
+        }
+        let refused = describe_token(&other, &token).await.err().unwrap();
+        assert_eq!((refused.kind, &refused.about[..]), (Kind::PermissionDenied, "token"));
+        assert_eq!(shares(&launched.guest).await.unwrap()[0].redeemed, 0);
+        let _redeemed = redeem(&user, &token).await.unwrap();
+        assert_eq!(describe_token(&user, &token).await.err().unwrap().kind, Kind::NotFound);
     });
 }
 
