@@ -52,7 +52,7 @@ pub(crate) enum EarlyError {
 /// What is wrong in a file.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Wrong {
-    #[error("line {}: {0}", .0.pos().row)]
+    #[error("line {line}: {0}", line = .0.pos().row)]
     Xml(#[from] roxmltree::Error),
     #[error("line {line}: <{found}> where <{wanted}> belongs")]
     Element {
