@@ -8,7 +8,7 @@
 //!   vm        AVirtualMachine: its life (life) as all threads see it
 //!   machine   what the service's thread does for it;  name, reason  the manager's words in Android's, and back
 //!   streams   a thread for what it prints and reads;  window  what was typed, for two ports
-//!   log       lines for people;  threads  threads that take no signals;  environment
+//!   log       lines for people;  threads  threads that take no signals;  answer, environment
 //! ```
 //!
 //! ```text
@@ -17,6 +17,7 @@
 //!                                                         +-- starts, joins --> streams' thread of each running machine
 //! ```
 
+mod answer;
 mod config;
 mod early;
 mod environment;

@@ -77,6 +77,8 @@ enum NotRun {
 impl Machine {
     /// Does what the program asks, until its handle or the connection (`ended`) is gone.
     pub(crate) async fn drive(self, mut driven: Driven, ended: impl Future<Output = ()>) {
+        // Dropped before `driven`, by which whoever destroys the machine learns that nothing of it is left.
+        let machine = self;
         let ended = ended.fuse();
         pin_mut!(ended);
         loop {
@@ -88,12 +90,12 @@ impl Machine {
                 Either::Left((None, _)) | Either::Right(_) => return,
             }
             let reason = {
-                let run = self.run(&driven.shared).fuse();
+                let run = machine.run(&driven.shared).fuse();
                 pin_mut!(run);
                 loop {
                     match select(&mut run, driven.commands.next()).await {
                         Either::Left((reason, _)) => break reason,
-                        Either::Right((Some(Command::Stop), _)) => self.stop(),
+                        Either::Right((Some(Command::Stop), _)) => machine.stop(),
                         // Its life permits no start while it runs.
                         Either::Right((Some(Command::Start), _)) => {}
                         Either::Right((None, _)) => break run.await,

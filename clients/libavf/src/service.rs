@@ -8,14 +8,7 @@
 //! However the connection ends, the thread ends with it, and all machines are lost.
 
 use std::{
-    cell::RefCell,
-    collections::HashSet,
-    io,
-    net::Shutdown,
-    os::unix::net::UnixStream,
-    rc::Rc,
-    sync::mpsc::{Sender, channel},
-    thread::JoinHandle,
+    cell::RefCell, collections::HashSet, io, net::Shutdown, os::unix::net::UnixStream, rc::Rc, thread::JoinHandle,
     time::Duration,
 };
 
@@ -33,6 +26,7 @@ use sepal_schema::{
 };
 
 use crate::{
+    answer::{Answer, answer},
     config::{Incomplete, RawConfig},
     early::{self, EarlyError},
     log,
@@ -88,7 +82,7 @@ enum Request {
         name: String,
         config: Box<RawConfig>,
         driven: Driven,
-        answer: Sender<Result<(), NoMachine>>,
+        answer: Answer<Result<(), NoMachine>>,
     },
     End,
 }
@@ -110,8 +104,8 @@ impl Service {
         let (ours, theirs) = UnixStream::pair()?;
         let process = Process::start(theirs.into())?;
         let (requests, receiver) = unbounded();
-        let (answer, answered) = channel();
-        let body = move || serve(ours, receiver, &answer);
+        let (answer, answered) = answer();
+        let body = move || serve(ours, receiver, answer);
         let thread = match threads::spawn("avf-service", body) {
             Ok(thread) => thread,
             Err(error) => {
@@ -126,9 +120,9 @@ impl Service {
             thread,
             process,
         };
-        match answered.recv() {
-            Ok(()) => Ok(service),
-            Err(_) => {
+        match answered.take() {
+            Some(()) => Ok(service),
+            None => {
                 service.process.kill();
                 service.destroy();
                 Err(NoService::Connect)
@@ -154,7 +148,7 @@ impl Service {
         if self.early {
             config.cid = early::cid(&name)?;
         }
-        let (answer, answered) = channel();
+        let (answer, answered) = answer();
         let request = Request::Machine {
             name,
             config: Box::new(config),
@@ -162,7 +156,7 @@ impl Service {
             answer,
         };
         self.requests.unbounded_send(request).map_err(|_| NoMachine::Lost)?;
-        answered.recv().map_err(|_| NoMachine::Lost)?
+        answered.take().ok_or(NoMachine::Lost)?
     }
 
     /// Ends the manager, and with it all machines.
@@ -176,7 +170,7 @@ impl Service {
 }
 
 /// The thread: tells `answer` that the manager has answered, and goes on until the program or the manager has had enough.
-fn serve(socket: UnixStream, requests: UnboundedReceiver<Request>, answer: &Sender<()>) {
+fn serve(socket: UnixStream, requests: UnboundedReceiver<Request>, answer: Answer<()>) {
     let served = Reactor::single_threaded().and_then(|mut reactor| {
         let handle = reactor.handle();
         reactor.run_until(async {
@@ -184,8 +178,7 @@ fn serve(socket: UnixStream, requests: UnboundedReceiver<Request>, answer: &Send
             let (manager, connection): (guest_manager::Client, _) = connect(&handle, socket, Limits::default())?;
             let version = manager.version_request().send().promise;
             if let Ok(Ok(_)) = handle.timeout(ANSWER_WITHIN, version).await {
-                // Whoever made the service waits for it.
-                let _ = answer.send(());
+                answer.give(());
                 let serving = Serving {
                     handle,
                     manager,
@@ -248,17 +241,16 @@ impl Serving {
     }
 
     /// A machine from its creation to its destruction.
-    async fn machine(&self, name: String, config: RawConfig, driven: Driven, answer: Sender<Result<(), NoMachine>>) {
+    async fn machine(&self, name: String, config: RawConfig, driven: Driven, answer: Answer<Result<(), NoMachine>>) {
         let made = self.make(&name, config).await;
         match made {
             Ok(machine) => {
-                // Whoever made it waits for it.
-                let _ = answer.send(Ok(()));
+                answer.give(Ok(()));
                 machine.drive(driven, self.connection.ended().map(drop)).await;
             }
             Err(error) => {
                 drop(driven);
-                let _ = answer.send(Err(error));
+                answer.give(Err(error));
             }
         }
     }

@@ -1,16 +1,14 @@
 //! A virtual machine as the program's threads use it: its life behind a lock, and the way to the task that carries it out (`machine`).
 
 use std::{
-    sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError,
-        mpsc::{Receiver, Sender, channel},
-    },
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
 use futures::channel::mpsc::{UnboundedReceiver, UnboundedSender, unbounded};
 
 use crate::{
+    answer::{Answer, Awaited, answer},
     life::{Life, NoStart, Stop},
     log,
     reason::StopReason,
@@ -65,7 +63,7 @@ pub(crate) struct Driven {
     pub(crate) shared: Arc<Shared>,
     pub(crate) commands: UnboundedReceiver<Command>,
     /// Dropped last: who destroys the machine waits for it.
-    _gone: Sender<()>,
+    _gone: Answer<()>,
 }
 
 impl Drop for Driven {
@@ -78,7 +76,7 @@ impl Drop for Driven {
 pub struct Vm {
     shared: Arc<Shared>,
     commands: UnboundedSender<Command>,
-    gone: Mutex<Receiver<()>>,
+    gone: Awaited<()>,
 }
 
 impl Vm {
@@ -91,11 +89,11 @@ impl Vm {
             ends: Arc::new(ends),
         });
         let (sender, commands) = unbounded();
-        let (keeps, gone) = channel();
+        let (keeps, gone) = answer();
         let vm = Self {
             shared: shared.clone(),
             commands: sender,
-            gone: Mutex::new(gone),
+            gone,
         };
         let driven = Driven {
             shared,
@@ -171,7 +169,7 @@ impl Vm {
         self.stop();
         let Self { shared, commands, gone } = self;
         drop((shared, commands));
-        // The answer is that the other end is gone.
-        let _ = gone.into_inner().unwrap_or_else(PoisonError::into_inner).recv();
+        // The answer is that there is none.
+        gone.take();
     }
 }
