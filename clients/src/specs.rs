@@ -266,13 +266,22 @@ pub(crate) fn parse_vsock(text: &str) -> Result<VsockSpec, String> {
     Ok(vsock)
 }
 
-/// Reads a number of console ports; none: one.
+/// Reads `[PORTS][,consoles=N]`.
 pub(crate) fn parse_console(text: &str) -> Result<Console, String> {
+    let (ports, options) = split(text);
     let most = MAX_CONSOLE_PORTS;
-    match text.parse() {
-        Ok(ports) if (1..=most).contains(&ports) => Ok(Console { ports }),
-        _ => Err(format!("a console has 1 to {most} ports")),
+    let mut console = Console::default();
+    if !ports.is_empty() {
+        let parsed = ports.parse().ok().filter(|ports| (1..=most).contains(ports));
+        console.ports = parsed.ok_or_else(|| format!("a console has 1 to {most} ports"))?;
     }
+    for (key, value) in options {
+        match (key.as_str(), value.as_deref()) {
+            ("consoles", Some(value)) => console.console_ports = number("consoles", value)?,
+            (key, value) => return Err(unknown(key, value, "consoles=")),
+        }
+    }
+    Ok(console)
 }
 
 /// Reads `[bps=BYTES]`.
@@ -486,8 +495,18 @@ mod tests {
         assert_eq!((vsock.cid, vsock.socket), (7, Some("/run/a".into())));
         assert_eq!(parse_vsock(",socket=/run/a").unwrap().cid, 0);
         assert!(parse_vsock("x").is_err() && parse_vsock("3,4").is_err() && parse_vsock("socket=").is_err());
-        assert_eq!(parse_console("3").unwrap().ports, 3);
-        assert!(parse_console("0").is_err() && parse_console("33").is_err());
+        let console = |text: &str| parse_console(text).map(|console| (console.ports, console.console_ports));
+        assert_eq!((console("3"), console("")), (Ok((3, 0)), Ok((0, 0))));
+        assert_eq!(
+            (console("3,consoles=2"), console(",consoles=1")),
+            (Ok((3, 2)), Ok((0, 1)))
+        );
+        assert!(
+            ["0", "33", "consoles=2", "2,consoles", "2,sizes=1"]
+                .map(console)
+                .iter()
+                .all(Result::is_err)
+        );
         assert_eq!(parse_rng("bps=64K").unwrap().rate_limit.bytes_per_second, 65536);
         assert!(parse_rng("fast").is_err());
         let balloon = parse_balloon("deflate-on-oom,reporting").unwrap();

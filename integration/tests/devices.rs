@@ -66,8 +66,9 @@ step rng dd if=/dev/hwrng of=/dev/null bs=64 count=4
 step rng-name cat /sys/class/misc/hw_random/rng_current
 
 echo 'on the console' >/dev/hvc0
+echo 'on another' >/dev/hvc1
 for port in /sys/class/virtio-ports/*; do
-    [ -f $port/name ] && read -r name <$port/name && [ "$name" = port1 ] && break
+    [ -f $port/name ] && read -r name <$port/name && [ "$name" = port2 ] && break
 done
 exec 3<>/dev/${port##*/}
 echo 'on the port' >&3
@@ -152,7 +153,10 @@ fn linux_uses_every_virtio_device() {
         .network(Network::new(Link::User))
         .configure(|config| {
             config.rng = Some(Rng::default());
-            config.console = Some(Console { ports: 2 });
+            config.console = Some(Console {
+                ports: 3,
+                console_ports: 2,
+            });
             config.balloon = Some(Balloon {
                 deflate_on_oom: true,
                 free_page_reporting: true,
@@ -298,11 +302,12 @@ impl Disks {
     }
 }
 
-/// A console and a port, both ways.
+/// Two consoles and a port, that one both ways.
 fn consoles(guest: &mut Guest) {
     guest.wait_for_on_console(0, "on the console", STEP).unwrap();
-    guest.wait_for_on_console(1, "on the port", STEP).unwrap();
-    guest.type_on_console(1, "typed at the host\n").unwrap();
+    guest.wait_for_on_console(1, "on another", STEP).unwrap();
+    guest.wait_for_on_console(2, "on the port", STEP).unwrap();
+    guest.type_on_console(2, "typed at the host\n").unwrap();
     assert_eq!(
         guest.wait_for_report("port", STEP).unwrap().text(),
         "got=typed at the host"

@@ -242,7 +242,12 @@ fn a_console_with_several_ports() {
         return;
     }
     let mut guest = Boot::drivers("console-ports:through,hostile:console,console-ports:again")
-        .configure(|config| config.console = Some(Console { ports: 3 }))
+        .configure(|config| {
+            config.console = Some(Console {
+                ports: 3,
+                ..Console::default()
+            });
+        })
         .start()
         .unwrap();
     for (word, typed) in [("through", ["zero", "one", "two"]), ("again", ["0", "1", "2"])] {

@@ -151,7 +151,10 @@ mod tests {
         assert_eq!((devices.disks.len(), devices.networks.len()), (2, 1));
         assert_eq!(devices.console, Some(Console::default()));
         assert!(devices.rng.is_some() && devices.vsock.is_some() && devices.watchdog.is_none());
-        assert_eq!(launch(&["--console=3"]).unwrap().console.map(|console| console.ports), Some(3));
+        assert_eq!(
+            launch(&["--console=3"]).unwrap().console.map(|console| console.ports),
+            Some(3)
+        );
         assert_eq!(
             launch(&["--watchdog=stop"]).unwrap().watchdog,
             Some(WatchdogAction::Stop)

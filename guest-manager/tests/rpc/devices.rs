@@ -262,7 +262,10 @@ fn each_port_of_a_console_is_a_capability_of_its_own() {
     run(async |world| {
         let caller = world.caller();
         let config = GuestConfig {
-            console: Some(Console { ports: 2 }),
+            console: Some(Console {
+                ports: 2,
+                ..Console::default()
+            }),
             ..named("web")
         };
         let launched = caller.launch_config(config, false).await.unwrap();

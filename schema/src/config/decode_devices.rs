@@ -173,10 +173,24 @@ fn rate(field: &str, from: rate_limit::Reader<'_>) -> Result<RateLimit, Error> {
 
 fn console(config: guest_config::Reader<'_>) -> Result<Option<Console>, Error> {
     let from = config.get_console()?;
-    let ports = from.get_ports();
-    let wanted = wanted("console", from.get_enabled(), &[("ports", ports != 0)])?;
-    let ports = bounded("console.ports".to_owned(), ports, MAX_CONSOLE_PORTS)?;
-    Ok(wanted.then_some(Console { ports }))
+    let set = [
+        ("ports", from.get_ports() != 0),
+        ("consolePorts", from.get_console_ports() != 0),
+    ];
+    let wanted = wanted("console", from.get_enabled(), &set)?;
+    let console = Console {
+        ports: bounded("console.ports".to_owned(), from.get_ports(), MAX_CONSOLE_PORTS)?,
+        console_ports: from.get_console_ports(),
+    };
+    if console.console_ports > console.ports() {
+        let message = format!(
+            "console.consolePorts is {}, and console.ports {}",
+            console.console_ports,
+            console.ports()
+        );
+        return Err(bad("console.consolePorts", message));
+    }
+    Ok(wanted.then_some(console))
 }
 
 fn rng(config: guest_config::Reader<'_>) -> Result<Option<Rng>, Error> {

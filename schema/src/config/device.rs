@@ -197,12 +197,19 @@ impl Network {
 pub struct Console {
     /// Number of ports, 0 for the default.
     pub ports: u16,
+    /// How many of them, from the first, are consoles; 0 for the default.
+    pub console_ports: u16,
 }
 
 impl Console {
     /// Number of ports with the default resolved.
     pub fn ports(&self) -> u16 {
         self.ports.max(1)
+    }
+
+    /// How many of them are consoles, with the default resolved.
+    pub fn console_ports(&self) -> u16 {
+        self.console_ports.max(1)
     }
 }
 

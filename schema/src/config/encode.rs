@@ -45,6 +45,7 @@ impl GuestConfig {
             let mut to = to.reborrow().init_console();
             to.set_enabled(Toggle::On);
             to.set_ports(console.ports);
+            to.set_console_ports(console.console_ports);
         }
         if let Some(rng) = self.rng {
             let mut to = to.reborrow().init_rng();

@@ -365,6 +365,7 @@ fn ports(console: device::Console, sockets: Vec<OwnedFd>) -> ConsoleConfig {
     };
     ConsoleConfig {
         ports: (0..console.ports()).map(port).collect(),
+        consoles: console.console_ports().into(),
     }
 }
 

@@ -49,6 +49,17 @@ impl Size {
     }
 }
 
+/// What is known of a port from the beginning.
+#[derive(Debug)]
+pub(super) struct Known {
+    /// Empty: it has none.
+    pub(super) name: String,
+    /// It is a console.
+    pub(super) console: bool,
+    /// Its host end is there.
+    pub(super) host_open: bool,
+}
+
 /// What a port's driver and owner know of each other.
 #[derive(Debug)]
 struct Port {
@@ -77,13 +88,13 @@ pub(super) struct Control {
 }
 
 impl Control {
-    /// Ports by name, and whether their host ends are there; port 0 is a console.
-    pub(super) fn new(ports: impl IntoIterator<Item = (String, bool)>) -> Self {
-        let ports = ports.into_iter().enumerate().map(|(index, (name, host_open))| Port {
-            name,
-            console: index == 0,
+    /// The device's ports in their order.
+    pub(super) fn new(ports: impl IntoIterator<Item = Known>) -> Self {
+        let ports = ports.into_iter().map(|known| Port {
+            name: known.name,
+            console: known.console,
             size: None,
-            host_open,
+            host_open: known.host_open,
             ready: false,
             guest_open: false,
             due: 0,
@@ -201,10 +212,15 @@ mod tests {
     use super::*;
 
     fn control() -> Control {
+        let known = |name: &str, console, host_open| Known {
+            name: name.to_owned(),
+            console,
+            host_open,
+        };
         Control::new([
-            (String::new(), true),
-            ("logs".to_owned(), false),
-            ("data".to_owned(), true),
+            known("", true, true),
+            known("logs", false, false),
+            known("data", false, true),
         ])
     }
 
@@ -253,6 +269,30 @@ mod tests {
         control.host_closed(2);
         control.received(message(2, event::PORT_READY, 1)).unwrap();
         assert_eq!(all(&mut control), [with(2, event::PORT_NAME, 1, b"data")]);
+    }
+
+    #[test]
+    fn every_console_is_told_that_it_is_one() {
+        let port = |name: &str, console| Known {
+            name: name.to_owned(),
+            console,
+            host_open: true,
+        };
+        let mut control = Control::new([port("", true), port("port1", true), port("port2", false)]);
+        assert!(control.resize(1, Size { cols: 80, rows: 25 }));
+        control.received(message(1, event::PORT_READY, 1)).unwrap();
+        control.received(message(2, event::PORT_READY, 1)).unwrap();
+        assert_eq!(
+            all(&mut control),
+            [
+                with(1, event::CONSOLE_PORT, 1, b""),
+                with(1, event::RESIZE, 1, &[80, 0, 25, 0]),
+                with(1, event::PORT_NAME, 1, b"port1"),
+                with(1, event::PORT_OPEN, 1, b""),
+                with(2, event::PORT_NAME, 1, b"port2"),
+                with(2, event::PORT_OPEN, 1, b""),
+            ]
+        );
     }
 
     #[test]

@@ -9,7 +9,7 @@
 //!   control queues <--> control::Control: which ports there are, their names and sizes, who has them open
 //! ```
 //!
-//! A host end that does not read costs old output, which is counted, and not the guest's time. Of port 0, for whose driver Linux spins, output is
+//! A host end that does not read costs old output, which is counted, and not the guest's time. Of consoles, for whose driver Linux spins, output is
 //! never held back; the drivers of plain ports sleep, so theirs is, for [`PATIENCE`] after the host end last took something: then bulk data
 //! arrives whole, however fast the guest is, and a host end that has stopped reading delays the guest once. Input is never lost: until the guest opens the port and gives buffers, it waits in the socket, and so does its writer. Without VIRTIO_CONSOLE_F_MULTIPORT there
 //! is port 0 only, which is open as soon as the driver is ready.
@@ -35,7 +35,7 @@ use crate::dispatch::{DeviceError, DeviceEvent};
 use crate::interrupt::lock;
 use crate::stream::{HostEnd, Watch};
 
-use control::{Control, HEADER, Size};
+use control::{Control, HEADER, Known, Size};
 use port::{CHUNK, Counters, Port, transmit_queue};
 
 pub use port::{OUTPUT_CAPACITY, PATIENCE};
@@ -82,8 +82,11 @@ pub struct PortConfig {
 /// How a console is to be.
 #[derive(Debug, Default)]
 pub struct ConsoleConfig {
-    /// Its ports, 1 to [`MOST_PORTS`]. Port 0 is a console (hvc0 in Linux), the others are plain ports.
+    /// Its ports, 1 to [`MOST_PORTS`].
     pub ports: Vec<PortConfig>,
+    /// How many of them, from the first, are consoles (hvc0, hvc1... in Linux); the others are plain ports. Port 0 always is one, as it is for
+    /// drivers that know no other.
+    pub consoles: usize,
 }
 
 /// What a port has done since it was made.
@@ -230,8 +233,13 @@ impl Console {
             }
             let host = host.map(HostEnd::new).transpose()?;
             let counters = Arc::new(Counters::default());
-            known.push((name, host.is_some()));
-            ports.push(Port::new(index, host, Arc::clone(&counters)));
+            let console = index < config.consoles.max(1);
+            known.push(Known {
+                name,
+                console,
+                host_open: host.is_some(),
+            });
+            ports.push(Port::new(index, console, host, Arc::clone(&counters)));
             all_counters.push(counters);
         }
         let shared = Arc::new(Shared {

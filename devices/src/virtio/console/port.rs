@@ -69,7 +69,7 @@ pub(super) fn transmit_queue(port: usize) -> u16 {
 }
 
 impl Port {
-    pub(super) fn new(index: usize, host: Option<HostEnd>, counters: Arc<Counters>) -> Self {
+    pub(super) fn new(index: usize, console: bool, host: Option<HostEnd>, counters: Arc<Counters>) -> Self {
         counters.host_open.store(host.is_some(), Ordering::Relaxed);
         Self {
             index,
@@ -77,7 +77,7 @@ impl Port {
             ring: OutputRing::new(OUTPUT_CAPACITY),
             blocked: false,
             // The driver of a console spins until its output is taken, so that never waits.
-            patience: if index == 0 { Duration::ZERO } else { PATIENCE },
+            patience: if console { Duration::ZERO } else { PATIENCE },
             held: None,
             progress: true,
             closed: false,

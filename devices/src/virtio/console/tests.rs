@@ -292,6 +292,7 @@ fn a_host_that_closes_while_output_waits_ends_the_waiting() {
 fn a_port_without_a_host_end_discards_and_is_closed() {
     let (device, handle) = Console::new(ConsoleConfig {
         ports: vec![PortConfig::default()],
+        consoles: 1,
     })
     .unwrap();
     let rig = Rig::active(device);
@@ -460,7 +461,8 @@ fn a_stop_brings_out_what_waits_or_counts_it() {
 
 #[test]
 fn a_console_has_1_to_32_ports_with_short_names() {
-    let error = |ports: Vec<PortConfig>| Console::new(ConsoleConfig { ports }).err().unwrap().to_string();
+    let new = |ports| Console::new(ConsoleConfig { ports, consoles: 1 });
+    let error = |ports: Vec<PortConfig>| new(ports).err().unwrap().to_string();
     assert_eq!(error(vec![]), "a console of 0 ports; there can be 1 to 32");
     assert_eq!(
         error((0..33).map(|_| PortConfig::default()).collect()),
@@ -472,7 +474,7 @@ fn a_console_has_1_to_32_ports_with_short_names() {
     };
     assert_eq!(error(vec![long]), "the name of console port 0 is longer than 64 bytes");
     let ports = (0..32).map(|_| PortConfig::default()).collect();
-    let (device, handle) = Console::new(ConsoleConfig { ports }).unwrap();
+    let (device, handle) = new(ports).unwrap();
     assert_eq!((device.queue_sizes().len(), handle.ports()), (66, 32));
     assert_eq!(device.config().bytes[4..8], [32, 0, 0, 0]);
     assert_eq!(device.features() & feature::TRANSPORT, 0);

@@ -36,7 +36,10 @@ impl event_sink::Server for Nothing {
 /// Launches a guest with everything that there are facets of, and an agent in it.
 async fn launch(world: &World, caller: &Caller, name: &str) -> Launched {
     let config = GuestConfig {
-        console: Some(Console { ports: 2 }),
+        console: Some(Console {
+            ports: 2,
+            ..Console::default()
+        }),
         balloon: Some(Balloon::default()),
         vsock: Some(Vsock::default()),
         agent: true,

@@ -76,7 +76,10 @@ fn everything() -> GuestConfig {
             Network::new(Link::Socket(some_fd())),
             Network::new(Link::User),
         ],
-        console: Some(Console { ports: 3 }),
+        console: Some(Console {
+            ports: 3,
+            console_ports: 2,
+        }),
         rng: Some(Rng { rate_limit: limit() }),
         balloon: Some(Balloon {
             deflate_on_oom: true,
@@ -322,6 +325,12 @@ fn other_devices_are_refused_by_name() {
         console.set_ports(33);
     });
     bad("console.ports", &|c| c.init_console().set_ports(2));
+    bad("console.consolePorts", &|c| c.init_console().set_console_ports(1));
+    bad("console.consolePorts", &|c| {
+        let mut console = c.init_console();
+        console.set_enabled(Toggle::On);
+        console.set_console_ports(2);
+    });
     bad("balloon.deflateOnOom", &|c| c.init_balloon().set_deflate_on_oom(true));
     bad("vsock.cid", &|c| c.init_vsock().set_cid(3));
     for cid in [1, 2, u32::MAX] {
