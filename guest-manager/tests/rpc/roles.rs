@@ -240,6 +240,7 @@ fn what_needs_the_managers_authority_needs_an_admin() {
         }
         let lifecycle = operator.new_guest("mine").await.unwrap();
         let path = GuestConfig {
+            kernel: File::Bytes(vec![0; 8]),
             initrd: File::Path("/boot/initrd".into()),
             ..GuestConfig::default()
         };
