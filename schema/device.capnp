@@ -77,10 +77,10 @@ interface DiskController extends (Facet) {
   list @0 () -> ListResult;
   # The disks in the order of the configuration.
 
-  resize @1 (disk :Text, bytes :UInt64) -> Completion;
+  resize @1 (disk :Text, bytes :UInt64, shrink :Bool) -> Completion;
   # Gives the disk of this name ("disk0") or id another size and tells the guest. The image of a raw readWrite disk that is a regular file is
-  # made so large, or cut; 0 takes over the size that the image has by now. BAD_CONFIG unless a multiple of the block size, NOT_FOUND,
-  # NOT_SUPPORTED for other disks.
+  # made so large, or with `shrink` cut, which loses what is behind the new size; 0 takes over the size that the image has by now. BAD_CONFIG about
+  # `shrink` where it would be cut without that; BAD_CONFIG unless a multiple of the block size, NOT_FOUND, NOT_SUPPORTED for other disks.
 
   struct ListResult {
     union {

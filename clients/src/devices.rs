@@ -1,6 +1,6 @@
 //! `guest balloon`, `mem`, `disk` and `net`.
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result};
 use sepal_schema::{
     config::{
         device::{DiskFormat, DiskMode},
@@ -271,22 +271,14 @@ pub(crate) async fn disk(handle: &Handle, place: &Place, args: &DiskCommand) -> 
 
 /// Gives a disk another size, in bytes; a smaller one, which loses what is behind it, only with `shrink`.
 pub(crate) async fn resize(disks: &disk_controller::Client, disk: &str, size: u64, shrink: bool) -> Result<()> {
-    if size > 0 && !shrink {
-        let response = disks.list_request().send().promise.await?;
-        if let disk_controller::list_result::Which::Disks(list) = response.get()?.which()? {
-            for found in list? {
-                let named = found.get_name()?.to_str()? == disk || found.get_id()?.to_str()? == disk;
-                if named && found.get_bytes() > size {
-                    let now = found.get_bytes();
-                    bail!("{disk} has {now} bytes: --shrink cuts it to {size}, and what is behind that is lost");
-                }
-            }
-        }
-    }
     let mut request = disks.resize_request();
     request.get().set_disk(disk);
     request.get().set_bytes(size);
-    Ok(read_completion(request.send().promise.await?.get()?)?)
+    request.get().set_shrink(shrink);
+    match read_completion(request.send().promise.await?.get()?) {
+        Err(error) if error.about == "shrink" => Err(error).context(format!("--shrink cuts {disk} all the same")),
+        outcome => Ok(outcome?),
+    }
 }
 
 /// Shows the disks.

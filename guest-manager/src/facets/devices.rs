@@ -193,9 +193,9 @@ impl disk_controller::Server for DiskServer {
         params: disk_controller::ResizeParams,
         mut results: disk_controller::ResizeResults,
     ) -> Reply {
-        let (disk, bytes) = {
+        let (disk, bytes, shrink) = {
             let params = params.get()?;
-            (params.get_disk()?.to_string()?, params.get_bytes())
+            (params.get_disk()?.to_string()?, params.get_bytes(), params.get_shrink())
         };
         let guest = &self.0.guest;
         let ask = async {
@@ -203,9 +203,17 @@ impl disk_controller::Server for DiskServer {
             let mut call = remote.resize_request();
             call.get().set_disk(&disk);
             call.get().set_bytes(bytes);
+            call.get().set_shrink(shrink);
             complete(guest, call.send().promise).await
         };
-        let outcome = self.0.perform(RESIZE_DISK, format!("{disk}, {bytes} bytes"), ask).await;
+        let outcome = self
+            .0
+            .perform(
+                RESIZE_DISK,
+                format!("{disk}, {bytes} bytes{}", if shrink { ", cut" } else { "" }),
+                ask,
+            )
+            .await;
         write_completion(&outcome, results.get());
         Ok(())
     }

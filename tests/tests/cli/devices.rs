@@ -163,7 +163,7 @@ fn devices_can_be_seen_and_changed() {
     // What is behind the new size would be lost.
     for disk in ["disk0", "root"] {
         let refused = world.guest(&["disk", "resize", "bee", disk, "4M"]).expect_code(1);
-        says(&refused, &[disk, "8388608", "--shrink"]);
+        says(&refused, &["BAD_CONFIG", disk, "8388608", "--shrink"]);
     }
     world.guest(&["balloon", "set", "bee", "16M"]).expect_code(0);
     let balloon = world.guest(&["balloon", "stats", "bee"]).expect_code(0);

@@ -51,19 +51,23 @@ fn mode(mode: block::DiskMode) -> DiskMode {
 fn resize_error(name: &str, error: &ResizeError) -> Error {
     let kind = match error {
         ResizeError::NotSupported { .. } => Kind::NotSupported,
-        ResizeError::Size { .. } => Kind::BadConfig,
+        ResizeError::Size { .. } | ResizeError::Cuts { .. } => Kind::BadConfig,
         ResizeError::Host { .. } => Kind::NoStorage,
         ResizeError::Gone => Kind::NotRunning,
         _ => Kind::InternalError,
     };
-    Error::new(kind, format!("{name}: {error}")).about(name)
+    let about = match error {
+        ResizeError::Cuts { .. } => "shrink",
+        _ => name,
+    };
+    Error::new(kind, format!("{name}: {error}")).about(about)
 }
 
 /// Asks a disk for another size, and waits until its driver has been told.
-async fn resize(disk: Result<DiskHandle, Error>, bytes: u64) -> Result<(), Error> {
+async fn resize(disk: Result<DiskHandle, Error>, bytes: u64, shrink: bool) -> Result<(), Error> {
     let DiskHandle { name, handle, .. } = disk?;
     let (sender, receiver) = oneshot::channel();
-    handle.resize(bytes, move |result| {
+    handle.resize(bytes, shrink, move |result| {
         // Nobody listens any more if the call was dropped.
         let _ = sender.send(result);
     });
@@ -103,7 +107,7 @@ impl disk_controller::Server for GuestServer {
         params: disk_controller::ResizeParams,
         mut results: disk_controller::ResizeResults,
     ) -> Reply {
-        let (disk, bytes) = {
+        let (disk, bytes, shrink) = {
             let params = params.get()?;
             let name = params.get_disk()?.to_str()?;
             let is_it = |disk: &&DiskHandle| disk.name == name || (!name.is_empty() && disk.handle.info().id == name);
@@ -111,9 +115,10 @@ impl disk_controller::Server for GuestServer {
                 let found = devices.disks.iter().find(is_it).cloned();
                 found.ok_or_else(|| not_found("disk", name))
             };
-            (self.devices().and_then(find), params.get_bytes())
+            let disk = self.devices().and_then(find);
+            (disk, params.get_bytes(), params.get_shrink())
         };
-        write_completion(&resize(disk, bytes).await, results.get());
+        write_completion(&resize(disk, bytes, shrink).await, results.get());
         Ok(())
     }
 }

@@ -183,7 +183,7 @@ impl Block {
     }
 
     /// Gives the disk another size, and tells the driver.
-    fn resize(&mut self, bytes: u64, context: &mut Context<'_>) -> Result<u64, ResizeError> {
+    fn resize(&mut self, bytes: u64, shrink: bool, context: &mut Context<'_>) -> Result<u64, ResizeError> {
         let id = || String::from_utf8_lossy(&self.id).trim_end_matches('\0').to_owned();
         let refused = |reason| ResizeError::NotSupported { id: id(), reason };
         let failed = |error| ResizeError::Host { id: id(), error };
@@ -197,6 +197,13 @@ impl Block {
                 id: id(),
                 bytes: wanted,
                 block_size: self.block_size,
+            });
+        }
+        if wanted < there && !shrink {
+            return Err(ResizeError::Cuts {
+                id: id(),
+                bytes: wanted,
+                there,
             });
         }
         if wanted != there {
@@ -288,8 +295,8 @@ impl VirtioDevice for Block {
                 self.held = false;
             }
             _ => {
-                for Resize { bytes, then } in self.shared.take_orders() {
-                    then(self.resize(bytes, context));
+                for Resize { bytes, shrink, then } in self.shared.take_orders() {
+                    then(self.resize(bytes, shrink, context));
                 }
                 return Ok(());
             }

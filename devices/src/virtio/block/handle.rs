@@ -105,6 +105,16 @@ pub enum ResizeError {
         /// Bytes of a block.
         block_size: u32,
     },
+    /// The image would be cut, and nobody has said that it may be.
+    #[error("{id:?}: the image has {there} bytes: what is behind {bytes} would be lost")]
+    Cuts {
+        /// The disk's id.
+        id: String,
+        /// The size that was asked for.
+        bytes: u64,
+        /// The size that the image has.
+        there: u64,
+    },
     /// The host refused.
     #[error("{id:?}: the image cannot be resized: {error}")]
     Host {
@@ -124,6 +134,8 @@ pub(super) type Resized = Box<dyn FnOnce(Result<u64, ResizeError>) + Send>;
 /// A size that was asked for.
 pub(super) struct Resize {
     pub(super) bytes: u64,
+    /// Whether the image may be cut.
+    pub(super) shrink: bool,
     pub(super) then: Resized,
 }
 
@@ -186,9 +198,9 @@ pub struct BlockHandle(pub(super) Arc<Shared>);
 
 impl BlockHandle {
     /// Asks for another size in bytes, a multiple of the block size; 0: the size that the image has by now. The file of a raw disk that the guest
-    /// may write is made so long, or cut; other disks only take over the size of a raw image. `then` gets the new size on the device's thread once
-    /// the driver is told, or why it has not changed; it must not block.
-    pub fn resize(&self, bytes: u64, then: impl FnOnce(Result<u64, ResizeError>) + Send + 'static) {
+    /// may write is made so long, or with `shrink` cut; other disks only take over the size of a raw image. `then` gets the new size on the device's
+    /// thread once the driver is told, or why it has not changed; it must not block.
+    pub fn resize(&self, bytes: u64, shrink: bool, then: impl FnOnce(Result<u64, ResizeError>) + Send + 'static) {
         let mut orders = lock(&self.0.orders);
         if orders.gone {
             drop(orders);
@@ -196,6 +208,7 @@ impl BlockHandle {
         }
         orders.resizes.push_back(Resize {
             bytes,
+            shrink,
             then: Box::new(then),
         });
         drop(orders);

@@ -137,10 +137,15 @@ fn open_direct(file: &NamedTempFile) -> Option<OwnedFd> {
     }
 }
 
-/// Asks for a size, and steps until there is an answer.
+/// Asks for a size, smaller or not, and steps until there is an answer.
 fn resized(rig: &mut Rig<Block>, handle: &BlockHandle, bytes: u64) -> Result<u64, ResizeError> {
+    resized_or_cut(rig, handle, bytes, true)
+}
+
+/// The same; the image may be cut only with `shrink`.
+fn resized_or_cut(rig: &mut Rig<Block>, handle: &BlockHandle, bytes: u64, shrink: bool) -> Result<u64, ResizeError> {
     let (sender, answer) = std::sync::mpsc::channel();
-    handle.resize(bytes, move |result| sender.send(result).unwrap());
+    handle.resize(bytes, shrink, move |result| sender.send(result).unwrap());
     rig.settle().unwrap();
     answer.try_recv().unwrap()
 }

@@ -263,7 +263,12 @@ fn a_disk_gets_another_size_while_it_runs() {
     assert_eq!(read(&mut rig, 256, 512).0, IOERR);
     assert_eq!(resized(&mut rig, &handle, 0).unwrap(), 1 << 20);
     assert_eq!(read(&mut rig, 256, 512).0, OK);
-    // Cut.
+    // Cut, but only when that is said.
+    assert!(matches!(
+        resized_or_cut(&mut rig, &handle, 4096, false),
+        Err(ResizeError::Cuts { bytes: 4096, there, .. }) if there == 1 << 20
+    ));
+    assert_eq!(file.as_file().metadata().unwrap().len(), 1 << 20);
     assert_eq!(resized(&mut rig, &handle, 4096).unwrap(), 4096);
     assert_eq!(read(&mut rig, 8, 512).0, IOERR);
     assert_eq!((handle.info().bytes, contents(&file).len()), (4096, 4096));
@@ -285,7 +290,7 @@ fn a_disk_gets_another_size_while_it_runs() {
     assert_eq!(resized(&mut rig, &handle, 8192).unwrap(), 8192);
     drop(rig);
     let (sender, answer) = std::sync::mpsc::channel();
-    handle.resize(4096, move |result| sender.send(result).unwrap());
+    handle.resize(4096, true, move |result| sender.send(result).unwrap());
     assert!(matches!(answer.recv().unwrap(), Err(ResizeError::Gone)));
 }
 
