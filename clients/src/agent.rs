@@ -140,7 +140,7 @@ async fn wait(process: &process::Client) -> Result<u8> {
     match response.get()?.which()? {
         Which::Exited(status) => Ok(status),
         Which::Killed(signal) => {
-            eprintln!("killed by signal {signal}");
+            say!("killed by signal {signal}");
             Ok(signal.saturating_add(128))
         }
         Which::Error(error) => Err(Error::read(error?)?.into()),

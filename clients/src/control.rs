@@ -44,7 +44,7 @@ pub(crate) async fn stop_by(handle: &Handle, power: &power::Client, name: &str, 
         loop {
             select! {
                 report = stopping => break report.map_err(|error| insist(error, name))?,
-                () = hint => eprintln!("still waiting for {name}; `guest stop --force {name}` stops it in any case"),
+                () = hint => say!("still waiting for {name}; `guest stop --force {name}` stops it in any case"),
             }
         }
     };
@@ -155,8 +155,8 @@ fn tell(name: &str, report: &StopReport, json: bool) -> Result<()> {
         return show::print_json(&show::Ending::from(report));
     }
     match report.rung {
-        Rung::None => eprintln!("{name}: {}", report.detail),
-        rung => eprintln!("{name}: {}: {}", rung_name(rung), report.detail),
+        Rung::None => say!("{name}: {}", report.detail),
+        rung => say!("{name}: {}: {}", rung_name(rung), report.detail),
     }
     Ok(())
 }

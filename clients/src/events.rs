@@ -149,7 +149,7 @@ impl Printer {
 
     fn print(&self, event: event::Reader<'_>, dropped: u64) -> Result<bool> {
         if dropped > 0 && !self.json {
-            eprintln!("[{dropped} events were lost: this program did not keep up]");
+            say!("[{dropped} events were lost: this program did not keep up]");
         }
         let line = match self.json {
             true => json(event, dropped)?.to_string(),

@@ -7,8 +7,11 @@
 //!   launch, session, show, events, stats, registers, control, devices, vsock, agent, sharing, redeem      the commands
 //!   streams, uploads          what stands in for descriptors on connections that carry none
 //!   specs                     what the options for devices mean
-//!   terminal, status, table, users        what the user sees
+//!   say, terminal, status, table, users   what the user sees
 //! ```
+
+#[macro_use]
+mod say;
 
 mod agent;
 mod args;

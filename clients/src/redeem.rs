@@ -215,15 +215,15 @@ fn refuse(kind: FacetKind, action: Option<&Action>) -> Option<u8> {
     }
     let kind_name = kind_name(kind);
     match action {
-        None => eprintln!("guest: a token for the {kind_name} of a guest: say what to do with it"),
-        Some(action) => eprintln!(
+        None => say!("guest: a token for the {kind_name} of a guest: say what to do with it"),
+        Some(action) => say!(
             "guest: {} is nothing that a token for the {kind_name} of a guest is for",
             name_of(action)
         ),
     }
     let all: Vec<_> = actions(kind).iter().copied().chain(["describe"]).collect();
-    eprintln!("hint: guest redeem TOKEN {}", all.join("|"));
-    eprintln!("hint: the token has not been used up; `guest redeem --help` says more");
+    say!("hint: guest redeem TOKEN {}", all.join("|"));
+    say!("hint: the token has not been used up; `guest redeem --help` says more");
     Some(status::USAGE)
 }
 

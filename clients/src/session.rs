@@ -31,6 +31,7 @@ use crate::{
     calls,
     manager::Manager,
     place::Place,
+    say::words,
     status, streams,
     terminal::{self, Raw},
 };
@@ -176,7 +177,7 @@ impl Port<'_> {
                 Holder::Launched(_) => "stops the guest",
                 Holder::Attached(_) | Holder::Port => "detaches",
             };
-            eprint!("connected to {name}; Ctrl-] {leaving}\r\n");
+            words(format_args!("connected to {name}; Ctrl-] {leaving}\r\n"));
         }
 
         let printed = copy_output(stream.try_clone()?)?;
@@ -199,11 +200,11 @@ impl Port<'_> {
             report = ended => report,
             () = escaped => {
                 drop(raw);
-                eprintln!();
+                words(format_args!("\n"));
                 match holder {
                     Holder::Launched(guest) => calls::kill(&calls::power(guest)).await.map(Some),
                     Holder::Attached(_) | Holder::Port => {
-                        eprintln!("detached from {name}, which runs on");
+                        say!("detached from {name}, which runs on");
                         return Ok(status::SUCCESS);
                     }
                 }
@@ -215,12 +216,12 @@ impl Port<'_> {
         let report = report?;
         terminal::restore();
         let Some(report) = report else {
-            eprintln!("{name}: the guest has ended");
+            say!("{name}: the guest has ended");
             return Ok(status::SUCCESS);
         };
         // Redirected, a guest that simply shut down is not worth a word; at a terminal, a session that is suddenly over is.
         if terminal || report.reason != Reason::Shutdown {
-            eprintln!("{name}: {}", report.detail);
+            say!("{name}: {}", report.detail);
         }
         Ok(status::of(&report))
     }
@@ -316,6 +317,7 @@ mod tests {
             time_ns: 0,
             about: String::new(),
             rung: sepal_schema::report::Rung::None,
+            component: None,
         };
         let mut info = GuestInfo {
             name: "bee".into(),

@@ -49,7 +49,7 @@ pub(crate) async fn share(handle: &Handle, place: &Place, args: &Share) -> Resul
     show::print(format!("{token}\n").as_bytes())?;
     let once = if args.once { " once" } else { "" };
     let name = &args.name;
-    eprintln!("share {id} of {name}: used{once} by `guest redeem TOKEN`, taken back by `guest revoke {name} {id}`");
+    say!("share {id} of {name}: used{once} by `guest redeem TOKEN`, taken back by `guest revoke {name} {id}`");
     Ok(status::SUCCESS)
 }
 

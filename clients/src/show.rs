@@ -10,7 +10,7 @@ use sepal_schema::{
     error::{Outcome, kind_name},
     guest_capnp::{observer, output},
     info::{GuestInfo, GuestStatus, LayerState, status_name},
-    report::{Rung, StopReport, reason_name, rung_name},
+    report::{ComponentEnd, Rung, StopReport, reason_name, rung_name},
     transport::Handle,
 };
 use serde::Serialize;
@@ -63,6 +63,8 @@ pub(crate) struct Ending<'a> {
     time_unix_seconds: f64,
     about: &'a str,
     rung: &'static str,
+    component_exit_status: Option<u8>,
+    component_signal: Option<u8>,
 }
 
 impl<'a> From<&'a StopReport> for Ending<'a> {
@@ -75,6 +77,14 @@ impl<'a> From<&'a StopReport> for Ending<'a> {
             time_unix_seconds: seconds(report.time_ns),
             about: &report.about,
             rung: rung_name(report.rung),
+            component_exit_status: match report.component {
+                Some(ComponentEnd::Exited(status)) => Some(status),
+                _ => None,
+            },
+            component_signal: match report.component {
+                Some(ComponentEnd::Killed(signal)) => Some(signal),
+                _ => None,
+            },
         }
     }
 }
@@ -229,7 +239,7 @@ pub(crate) async fn logs_of(output: &output::Client, follow: bool) -> Result<u8>
         let response = request.send().promise.await?;
         let piece = response.get()?.outcome()?;
         if piece.get_dropped() > 0 {
-            eprintln!("[{} bytes are no longer kept]", piece.get_dropped());
+            say!("[{} bytes are no longer kept]", piece.get_dropped());
         }
         let bytes = piece.get_bytes()?;
         if !print(bytes)? {

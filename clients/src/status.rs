@@ -58,20 +58,20 @@ pub(crate) fn fail(error: &anyhow::Error) -> ExitCode {
     let Some(typed) = typed(error) else {
         let gone = |error: &capnp::Error| error.kind == capnp::ErrorKind::Disconnected;
         if error.downcast_ref().is_some_and(gone) {
-            eprint!("guest: the connection to the guest manager ended");
             // The kind's own name tells people nothing.
-            eprintln!(": {}", format!("{error:#}").replace("Disconnected: ", ""));
+            let why = format!("{error:#}").replace("Disconnected: ", "");
+            say!("guest: the connection to the guest manager ended: {why}");
         } else {
-            eprintln!("guest: {error:#}");
+            say!("guest: {error:#}");
         }
         return FAILED.into();
     };
     match error.is::<Error>() {
-        true => eprintln!("guest: {}: {error:#}", typed.kind_name()),
-        false => eprintln!("guest: {}: {}", typed.kind_name(), typed.message),
+        true => say!("guest: {}: {error:#}", typed.kind_name()),
+        false => say!("guest: {}: {}", typed.kind_name(), typed.message),
     }
     if let Some(hint) = hint(&typed) {
-        eprintln!("hint: {hint}");
+        say!("hint: {hint}");
     }
     match typed.kind {
         Kind::TimedOut => TIMED_OUT.into(),

@@ -81,7 +81,7 @@ async fn upload(manager: &Manager, mut file: File, what: &str) -> Result<upload:
         bail!("it is no regular file");
     }
     if found.len() >= TELL_FROM && io::stderr().is_terminal() {
-        eprintln!("uploading the {what} ({} MiB)", found.len() >> 20);
+        say!("uploading the {what} ({} MiB)", found.len() >> 20);
     }
     let mut request = manager.client.upload_request();
     request.get().set_size(found.len());

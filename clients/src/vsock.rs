@@ -91,7 +91,7 @@ async fn accept(
         .set_acceptor(guard::new_client(First(RefCell::new(Some(sender)))));
     let response = request.send().promise.await?;
     let listener = response.get()?.outcome()?.get_listener()?;
-    eprintln!("listening on port {port}");
+    say!("listening on port {port}");
     let connection = asked.await.context("the guest manager listens no longer")?;
     drop(listener);
     streams::open(handle, manager, &connection).await

@@ -1,8 +1,11 @@
 //! How guests end, and how their exit statuses tell it.
 
-use std::time::{Duration, Instant};
+use std::{
+    process::Command,
+    time::{Duration, Instant},
+};
 
-use sepal_tests::{World, kvm_missing, until};
+use sepal_tests::{World, kvm_missing, program, until};
 use serde_json::Value;
 
 use crate::PROMPT;
@@ -16,6 +19,21 @@ fn run(commands: &str) -> Option<(World, sepal_tests::Finished)> {
     let cmdline = format!("quiet run=\"{commands}\"");
     let finished = world.guest(&["launch", "bee", "--cmdline", &cmdline]);
     Some((world, finished))
+}
+
+/// Whoever cannot be told anything sees the status.
+#[test]
+fn a_standard_error_that_takes_nothing_changes_no_status() {
+    let world = World::new();
+    for (arguments, status) in [("info wasp", 1), ("redeem power.1.x", 2), ("list --no-such-option", 2)] {
+        let mut command = Command::new("sh");
+        let script = format!("exec {} {arguments} 2>/dev/full", program("guest").display());
+        command.args(["-c", &script]).env("XDG_RUNTIME_DIR", world.folder());
+        let mut guest = world.start_command(command, None);
+        guest.close_input();
+        guest.wait().expect_code(status);
+    }
+    world.end();
 }
 
 #[test]
@@ -156,6 +174,10 @@ fn a_component_that_is_killed_is_15() {
         (&ending["reason"], &ending["error"]),
         (&"vmm-terminated".into(), &"VMM_TERMINATED".into()),
         "{ending}"
+    );
+    assert_eq!(
+        (&ending["componentSignal"], &ending["componentExitStatus"]),
+        (&9.into(), &Value::Null)
     );
     let info = json(&world, "bee");
     assert_eq!(info["status"], "vmm-terminated");
