@@ -191,12 +191,13 @@ impl Machine {
             }),
         };
         let begun = machine.begin_threads();
+        // After the vCPUs' threads were begun: KVM waits for its own readers here, and they need no memory before the kernel is there. Before those
+        // of the devices: what KVM waits for is done on this processor, and would wait for them.
+        vm::set_memory(&machine.shared.vm, &ram)?;
         let begun = begun.and_then(|first| {
             platform.begin(&machine.shared.reporter, &machine.shared.hooks)?;
             Ok(first)
         });
-        // After the vCPUs' threads were begun: KVM waits for its own readers here, and they need no memory before the kernel is there.
-        vm::set_memory(&machine.shared.vm, &ram)?;
         go_on(cancel)?;
         let tables = AcpiConfig {
             vcpus: config.vcpus,
