@@ -50,7 +50,7 @@ use self::report::Reporter;
 use self::stats::VcpuCounters;
 use self::threads::VcpuThreads;
 use self::vcpu::mailbox::{MAX_INSPECTORS, Mailbox};
-use self::vcpu::{Seed, Shared};
+use self::vcpu::{Birth, Seed, Shared};
 use crate::acpi::{self, AcpiConfig};
 use crate::boot::BootEntry;
 use crate::layout;
@@ -139,7 +139,7 @@ impl Machine {
             Some(loader) => loader,
             None => Loader::spawn(Arc::clone(&hooks.thread_setup))?,
         };
-        let vm = Arc::new(spare.vm);
+        let vm = spare.vm;
         let ram = Arc::new(GuestRam::new(config.memory, cancel)?);
         let cmdline = match config.host {
             HostKind::Hardware => config.cmdline,
@@ -175,12 +175,11 @@ impl Machine {
         let mut machine = Self {
             vcpus: config.vcpus,
             set_up: None,
-            threads: VcpuThreads::new(),
+            threads: spare.threads,
             joined: false,
             platform: Arc::clone(&platform),
             shared: Arc::new(Shared {
                 vm,
-                run_size: spare.run_size,
                 ram: Arc::clone(&ram),
                 cpuid: cpuid::common(&supported, config.vcpus),
                 bus: Arc::clone(&platform) as _,
@@ -190,7 +189,7 @@ impl Machine {
                 hooks,
             }),
         };
-        let begun = machine.begin_threads();
+        let begun = machine.begin_threads(spare.run_size);
         // After the vCPUs' threads were begun: KVM waits for its own readers here, and they need no memory before the kernel is there. Before those
         // of the devices: what KVM waits for is done on this processor, and would wait for them.
         vm::set_memory(&machine.shared.vm, &ram)?;
@@ -218,19 +217,26 @@ impl Machine {
     }
 
     /// Starts the vCPUs' threads, which set themselves up and park; the first one waits for what is returned to tell where the kernel begins.
-    fn begin_threads(&mut self) -> Result<Sender<BootEntry>, MachineError> {
+    fn begin_threads(&mut self, run_size: usize) -> Result<Sender<BootEntry>, MachineError> {
         vcpu::mailbox::install_kick_handler().map_err(MachineError::host("set the kick signal's handler"))?;
         let (first, entry) = channel();
         let mut entry = Some(entry);
         for index in 0..self.vcpus {
             let failed = |reason: String| MachineError::VcpuStart { vcpu: index, reason };
-            self.threads.spawn(Seed {
+            let birth = Birth {
+                index,
+                vm: Arc::clone(&self.shared.vm),
+                run_size,
+                thread_setup: Arc::clone(&self.shared.hooks.thread_setup),
+            };
+            let seed = Seed {
                 index,
                 entry: entry.take(),
                 mailbox: Arc::new(Mailbox::new().map_err(|e| failed(format!("make its mailbox: {e}")))?),
                 counters: Arc::new(VcpuCounters::default()),
                 shared: Arc::clone(&self.shared),
-            })?;
+            };
+            self.threads.spawn(birth, seed)?;
         }
         Ok(first)
     }
@@ -429,14 +435,20 @@ impl Drop for Machine {
     }
 }
 
-/// The part of a machine that is the same for all: an empty VM, and perhaps somebody who waits to load a kernel. Making it ahead of time takes it out of the time that
-/// a creation needs.
-#[derive(Debug)]
+/// The part of a machine that is the same for all: an empty VM, and perhaps its first vCPU and somebody who waits to load a kernel. Making it ahead of time takes it out of
+/// the time that a creation needs.
 pub struct Spare {
-    vm: VmFd,
+    vm: Arc<VmFd>,
     run_size: usize,
     max_vcpus: usize,
+    threads: VcpuThreads,
     loader: Option<Loader>,
+}
+
+impl std::fmt::Debug for Spare {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Spare").field("vm", &self.vm).finish_non_exhaustive()
+    }
 }
 
 impl Spare {
@@ -447,22 +459,29 @@ impl Spare {
     /// [`MachineError::Kvm`] and [`MachineError::MissingCapability`].
     pub fn new(kvm: &Kvm) -> Result<Self, MachineError> {
         Ok(Self {
-            vm: vm::create(kvm)?,
+            vm: Arc::new(vm::create(kvm)?),
             run_size: kvm
                 .get_vcpu_mmap_size()
                 .map_err(MachineError::kvm("size the vCPUs' shared pages"))?,
             max_vcpus: kvm.get_max_vcpus(),
+            threads: VcpuThreads::new(),
             loader: None,
         })
     }
 
-    /// Makes one, hands it to `take`, and then loads the kernel of the machine that is made from it, on the calling thread: narrowed by `setup` first of
+    /// Makes one with its first vCPU, hands it to `take`, and then loads the kernel of the machine that is made from it, on the calling thread: narrowed by `setup` first of
     /// all. Returns when that is done, or the spare dropped.
     pub fn serve(kvm: &Kvm, setup: &ThreadSetup, take: impl FnOnce(Result<Self, MachineError>)) {
         let (loader, desk) = loader::loader();
-        take(Self::new(kvm).map(|spare| Self {
-            loader: Some(loader),
-            ..spare
+        take(Self::new(kvm).and_then(|mut spare| {
+            spare.threads.make_ahead(Birth {
+                index: 0,
+                vm: Arc::clone(&spare.vm),
+                run_size: spare.run_size,
+                thread_setup: Arc::clone(setup),
+            })?;
+            spare.loader = Some(loader);
+            Ok(spare)
         }));
         desk.serve(setup);
     }

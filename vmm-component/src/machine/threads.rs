@@ -9,7 +9,7 @@ use super::error::MachineError;
 use super::stats::{VcpuCounters, VcpuStats};
 use super::vcpu::mailbox::{self, Mailbox, Orders};
 use super::vcpu::run_page::RunMapping;
-use super::vcpu::{self, Handshake, Seed};
+use super::vcpu::{self, Birth, Handshake, Seed};
 
 /// Address space for each vCPU's stack, of which only what is touched costs memory.
 const STACK: usize = 512 << 10;
@@ -35,8 +35,17 @@ impl Handle {
     }
 }
 
+/// A vCPU's thread that waits for its machine; it ends when this is dropped.
+struct Waiting {
+    index: u8,
+    seed: Sender<Seed>,
+    thread: JoinHandle<()>,
+}
+
 /// The threads of all vCPUs.
 pub(super) struct VcpuThreads {
+    /// One that was made ahead.
+    waiting: Option<Waiting>,
     handles: Vec<Handle>,
     handshake: Receiver<(u8, Handshake)>,
     sender: Option<Sender<(u8, Handshake)>>,
@@ -63,6 +72,7 @@ impl VcpuThreads {
         let (sender, handshake) = channel();
         let (end_sender, ended) = channel();
         Self {
+            waiting: None,
             handles: Vec::new(),
             handshake,
             sender: Some(sender),
@@ -71,30 +81,51 @@ impl VcpuThreads {
         }
     }
 
-    /// Starts the thread of one vCPU; [`wait_ready`](Self::wait_ready) tells what became of it.
-    pub(super) fn spawn(&mut self, seed: Seed) -> Result<(), MachineError> {
+    /// Makes a vCPU, on its thread, before there is a machine to set it up for. What becomes of it is told as of any other.
+    pub(super) fn make_ahead(&mut self, birth: Birth) -> Result<(), MachineError> {
+        self.waiting = Some(self.make(birth)?);
+        Ok(())
+    }
+
+    /// Has one vCPU made, if that was not done ahead, and set up; [`wait_ready`](Self::wait_ready) tells what became of it.
+    pub(super) fn spawn(&mut self, birth: Birth, seed: Seed) -> Result<(), MachineError> {
         let index = seed.index;
+        let Waiting { seed: to, thread, .. } = match self.waiting.take_if(|ahead| ahead.index == index) {
+            Some(ahead) => ahead,
+            None => self.make(birth)?,
+        };
+        self.handles.push(Handle {
+            index,
+            mailbox: Arc::clone(&seed.mailbox),
+            counters: Arc::clone(&seed.counters),
+            mapping: None,
+            thread: Some(thread),
+        });
+        // A thread that is gone already has said why in its handshake.
+        let _ = to.send(seed);
+        Ok(())
+    }
+
+    fn make(&self, birth: Birth) -> Result<Waiting, MachineError> {
+        let index = birth.index;
         let failed = |reason: String| MachineError::VcpuStart { vcpu: index, reason };
         let (Some(handshake), Some(end)) = (self.sender.clone(), self.end_sender.clone()) else {
             return Err(failed("the vCPUs were started before".to_owned()));
         };
-        let (mailbox, counters) = (Arc::clone(&seed.mailbox), Arc::clone(&seed.counters));
+        let (to, seed) = channel();
         let thread = std::thread::Builder::new()
             .name(format!("vcpu{index}"))
             .stack_size(STACK)
             .spawn(move || {
                 let _notice = EndNotice { index, to: end };
-                vcpu::thread(seed, &handshake);
+                vcpu::thread(birth, &seed, &handshake);
             })
             .map_err(|e| failed(format!("start its thread: {e}")))?;
-        self.handles.push(Handle {
+        Ok(Waiting {
             index,
-            mailbox,
-            counters,
-            mapping: None,
-            thread: Some(thread),
-        });
-        Ok(())
+            seed: to,
+            thread,
+        })
     }
 
     /// Waits until every vCPU is set up, or the first that isn't.

@@ -1,10 +1,12 @@
 //! One vCPU: its set-up, its thread, its exits. Its states are drawn in [`phase`], how it hears of orders is argued in [`mailbox`].
 //!
-//! The thread makes the vCPU itself, reports over a channel that it is ready or why it is not, and parks; the first one waits before that for the kernel to be loaded. While it runs, the only things it waits for are
+//! The thread makes the vCPU itself, narrows itself, and waits for its machine, which may be made later. Then it sets the vCPU up, reports over a channel that
+//! it is ready or why it is not, and parks; the first one waits before that for the kernel to be loaded. While it runs, the only things it waits for are
 //! KVM_RUN and, parked, its event manager: device models answer from memory. An idle guest's vCPU sleeps in KVM_RUN, and nothing of ours wakes it.
 //!
 //! System calls of the thread once it is confined, beside those of the allocator and locks (`futex`, `mmap`, `munmap`, `madvise`, `mprotect`, `brk`):
-//! `ioctl` with KVM_RUN, KVM_NMI, KVM_KVMCLOCK_CTRL, KVM_GET_REGS, KVM_GET_SREGS, KVM_GET_MP_STATE and KVM_TRANSLATE; for interrupts KVM_SIGNAL_MSI,
+//! `ioctl` with KVM_GET_TSC_KHZ, KVM_SET_CPUID2, KVM_SET_MSRS, KVM_GET_LAPIC, KVM_SET_LAPIC, KVM_SET_SREGS and KVM_SET_REGS, and `epoll_create1`, for the
+//! set-up; then with KVM_RUN, KVM_NMI, KVM_KVMCLOCK_CTRL, KVM_GET_REGS, KVM_GET_SREGS, KVM_GET_MP_STATE and KVM_TRANSLATE; for interrupts KVM_SIGNAL_MSI,
 //! KVM_SET_GSI_ROUTING and KVM_IRQFD, for doorbells KVM_IOEVENTFD, for both `eventfd2`; on hosts without hardware virtualization KVM_SET_REGS, KVM_SET_SREGS, KVM_GET_FPU, KVM_SET_FPU, KVM_GET_VCPU_EVENTS,
 //! KVM_SET_VCPU_EVENTS and KVM_SET_MSRS; `epoll_wait`, `read` and `write` on eventfds, `rt_sigreturn`; at its end `close`, `epoll_ctl`, `sigaltstack`,
 //! `rt_sigprocmask` and `exit`. Whoever kicks it needs `tgkill`, `getpid` and `rt_sigprocmask`.
@@ -26,7 +28,7 @@ use self::mailbox::{Mailbox, Orders};
 use self::phase::Phase;
 use self::run_page::{Exit, PortAccess, RunMapping, RunPage};
 use super::boot_state;
-use super::config::{Hooks, ThreadRole};
+use super::config::{Hooks, ThreadRole, ThreadSetup};
 use super::cpuid;
 use super::error::MachineError;
 use super::event::{Happening, ResetCause};
@@ -58,7 +60,6 @@ pub(super) trait GuestBus: Send + Sync {
 /// What all vCPUs of a machine share.
 pub(super) struct Shared {
     pub(super) vm: Arc<VmFd>,
-    pub(super) run_size: usize,
     /// What the vCPUs' CPUID have in common.
     pub(super) cpuid: Vec<kvm_cpuid_entry2>,
     pub(super) bus: Arc<dyn GuestBus>,
@@ -71,7 +72,15 @@ pub(super) struct Shared {
     pub(super) ram: Arc<GuestRam>,
 }
 
-/// What one vCPU is made from.
+/// What a vCPU is made from; nothing of it is its machine's alone but the VM.
+pub(super) struct Birth {
+    pub(super) index: u8,
+    pub(super) vm: Arc<VmFd>,
+    pub(super) run_size: usize,
+    pub(super) thread_setup: ThreadSetup,
+}
+
+/// What sets a vCPU up for its machine.
 pub(super) struct Seed {
     pub(super) index: u8,
     /// Will tell where the first instruction is, once the kernel is loaded; `None` waits for another vCPU's start-up message.
@@ -84,15 +93,14 @@ pub(super) struct Seed {
 /// What a thread says of its start: how to kick it, or what failed.
 pub(super) type Handshake = Result<Arc<RunMapping>, String>;
 
-/// The body of a vCPU's thread.
-pub(super) fn thread(mut seed: Seed, handshake: &Sender<(u8, Handshake)>) {
-    let index = seed.index;
-    let (shared, entry) = (Arc::clone(&seed.shared), seed.entry.take());
+/// The body of a vCPU's thread. It ends without a word if there will be no `seed`.
+pub(super) fn thread(birth: Birth, seed: &Receiver<Seed>, handshake: &Sender<(u8, Handshake)>) {
+    let index = birth.index;
     let set_up = catch_unwind(AssertUnwindSafe(|| {
-        let vcpu = Vcpu::set_up(seed)?;
-        // Last, since what comes after it needs fewer system calls than the set-up.
-        (shared.hooks.thread_setup)(ThreadRole::Vcpu(index))
-            .map_err(|e| format!("its thread could not be confined: {e}"))?;
+        let blank = Blank::make(birth);
+        let Ok(mut seed) = seed.recv() else { return Ok(None) };
+        let entry = seed.entry.take();
+        let vcpu = blank?.set_up(seed)?;
         if let Some(entry) = entry {
             // Everything else is done while the kernel is still being loaded.
             let entry = entry
@@ -100,7 +108,7 @@ pub(super) fn thread(mut seed: Seed, handshake: &Sender<(u8, Handshake)>) {
                 .map_err(|_| "there is no kernel to begin with".to_owned())?;
             boot_state::set_entry(&vcpu.fd, &entry).map_err(|e| format!("set its registers: {e}"))?;
         }
-        Ok::<_, String>(vcpu)
+        Ok::<_, String>(Some(vcpu))
     }))
     .unwrap_or_else(|_| Err("its set-up panicked".to_owned()));
     // A receiver that has gone has given up the start; its orders are to stop.
@@ -108,7 +116,8 @@ pub(super) fn thread(mut seed: Seed, handshake: &Sender<(u8, Handshake)>) {
         Err(reason) => {
             let _ = handshake.send((index, Err(reason)));
         }
-        Ok(mut vcpu) => {
+        Ok(None) => {}
+        Ok(Some(mut vcpu)) => {
             let _ = handshake.send((index, Ok(Arc::clone(vcpu.page.mapping()))));
             vcpu.counters.thread_begins();
             if catch_unwind(AssertUnwindSafe(|| vcpu.live())).is_err() {
@@ -120,29 +129,31 @@ pub(super) fn thread(mut seed: Seed, handshake: &Sender<(u8, Handshake)>) {
     }
 }
 
-/// A vCPU that is ready to run, owned by its thread.
-struct Vcpu {
+/// A vCPU as it was made, on a thread that has only its role's system calls any more.
+struct Blank {
     index: u8,
     fd: VcpuFd,
     page: RunPage,
-    phase: Phase,
-    /// Whether it has run since it was made or last parked; then the guest is told of the pause.
-    ran: bool,
-    events: EventManager<Bell>,
-    bell: SubscriberId,
-    counters: Arc<VcpuCounters>,
-    shared: Arc<Shared>,
 }
 
-impl Vcpu {
-    fn set_up(seed: Seed) -> Result<Self, String> {
-        let shared = seed.shared;
+impl Blank {
+    fn make(birth: Birth) -> Result<Self, String> {
+        let index = birth.index;
         let kvm = |step: &'static str| move |e: vmm_sys_util::errno::Error| format!("{step}: {e}");
         mailbox::unblock_kick().map_err(|e| format!("let the kick signal through: {e}"))?;
-        let fd = shared.vm.create_vcpu(u64::from(seed.index)).map_err(kvm("create it"))?;
-        let page = RunPage::map(&fd, shared.run_size).map_err(kvm("map its shared page"))?;
+        let fd = birth.vm.create_vcpu(u64::from(index)).map_err(kvm("create it"))?;
+        let page = RunPage::map(&fd, birth.run_size).map_err(kvm("map its shared page"))?;
+        // What comes after this needs fewer system calls.
+        (birth.thread_setup)(ThreadRole::Vcpu(index)).map_err(|e| format!("its thread could not be confined: {e}"))?;
+        Ok(Self { index, fd, page })
+    }
+
+    fn set_up(self, seed: Seed) -> Result<Vcpu, String> {
+        let Self { index, fd, page } = self;
+        let shared = seed.shared;
+        let kvm = |step: &'static str| move |e: vmm_sys_util::errno::Error| format!("{step}: {e}");
         // Fails where the host's TSC is unstable; then there is no frequency to tell.
-        let table = cpuid::for_vcpu(&shared.cpuid, seed.index, fd.get_tsc_khz().ok());
+        let table = cpuid::for_vcpu(&shared.cpuid, index, fd.get_tsc_khz().ok());
         let mut table = cpuid::to_kvm(&table).ok_or("its CPUID table is too long")?;
         if shared.assist.is_some() {
             unassisted::adjust_cpuid(&mut table);
@@ -161,8 +172,8 @@ impl Vcpu {
         if !events.subscriber_mut(bell).is_ok_and(|bell| bell.watched) {
             return Err("watch its orders".to_owned());
         }
-        Ok(Self {
-            index: seed.index,
+        Ok(Vcpu {
+            index,
             fd,
             page,
             phase: Phase::Parked,
@@ -173,7 +184,23 @@ impl Vcpu {
             shared,
         })
     }
+}
 
+/// A vCPU that is ready to run, owned by its thread.
+struct Vcpu {
+    index: u8,
+    fd: VcpuFd,
+    page: RunPage,
+    phase: Phase,
+    /// Whether it has run since it was made or last parked; then the guest is told of the pause.
+    ran: bool,
+    events: EventManager<Bell>,
+    bell: SubscriberId,
+    counters: Arc<VcpuCounters>,
+    shared: Arc<Shared>,
+}
+
+impl Vcpu {
     /// Until the owner or the guest ends it.
     fn live(&mut self) {
         loop {
