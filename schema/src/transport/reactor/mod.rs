@@ -61,9 +61,7 @@ const WORKER_THREADS: usize = 4;
 
 fn manager_error(error: event_manager::Error) -> io::Error {
     match error {
-        event_manager::Error::Epoll(errno) | event_manager::Error::EventFd(errno) => {
-            io::Error::from_raw_os_error(errno.errno())
-        }
+        event_manager::Error::Epoll(errno) => io::Error::from_raw_os_error(errno.errno()),
         error => io::Error::other(format!("event manager: {error}")),
     }
 }
