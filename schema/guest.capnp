@@ -41,6 +41,15 @@ struct StopReport {
   # The vCPU ("vcpu1") or device ("watchdog") that it ended by; empty where there is none.
   rung @6 :Rung;
   # Which rung of the ladder ended it, if it was made to stop.
+  component :union {
+    # How its component's process ended, where the guest ended with that: `vmmTerminated`.
+    unknown @7 :Void;
+    # It did not end so, or nobody can tell.
+    exited @8 :UInt8;
+    # The component's exit status.
+    killed @9 :UInt8;
+    # The signal that killed the component: 9 (SIGKILL) is what somebody sends, or the host when memory is short; 11 (SIGSEGV) is a crash.
+  }
 
   enum Rung {
     none @0;

@@ -15,6 +15,7 @@ use sepal_schema::{
     config::{GuestConfig, Limits as ResourceLimits},
     error::Error,
     lifecycle_capnp::{component, guest_lifecycle},
+    report::ComponentEnd,
     transport::{
         AsyncFd, Connection, FdTable, Handle, Limits,
         reactor::{Direction, Task},
@@ -90,6 +91,17 @@ pub enum Exit {
     Signal(i32),
     /// Nobody can tell, and why.
     Unknown(String),
+}
+
+impl Exit {
+    /// As reports have it; none where nobody can tell.
+    pub(crate) fn component_end(&self) -> Option<ComponentEnd> {
+        match self {
+            Self::Code(code) => u8::try_from(*code).ok().map(ComponentEnd::Exited),
+            Self::Signal(signal) => u8::try_from(*signal).ok().map(ComponentEnd::Killed),
+            Self::Unknown(_) => None,
+        }
+    }
 }
 
 impl fmt::Display for Exit {

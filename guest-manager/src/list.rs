@@ -91,6 +91,7 @@ mod tests {
                 time_ns: 1,
                 about: String::new(),
                 rung: sepal_schema::report::Rung::None,
+                component: None,
             }),
             problems: vec![text(); 8],
             layers: vec![layer; 15],

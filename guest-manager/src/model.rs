@@ -7,7 +7,7 @@ use sepal_schema::{
     guest_capnp::event,
     info::LayerInfo,
     news::DeviceNews,
-    report::{Reason, Rung, StopReport},
+    report::{ComponentEnd, Reason, Rung, StopReport},
 };
 
 /// Most entries that are kept of a list that a component sends: layers, devices.
@@ -56,6 +56,8 @@ pub struct Ending {
     pub about: String,
     /// Which rung of the ladder ended it.
     pub rung: Rung,
+    /// How its component's process ended, where the guest ended with that and it is known.
+    pub component: Option<ComponentEnd>,
 }
 
 impl Ending {
@@ -67,6 +69,7 @@ impl Ending {
             error: None,
             about: String::new(),
             rung: Rung::None,
+            component: None,
         }
     }
 
@@ -91,6 +94,7 @@ impl Ending {
             time_ns: now.unix_ns,
             about: self.about,
             rung: self.rung,
+            component: self.component,
         }
     }
 
@@ -257,6 +261,7 @@ mod tests {
             time_ns: 23,
             about: String::new(),
             rung: sepal_schema::report::Rung::None,
+            component: None,
         };
         let plain = [
             EventKind::Defined,
@@ -306,6 +311,7 @@ mod tests {
             time_ns: 0,
             about: String::new(),
             rung: sepal_schema::report::Rung::None,
+            component: None,
         };
         assert_eq!(bounded_report(report).detail.len(), 1024);
         assert_eq!(bounded_names(vec![String::new(); 100]).len(), 32);

@@ -120,6 +120,8 @@ impl Outcome {
                 },
                 _,
             ) => {
+                // Of one that had to be killed that says nothing.
+                let component = exit.component_end().filter(|_| broken.is_none());
                 let mut words = match broken {
                     Some(broken) => format!("the component broke off its connection ({broken}) and was killed"),
                     None => format!("the component's process ended: {exit}"),
@@ -127,10 +129,11 @@ impl Outcome {
                 if let Some(line) = last_line {
                     words = format!("{words}; its last words: {line}");
                 }
-                Ending::failed(
-                    Reason::VmmTerminated,
-                    bounded_error(Error::new(Kind::VmmTerminated, words)),
-                )
+                let error = bounded_error(Error::new(Kind::VmmTerminated, words));
+                Ending {
+                    component,
+                    ..Ending::failed(Reason::VmmTerminated, error)
+                }
             }
         };
         (ending, 0)
@@ -173,6 +176,8 @@ fn part(about: &str) -> String {
 mod tests {
     use std::time::Duration;
 
+    use sepal_schema::report::ComponentEnd;
+
     use super::*;
 
     fn run(stop: Option<&StopCause>, started: bool) -> Run<'_> {
@@ -203,6 +208,7 @@ mod tests {
             time_ns: 0,
             about: String::new(),
             rung: Rung::None,
+            component: None,
         };
         let cause = StopCause::Killed("by hand".into());
         for cause in [None, Some(&cause)] {
@@ -252,13 +258,17 @@ mod tests {
             "{}",
             ending.detail
         );
+        assert_eq!(ending.component, Some(ComponentEnd::Killed(11)));
         assert_eq!(ending.error.unwrap().kind, Kind::VmmTerminated);
         let broken = Outcome::Exited {
             exit: Exit::Signal(9),
             last_line: None,
             broken: Some("protocol".into()),
         };
-        assert!(broken.ending(run(None, true)).0.detail.contains("protocol"));
+        let (ending, _) = broken.ending(run(None, true));
+        assert!(ending.detail.contains("protocol"), "{}", ending.detail);
+        // That it was killed was nobody's wish, nor its own doing.
+        assert_eq!(ending.component, None);
     }
 
     #[test]
@@ -296,6 +306,7 @@ mod tests {
             time_ns: 0,
             about: String::new(),
             rung: Rung::None,
+            component: None,
         }))
     }
 

@@ -242,6 +242,7 @@ mod tests {
                 time_ns: 2,
                 about: String::new(),
                 rung: Rung::None,
+                component: None,
             }),
             problems: vec!["a layer of the jail is waived".into()],
             layers: vec![LayerInfo {

@@ -5,6 +5,7 @@ use crate::{
     guest_capnp,
 };
 
+use guest_capnp::stop_report::component;
 pub use guest_capnp::stop_report::{Reason, Rung};
 
 /// How a guest ended; the fields are documented in `guest.capnp`.
@@ -24,6 +25,17 @@ pub struct StopReport {
     pub about: String,
     /// Which rung of the ladder ended it.
     pub rung: Rung,
+    /// How its component's process ended, where the guest ended with that and it is known.
+    pub component: Option<ComponentEnd>,
+}
+
+/// How a component's process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ComponentEnd {
+    /// It exited with this status.
+    Exited(u8),
+    /// This signal killed it.
+    Killed(u8),
 }
 
 impl StopReport {
@@ -38,6 +50,12 @@ impl StopReport {
         to.set_time_ns(self.time_ns);
         to.set_about(cut(&self.about));
         to.set_rung(self.rung);
+        let mut component = to.init_component();
+        match self.component {
+            None => component.set_unknown(()),
+            Some(ComponentEnd::Exited(status)) => component.set_exited(status),
+            Some(ComponentEnd::Killed(signal)) => component.set_killed(signal),
+        }
     }
 
     /// Reads what [`guest_capnp::observer`] answers to those who wait.
@@ -66,6 +84,11 @@ impl StopReport {
             time_ns: from.get_time_ns(),
             about: cut(from.get_about()?.to_str()?).to_owned(),
             rung: from.get_rung().unwrap_or(Rung::None),
+            component: match from.get_component().which() {
+                Ok(component::Exited(status)) => Some(ComponentEnd::Exited(status)),
+                Ok(component::Killed(signal)) => Some(ComponentEnd::Killed(signal)),
+                Ok(component::Unknown(())) | Err(_) => None,
+            },
         })
     }
 }
@@ -125,9 +148,11 @@ mod tests {
 
     #[test]
     fn a_report_survives_the_wire() {
-        for error in [
-            None,
-            Some(Error::new(Kind::VcpuRuntimeFailure, "vCPU 1: emulation failure")),
+        let error = Error::new(Kind::VcpuRuntimeFailure, "vCPU 1: emulation failure");
+        for (error, component) in [
+            (None, None),
+            (Some(error), Some(ComponentEnd::Exited(101))),
+            (None, Some(ComponentEnd::Killed(9))),
         ] {
             let report = StopReport {
                 reason: Reason::Crash,
@@ -137,6 +162,7 @@ mod tests {
                 time_ns: now_ns(),
                 about: "vcpu1".into(),
                 rung: Rung::Forced,
+                component,
             };
             let mut message = capnp::message::Builder::new_default();
             report.write(message.init_root());

@@ -238,6 +238,7 @@ impl Process {
             time_ns: 0,
             about: String::new(),
             rung: Rung::None,
+            component: None,
         };
         self.finish(Ok(report));
     }

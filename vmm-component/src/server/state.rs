@@ -292,6 +292,7 @@ fn report(ending: &Result<Ending, Error>, uptime_ns: u64) -> StopReport {
         time_ns: now_ns(),
         about: about(ending).to_owned(),
         rung: Rung::None,
+        component: None,
     }
 }
 
