@@ -296,7 +296,7 @@ impl Bench {
             Step::Image(at, byte) => drop(image.write_all_at(&[byte], at.into())),
             Step::Length(length) => drop(image.set_len(u64::from(length) % (2 * SIZE))),
             Step::Resize(bytes) => {
-                self.handle.resize(u64::from(bytes) % (2 * SIZE), drop);
+                self.handle.resize(u64::from(bytes) % (2 * SIZE), true, drop);
                 let settled = self.rig.settle();
                 self.after(settled);
             }
