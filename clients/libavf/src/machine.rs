@@ -6,7 +6,12 @@
 //! ```
 
 use std::{
-    cell::RefCell, collections::HashSet, future::Future, io, os::unix::net::UnixStream, rc::Rc, sync::Arc,
+    cell::{Cell, RefCell},
+    future::Future,
+    io,
+    os::unix::net::UnixStream,
+    rc::Rc,
+    sync::Arc,
     time::Duration,
 };
 
@@ -33,6 +38,7 @@ use sepal_schema::{
 use crate::{
     config::RawConfig,
     life::Life,
+    name::Name,
     reason::{self, StopReason},
     streams::{Ports, Relay},
     vm::{Command, Driven, Shared},
@@ -50,15 +56,9 @@ pub(crate) struct Machine {
     pub(crate) fds: FdTable,
     pub(crate) lifecycle: guest_lifecycle::Client,
     pub(crate) config: RawConfig,
-    /// Its name there, and all names that are taken.
-    pub(crate) name: String,
-    pub(crate) names: Rc<RefCell<HashSet<String>>>,
-}
-
-impl Drop for Machine {
-    fn drop(&mut self) {
-        self.names.borrow_mut().remove(&self.name);
-    }
+    pub(crate) name: Name,
+    /// The run is to end.
+    pub(crate) stopped: Cell<bool>,
 }
 
 /// Why a run could not begin.
@@ -89,6 +89,7 @@ impl Machine {
                 Either::Left((Some(Command::Stop), _)) => continue,
                 Either::Left((None, _)) | Either::Right(_) => return,
             }
+            machine.stopped.set(false);
             let reason = {
                 let run = machine.run(&driven.shared).fuse();
                 pin_mut!(run);
@@ -111,6 +112,7 @@ impl Machine {
 
     /// Asks the manager to end the run. That it has comes from the run itself.
     fn stop(&self) {
+        self.stopped.set(true);
         let stopping = self.lifecycle.stop_request().send().promise;
         self.handle.spawn(stopping.map(drop));
     }
@@ -120,11 +122,15 @@ impl Machine {
         match self.begin(shared).await {
             Ok((mut relay, observer)) => {
                 let ended = self.end(shared, &observer).await;
-                // A reader that stands still loses the rest.
-                let _ = self.handle.timeout(GRACE, relay.done()).await;
+                if self.handle.timeout(GRACE, relay.done()).await.is_err() {
+                    // A reader that stands still loses the rest. A terminal that does may even keep the thread, which then ends by itself.
+                    relay.end();
+                    let _ = self.handle.timeout(GRACE, relay.done()).await;
+                }
                 ended
             }
             Err(NotRun::Broken(error)) if is_disconnected(&error) => None,
+            Err(_) if self.stopped.get() => Some(StopReason::Killed),
             Err(error) => {
                 shared.say(&format!("not started: {error}"));
                 Some(StopReason::StartFailed)
@@ -135,7 +141,8 @@ impl Machine {
     /// Makes the guest, and connects what it prints and reads.
     async fn begin(&self, shared: &Arc<Shared>) -> Result<(Relay, observer::Client), NotRun> {
         let mut request = self.lifecycle.create_request();
-        self.config.write(&self.name, request.get().init_config(), &self.fds)?;
+        self.config
+            .write(self.name.as_str(), request.get().init_config(), &self.fds)?;
         let response = request.send().promise.await?;
         read_completion(response.get()?)?;
         let guest = self.lifecycle.bind_request().send().pipeline.get_guest();

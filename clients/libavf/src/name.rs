@@ -1,12 +1,50 @@
 //! Names: Android takes any text, and several machines may have the same; the manager takes letters, digits, '.', '_' and '-', each name once.
 
+use std::{cell::RefCell, collections::HashSet, rc::Rc};
+
 use sepal_schema::config::MAX_NAME;
 
 /// What a machine is called whose name has nothing that the manager takes.
 const NAMELESS: &str = "vm";
 
+/// The names of a service's machines.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Names(Rc<RefCell<HashSet<String>>>);
+
+/// A machine's name; free again when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Name {
+    name: String,
+    names: Names,
+}
+
+impl Names {
+    /// Takes a name for a machine that is called `called`.
+    pub(crate) fn take(&self, called: &str) -> Name {
+        let mut names = self.0.borrow_mut();
+        let name = free(called, |name| names.contains(name));
+        names.insert(name.clone());
+        Name {
+            name,
+            names: self.clone(),
+        }
+    }
+}
+
+impl Name {
+    pub(crate) fn as_str(&self) -> &str {
+        &self.name
+    }
+}
+
+impl Drop for Name {
+    fn drop(&mut self) {
+        self.names.0.borrow_mut().remove(&self.name);
+    }
+}
+
 /// The name for the manager: what it does not take becomes '-', and where the name is taken, a number follows it.
-pub(crate) fn free(name: &str, taken: impl Fn(&str) -> bool) -> String {
+fn free(name: &str, taken: impl Fn(&str) -> bool) -> String {
     let valid = valid(name);
     if !taken(&valid) {
         return valid;
@@ -39,8 +77,6 @@ fn valid(name: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::HashSet;
-
     use proptest::prelude::*;
     use sepal_schema::config::check_name;
 
@@ -66,6 +102,15 @@ mod tests {
         assert_eq!(free("a", |name| taken.contains(&name)), "a-3");
         let long = "x".repeat(64);
         assert_eq!(free(&long, |name| name == long), format!("{}-2", "x".repeat(62)));
+    }
+
+    #[test]
+    fn a_name_is_free_again_when_its_machine_is_gone() {
+        let names = Names::default();
+        let [first, second] = [names.take("a"), names.take("a")];
+        assert_eq!((first.as_str(), second.as_str()), ("a", "a-2"));
+        drop(first);
+        assert_eq!(names.take("a").as_str(), "a");
     }
 
     proptest! {

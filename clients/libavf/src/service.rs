@@ -7,10 +7,7 @@
 //!
 //! However the connection ends, the thread ends with it, and all machines are lost.
 
-use std::{
-    cell::RefCell, collections::HashSet, io, net::Shutdown, os::unix::net::UnixStream, rc::Rc, thread::JoinHandle,
-    time::Duration,
-};
+use std::{cell::Cell, io, net::Shutdown, os::unix::net::UnixStream, thread::JoinHandle, time::Duration};
 
 use futures::{
     FutureExt, StreamExt,
@@ -31,7 +28,7 @@ use crate::{
     early::{self, EarlyError},
     log,
     machine::Machine,
-    name,
+    name::Names,
     process::Process,
     streams::Ends,
     threads,
@@ -184,7 +181,7 @@ fn serve(socket: UnixStream, requests: UnboundedReceiver<Request>, answer: Answe
                     manager,
                     connection,
                     socket: ours,
-                    names: Rc::default(),
+                    names: Names::default(),
                 };
                 serving.serve(requests).await;
             }
@@ -203,7 +200,7 @@ struct Serving {
     connection: Connection,
     /// The connection's end of ours.
     socket: UnixStream,
-    names: Rc<RefCell<HashSet<String>>>,
+    names: Names,
 }
 
 impl Serving {
@@ -258,28 +255,21 @@ impl Serving {
     /// Has the manager look at a configuration, and takes a name for it.
     async fn make(&self, called: &str, config: RawConfig) -> Result<Machine, NoMachine> {
         let fds = self.connection.fds();
-        let mut name = name::free(called, |name| self.names.borrow().contains(name));
+        let mut name = self.names.take(called);
         let mut request = self.manager.check_request();
-        config.write(&name, request.get().init_config(), &fds)?;
+        config.write(name.as_str(), request.get().init_config(), &fds)?;
         let response = request.send().promise.await?;
         read_completion(response.get()?)?;
-        // Names that were let go of a moment ago may not be free yet.
-        let mut busy = HashSet::new();
+        // Names that were let go of a moment ago may not be free yet, and are kept until there is another.
+        let mut busy = Vec::new();
         let lifecycle = loop {
-            // While the manager answers, others look for names, too.
-            self.names.borrow_mut().insert(name.clone());
-            let taken = self.new_guest(&name).await;
-            match taken {
+            match self.new_guest(name.as_str()).await {
                 Ok(lifecycle) => break lifecycle,
-                Err(error) => {
-                    self.names.borrow_mut().remove(&name);
-                    if !matches!(&error, NoMachine::Refused(error) if error.kind == Kind::AlreadyRunning) {
-                        return Err(error);
-                    }
-                }
+                Err(NoMachine::Refused(error)) if error.kind == Kind::AlreadyRunning => {}
+                Err(error) => return Err(error),
             }
-            busy.insert(name);
-            name = name::free(called, |name| busy.contains(name) || self.names.borrow().contains(name));
+            let next = self.names.take(called);
+            busy.push(std::mem::replace(&mut name, next));
         };
         Ok(Machine {
             handle: self.handle.clone(),
@@ -287,7 +277,7 @@ impl Serving {
             lifecycle,
             config,
             name,
-            names: self.names.clone(),
+            stopped: Cell::new(false),
         })
     }
 

@@ -84,6 +84,12 @@ impl Relay {
         })
     }
 
+    /// Tells it to end, with what is not written yet.
+    pub(crate) fn end(&self) {
+        // Fails only if it has been told already.
+        let _ = rustix::io::write(&self.end, &1_u64.to_ne_bytes());
+    }
+
     /// Waits until all is written.
     pub(crate) async fn done(&mut self) {
         // Also if the thread panicked: then nothing more will be.
@@ -97,8 +103,7 @@ impl Relay {
 
 impl Drop for Relay {
     fn drop(&mut self) {
-        // Fails only if it has been told already.
-        let _ = rustix::io::write(&self.end, &1_u64.to_ne_bytes());
+        self.end();
     }
 }
 
