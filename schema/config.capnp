@@ -21,7 +21,8 @@ struct GuestConfig {
   # manager chooses one (launch), or the name given to newGuest holds.
 
   instanceId @1 :Data;
-  # Identifies the guest to what runs in it, across restarts: 64 bytes, or empty for none. Other lengths are BAD_CONFIG.
+  # Identifies the guest to what runs in it, across restarts: 64 bytes, or empty for none. Other lengths are BAD_CONFIG. The guest finds it as the
+  # unique id (_UID, 128 lower-case hexadecimal digits) of the ACPI device SEPL0002.
 
   kernel @2 :File;
   # ELF (PVH note, or 64-bit entry), or bzImage. None: the small guest that is built into Sepal.

@@ -108,7 +108,7 @@ struct GuestDescriptor {
   # The complete command line that the guest was given.
   devices @4 :List(Text);
   # The names of its devices: "serial", "rtc", ..., "disk0", "net0", "console", "rng", "balloon", "vsock", "memory", "share0", "vhost-user0",
-  # "watchdog", "generation-id", "panic".
+  # "watchdog", "generation-id", "instance-id", "panic".
 }
 
 struct GuestInfo {

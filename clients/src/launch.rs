@@ -83,6 +83,7 @@ fn config(args: &Launch, here: bool) -> Result<GuestConfig> {
         |what, path: Option<&PathBuf>| path.map_or(Ok(config::File::None), |path| uploads::open(what, path, false));
     Ok(GuestConfig {
         name: args.name.clone().unwrap_or_default(),
+        instance_id: devices.instance_id,
         kernel: open("kernel", args.kernel.as_ref())?,
         initrd: open("initrd", args.initrd.as_ref())?,
         cmdline,

@@ -6,7 +6,7 @@
 use std::path::PathBuf;
 
 use sepal_schema::config::{
-    OnPanic, OnReset,
+    INSTANCE_ID, OnPanic, OnReset,
     device::{Balloon, Console, DiskFormat, DiskMode, MAX_CONSOLE_PORTS, MemoryDevice, RateLimit, Rng, WatchdogAction},
 };
 
@@ -388,6 +388,18 @@ pub(crate) fn parse_watchdog(text: &str) -> Result<WatchdogAction, String> {
     }
 }
 
+/// Reads the digits of an instance id.
+pub(crate) fn parse_instance_id(text: &str) -> Result<[u8; INSTANCE_ID], String> {
+    let wrong = || format!("an instance id has {} hexadecimal digits", 2 * INSTANCE_ID);
+    let digit = |byte: u8| char::from(byte).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
+    let pairs = text.as_bytes().chunks(2).map(|pair| match pair {
+        [high, low] => Some(digit(*high)? << 4 | digit(*low)?),
+        _ => None,
+    });
+    let bytes: Option<Vec<u8>> = pairs.collect();
+    bytes.and_then(|bytes| bytes.try_into().ok()).ok_or_else(wrong)
+}
+
 /// Reads what becomes of a guest that resets itself.
 pub(crate) fn parse_on_reset(text: &str) -> Result<OnReset, String> {
     match text {
@@ -526,6 +538,21 @@ mod tests {
         assert!(parse_vhost_user("toaster=/run/s").is_err());
         assert_eq!(parse_watchdog("stop").unwrap(), WatchdogAction::Stop);
         assert!(parse_watchdog("bark").is_err());
+        assert_eq!(parse_instance_id(&"0fA3".repeat(32)).unwrap()[..3], [0x0f, 0xa3, 0x0f]);
+        for text in [
+            "",
+            "0f",
+            &"0".repeat(127),
+            &"0".repeat(130),
+            &"0g".repeat(64),
+            &"+1".repeat(64),
+            &"ü".repeat(64),
+        ] {
+            assert!(
+                parse_instance_id(text).unwrap_err().contains("128 hexadecimal"),
+                "{text}"
+            );
+        }
         assert_eq!(parse_on_reset("restart").unwrap(), OnReset::Restart);
         assert_eq!(parse_on_panic("pause").unwrap(), OnPanic::Pause);
         assert!(parse_on_reset("leave").is_err() && parse_on_panic("ignore").is_err());

@@ -54,7 +54,15 @@ fn launch(world: &World, share: &Share) -> Guest {
     .unwrap();
     let kernel = artifacts::kernel().unwrap().vmlinux;
     let shared = format!("data={}", share.socket.display());
-    let devices = ["--vsock", "--watchdog=reset", "--generation-id", "--panic-device"];
+    let id = instance_id();
+    let devices = [
+        "--vsock",
+        "--watchdog=reset",
+        "--generation-id",
+        "--panic-device",
+        "--instance-id",
+        &id,
+    ];
     let arguments = [
         &["launch", "bee", "--detach", "--memory", "192"][..],
         &["--kernel", kernel.to_str().unwrap()],
@@ -154,6 +162,11 @@ fn files(world: &World) {
     assert!(folder.stderr.contains("Is a directory"), "{}", folder.stderr);
 }
 
+/// What the guest is told that it is.
+fn instance_id() -> String {
+    (0..64).map(|n| format!("{:02x}", n * 3 + 7)).collect()
+}
+
 /// Linux's own drivers have found the devices that are described to it.
 fn drivers(world: &World) {
     let drivers = [
@@ -161,6 +174,9 @@ fn drivers(world: &World) {
         "platform/drivers/pvpanic-mmio",
         "pci/drivers/i6300ESB timer",
     ];
+    // That one needs no driver.
+    let id = run(world, "cat /sys/bus/acpi/devices/SEPL0002:00/uid").expect_code(0);
+    assert_eq!(id.out(), format!("{}\n", instance_id()));
     let bound = drivers.map(|driver| format!("for found in '/sys/bus/{driver}/'*:*; do echo ${{found##*/}}; done"));
     let found = run(world, &bound.join("; ")).expect_code(0).out();
     let found: Vec<&str> = found.lines().collect();

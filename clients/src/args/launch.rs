@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use sepal_schema::config::{
-    OnPanic, OnReset,
+    INSTANCE_ID, OnPanic, OnReset,
     device::{Balloon, Console, MemoryDevice, Rng, WatchdogAction},
 };
 
@@ -116,6 +116,9 @@ pub(crate) struct Devices {
     /// A device that tells the guest when it is not the same machine any more
     #[arg(long)]
     pub(crate) generation_id: bool,
+    /// A device that tells the guest, across restarts, which one it is: 128 hexadecimal digits
+    #[arg(long, value_name = "HEX", value_parser = specs::parse_instance_id)]
+    pub(crate) instance_id: Option<[u8; INSTANCE_ID]>,
 }
 
 #[cfg(test)]

@@ -61,7 +61,7 @@
 //! | `mem-sum:ADDRESS:BYTES` | `fnv=` of guest memory |
 //! | `mem-fill:ADDRESS:BYTES[:SEED]` | byte `i` becomes `(SEED + i) mod 251` |
 //! | `mem-wait:ADDRESS:VALUE` | until the host has made the byte there that value |
-//! | `instance-id` | `id=` as the ACPI device SEPL0001 tells it, or `none` |
+//! | `instance-id` | `id=` as the ACPI device SEPL0002 tells it, or `none` |
 //! | `hang`, `halt` | runs or halts for ever |
 //! | `reset[:acpi\|i8042\|triple-fault]`, `crash` | resets; makes its vCPU fail |
 //! | `watchdog[:MILLISECONDS]` | arms the watchdog and does not feed it |

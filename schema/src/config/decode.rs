@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 
 use super::{
-    File, GuestConfig, Handles, Limits, MAX_CMDLINE, MAX_CMDLINE_ADDITIONS, MAX_CPUS, MAX_CUSTOM_MEMORY,
+    File, GuestConfig, Handles, INSTANCE_ID, Limits, MAX_CMDLINE, MAX_CMDLINE_ADDITIONS, MAX_CPUS, MAX_CUSTOM_MEMORY,
     MAX_INLINE_FILE, MAX_NAME, MemoryBacking,
     decode_devices::{Devices, unknown},
 };
@@ -42,20 +42,16 @@ impl GuestConfig {
         if !name.is_empty() {
             check_name(&name)?;
         }
-        let instance_id = config.get_instance_id()?;
-        if !instance_id.is_empty() && instance_id.len() != 64 {
-            let seen = instance_id.len();
-            return Err(Error::bad_config(
-                "instanceId",
-                format!("the instance id has {seen} bytes; it needs 64, or none"),
-            ));
-        }
-        if !instance_id.is_empty() {
-            return Err(Error::not_supported(
-                "instanceId",
-                "an instance id cannot be shown to the guest yet",
-            ));
-        }
+        let instance_id = match config.get_instance_id()? {
+            [] => None,
+            id => Some(id.try_into().map_err(|_| {
+                let message = format!(
+                    "the instance id has {} bytes; it needs {INSTANCE_ID}, or none",
+                    id.len()
+                );
+                Error::bad_config("instanceId", message)
+            })?),
+        };
         let cpus = config.get_cpus();
         if cpus > MAX_CPUS {
             return Err(Error::bad_config(
@@ -66,6 +62,7 @@ impl GuestConfig {
 
         let mut decoded = Self {
             name,
+            instance_id,
             kernel: kernel?,
             initrd: initrd?,
             cmdline: command_line("cmdline", config.get_cmdline()?)?,

@@ -14,6 +14,9 @@ impl GuestConfig {
     /// Whatever `handles` says when the connection cannot carry a descriptor.
     pub fn encode(mut self, mut to: guest_config::Builder<'_>, handles: &dyn Handles) -> Result<(), Error> {
         to.set_name(&self.name);
+        if let Some(id) = &self.instance_id {
+            to.set_instance_id(id);
+        }
         file(std::mem::take(&mut self.kernel), to.reborrow().init_kernel(), handles)?;
         file(std::mem::take(&mut self.initrd), to.reborrow().init_initrd(), handles)?;
         to.set_cmdline(&self.cmdline);

@@ -39,6 +39,8 @@ pub const MAX_CMDLINE: usize = 2047;
 pub const MAX_CMDLINE_ADDITIONS: u32 = 64;
 /// Longest name of a guest, in characters.
 pub const MAX_NAME: usize = 64;
+/// Bytes of an instance id.
+pub const INSTANCE_ID: usize = 64;
 /// Most client-backed ranges of guest memory.
 pub const MAX_CUSTOM_MEMORY: u32 = 16;
 /// Largest file that may be given as bytes inside a message.
@@ -125,6 +127,8 @@ pub struct Limits {
 pub struct GuestConfig {
     /// Name, empty for one of the manager's choice.
     pub name: String,
+    /// What tells the guest across restarts which one it is.
+    pub instance_id: Option<[u8; INSTANCE_ID]>,
     /// The kernel, none for the embedded guest.
     pub kernel: File,
     /// Initial RAM file system.

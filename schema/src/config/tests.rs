@@ -80,6 +80,7 @@ fn a_configuration_survives_the_wire() {
     let table = Table::default();
     let config = GuestConfig {
         name: "web-1".into(),
+        instance_id: Some([7; INSTANCE_ID]),
         kernel: File::Fd(some_fd()),
         initrd: File::Path("/boot/initrd".into()),
         cmdline: "console=ttyS0".into(),
@@ -106,7 +107,7 @@ fn a_configuration_survives_the_wire() {
     let mut message = capnp::message::Builder::new_default();
     config.encode(message.init_root(), &table).unwrap();
     let back = GuestConfig::decode(message.get_root_as_reader().unwrap(), &table).unwrap();
-    assert_eq!(back.name, "web-1");
+    assert_eq!((&back.name[..], back.instance_id), ("web-1", Some([7; INSTANCE_ID])));
     assert!(matches!(back.kernel, File::Fd(fd) if fd.as_fd().try_clone_to_owned().is_ok()));
     assert!(matches!(back.initrd, File::Path(path) if path == "/boot/initrd"));
     assert_eq!((back.cmdline.as_str(), back.cmdline_add.len()), ("console=ttyS0", 2));
@@ -183,7 +184,6 @@ fn what_is_out_of_range_is_refused_by_name() {
 
 #[test]
 fn what_is_not_built_is_refused_by_name() {
-    refused(Kind::NotSupported, "instanceId", |mut c, _| c.set_instance_id(&[1; 64]));
     refused(Kind::NotSupported, "dtbOverlay", |c, t| {
         c.init_dtb_overlay().init_fd().set_number(t.send(some_fd()).unwrap())
     });

@@ -20,6 +20,9 @@ const REVISION: u8 = 2;
 /// The notification for a press of the power button (ACPI 4.8.2.2.1.2).
 const NOTIFY_PRESSED: u8 = 0x80;
 
+/// The instance id's device: ours alone, since there is none of that kind elsewhere (docs/devices.md). SEPL0001 is the generation id.
+const INSTANCE_HARDWARE_ID: &str = "SEPL0002";
+
 /// Bytes of the event status port.
 const GED_PORTS: u8 = 4;
 
@@ -45,6 +48,9 @@ pub(super) fn build(config: &AcpiConfig) -> Sdt {
     if config.generation_id {
         dsdt.append_slice(&generation_id());
     }
+    if let Some(id) = &config.instance_id {
+        dsdt.append_slice(&instance_id(id));
+    }
     dsdt
 }
 
@@ -59,8 +65,13 @@ fn soft_off() -> Name {
 
 /// A device below `\_SB`, from its name, its ids and what else it has.
 pub(super) fn device(name: &str, hardware_id: &dyn Aml, unique_id: u8, others: &[&dyn Aml]) -> Vec<u8> {
+    named(name, hardware_id, &unique_id, others)
+}
+
+/// The same, with a unique id of any type.
+fn named(name: &str, hardware_id: &dyn Aml, unique_id: &dyn Aml, others: &[&dyn Aml]) -> Vec<u8> {
     let hardware_id = Name::new("_HID".into(), hardware_id);
-    let unique_id = Name::new("_UID".into(), &unique_id);
+    let unique_id = Name::new("_UID".into(), unique_id);
     let mut children: Vec<&dyn Aml> = vec![&hardware_id, &unique_id];
     children.extend(others);
     let device = Device::new(name.into(), children);
@@ -155,6 +166,13 @@ fn generation_id() -> Vec<u8> {
     let (low, high) = (layout::GENERATION_ID as u32, (layout::GENERATION_ID >> 32) as u32);
     let address = Name::new("ADDR".into(), &Package::new(vec![&low, &high]));
     device("VGEN", &generation_id::HARDWARE_ID, 0, &[&compatible, &name, &address])
+}
+
+/// The instance id: a device that has nothing but a unique id, of lower-case hexadecimal digits, which every operating system tells without a driver.
+fn instance_id(id: &[u8; 64]) -> Vec<u8> {
+    let digits: String = id.iter().map(|byte| format!("{byte:02x}")).collect();
+    let name = Name::new("_DDN".into(), &"Instance id");
+    named("INST", &INSTANCE_HARDWARE_ID, &digits, &[&name])
 }
 
 /// A device for each vCPU; `_UID` is the one in the MADT.

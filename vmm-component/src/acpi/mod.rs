@@ -70,6 +70,8 @@ pub struct AcpiConfig {
     pub panic_device: bool,
     /// There is a generation id at [`layout::GENERATION_ID`].
     pub generation_id: bool,
+    /// What the guest reads as its instance id, if it has one.
+    pub instance_id: Option<[u8; 64]>,
 }
 
 /// Why the tables could not be written.

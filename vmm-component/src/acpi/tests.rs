@@ -14,6 +14,7 @@ fn config(vcpus: u8) -> AcpiConfig {
         pci_functions: (0..62).filter_map(|n| PciAddress::spread(n, 62)).collect(),
         panic_device: true,
         generation_id: true,
+        instance_id: Some(std::array::from_fn(|n| n as u8 * 3)),
     }
 }
 
@@ -160,6 +161,8 @@ fn iasl_accepts_every_table() {
             "PNP0C02",
             "_PRT",
             "_S5",
+            "SEPL0002",
+            "\"000306090c0f",
             "Notify (\\_SB.PWRB, 0x80)",
         ] {
             assert!(source.contains(part), "{part} is missing in {source}");

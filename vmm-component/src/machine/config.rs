@@ -55,6 +55,8 @@ pub struct Guards {
     pub panic_device: bool,
     /// The number that is different for each machine that is made from the same state (VM generation id).
     pub generation_id: Option<[u8; 16]>,
+    /// What tells the guest across restarts which one it is.
+    pub instance_id: Option<[u8; 64]>,
     /// A watchdog, and what it does when it expires.
     pub watchdog: Option<WatchdogAction>,
 }

@@ -204,6 +204,7 @@ impl Machine {
             pci_functions: platform.pci_functions().to_vec(),
             panic_device: guards.panic_device,
             generation_id: guards.generation_id.is_some(),
+            instance_id: guards.instance_id,
         };
         acpi::write(ram.memory(), &tables)?;
         let entry = loading.wait()?;

@@ -177,6 +177,7 @@ impl Requests {
         let guards = [
             (self.guards.watchdog.is_some(), "watchdog"),
             (self.guards.generation_id.is_some(), "generation-id"),
+            (self.guards.instance_id.is_some(), "instance-id"),
             (self.guards.panic_device, "panic"),
         ];
         let guards = guards.into_iter().filter(|(there, _)| *there).map(|(_, name)| name);
@@ -266,6 +267,7 @@ fn guards(config: &GuestConfig) -> Result<Guards, Error> {
     Ok(Guards {
         panic_device: config.panic_device,
         generation_id: id,
+        instance_id: config.instance_id,
         watchdog: config.watchdog.map(|action| match action {
             device::WatchdogAction::Reset => WatchdogAction::Reset,
             device::WatchdogAction::Stop => WatchdogAction::Stop,

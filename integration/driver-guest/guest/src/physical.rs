@@ -15,7 +15,7 @@ const PATIENCE: u64 = 60_000;
 /// Where this project's machines have their ACPI tables.
 const TABLES: core::ops::Range<u64> = 0xe_0000..0x10_0000;
 /// The device that tells the instance id, by its `_HID`, and the name of what it tells (docs/devices.md).
-const INSTANCE_DEVICE: [u8; 8] = *b"SEPL0001";
+const INSTANCE_DEVICE: [u8; 8] = *b"SEPL0002";
 const UNIQUE_ID: [u8; 4] = *b"_UID";
 /// StringPrefix (ACPI 20.2.3).
 const STRING: u8 = 0x0d;
@@ -93,7 +93,7 @@ pub(crate) fn wait(guest: &mut Guest, arguments: Arguments<'_>) -> Outcome {
     Ok(String::new())
 }
 
-/// `instance-id`: `id=`, the 128 digits that the device SEPL0001 tells, or `none` where there is no such device.
+/// `instance-id`: `id=`, the 128 digits that the device SEPL0002 tells, or `none` where there is no such device.
 pub(crate) fn instance_id(_: &mut Guest, _: Arguments<'_>) -> Outcome {
     let byte = |address: u64| bytes(&LowMemory, address).map_or(0, |[byte]: [u8; 1]| byte);
     let device = TABLES
