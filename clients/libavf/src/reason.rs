@@ -1,7 +1,7 @@
 //! Why a virtual machine stopped, in Android's words.
 
 use capnp::NotInSchema;
-use sepal_schema::report::{Reason, StopReport};
+use sepal_schema::report::{ComponentEnd, Reason, StopReport};
 
 /// `enum AVirtualMachineStopReason`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,8 +34,17 @@ pub(crate) fn of_report(reason: Result<Reason, NotInSchema>, report: &StopReport
         Ok(Reason::Killed) => StopReason::Killed,
         Ok(Reason::StartFailed) => StopReason::StartFailed,
         Ok(Reason::Hangup) => StopReason::Hangup,
+        Ok(Reason::VmmTerminated) if was_killed(report) => StopReason::Killed,
         Ok(Reason::VmmTerminated) => StopReason::Crash,
     }
+}
+
+/// Whether somebody ended the component's process, by the signals that are sent for that; others come of what a process does.
+fn was_killed(report: &StopReport) -> bool {
+    let Some(ComponentEnd::Killed(signal)) = report.component else {
+        return false;
+    };
+    matches!(i32::from(signal), libc::SIGKILL | libc::SIGTERM)
 }
 
 #[cfg(test)]
@@ -45,7 +54,11 @@ mod tests {
     use super::*;
 
     fn of(reason: Reason, about: &str) -> StopReason {
-        let report = StopReport {
+        of_report(Ok(reason), &report(reason, about, None))
+    }
+
+    fn report(reason: Reason, about: &str, component: Option<ComponentEnd>) -> StopReport {
+        StopReport {
             reason,
             detail: String::new(),
             error: None,
@@ -53,8 +66,24 @@ mod tests {
             time_ns: 0,
             about: about.into(),
             rung: Rung::None,
-        };
-        of_report(Ok(reason), &report)
+            component,
+        }
+    }
+
+    #[test]
+    fn a_component_was_killed_or_crashed() {
+        let of = |end| of_report(Ok(Reason::VmmTerminated), &report(Reason::VmmTerminated, "", end));
+        let killed = |signal: i32| Some(ComponentEnd::Killed(u8::try_from(signal).unwrap()));
+        assert_eq!(of(killed(libc::SIGKILL)), StopReason::Killed);
+        assert_eq!(of(killed(libc::SIGTERM)), StopReason::Killed);
+        for end in [
+            None,
+            killed(libc::SIGSEGV),
+            killed(libc::SIGSYS),
+            Some(ComponentEnd::Exited(1)),
+        ] {
+            assert_eq!(of(end), StopReason::Crash, "{end:?}");
+        }
     }
 
     #[test]
