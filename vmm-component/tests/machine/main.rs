@@ -14,15 +14,20 @@ mod nmi;
 mod rig;
 mod virtio;
 
-use std::io::Write;
+use std::cell::RefCell;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::thread;
 use std::time::Duration;
 
 use rig::{PATIENCE, Rig, config, hooks, hooks_with, kvm};
 use sepal_schema::error::Kind;
-use sepal_vmm_component::machine::{Happening, Machine, MachineError, RegisterDump, ResetCause, ThreadRole};
+use sepal_vmm_component::machine::{
+    Happening, Machine, MachineError, RegisterDump, ResetCause, Spare, ThreadRole, ThreadSetup,
+};
 use sepal_vmm_component::memory::MIB;
 
 fn is_reset(what: &Happening, cause: ResetCause) -> bool {
@@ -45,6 +50,62 @@ fn first_byte_then_reset_by_i8042() {
     let (ending, output) = Rig::start(&kvm, &guests::hello(), 1).finish();
     assert!(is_reset(&ending, ResetCause::I8042), "{ending:?}");
     assert_eq!(output, b"S");
+}
+
+#[test]
+fn a_first_vcpu_that_was_made_ahead_is_narrowed_before_it_has_a_machine() {
+    let (Some(kvm), Some(own)) = (kvm(), kvm()) else {
+        return;
+    };
+    let (narrowed, roles) = channel();
+    let setup: ThreadSetup = Arc::new(move |role| {
+        // The test is over otherwise.
+        let _ = narrowed.send(role);
+        Ok(())
+    });
+    let (made, spare) = channel();
+    let server = thread::spawn(move || Spare::serve(&own, &setup, |spare| drop(made.send(spare))));
+    let spare = spare
+        .recv_timeout(PATIENCE)
+        .expect("an answer")
+        .expect("a spare machine");
+    let mut first: Vec<_> = (0..2)
+        .map(|_| roles.recv_timeout(PATIENCE).expect("a thread"))
+        .collect();
+    first.sort_by_key(|role| *role == ThreadRole::Loader);
+    assert_eq!(first, [ThreadRole::Vcpu(0), ThreadRole::Loader]);
+
+    let (mut serial, guests_end) = UnixStream::pair().expect("a socket pair");
+    let (hooks, events) = hooks();
+    let config = config(&guests::hello(), 2, Some(guests_end.into()));
+    let mut machine = Machine::create_from(&kvm, spare, config, hooks, &Arc::default()).expect("the machine is made");
+    server.join().expect("the loader ends with its kernel");
+    machine.start().expect("the machine starts");
+    let ended = events.recv_timeout(PATIENCE).expect("an event").what;
+    assert!(is_reset(&ended, ResetCause::I8042), "{ended:?}");
+    assert_eq!(machine.join(PATIENCE).stuck, Vec::<String>::new());
+    let mut output = Vec::new();
+    serial.read_to_end(&mut output).expect("its output");
+    assert_eq!(output, b"S");
+}
+
+#[test]
+fn a_spare_machine_that_nobody_wants_leaves_no_thread() {
+    thread_local! { static UNTIL_ITS_END: RefCell<Option<Sender<()>>> = const { RefCell::new(None) } }
+    let Some(kvm) = kvm() else { return };
+    let (alive, threads) = channel();
+    let setup: ThreadSetup = Arc::new(move |_| {
+        UNTIL_ITS_END.set(Some(alive.clone()));
+        Ok(())
+    });
+    let server = thread::spawn(move || Spare::serve(&kvm, &setup, drop));
+    server.join().expect("there is no kernel to load");
+    let ended = threads.recv_timeout(PATIENCE);
+    assert_eq!(
+        ended,
+        Err(RecvTimeoutError::Disconnected),
+        "the vCPU's thread waits for ever"
+    );
 }
 
 #[test]
