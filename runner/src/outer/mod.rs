@@ -121,8 +121,8 @@ pub struct Runner {
     checked: Option<UidRange>,
     groups: Option<Groups>,
     started: u64,
-    /// The network namespace that this process began in, and whether it is in an unused one now.
-    network: Option<(OwnedFd, bool)>,
+    /// Since the first [`Runner::prepare`].
+    ahead: Option<Ahead>,
 }
 
 impl Runner {
@@ -155,7 +155,7 @@ impl Runner {
             checked: None,
             groups: None,
             started: 0,
-            network: None,
+            ahead: None,
         })
     }
 
@@ -237,14 +237,9 @@ impl Runner {
             .collect();
         let envp = [environment.as_ptr(), std::ptr::null()];
 
-        let waived = jail.waives(Layer::NetworkNamespace);
         // The names that lock uids of a small range belong to a network namespace, which starters have to share.
         let locks = own_uid && !uids.is_exclusive_by_pid();
-        let network = self.take_network(waived || locks, waived)?;
-        let flags = Layer::NAMESPACES
-            .iter()
-            .filter(|(layer, ..)| *layer != Layer::NetworkNamespace && !jail.waives(*layer))
-            .fold(network, |flags, (_, flag, _)| flags | flag);
+        let flags = self.take_ahead(flags_of(jail), locks)?;
         let flags = u64::from(flags.cast_unsigned());
         let plan = child::Plan {
             fds: &fds,
@@ -270,43 +265,36 @@ impl Runner {
         Ok(component)
     }
 
-    /// Prepares the next start: moves the calling thread into an empty network namespace, which the next component takes
-    /// over. Making one is most of what a start's namespaces cost, so the keeper does it while it has nothing to do.
+    /// Prepares the next start: moves the calling thread into empty network, IPC and UTS namespaces, which the next component takes
+    /// over. Making them is most of what a start's namespaces cost, so the keeper does it while it has nothing to do.
     ///
-    /// Only for single-threaded processes that need no network. Does nothing where it is not permitted: the start makes
-    /// its namespace itself then.
+    /// Only for single-threaded processes that need nothing of those. Does nothing where it is not permitted: the start makes
+    /// its namespaces itself then.
     pub fn prepare(&mut self) {
-        if self.network.is_none() {
-            let own = rustix::fs::open(
-                "/proc/thread-self/ns/net",
-                OFlags::RDONLY | OFlags::CLOEXEC,
-                Mode::empty(),
-            );
-            self.network = own.ok().map(|own| (own, false));
+        if self.ahead.is_none() {
+            self.ahead = Ahead::here().ok();
         }
-        if let Some((_, unused)) = &mut self.network
-            && !*unused
+        if let Some(ahead) = &mut self.ahead
+            && !ahead.unused
         {
-            // SAFETY: changes the thread's network namespace and nothing of the process's memory or descriptors.
-            *unused = unsafe { libc::unshare(libc::CLONE_NEWNET) } == 0;
+            // SAFETY: changes the thread's namespaces and nothing of the process's memory or descriptors.
+            ahead.unused = unsafe { libc::unshare(AHEAD_FLAGS) } == 0;
+            ahead.away |= ahead.unused;
         }
     }
 
-    /// The network part of a start's flags, after what [`Runner::prepare`] did. With `home` the start has to happen in the
-    /// namespace that this process began in.
-    fn take_network(&mut self, home: bool, waived: bool) -> Result<libc::c_int, SpawnError> {
-        let new = if waived { 0 } else { libc::CLONE_NEWNET };
-        let Some((own, unused)) = &mut self.network else {
-            return Ok(new);
+    /// Those of a start's namespaces that it has to make itself, after what [`Runner::prepare`] did. With `home`, or without one of those that are
+    /// made ahead, the start has to happen in the namespaces that this process began in.
+    fn take_ahead(&mut self, flags: libc::c_int, home: bool) -> Result<libc::c_int, SpawnError> {
+        let Some(ahead) = &mut self.ahead else {
+            return Ok(flags);
         };
-        let prepared = std::mem::take(unused);
-        if home {
-            let network = Some(LinkNameSpaceType::Network);
-            rustix::thread::move_into_link_name_space(own.as_fd(), network)
-                .map_err(system("going back to the host's network"))?;
-            return Ok(new);
+        let prepared = std::mem::take(&mut ahead.unused);
+        if home || flags & AHEAD_FLAGS != AHEAD_FLAGS {
+            ahead.go_home().map_err(system("going back to the host's namespaces"))?;
+            return Ok(flags);
         }
-        Ok(if prepared { 0 } else { new })
+        Ok(if prepared { flags & !AHEAD_FLAGS } else { flags })
     }
 
     fn make_group(&mut self, jail: &JailSpec) -> Result<Option<Group>, SpawnError> {
@@ -323,6 +311,56 @@ impl Runner {
             .map(Some)
             .map_err(limit)
     }
+}
+
+/// The kinds of namespaces that [`Runner::prepare`] makes, and where `/proc` has this thread's.
+const AHEAD: [(LinkNameSpaceType, &str); 3] = [
+    (LinkNameSpaceType::Network, "/proc/thread-self/ns/net"),
+    (LinkNameSpaceType::InterProcessCommunication, "/proc/thread-self/ns/ipc"),
+    (LinkNameSpaceType::HostNameAndNISDomainName, "/proc/thread-self/ns/uts"),
+];
+const AHEAD_FLAGS: libc::c_int = libc::CLONE_NEWNET | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
+
+/// The namespaces, of the kinds that are made ahead, in which this process began.
+#[derive(Debug)]
+struct Ahead {
+    home: Vec<(LinkNameSpaceType, OwnedFd)>,
+    /// This process is in others. One that could not leave could not go back, either.
+    away: bool,
+    /// Those others were used by nobody.
+    unused: bool,
+}
+
+impl Ahead {
+    fn here() -> Result<Self, Errno> {
+        let open = |(kind, path)| {
+            let own = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+            Ok((kind, own))
+        };
+        Ok(Self {
+            home: AHEAD.into_iter().map(open).collect::<Result<_, Errno>>()?,
+            away: false,
+            unused: false,
+        })
+    }
+
+    fn go_home(&mut self) -> Result<(), Errno> {
+        if self.away {
+            for (kind, own) in &self.home {
+                rustix::thread::move_into_link_name_space(own.as_fd(), Some(*kind))?;
+            }
+            self.away = false;
+        }
+        Ok(())
+    }
+}
+
+/// The flags of `clone3` for the namespaces of a jail.
+fn flags_of(jail: &JailSpec) -> libc::c_int {
+    Layer::NAMESPACES
+        .iter()
+        .filter(|(layer, ..)| !jail.waives(*layer))
+        .fold(0, |flags, (_, flag, _)| flags | flag)
 }
 
 /// A limit that is out of range is for whoever asked; for all else the host's administrator can do something.

@@ -1,7 +1,12 @@
 //! Attempts in every role, the report of a sealed component, and layers that are waived or missing.
 
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::MetadataExt;
+use std::thread;
+
 use sepal_runner::inner::ThreadRole;
-use sepal_runner::outer::ExitStatus;
+use sepal_runner::outer::{ExitStatus, Runner};
 use sepal_runner::startup::HandleKind;
 use sepal_runner::{Layer, LayerState};
 
@@ -16,6 +21,10 @@ pub(crate) fn tests() -> Vec<Test> {
             every_layer_is_reported,
         ),
         ("layers::each_can_be_waived".into(), each_layer_can_be_waived),
+        (
+            "layers::what_was_made_ahead_is_the_next_components_alone".into(),
+            what_was_made_ahead_is_the_next_components_alone,
+        ),
     ]
 }
 
@@ -103,4 +112,47 @@ fn each_layer_can_be_waived() {
         assert_eq!(status.state, expected, "{status:?}");
         assert!(jailed.release().success(), "{layer}");
     }
+}
+
+/// The network, IPC and UTS namespaces of a process, or of the calling thread.
+fn namespaces(of: &str) -> [u64; 3] {
+    ["net", "ipc", "uts"].map(|name| fs::metadata(format!("/proc/{of}/ns/{name}")).unwrap().ino())
+}
+
+fn what_was_made_ahead_is_the_next_components_alone() {
+    // On a thread of its own, which is moved and then gone.
+    let moved = thread::spawn(|| {
+        let home = namespaces("thread-self");
+        let mut runner = Runner::new().unwrap();
+        let mut start = |waived: Option<Layer>| {
+            runner.prepare();
+            let ahead = namespaces("thread-self");
+            let (mut spec, control) = spec(&["wait"]);
+            spec.jail.waived.extend(waived);
+            let mut component = runner.spawn(spec).unwrap();
+            // It has sealed itself, and checked that these are not its starter's.
+            assert!(BufReader::new(&control).read_line(&mut String::new()).is_ok());
+            // An ordinary user may not look at them.
+            let own = is_root().then(|| namespaces(&component.pid().to_string()));
+            (&control).write_all(b"x").unwrap();
+            assert!(component.wait().unwrap().success(), "{waived:?}");
+            (ahead, own, namespaces("thread-self"))
+        };
+        let (first, taken, _) = start(None);
+        let (second, left, after) = start(Some(Layer::IpcNamespace));
+        let (third, taken_again, _) = start(None);
+        let (Some(taken), Some(left), Some(taken_again)) = (taken, left, taken_again) else {
+            return;
+        };
+        assert_eq!((taken, taken_again), (first, third));
+        // Numbers of namespaces that are gone are given again, so that those made later may have them.
+        for kind in 0..3 {
+            assert!(![first[kind], second[kind], third[kind]].contains(&home[kind]));
+        }
+        // One that goes without a layer starts from where its starter began: nothing of what another has been made.
+        assert_eq!(after, home);
+        assert_eq!(left[1], home[1]);
+        assert!(left[0] != home[0] && left[2] != home[2]);
+    });
+    moved.join().unwrap();
 }
