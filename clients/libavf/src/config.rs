@@ -17,7 +17,7 @@ use std::{
 use rustix::fs::{MemfdFlags, SealFlags};
 use sepal_schema::{
     config::{
-        self, GuestConfig, Handles, MemoryBacking, OnReset,
+        self, GuestConfig, Handles, MAX_NAME, MemoryBacking, OnReset,
         device::{self, Balloon, Console, DiskFormat, DiskMode, Rng, Vsock, WatchdogAction},
     },
     config_capnp::guest_config,
@@ -35,6 +35,8 @@ const CMDLINE: &str = "earlycon=uart8250,io,0x3f8 console=hvc0 panic=-1";
 const CONSOLE_PORTS: u16 = 3;
 /// Names the folder where each machine's vsock ports are offered as Unix sockets.
 const VSOCK_VARIABLE: &str = "SEPAL_AVF_VSOCK_DIR";
+/// What the name of such a socket ends with.
+const VSOCK_SUFFIX: &str = ".vsock";
 /// What is copied at a time.
 const CHUNK: usize = 1 << 16;
 
@@ -173,9 +175,18 @@ fn vsock_path(name: &str) -> io::Result<String> {
     let Some(folder) = environment::variable(VSOCK_VARIABLE) else {
         return Ok(String::new());
     };
-    let path = std::path::absolute(PathBuf::from(folder).join(format!("{name}.vsock")))?;
+    let path = std::path::absolute(PathBuf::from(folder).join(format!("{name}{VSOCK_SUFFIX}")))?;
     let text = path.into_os_string().into_string();
     text.map_err(|_| io::Error::other(format!("the folder of {VSOCK_VARIABLE} is not UTF-8")))
+}
+
+/// How long a name may be for the path of its vsock ports to fit.
+pub(crate) fn longest_name() -> usize {
+    match vsock_path("") {
+        Ok(path) if !path.is_empty() => device::MAX_SOCKET_PATH.saturating_sub(path.len()),
+        // What is wrong with it is told when there is a machine.
+        _ => MAX_NAME,
+    }
 }
 
 /// Takes over the descriptor with this number; none if there is none.

@@ -24,7 +24,7 @@ use sepal_schema::{
 
 use crate::{
     answer::{Answer, answer},
-    config::{Incomplete, RawConfig},
+    config::{Incomplete, RawConfig, longest_name},
     early::{self, EarlyError},
     log,
     machine::Machine,
@@ -181,7 +181,7 @@ fn serve(socket: UnixStream, requests: UnboundedReceiver<Request>, answer: Answe
                     manager,
                     connection,
                     socket: ours,
-                    names: Names::default(),
+                    names: Names::new(longest_name()),
                 };
                 serving.serve(requests).await;
             }
