@@ -294,7 +294,9 @@ struct GuestConfig {
 
   struct MemoryBacking {
     memfd @0 :FdRef;
-    # Must carry F_SEAL_SHRINK, so that nobody can take the memory away from under the guest: else BAD_CONFIG.
+    # A memfd, or another file of shared memory (tmpfs, hugetlbfs), open for reading and writing, at least as large as the range: else BAD_CONFIG.
+    # Whoever can still shrink it (it lacks F_SEAL_SHRINK) can end the guest by that: a vCPU that meets what is gone is a crash, a device that does
+    # takes the component with it (vmmTerminated, by SIGBUS). Nobody else's guest notices.
     start @1 :UInt64;
     # First guest physical address, a multiple of 4096.
     end @2 :UInt64;

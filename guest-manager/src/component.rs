@@ -109,6 +109,11 @@ impl fmt::Display for Exit {
         match self {
             Self::Code(code) => write!(f, "exited with status {code}"),
             Self::Signal(libc::SIGSYS) => f.write_str("SIGSYS: system call refused by the jail"),
+            Self::Signal(libc::SIGBUS) => write!(
+                f,
+                "killed by signal {} (SIGBUS): memory of the guest was not there any more, as where the file behind it was cut short",
+                libc::SIGBUS
+            ),
             Self::Signal(signal) => match signal_name(*signal) {
                 Some(name) => write!(f, "killed by signal {signal} ({name})"),
                 None => write!(f, "killed by signal {signal}"),
@@ -122,7 +127,6 @@ fn signal_name(signal: i32) -> Option<&'static str> {
     Some(match signal {
         libc::SIGABRT => "SIGABRT",
         libc::SIGALRM => "SIGALRM",
-        libc::SIGBUS => "SIGBUS",
         libc::SIGFPE => "SIGFPE",
         libc::SIGHUP => "SIGHUP",
         libc::SIGILL => "SIGILL",
@@ -444,6 +448,11 @@ mod tests {
     #[test]
     fn ends_are_told_in_words() {
         assert_eq!(Exit::Signal(9).to_string(), "killed by signal 9 (SIGKILL)");
+        assert!(
+            Exit::Signal(7)
+                .to_string()
+                .contains("(SIGBUS): memory of the guest was not there")
+        );
         assert_eq!(Exit::Signal(31).to_string(), "SIGSYS: system call refused by the jail");
         assert_eq!(Exit::Signal(64).to_string(), "killed by signal 64");
         assert_eq!(Exit::Code(3).to_string(), "exited with status 3");

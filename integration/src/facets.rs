@@ -8,6 +8,7 @@ use std::{
 
 use capnp::capability::FromClientHook;
 use sepal_schema::{
+    debug_capnp::debug,
     device_capnp::{balloon_controller, disk_controller, mem_controller, net_controller},
     error::{Error, Outcome, read_completion},
     guest_capnp::{console, output, serial},
@@ -88,6 +89,23 @@ impl Guest {
         let answer = self.ask("the guest's statistics", question)?;
         match answer.get()?.which().map_err(capnp::Error::from)? {
             Which::Stats(stats) => Ok(stats?.iter().map(|stat| (stat.get_tag(), stat.get_value())).collect()),
+            Which::Error(error) => Err(Error::read(error?)?.into()),
+        }
+    }
+
+    /// Guest memory by physical address.
+    ///
+    /// # Errors
+    /// What the guest manager answered.
+    pub fn read_physical(&mut self, address: u64, length: u32) -> Result<Vec<u8>, HarnessError> {
+        use debug::memory_result::Which;
+        let debug = self.guest.debug_request().send().pipeline.get_debug();
+        let mut request = debug.read_physical_request();
+        request.get().set_address(address);
+        request.get().set_length(length);
+        let answer = self.ask("reading memory", request.send().promise)?;
+        match answer.get()?.which().map_err(capnp::Error::from)? {
+            Which::Bytes(bytes) => Ok(bytes?.to_vec()),
             Which::Error(error) => Err(Error::read(error?)?.into()),
         }
     }

@@ -17,7 +17,7 @@ use rustix::fs::{MemfdFlags, OFlags, SealFlags};
 use sepal_schema::{
     config::{File, GuestConfig, MemoryBacking, device::DiskMode},
     error::{Error, Kind},
-    transport::file::{FileKind, Requirements, check},
+    transport::file::{Requirements, check, check_shared_memory},
 };
 
 use self::disks::DiskJob;
@@ -195,12 +195,18 @@ fn cannot_open(field: &str, path: &str, needed: Requirements, error: &io::Error)
 fn check_backing(index: usize, range: &MemoryBacking) -> Result<(), Error> {
     let bad = |why: String| {
         let field = format!("customMemory[{index}].memfd");
-        Err(Error::bad_config(field.clone(), format!("{field}: {why}")))
+        Error::bad_config(field.clone(), format!("{field}: {why}"))
     };
-    match check(&range.memfd, Requirements::READ_WRITE) {
-        Ok(FileKind::SealedMemory) => Ok(()),
-        Ok(_) => bad("it is no memfd; guest memory needs one with the seal F_SEAL_SHRINK".to_owned()),
-        Err(error) => bad(error.to_string()),
+    // Its owner can only hurt its own guest, so that it need not be sealed.
+    check_shared_memory(&range.memfd).map_err(|error| bad(error.to_string()))?;
+    let needed = range.end - range.start;
+    let status = rustix::fs::fstat(&range.memfd).map_err(|error| bad(error.to_string()))?;
+    match u64::try_from(status.st_size) {
+        Ok(size) if size >= needed => Ok(()),
+        size => Err(bad(format!(
+            "it has {} bytes, and the range has {needed}",
+            size.unwrap_or(0)
+        ))),
     }
 }
 
@@ -309,22 +315,26 @@ mod tests {
     }
 
     #[test]
-    fn guest_memory_of_clients_must_be_sealed_memory() {
+    fn guest_memory_of_clients_must_be_shared_memory_that_is_large_enough() {
         let range = |memfd: OwnedFd| MemoryBacking {
             memfd,
-            start: 0,
+            start: 4096,
             end: 1 << 20,
         };
-        let unsealed = range(new_memory("m").unwrap().into());
+        let (pipe, _writer) = std::io::pipe().unwrap();
         assert_eq!(
-            kind(check_backing(3, &unsealed)),
+            kind(check_backing(3, &range(pipe.into()))),
             (Kind::BadConfig, "customMemory[3].memfd".into())
         );
-        let file = range(tempfile::tempfile().unwrap().into());
-        assert_eq!(kind(check_backing(0, &file)).0, Kind::BadConfig);
         let memory = new_memory("m").unwrap();
+        let backing = range(memory.try_clone().unwrap().into());
+        memory.set_len((1 << 20) - 4097).unwrap();
+        let error = check_backing(0, &backing).unwrap_err();
+        assert!(error.message.contains("1044479 bytes"), "{error}");
+        memory.set_len((1 << 20) - 4096).unwrap();
+        check_backing(0, &backing).unwrap();
         rustix::fs::fcntl_add_seals(&memory, SealFlags::SHRINK).unwrap();
-        check_backing(0, &range(memory.into())).unwrap();
+        check_backing(0, &backing).unwrap();
     }
 
     #[test]

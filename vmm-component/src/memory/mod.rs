@@ -52,8 +52,8 @@ const DEVICE_ALIGNMENT: u64 = 2 << 30;
 /// A range of guest memory backed by a file of the client's.
 #[derive(Debug)]
 pub struct CustomRange {
-    /// A memfd that carries `F_SEAL_SHRINK` and covers the range from its offset 0. Loading a kernel may move the
-    /// file's offset.
+    /// A memfd, or another file of shared memory, that covers the range from its offset 0. Loading a kernel may move the file's offset. Who
+    /// shrinks it meanwhile, which the seal `F_SEAL_SHRINK` keeps everybody from, ends the vCPU that meets what is gone, or by SIGBUS the process.
     pub memfd: OwnedFd,
     /// First guest physical address, a multiple of 4096.
     pub start: u64,

@@ -2,7 +2,8 @@
 //!
 //! A client can send anything: a directory, a pipe that blocks, a file of the wrong access mode, a memfd that it shrinks
 //! under a mapping. What passes [`check`] can be read with `pread` without blocking for ever and without a signal;
-//! an ordinary file that is cut short meanwhile gives an early end, never a SIGBUS, since nothing here maps it.
+//! an ordinary file that is cut short meanwhile gives an early end, never a SIGBUS, since nothing here maps it. What is mapped, as a guest's
+//! memory is, has [`check_shared_memory`].
 
 #[cfg(test)]
 mod tests;
@@ -83,6 +84,9 @@ pub enum FileError {
     /// A memfd, or an unnamed file of a tmpfs, that its owner could still shrink.
     #[error("the memfd can still shrink; add the seal F_SEAL_SHRINK before sending it")]
     NotSealed,
+    /// It is no file that lives in memory.
+    #[error("the file is no shared memory: neither a memfd nor a file of a tmpfs")]
+    NotSharedMemory,
     /// It has more than was asked for.
     #[error("the file has more than the {limit} bytes allowed")]
     TooLarge {
@@ -124,6 +128,26 @@ pub fn check(fd: &impl AsFd, requirements: Requirements) -> Result<FileKind, Fil
             });
         }
     };
+    check_access(fd, requirements)?;
+    Ok(kind)
+}
+
+/// Checks that `fd` is shared memory that can be mapped for reading and writing: what answers to `F_GET_SEALS`, whatever its seals are.
+///
+/// Without F_SEAL_SHRINK its owner can cut it while it is mapped, and who meets what is gone gets SIGBUS: only for what is that owner's own.
+///
+/// # Errors
+/// A [`FileError`] that says what is wrong with it.
+pub fn check_shared_memory(fd: &impl AsFd) -> Result<(), FileError> {
+    let fd = fd.as_fd();
+    match rustix::fs::fcntl_get_seals(fd) {
+        Ok(_) => check_access(fd, Requirements::READ_WRITE),
+        Err(rustix::io::Errno::INVAL | rustix::io::Errno::BADF) => Err(FileError::NotSharedMemory),
+        Err(error) => Err(io::Error::from(error).into()),
+    }
+}
+
+fn check_access(fd: BorrowedFd<'_>, requirements: Requirements) -> Result<(), FileError> {
     let flags = rustix::fs::fcntl_getfl(fd).map_err(io::Error::from)?;
     let mode = flags & OFlags::ACCMODE;
     // O_PATH gives no access at all, whatever the access mode says.
@@ -139,7 +163,7 @@ pub fn check(fd: &impl AsFd, requirements: Requirements) -> Result<FileKind, Fil
             return Err(FileError::AppendOnly);
         }
     }
-    Ok(kind)
+    Ok(())
 }
 
 /// As [`check`], for a file to read that is no block device.

@@ -3,7 +3,7 @@
 use std::{
     fs::{File, OpenOptions},
     io::{Seek, SeekFrom, Write},
-    os::unix::net::UnixStream,
+    os::{fd::AsRawFd, unix::net::UnixStream},
 };
 
 use rustix::fs::{MemfdFlags, SealFlags};
@@ -77,6 +77,25 @@ fn a_memfd_must_not_be_able_to_shrink() {
     for seals in [None, Some(SealFlags::empty()), Some(SealFlags::GROW | SealFlags::SEAL)] {
         let words = sentence(check_regular(&memfd(seals)));
         assert!(words.contains("F_SEAL_SHRINK"), "{words}");
+    }
+}
+
+#[test]
+fn shared_memory_is_taken_whatever_its_seals() {
+    for seals in [
+        None,
+        Some(SealFlags::empty()),
+        Some(SealFlags::SHRINK | SealFlags::SEAL),
+    ] {
+        check_shared_memory(&memfd(seals)).unwrap();
+    }
+    let memory = memfd(None);
+    let read_only = File::open(format!("/proc/self/fd/{}", memory.as_raw_fd())).unwrap();
+    assert!(matches!(check_shared_memory(&read_only), Err(FileError::NotWritable)));
+    let (pipe, _writer) = std::io::pipe().unwrap();
+    for other in [OwnedFd::from(pipe), File::open("/proc/self/exe").unwrap().into()] {
+        let words = check_shared_memory(&other).unwrap_err().to_string();
+        assert!(words.contains("no shared memory"), "{words}");
     }
 }
 

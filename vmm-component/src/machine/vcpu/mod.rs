@@ -39,6 +39,9 @@ use crate::boot::BootEntry;
 use crate::memory::GuestRam;
 use crate::unassisted::{self, Assist};
 
+/// What may be behind memory that is not there.
+const CUT_SHORT: &str = ", as where the file behind it was cut short";
+
 /// Exits that an instruction may go on for after a kick, which KVM heeds at its end: a string instruction has one for each element, and as many
 /// elements as its guest likes. Then it is left in its middle, where it goes on with the next KVM_RUN.
 const LONGEST_INSTRUCTION: u32 = 256;
@@ -241,6 +244,10 @@ impl Vcpu {
                     }
                     // A vCPU that waits for its start-up message got one.
                     libc::EAGAIN => {}
+                    libc::EFAULT => {
+                        self.fail(format!("KVM could not reach guest memory{CUT_SHORT}"));
+                        break;
+                    }
                     _ => {
                         self.fail(format!("KVM_RUN: {error}"));
                         break;
@@ -394,7 +401,7 @@ impl Vcpu {
             }
             Exit::MemoryFault { address, size } => {
                 return Err(self.failure(format!(
-                    "KVM could not reach {size} bytes of guest memory at {address:#x}"
+                    "KVM could not reach {size} bytes of guest memory at {address:#x}{CUT_SHORT}"
                 )));
             }
             Exit::Unknown(reason) => {
