@@ -33,6 +33,11 @@ impl Names {
         }
     }
 
+    /// How many are taken.
+    pub(crate) fn count(&self) -> usize {
+        self.taken.borrow().len()
+    }
+
     /// Takes a name for a machine that is called `called`.
     pub(crate) fn take(&self, called: &str) -> Name {
         let mut names = self.taken.borrow_mut();
@@ -127,6 +132,7 @@ mod tests {
         let [first, second] = [names.take("a"), names.take("a")];
         assert_eq!((first.as_str(), second.as_str()), ("a", "a-2"));
         drop(first);
+        assert_eq!(names.count(), 1);
         assert_eq!(names.take("a").as_str(), "a");
     }
 

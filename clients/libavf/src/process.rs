@@ -115,13 +115,19 @@ fn prepare(socket: i32) -> io::Result<()> {
 fn find() -> io::Result<PathBuf> {
     if let Some(named) = environment::variable(PROGRAM_VARIABLE) {
         // The new process has another folder.
-        return std::path::absolute(named);
+        return runnable(std::path::absolute(named)?);
     }
     let library = fs::canonicalize(library()?)?;
     let folder = library.parent().unwrap_or(Path::new("/"));
     let places = [folder.join(PROGRAM), folder.join(LIBEXEC).join(PROGRAM)];
     let found = places.into_iter().find(|place| place.is_file());
-    found.ok_or_else(|| io::Error::from_raw_os_error(libc::ENOENT))
+    runnable(found.ok_or_else(|| io::Error::from_raw_os_error(libc::ENOENT))?)
+}
+
+/// The program, if this process may run it. That it cannot would otherwise be told by a child, and a program may have chosen not to hear of its children.
+fn runnable(program: PathBuf) -> io::Result<PathBuf> {
+    rustix::fs::access(&program, rustix::fs::Access::EXEC_OK)?;
+    Ok(program)
 }
 
 /// The file that this code was loaded from: the library, or the program that it is linked into.

@@ -35,6 +35,8 @@ use crate::{
     vm::{Driven, Vm},
 };
 
+/// Machines of one service: each that runs has two calls in flight, of which a connection may have 1024 (`Limits::calls`).
+const MOST_MACHINES: usize = 256;
 /// How long a manager may take to answer for the first time.
 const ANSWER_WITHIN: Duration = Duration::from_secs(30);
 
@@ -68,6 +70,8 @@ enum NoMachine {
     Refused(#[from] Error),
     #[error("{0}")]
     Broken(#[from] capnp::Error),
+    #[error("the service has {MOST_MACHINES} virtual machines; no more are possible")]
+    TooMany,
     #[error("its service has ended")]
     Lost,
 }
@@ -255,6 +259,9 @@ impl Serving {
     /// Has the manager look at a configuration, and takes a name for it.
     async fn make(&self, called: &str, config: RawConfig) -> Result<Machine, NoMachine> {
         let fds = self.connection.fds();
+        if self.names.count() >= MOST_MACHINES {
+            return Err(NoMachine::TooMany);
+        }
         let mut name = self.names.take(called);
         let mut request = self.manager.check_request();
         config.write(name.as_str(), request.get().init_config(), &fds)?;
