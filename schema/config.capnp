@@ -89,7 +89,7 @@ struct GuestConfig {
   # Ranges of guest memory that are backed by files of the client's, at most 16, not overlapping.
 
   protectedVm @23 :Bool;
-  # The guest's memory is hidden from the host. Refused with NOT_SUPPORTED on a host that cannot.
+  # The guest's memory is hidden from the host. Not supported yet: NOT_SUPPORTED says whether the host could, and what it lacks if not.
 
   hypervisorSpecificAuthMethod @24 :Bool;
   # Authenticate guests by the hypervisor's own means. There is none: NOT_SUPPORTED.

@@ -91,6 +91,7 @@ fn config(args: &Launch, here: bool) -> Result<GuestConfig> {
         cpus: args.cpus,
         memory_mib: args.memory.unwrap_or(0),
         huge_pages: args.huge_pages,
+        protected_vm: false,
         limits: Limits {
             memory_mib: megabytes(args.limit_memory),
             cpu_percent: args.limit_cpu.unwrap_or(0),

@@ -7,7 +7,7 @@
 //!   listener   the sockets        |      ladder (stopping), power (resets, pauses), subscription, uploads, list, facets, vsock (devices)
 //!                                 |      access: the grant that each capability goes through: narrowed, shared, revoked
 //!                                 v
-//!   manager    what all share: registry (names and statuses, pure), events and history (rings, pure), host, problems
+//!   manager    what all share: registry (names and statuses, pure), events and history (rings, pure), host, protection, problems
 //!     slot     who holds a name: one guest after the other, and a component
 //!       guest  one guest, from its creation to its end; serial is its port
 //!       life   the task that drives it, run after run; what follows each: outcome and pace (pure)
@@ -53,6 +53,7 @@ pub mod peer;
 pub mod pool;
 mod power;
 pub mod problems;
+mod protection;
 pub mod registry;
 mod resources;
 pub mod roles;

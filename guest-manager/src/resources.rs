@@ -33,6 +33,7 @@ use crate::{
     manager::Manager,
     network,
     networks::{self, Networks},
+    protection,
     vsock::{self, path::PathSocket},
 };
 
@@ -72,6 +73,7 @@ pub(crate) struct Listening {
 /// With the field's name: what cannot be had, who has it, or which privilege is lacking.
 pub(crate) async fn prepare(guest: &Guest, config: GuestConfig, client: &Client) -> Result<Resources, Error> {
     let manager = &guest.manager;
+    check_protection(&config)?;
     guest.set_only_once(check_only_once(&config)?);
     let files::Opened {
         mut config,
@@ -110,6 +112,7 @@ pub(crate) async fn prepare(guest: &Guest, config: GuestConfig, client: &Client)
 /// # Errors
 /// What [`prepare`] and the component's start would fail with.
 pub(crate) async fn check(manager: &Manager, config: GuestConfig, client: &Client) -> Result<(), Error> {
+    check_protection(&config)?;
     check_only_once(&config)?;
     manager.starter.check(&StartRequest::new("".into(), &config))?;
     let mut config = files::look(manager, config, client.trusted).await?;
@@ -131,6 +134,14 @@ pub(crate) async fn check(manager: &Manager, config: GuestConfig, client: &Clien
     };
     let looked = manager.handle.spawn_blocking(look).await;
     looked.map_err(|error| Error::new(Kind::NoResources, error.to_string()))?
+}
+
+/// Refuses to make what nobody can make here.
+fn check_protection(config: &GuestConfig) -> Result<(), Error> {
+    match config.protected_vm {
+        true => Err(protection::refusal()),
+        false => Ok(()),
+    }
 }
 
 /// Why a guest with this configuration cannot begin again, if it cannot; refuses one that is to do so all the same.

@@ -157,6 +157,16 @@ fn what_create_refuses_is_refused_in_the_same_words() {
             refused(&caller, again).await,
             (Kind::NotSupported, "networks[0].socket".into())
         );
+        let protected = || GuestConfig {
+            protected_vm: true,
+            ..named("web")
+        };
+        assert_eq!(
+            refused(&caller, protected).await,
+            (Kind::NotSupported, "protectedVm".into())
+        );
+        let sentence = caller.check(protected()).await.unwrap_err().message;
+        assert!(sentence.contains("this host c"), "{sentence}");
         world.fake.behaviour.set(Behaviour {
             start: Does::Fails(Kind::StartFailure),
             ..Behaviour::default()

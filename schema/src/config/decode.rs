@@ -70,6 +70,7 @@ impl GuestConfig {
             cpus,
             memory_mib: config.get_memory_mib(),
             huge_pages: config.get_huge_pages(),
+            protected_vm: config.get_protected_vm(),
             custom_memory: custom_memory?,
             limits: limits(config)?,
             waived_layers: waived_layers(config)?,
@@ -332,7 +333,6 @@ fn refuse_unbuilt(config: guest_config::Reader<'_>, handles: &dyn Handles) -> Re
     refuse(on(config.get_gpu()), "gpu", "a GPU");
     refuse(on(config.get_sound()), "sound", "sound output");
     refuse(on(config.get_sound_input()), "soundInput", "sound input");
-    refuse(config.get_protected_vm(), "protectedVm", "a protected VM");
     refuse(
         config.get_hypervisor_specific_auth_method(),
         "hypervisorSpecificAuthMethod",

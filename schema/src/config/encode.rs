@@ -24,6 +24,7 @@ impl GuestConfig {
         to.set_cpus(self.cpus);
         to.set_memory_mib(self.memory_mib);
         to.set_huge_pages(self.huge_pages);
+        to.set_protected_vm(self.protected_vm);
         let mut ranges = to.reborrow().init_custom_memory(length(self.custom_memory.len()));
         for (i, range) in std::mem::take(&mut self.custom_memory).into_iter().enumerate() {
             let mut to = ranges.reborrow().get(length(i));

@@ -143,6 +143,8 @@ pub struct GuestConfig {
     pub memory_mib: i32,
     /// Back memory with transparent huge pages.
     pub huge_pages: bool,
+    /// The memory is hidden from the host. Refused by whoever makes the guest, who can tell what the host lacks.
+    pub protected_vm: bool,
     /// Client-backed ranges of memory.
     pub custom_memory: Vec<MemoryBacking>,
     /// Limits of the component.

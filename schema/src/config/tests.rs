@@ -88,6 +88,7 @@ fn a_configuration_survives_the_wire() {
         cpus: 3,
         memory_mib: 512,
         huge_pages: true,
+        protected_vm: true,
         custom_memory: vec![MemoryBacking {
             memfd: some_fd(),
             start: 0x20_0000,
@@ -112,6 +113,7 @@ fn a_configuration_survives_the_wire() {
     assert!(matches!(back.initrd, File::Path(path) if path == "/boot/initrd"));
     assert_eq!((back.cmdline.as_str(), back.cmdline_add.len()), ("console=ttyS0", 2));
     assert_eq!((back.cpus, back.memory_mib, back.huge_pages), (3, 512, true));
+    assert!(back.protected_vm);
     assert_eq!(
         (back.custom_memory[0].start, back.custom_memory[0].end),
         (0x20_0000, 0x40_0000)
@@ -193,7 +195,6 @@ fn what_is_not_built_is_refused_by_name() {
     refused(Kind::NotSupported, "soundInput", |mut c, _| {
         c.set_sound_input(Toggle::On)
     });
-    refused(Kind::NotSupported, "protectedVm", |mut c, _| c.set_protected_vm(true));
     refused(Kind::NotSupported, "hypervisorSpecificAuthMethod", |mut c, _| {
         c.set_hypervisor_specific_auth_method(true)
     });

@@ -52,6 +52,10 @@ impl ComponentServer {
         let config = GuestConfig::decode(params.get_config()?, &self.fds);
         let host = self.host(params.get_host()?);
         let (mut config, host) = (config?, host?);
+        if config.protected_vm {
+            let message = "the guest's memory cannot be hidden from the host (field protectedVm)";
+            return Err(Error::not_supported("protectedVm", message));
+        }
         let kernel = descriptor("kernel", std::mem::take(&mut config.kernel))?.ok_or_else(|| {
             Error::bad_config(
                 "kernel",
