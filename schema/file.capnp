@@ -19,7 +19,7 @@ struct File {
     # No file: the field's default applies.
 
     fd @1 :FdRef;
-    # An open file: a regular file, or a memfd that carries F_SEAL_SHRINK. Readable; writable where the guest may write to it.
+    # An open file: a regular file, or a memfd. Readable; writable where the guest may write to it.
 
     bytes @2 :Data;
     # The content itself, as far as it fits into a message (64 KiB at most).

@@ -1,7 +1,7 @@
 //! What a file descriptor of a client must be before it is used.
 //!
-//! A client can send anything: a directory, a pipe that blocks, a file of the wrong access mode, a memfd that it shrinks
-//! under a mapping. What passes [`check`] can be read with `pread` without blocking for ever and without a signal;
+//! A client can send anything: a directory, a pipe that blocks, a file of the wrong access mode, a file that it shrinks
+//! while it is used. What passes [`check`] can be read with `pread` without blocking for ever and without a signal;
 //! an ordinary file that is cut short meanwhile gives an early end, never a SIGBUS, since nothing here maps it. What is mapped, as a guest's
 //! memory is, has [`check_shared_memory`].
 
@@ -13,7 +13,7 @@ use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
-use rustix::fs::{FileType, OFlags, SealFlags};
+use rustix::fs::{FileType, OFlags};
 
 /// What is asked of a file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -55,8 +55,6 @@ impl Requirements {
 pub enum FileKind {
     /// An ordinary file, on a disk or in memory: its owner can shrink it at any time.
     Regular,
-    /// A memfd that cannot shrink any more.
-    SealedMemory,
     /// A block device.
     BlockDevice,
 }
@@ -81,9 +79,6 @@ pub enum FileError {
     /// It was opened for appending only, which ignores offsets.
     #[error("the file is open for appending, so it cannot be written at an offset")]
     AppendOnly,
-    /// A memfd, or an unnamed file of a tmpfs, that its owner could still shrink.
-    #[error("the memfd can still shrink; add the seal F_SEAL_SHRINK before sending it")]
-    NotSealed,
     /// It is no file that lives in memory.
     #[error("the file is no shared memory: neither a memfd nor a file of a tmpfs")]
     NotSharedMemory,
@@ -119,7 +114,7 @@ pub fn check(fd: &impl AsFd, requirements: Requirements) -> Result<FileKind, Fil
     let fd = fd.as_fd();
     let status = rustix::fs::fstat(fd).map_err(io::Error::from)?;
     let kind = match FileType::from_raw_mode(status.st_mode) {
-        FileType::RegularFile => regular_kind(fd)?,
+        FileType::RegularFile => FileKind::Regular,
         FileType::BlockDevice if requirements.block_device => FileKind::BlockDevice,
         other => {
             return Err(FileError::WrongKind {
@@ -172,24 +167,6 @@ fn check_access(fd: BorrowedFd<'_>, requirements: Requirements) -> Result<(), Fi
 /// As [`check`].
 pub fn check_regular(fd: &OwnedFd) -> Result<FileKind, FileError> {
     check(fd, Requirements::READ)
-}
-
-/// A memfd (or file of a tmpfs, which the kernel treats alike) answers to `F_GET_SEALS`.
-fn regular_kind(fd: BorrowedFd<'_>) -> Result<FileKind, FileError> {
-    match rustix::fs::fcntl_get_seals(fd) {
-        Ok(seals) if seals.contains(SealFlags::SHRINK) => Ok(FileKind::SealedMemory),
-        // A file of a tmpfs that was made without MFD_ALLOW_SEALING carries exactly F_SEAL_SEAL: it can never be
-        // sealed, like a file on a disk.
-        Ok(seals) if seals == SealFlags::SEAL && !is_memfd(fd) => Ok(FileKind::Regular),
-        Ok(_) => Err(FileError::NotSealed),
-        Err(rustix::io::Errno::INVAL | rustix::io::Errno::BADF) => Ok(FileKind::Regular),
-        Err(error) => Err(io::Error::from(error).into()),
-    }
-}
-
-/// A file of a tmpfs has a name there, unless it was made or left without; a memfd never has one.
-fn is_memfd(fd: BorrowedFd<'_>) -> bool {
-    rustix::fs::fstat(fd).is_ok_and(|status| status.st_nlink == 0)
 }
 
 /// Reads all of a file from its beginning, wherever its offset is. Blocks as long as the storage does.
