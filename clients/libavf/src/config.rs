@@ -5,16 +5,12 @@
 
 use std::{
     ffi::c_int,
-    fs::File,
     io,
-    os::{
-        fd::{AsFd, FromRawFd, OwnedFd},
-        unix::fs::FileExt,
-    },
+    os::fd::{AsFd, FromRawFd, OwnedFd},
     path::PathBuf,
 };
 
-use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::fs::SealFlags;
 use sepal_schema::{
     config::{
         self, GuestConfig, Handles, MAX_NAME, MemoryBacking, OnReset,
@@ -22,7 +18,6 @@ use sepal_schema::{
     },
     config_capnp::guest_config,
     error::{Error, Kind},
-    transport::file::{FileError, check_regular},
 };
 
 use crate::environment;
@@ -37,8 +32,6 @@ const CONSOLE_PORTS: u16 = 3;
 const VSOCK_VARIABLE: &str = "SEPAL_AVF_VSOCK_DIR";
 /// What the name of such a socket ends with.
 const VSOCK_SUFFIX: &str = ".vsock";
-/// What is copied at a time.
-const CHUNK: usize = 1 << 16;
 
 /// A disk.
 #[derive(Debug)]
@@ -70,25 +63,19 @@ pub(crate) enum Incomplete {
     Name,
     #[error("it has no kernel")]
     Kernel,
-    #[error("{0}: {1}")]
-    File(&'static str, #[source] io::Error),
 }
 
 impl RawConfig {
-    /// The name, if it can be a machine's; makes its files fit to be handed over.
+    /// The name, if it can be a machine's.
     ///
     /// # Errors
-    /// What is missing, or which file cannot be made fit.
-    pub(crate) fn complete(&mut self) -> Result<String, Incomplete> {
+    /// What is missing.
+    pub(crate) fn complete(&self) -> Result<String, Incomplete> {
         let name = self.name.clone().ok_or(Incomplete::Name)?;
-        let kernel = self.kernel.take().ok_or(Incomplete::Kernel)?;
-        self.kernel = Some(steady(kernel).map_err(|error| Incomplete::File("the kernel", error))?);
-        let initrd = self.initrd.take().map(steady).transpose();
-        self.initrd = initrd.map_err(|error| Incomplete::File("the initial RAM file system", error))?;
-        for disk in &self.disks {
-            seal(disk.image.as_fd());
+        match self.kernel {
+            Some(_) => Ok(name),
+            None => Err(Incomplete::Kernel),
         }
-        Ok(name)
     }
 
     /// Writes the configuration of a guest of this name; its descriptors are copies.
@@ -202,40 +189,10 @@ pub(crate) unsafe fn take_fd(number: c_int) -> Option<OwnedFd> {
     Some(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
-/// Keeps a memfd from being shortened, if it lets itself be.
+/// Keeps a memfd that backs a guest's memory from being shortened, if it lets itself be.
 pub(crate) fn seal(fd: impl AsFd) {
-    // What is no memfd has no seals, and what may not be sealed the manager looks at.
+    // What is no memfd has no seals, and needs none to be refused.
     let _ = rustix::fs::fcntl_add_seals(fd, SealFlags::SHRINK);
-}
-
-/// The file, or a copy if it is a memfd that could be shortened while it is read.
-fn steady(file: OwnedFd) -> io::Result<OwnedFd> {
-    seal(file.as_fd());
-    match check_regular(&file) {
-        Err(FileError::NotSealed) => copy(&File::from(file)),
-        // What else may be wrong with it, the manager says.
-        _ => Ok(file),
-    }
-}
-
-fn copy(from: &File) -> io::Result<OwnedFd> {
-    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-    let to = File::from(rustix::fs::memfd_create("libavf", flags)?);
-    let mut buffer = vec![0; CHUNK];
-    let mut position = 0;
-    loop {
-        match from.read_at(&mut buffer, position) {
-            Ok(0) => break,
-            Ok(count) => {
-                to.write_all_at(&buffer[..count], position)?;
-                position += count as u64;
-            }
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    seal(&to);
-    Ok(to.into())
 }
 
 #[cfg(test)]
