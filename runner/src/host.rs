@@ -153,16 +153,16 @@ pub fn is_unassisted() -> bool {
 /// `cpuinfo` is the text of `/proc/cpuinfo`, `kvm_pvm_loaded` tells whether `/sys/module/kvm_pvm` exists. Without flags in
 /// `cpuinfo`, only the module counts.
 fn lacks_virtualization(cpuinfo: &str, kvm_pvm_loaded: bool) -> bool {
-    let flags = cpuinfo
-        .lines()
-        .filter_map(|line| line.split_once(':'))
-        .find(|(key, _)| key.trim_end() == "flags");
-    let has_virtualization = flags.is_none_or(|(_, flags)| {
-        flags
-            .split_ascii_whitespace()
-            .any(|flag| flag == "vmx" || flag == "svm")
-    });
+    let has_virtualization =
+        processor_flags(cpuinfo).is_none_or(|mut flags| flags.any(|flag| flag == "vmx" || flag == "svm"));
     kvm_pvm_loaded || !has_virtualization
+}
+
+/// What the first processor can do, by the text of `/proc/cpuinfo`; none where that does not say.
+pub fn processor_flags(cpuinfo: &str) -> Option<impl Iterator<Item = &str>> {
+    let mut fields = cpuinfo.lines().filter_map(|line| line.split_once(':'));
+    let (_, flags) = fields.find(|(key, _)| key.trim_end() == "flags")?;
+    Some(flags.split_ascii_whitespace())
 }
 
 fn kvm() -> Finding {

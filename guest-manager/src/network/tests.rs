@@ -99,6 +99,32 @@ fn a_tap_is_made_and_goes_with_its_descriptor() {
 }
 
 #[test]
+fn what_could_be_made_is_told_and_not_made() {
+    let refused = |link| {
+        let error = check(3, &Network::new(link)).unwrap_err();
+        (error.kind, error.about, error.message)
+    };
+    alone(|| {
+        if !namespace() {
+            return;
+        }
+        let missing = || Link::Bridge("br-test".into());
+        assert_eq!(refused(missing()), self::refused(missing()));
+        let wrong = || Link::TapNamed("a b".into());
+        assert_eq!(refused(wrong()), self::refused(wrong()));
+        bridge("br-test");
+        for link in [missing(), Link::TapNamed("mine".into()), Link::TapNamed(String::new())] {
+            check(3, &Network::new(link)).unwrap();
+        }
+        let interfaces = Interfaces::new().unwrap();
+        assert_eq!(["mine", "sepal0"].map(|name| interfaces.index(name)), [None, None]);
+    });
+    passt::check("sh").unwrap();
+    let error = passt::check("no-such-program").unwrap_err();
+    assert_eq!(error.kind(), Kind::FailedServiceConnect);
+}
+
+#[test]
 fn a_tap_that_is_there_is_adopted() {
     alone(|| {
         if !namespace() {
