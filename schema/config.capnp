@@ -300,7 +300,8 @@ struct GuestConfig {
     start @1 :UInt64;
     # First guest physical address, a multiple of 4096.
     end @2 :UInt64;
-    # First address after the range, a multiple of 4096, greater than `start`.
+    # First address after the range, a multiple of 4096, greater than `start`. No memory can be between 3 and 4 GiB, where devices are, nor after
+    # 2^42: else BAD_CONFIG.
   }
 
   struct Backend {

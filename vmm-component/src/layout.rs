@@ -14,6 +14,9 @@ use std::ops::Range;
 
 use sepal_devices::legacy::{acpi_pm, ioapic};
 use sepal_devices::pci::{PciAddress, access};
+use sepal_schema::config::DEVICE_HOLE;
+
+pub use sepal_schema::config::MAX_GUEST_ADDRESS;
 
 /// Boot GDT, five 8-byte entries.
 pub const GDT: u64 = 0x500;
@@ -48,11 +51,9 @@ pub const GENERATION_ID: u64 = ACPI + ACPI_SIZE - 0x1000;
 pub const HIGH_MEMORY: u64 = 0x10_0000;
 
 /// Start of the hole below 4 GiB; memory that does not fit below it continues at [`HOLE_END`].
-pub const HOLE_START: u64 = 0xc000_0000;
+pub const HOLE_START: u64 = DEVICE_HOLE.start;
 /// First byte after the hole.
-pub const HOLE_END: u64 = 0x1_0000_0000;
-/// No guest memory ends above this (4 TiB): within the physical addresses of every server CPU, and within one memslot.
-pub const MAX_GUEST_ADDRESS: u64 = 1 << 42;
+pub const HOLE_END: u64 = DEVICE_HOLE.end;
 /// Where functions' memory may lie below 4 GiB, and where it lies when a guest starts.
 pub const PCI_WINDOW: Range<u64> = HOLE_START..ECAM;
 /// PCI enhanced configuration access (MCFG), segment 0. Only bus 0 exists; room for all 256 is reserved.

@@ -3,8 +3,8 @@
 use std::os::fd::OwnedFd;
 
 use super::{
-    File, GuestConfig, Handles, INSTANCE_ID, Limits, MAX_CMDLINE, MAX_CMDLINE_ADDITIONS, MAX_CPUS, MAX_CUSTOM_MEMORY,
-    MAX_INLINE_FILE, MAX_NAME, MemoryBacking,
+    DEVICE_HOLE, File, GuestConfig, Handles, INSTANCE_ID, Limits, MAX_CMDLINE, MAX_CMDLINE_ADDITIONS, MAX_CPUS,
+    MAX_CUSTOM_MEMORY, MAX_GUEST_ADDRESS, MAX_INLINE_FILE, MAX_NAME, MemoryBacking,
     decode_devices::{Devices, unknown},
 };
 use crate::{
@@ -259,6 +259,13 @@ fn custom_memory(config: guest_config::Reader<'_>, handles: &dyn Handles) -> Res
                         "the range {start:#x}..{end:#x} must not be empty, and both ends must be multiples of {PAGE}"
                     ),
                 ));
+            }
+            if (start < DEVICE_HOLE.end && end > DEVICE_HOLE.start) || end > MAX_GUEST_ADDRESS {
+                let message = format!(
+                    "no memory can be at {start:#x}..{end:#x}: devices are at {:#x}..{:#x}, and addresses end at {MAX_GUEST_ADDRESS:#x}",
+                    DEVICE_HOLE.start, DEVICE_HOLE.end
+                );
+                return Err(Error::bad_config(format!("customMemory[{i}]"), message));
             }
             Ok(MemoryBacking { memfd, start, end })
         })

@@ -16,7 +16,7 @@ mod encode_devices;
 #[cfg(test)]
 mod tests;
 
-use std::os::fd::OwnedFd;
+use std::{ops::Range, os::fd::OwnedFd};
 
 use crate::{
     error::{Error, Kind},
@@ -43,6 +43,10 @@ pub const MAX_NAME: usize = 64;
 pub const INSTANCE_ID: usize = 64;
 /// Most client-backed ranges of guest memory.
 pub const MAX_CUSTOM_MEMORY: u32 = 16;
+/// Guest physical addresses where devices are, and no memory can be.
+pub const DEVICE_HOLE: Range<u64> = 0xc000_0000..0x1_0000_0000;
+/// No guest memory ends above this (4 TiB): within the physical addresses of every server CPU, and within one memslot of KVM's.
+pub const MAX_GUEST_ADDRESS: u64 = 1 << 42;
 /// Largest file that may be given as bytes inside a message.
 pub const MAX_INLINE_FILE: usize = 64 * 1024;
 /// Most devices on a guest's bus, of a kind and of all kinds together.

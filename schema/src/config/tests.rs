@@ -151,6 +151,20 @@ fn what_is_out_of_range_is_refused_by_name() {
         range.set_end(4096);
         range.init_memfd().set_number(t.send(some_fd()).unwrap());
     });
+    for (start, end) in [
+        (DEVICE_HOLE.start - 4096, DEVICE_HOLE.start + 4096),
+        (DEVICE_HOLE.end - 4096, DEVICE_HOLE.end),
+        (0, 5 << 30),
+        (MAX_GUEST_ADDRESS, MAX_GUEST_ADDRESS + 4096),
+        (4096, u64::MAX - 4095),
+    ] {
+        refused(Kind::BadConfig, "customMemory[0]", |c, t| {
+            let mut range = c.init_custom_memory(1).get(0);
+            range.set_start(start);
+            range.set_end(end);
+            range.init_memfd().set_number(t.send(some_fd()).unwrap());
+        });
+    }
     refused(Kind::BadConfig, "customMemory[1]", |c, t| {
         let mut ranges = c.init_custom_memory(2);
         for (i, (start, end)) in [(4096, 3 * 4096), (2 * 4096, 4 * 4096)].into_iter().enumerate() {
