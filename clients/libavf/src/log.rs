@@ -10,6 +10,16 @@ use std::{
 };
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use sepal_schema::error::Error;
+
+/// What the manager answered, with what it is about.
+pub(crate) fn words(error: &Error) -> String {
+    match error.about.as_str() {
+        "" => error.message.clone(),
+        about if error.message.contains(about) => error.message.clone(),
+        about => format!("{about}: {}", error.message),
+    }
+}
 
 /// Tells `what` on standard error.
 pub(crate) fn say(what: &str) {
@@ -66,6 +76,16 @@ mod tests {
     use std::io::Read;
 
     use super::*;
+
+    #[test]
+    fn what_an_error_is_about_is_told_once() {
+        let error = Error::bad_config("protectedVm", "this host can have none");
+        assert_eq!(words(&error), "protectedVm: this host can have none");
+        let error = Error::bad_config("kernel", "the kernel is a pipe");
+        assert_eq!(words(&error), "the kernel is a pipe");
+        let error = Error::new(sepal_schema::error::Kind::NoResources, "no room");
+        assert_eq!(words(&error), "no room");
+    }
 
     #[test]
     fn a_line_comes_with_the_librarys_name_and_nothing_breaks_it() {

@@ -38,6 +38,7 @@ use sepal_schema::{
 use crate::{
     config::RawConfig,
     life::Life,
+    log,
     name::Name,
     reason::{self, StopReason},
     streams::{Ports, Relay},
@@ -64,7 +65,7 @@ pub(crate) struct Machine {
 /// Why a run could not begin.
 #[derive(Debug, thiserror::Error)]
 enum NotRun {
-    #[error("{0}")]
+    #[error("{words}", words = log::words(.0))]
     Refused(#[from] Error),
     #[error("{0}")]
     Broken(#[from] capnp::Error),

@@ -66,7 +66,7 @@ enum NoMachine {
     Incomplete(#[from] Incomplete),
     #[error("{0}")]
     Early(#[from] EarlyError),
-    #[error("{0}")]
+    #[error("{words}", words = log::words(.0))]
     Refused(#[from] Error),
     #[error("{0}")]
     Broken(#[from] capnp::Error),
