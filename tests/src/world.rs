@@ -159,6 +159,17 @@ impl World {
         self.folder.path()
     }
 
+    /// A kernel, and an initramfs of a GiB (a hole) that takes a while to be copied into guest memory; a guest with 1200 MiB has room for both.
+    ///
+    /// # Panics
+    /// If the files cannot be written.
+    pub fn slow_to_create(&self) -> (PathBuf, PathBuf) {
+        let (kernel, initrd) = (self.folder().join("kernel"), self.folder().join("initrd"));
+        std::fs::write(&kernel, sepal_driver_guest::IMAGE).unwrap();
+        std::fs::File::create(&initrd).unwrap().set_len(1 << 30).unwrap();
+        (kernel, initrd)
+    }
+
     /// The manager's socket.
     pub fn socket(&self) -> PathBuf {
         self.folder().join("sepal/manager.sock")

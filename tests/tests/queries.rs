@@ -136,12 +136,11 @@ fn while_a_guest_is_created_from_a_huge_image() {
     }
     let world = World::with_manager();
     let mut driver = world.connect();
-    let initrd = world.folder().join("initrd");
-    // A hole of a GiB, to be copied into guest memory.
-    File::create(&initrd).unwrap().set_len(1 << 30).unwrap();
+    let (kernel, initrd) = world.slow_to_create();
     let config = GuestConfig {
         memory_mib: 1200,
-        initrd: config::File::Fd(File::open(&initrd).unwrap().into()),
+        kernel: config::File::Fd(File::open(kernel).unwrap().into()),
+        initrd: config::File::Fd(File::open(initrd).unwrap().into()),
         ..quiet()
     };
     let lifecycle = driver.new_guest(NAME).unwrap();

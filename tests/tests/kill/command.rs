@@ -35,9 +35,9 @@ fn launch_is_killed_while_it_creates() {
         return;
     }
     let world = World::new();
-    let initrd = world.folder().join("initrd");
-    std::fs::File::create(&initrd).unwrap().set_len(1 << 30).unwrap();
-    let guest = world.start(&["launch", "--memory", "1200M", "--initrd", initrd.to_str().unwrap()]);
+    let (kernel, initrd) = world.slow_to_create();
+    let (kernel, initrd) = (kernel.to_str().unwrap(), initrd.to_str().unwrap());
+    let guest = world.start(&["launch", "--memory", "1200M", "--kernel", kernel, "--initrd", initrd]);
     let creating = until("the component is there", || component(&world).filter(is_sealed));
     creating.signal(Signal::STOP);
     guest.signal(Signal::KILL);

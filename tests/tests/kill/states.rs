@@ -119,12 +119,11 @@ impl Scene {
 
     /// Sends a create that takes long, and stops the component in the middle of it.
     fn begin_to_create(&mut self) {
-        let initrd = self.world.folder().join("initrd");
-        // A hole of a GiB, to be copied into guest memory.
-        File::create(&initrd).unwrap().set_len(1 << 30).unwrap();
+        let (kernel, initrd) = self.world.slow_to_create();
         let config = GuestConfig {
             memory_mib: 1200,
-            initrd: config::File::Fd(File::open(&initrd).unwrap().into()),
+            kernel: config::File::Fd(File::open(kernel).unwrap().into()),
+            initrd: config::File::Fd(File::open(initrd).unwrap().into()),
             ..Self::config()
         };
         let answer = self.driver.send_create(&self.lifecycle, config).unwrap();
