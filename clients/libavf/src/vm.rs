@@ -115,12 +115,14 @@ impl Vm {
 
     /// Starts it; returns when its processors run, or whether they do not.
     pub(crate) fn start(&self) -> bool {
-        let started = self.shared.change(Life::start);
+        // Commands are given while the life is locked: a stop in another thread comes after the start that it is for.
+        let started = self.shared.change(|life| {
+            let run = life.start()?;
+            self.command(Command::Start);
+            Ok(run)
+        });
         match started {
-            Ok(run) => {
-                self.command(Command::Start);
-                self.shared.until(|life| life.has_started(run))
-            }
+            Ok(run) => self.shared.until(|life| life.has_started(run)),
             Err(why @ (NoStart::Running | NoStart::Lost)) => {
                 self.say(&format!("not started: {why}"));
                 false
@@ -130,13 +132,15 @@ impl Vm {
 
     /// Stops it; returns when it has stopped, or false if it was not running or its service ended.
     pub(crate) fn stop(&self) -> bool {
-        let run = match self.shared.change(Life::stop) {
-            Stop::NotRunning => return false,
-            Stop::Ask(run) => {
+        let stop = self.shared.change(|life| {
+            let stop = life.stop();
+            if matches!(stop, Stop::Ask(_)) {
                 self.command(Command::Stop);
-                run
             }
-            Stop::Wait(run) => run,
+            stop
+        });
+        let (Stop::Ask(run) | Stop::Wait(run)) = stop else {
+            return false;
         };
         self.shared.until(|life| life.is_over(run).then_some(!life.is_lost()))
     }

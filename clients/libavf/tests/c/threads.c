@@ -78,7 +78,7 @@ static void before_the_start(AVirtualizationService *service) {
 /* Stops while the machine starts: it has stopped or it runs, and can be stopped. */
 static void stop_while_it_starts(AVirtualizationService *service) {
     struct Machine machine = MACHINE(service, "stop-while-it-starts", "halt");
-    for (int round = 0; round < ROUNDS; round++) {
+    for (int round = 0; round < 5 * ROUNDS; round++) {
         pthread_t starter, stopper;
         EQUAL(pthread_create(&starter, NULL, starts, machine.vm), 0);
         EQUAL(pthread_create(&stopper, NULL, stops, machine.vm), 0);
