@@ -54,7 +54,7 @@ static void incomplete(void) {
 static void unfit(void) {
     AVirtualMachineRawConfig *config = config_of("vm", "");
     AVirtualMachineRawConfig_setProtectedVm(config, true);
-    refused(config, "protect");
+    refused(config, "memory is hidden from the host");
 
     /* A pipe has no size. */
     int reading, writing;

@@ -26,7 +26,7 @@ int main(void) {
     static unsigned char read_only[SIZE], writable[SIZE], now[SIZE];
     memset(read_only, 'r', SIZE);
     memset(writable, 'w', SIZE);
-    int images[] = {filled(memfd_create("image", MFD_CLOEXEC | MFD_ALLOW_SEALING), read_only), filled(file(), writable)};
+    int images[] = {filled(memfd_create("image", MFD_CLOEXEC), read_only), filled(file(), writable)};
     AVirtualMachineRawConfig *config =
         config_of("disks", "blk-info@0,blk-ro@0,blk-sum@0:0:4,blk-info@1,blk-fill@1:8:2:5,blk-info@2");
     EQUAL(AVirtualMachineRawConfig_addDisk(config, dup(images[0]), false), 0);

@@ -55,6 +55,31 @@ static void is_shared(AVirtualizationService *service, uint64_t start, unsigned 
     close(memfd);
 }
 
+/* Memory that the program takes away under the guest: that guest ends, and nothing else. */
+static void is_cut(AVirtualizationService *service) {
+    const unsigned long long start = UINT64_C(5) << 30;
+    int memfd = memfd_create("shared", MFD_CLOEXEC);
+    EQUAL(ftruncate(memfd, MIB), 0);
+    char commands[64];
+    snprintf(commands, sizeof commands, "mem-wait:%#llx:1", start);
+    AVirtualMachineRawConfig *config = config_of("is-cut", commands);
+    EQUAL(AVirtualMachineRawConfig_addCustomMemoryBackingFile(config, dup(memfd), start, start + MIB), 0);
+    struct Machine machine = MACHINE_OF(service, config), other = RUNNING(service, "other", "console-echo:0:1");
+    EQUAL(AVirtualMachine_start(machine.vm), 0);
+    WAIT_FOR(&machine.console, "waiting mem-wait");
+    WAIT_FOR(&other.console, "waiting console-echo");
+    EQUAL(ftruncate(memfd, 0), 0);
+    EQUAL(stop_reason(machine.vm), AVIRTUAL_MACHINE_CRASH);
+    /* Where it is too short from the beginning it does not start. */
+    EQUAL(AVirtualMachine_start(machine.vm), -EIO);
+    EQUAL(stop_reason(machine.vm), AVIRTUAL_MACHINE_START_FAILED);
+    EQUAL(write(other.input, "x", 1), 1);
+    EQUAL(stop_reason(other.vm), AVIRTUAL_MACHINE_SHUTDOWN);
+    machine_end(&machine);
+    machine_end(&other);
+    close(memfd);
+}
+
 /* Ranges that cannot be, told when the machine is made or started. */
 static void cannot_be(AVirtualizationService *service, int fd, uint64_t start, uint64_t end) {
     AVirtualMachineRawConfig *config = config_of("cannot-be", "");
@@ -85,6 +110,7 @@ int main(void) {
     is_shared(service, UINT64_C(64) * MIB, MFD_ALLOW_SEALING);
     is_shared(service, UINT64_C(5) << 30, MFD_ALLOW_SEALING);
     is_shared(service, UINT64_C(5) << 30, 0);
+    is_cut(service);
     const uint64_t above = UINT64_C(5) << 30;
     cannot_be(service, memfd_of(MIB), above + 1, above + MIB);
     cannot_be(service, memfd_of(MIB), above, above + 100);

@@ -49,6 +49,8 @@ programs! {
     create;
     disks;
     early;
+    exhausted [limits()];
+    fork [untidy()];
     lifecycle;
     machine;
     memory;
