@@ -134,6 +134,8 @@ impl Machine {
             Err(_) if self.stopped.get() => Some(StopReason::Killed),
             Err(error) => {
                 shared.say(&format!("not started: {error}"));
+                // It may have been made, and then it has memory.
+                self.stop();
                 Some(StopReason::StartFailed)
             }
         }
@@ -201,6 +203,7 @@ impl Machine {
             Err(NotRun::Broken(error)) if is_disconnected(&error) => None,
             Err(error) => {
                 shared.say(&format!("nobody knows how it ended: {error}"));
+                self.stop();
                 Some(StopReason::InfrastructureError)
             }
         }
