@@ -118,6 +118,12 @@ impl Machine {
         self.handle.spawn(stopping.map(drop));
     }
 
+    /// Waits until nothing of a guest is left.
+    async fn unmake(&self) {
+        // Always completes, unless the connection has ended, which is noticed by all.
+        let _ = self.lifecycle.stop_request().send().promise.await;
+    }
+
     /// A run from its beginning to its end; no reason if the service has ended.
     async fn run(&self, shared: &Arc<Shared>) -> Option<StopReason> {
         match self.begin(shared).await {
@@ -131,11 +137,13 @@ impl Machine {
                 ended
             }
             Err(NotRun::Broken(error)) if is_disconnected(&error) => None,
-            Err(_) if self.stopped.get() => Some(StopReason::Killed),
             Err(error) => {
+                // It may have been made, and then it has memory, and keeps the next from being made.
+                self.unmake().await;
+                if self.stopped.get() {
+                    return Some(StopReason::Killed);
+                }
                 shared.say(&format!("not started: {error}"));
-                // It may have been made, and then it has memory.
-                self.stop();
                 Some(StopReason::StartFailed)
             }
         }
@@ -203,7 +211,7 @@ impl Machine {
             Err(NotRun::Broken(error)) if is_disconnected(&error) => None,
             Err(error) => {
                 shared.say(&format!("nobody knows how it ended: {error}"));
-                self.stop();
+                self.unmake().await;
                 Some(StopReason::InfrastructureError)
             }
         }
