@@ -6,6 +6,8 @@
 
 use std::{
     ffi::{CStr, c_char, c_int},
+    io,
+    os::fd::OwnedFd,
     panic::{AssertUnwindSafe, catch_unwind},
     slice,
     time::Duration,
@@ -202,6 +204,28 @@ pub unsafe extern "C" fn AVirtualizationService_destroy(service: *mut Service) {
     }
 }
 
+/// Takes over the descriptors of a machine: console output, console input, log. Of one that is given twice, as a socket for both directions is, the
+/// second is a copy.
+unsafe fn take_ends([console_out, console_in, log]: [c_int; 3]) -> io::Result<Ends> {
+    // SAFETY: as the contract says; no number is taken twice.
+    let take = |number, others: &[c_int]| (!others.contains(&number)).then(|| unsafe { take_fd(number) })?;
+    let mut ends = Ends {
+        console_out: take(console_out, &[]),
+        console_in: take(console_in, &[console_out]),
+        log: take(log, &[console_out, console_in]),
+    };
+    let copy = |of: &Option<OwnedFd>| of.as_ref().map(OwnedFd::try_clone).transpose();
+    if console_in == console_out {
+        ends.console_in = copy(&ends.console_out)?;
+    }
+    if log == console_out {
+        ends.log = copy(&ends.console_out)?;
+    } else if log == console_in {
+        ends.log = copy(&ends.console_in)?;
+    }
+    Ok(ends)
+}
+
 /// `AVirtualMachine_createRaw`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn AVirtualMachine_createRaw(
@@ -213,19 +237,21 @@ pub unsafe extern "C" fn AVirtualMachine_createRaw(
     vm: *mut *mut Vm,
 ) -> c_int {
     // SAFETY: as the contract says; all are taken, whatever comes of it.
-    let [console_out, console_in, log] = [console_out, console_in, log].map(|fd| unsafe { take_fd(fd) });
-    let ends = Ends {
-        console_out,
-        console_in,
-        log,
-    };
+    let ends = unsafe { take_ends([console_out, console_in, log]) };
     // SAFETY: null, or it came from `create`, and nobody uses it after this.
     let config = (!config.is_null()).then(|| unsafe { Box::from_raw(config) });
     // SAFETY: null, or a service that nobody destroys at this time.
     let (Some(service), Some(config), false) = (unsafe { service.as_ref() }, config, vm.is_null()) else {
         return -libc::EINVAL;
     };
-    match guarded(None, || service.machine(*config, ends)) {
+    let made = guarded(None, || match ends {
+        Ok(ends) => service.machine(*config, ends),
+        Err(error) => {
+            log::say(&format!("not created: copying a descriptor: {error}"));
+            None
+        }
+    });
+    match made {
         Some(made) => {
             // SAFETY: not null, so a place for the handle.
             unsafe { vm.write(Box::into_raw(Box::new(made))) };

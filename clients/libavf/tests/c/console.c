@@ -151,6 +151,26 @@ static void not_blocking(AVirtualizationService *service) {
     output_end(&third);
 }
 
+/* One descriptor for everything, given three times. */
+static void one_for_all(AVirtualizationService *service) {
+    int ends[2];
+    EQUAL(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends), 0);
+    AVirtualMachine *vm = NULL;
+    EQUAL(AVirtualMachine_createRaw(service, config_of("one-for-all", "serial-line,console-say:2:third"), ends[1], ends[1], ends[1], &vm), 0);
+    EQUAL(AVirtualMachine_start(vm), 0);
+    struct Output console = output_of(ends[0]);
+    WAIT_FOR(&console, "waiting serial-line");
+    EQUAL(write(ends[0], "typed\n", 6), 6);
+    char *line = LINE(&console, "ok serial-line");
+    CONTAINS(line, "got=typed");
+    free(line);
+    EQUAL(stop_reason(vm), AVIRTUAL_MACHINE_SHUTDOWN);
+    AVirtualMachine_destroy(vm);
+    CHECK(!is_open(ends[1]));
+    CONTAINS(read_all(&console), "third");
+    output_end(&console);
+}
+
 int main(void) {
     begin_with_kvm();
     struct Belongings before = belongings();
@@ -162,6 +182,7 @@ int main(void) {
     reader_stands_still(service);
     input_ends(service);
     not_blocking(service);
+    one_for_all(service);
     OPEN_DESCRIPTORS(open);
     AVirtualizationService_destroy(service);
     NOTHING_LEFT(before);

@@ -94,7 +94,7 @@ static void is_destroyed(AVirtualizationService *service) {
 }
 
 /* Nothing runs, and nothing breaks. */
-static void nulls(void) {
+static void nulls(AVirtualizationService *service) {
     AVirtualMachine *none = NULL;
     enum AVirtualMachineStopReason reason = AVIRTUAL_MACHINE_HANGUP;
     const struct timespec now = {0, 0};
@@ -103,6 +103,12 @@ static void nulls(void) {
     CHECK(!AVirtualMachine_waitForStop(none, &now, &reason));
     EQUAL(reason, AVIRTUAL_MACHINE_HANGUP);
     AVirtualMachine_destroy(none);
+    /* Nobody is told the reason. */
+    enum AVirtualMachineStopReason *nowhere = NULL;
+    struct Machine machine = RUNNING(service, "nulls", "say:hello");
+    EQUAL(stop_reason(machine.vm), AVIRTUAL_MACHINE_SHUTDOWN);
+    (void)AVirtualMachine_waitForStop(machine.vm, &now, nowhere);
+    machine_end(&machine);
 }
 
 int main(void) {
@@ -113,7 +119,7 @@ int main(void) {
     is_stopped(service);
     hangs(service);
     is_destroyed(service);
-    nulls();
+    nulls(service);
     AVirtualizationService_destroy(service);
     NOTHING_LEFT(before);
     return 0;
