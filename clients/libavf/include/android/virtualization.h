@@ -16,8 +16,8 @@
 #define ANDROID_VIRTUALIZATION_H
 
 #include <stdbool.h>
-#include <stddef.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <time.h>
 
 /* Which pointers may be null. Compilers that do not know the words skip them, here and in programs that use them, too. */
@@ -64,7 +64,7 @@ void AVirtualMachineRawConfig_destroy(AVirtualMachineRawConfig* _Nullable config
 int AVirtualMachineRawConfig_setName(AVirtualMachineRawConfig* _Nonnull config, const char* _Nonnull name);
 
 /**
- * Sets what identifies this machine to the software in it, from one start to the next. A guest finds it as the _UID of the ACPI device SEPL0001.
+ * Sets what identifies this machine to the software in it, from one start to the next. A guest finds it as the _UID of the ACPI device SEPL0002.
  *
  * \param instanceIdSize 64: the number of bytes at `instanceId`.
  * \return 0, or -EINVAL if `instanceIdSize` is another number.
