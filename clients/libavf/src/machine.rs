@@ -118,10 +118,10 @@ impl Machine {
         self.handle.spawn(stopping.map(drop));
     }
 
-    /// Waits until nothing of a guest is left.
-    async fn unmake(&self) {
-        // Always completes, unless the connection has ended, which is noticed by all.
-        let _ = self.lifecycle.stop_request().send().promise.await;
+    /// Waits until nothing of a guest is left; false if the service has ended.
+    async fn unmake(&self) -> bool {
+        let stopped = self.lifecycle.stop_request().send().promise.await;
+        !stopped.is_err_and(|error| is_disconnected(&error))
     }
 
     /// A run from its beginning to its end; no reason if the service has ended.
@@ -139,7 +139,9 @@ impl Machine {
             Err(NotRun::Broken(error)) if is_disconnected(&error) => None,
             Err(error) => {
                 // It may have been made, and then it has memory, and keeps the next from being made.
-                self.unmake().await;
+                if !self.unmake().await {
+                    return None;
+                }
                 if self.stopped.get() {
                     return Some(StopReason::Killed);
                 }
@@ -210,8 +212,10 @@ impl Machine {
             }
             Err(NotRun::Broken(error)) if is_disconnected(&error) => None,
             Err(error) => {
+                if !self.unmake().await {
+                    return None;
+                }
                 shared.say(&format!("nobody knows how it ended: {error}"));
-                self.unmake().await;
                 Some(StopReason::InfrastructureError)
             }
         }
