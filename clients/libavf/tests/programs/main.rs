@@ -55,6 +55,7 @@ programs! {
     machine;
     memory;
     orphans [untidy()];
+    races;
     reasons;
     service [without_kvm()];
     service_died;
