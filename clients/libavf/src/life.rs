@@ -118,11 +118,6 @@ impl Life {
         self.last.get_or_insert(StopReason::ServiceDied);
     }
 
-    /// Whether its service has ended.
-    pub(crate) fn is_lost(&self) -> bool {
-        self.lost
-    }
-
     /// Whether a run has started, if that is certain already.
     pub(crate) fn has_started(&self, run: u64) -> Option<bool> {
         match (self.started_run >= run, self.ended_runs >= run) {
@@ -132,9 +127,10 @@ impl Life {
         }
     }
 
-    /// Whether a run is over.
-    pub(crate) fn is_over(&self, run: u64) -> bool {
-        self.ended_runs >= run
+    /// Whether a run that was to be stopped has been, if it is over: not if it ended because its service did.
+    pub(crate) fn was_stopped(&self, run: u64) -> Option<bool> {
+        let of_itself = self.ended_runs > run || self.last != Some(StopReason::ServiceDied);
+        (self.ended_runs >= run).then_some(of_itself)
     }
 
     /// How many runs are over.
@@ -162,9 +158,12 @@ mod tests {
         life.started();
         assert_eq!((life.has_started(1), life.stopped(0)), (Some(true), None));
         assert_eq!((life.stop(), life.stop()), (Stop::Ask(1), Stop::Wait(1)));
-        assert_eq!((life.is_over(1), life.start()), (false, Err(NoStart::Running)));
+        assert_eq!((life.was_stopped(1), life.start()), (None, Err(NoStart::Running)));
         life.ended(StopReason::Killed);
-        assert_eq!((life.is_over(1), life.stopped(0)), (true, Some(StopReason::Killed)));
+        assert_eq!(
+            (life.was_stopped(1), life.stopped(0)),
+            (Some(true), Some(StopReason::Killed))
+        );
         assert_eq!((life.start(), life.stopped(1)), (Ok(2), None));
         // Who began to wait before the first end is told of it all the same.
         assert_eq!(life.stopped(0), Some(StopReason::Killed));
@@ -197,6 +196,19 @@ mod tests {
         assert_eq!((life.start(), life.stop()), (Ok(1), Stop::Ask(1)));
         life.started();
         assert_eq!(life.stop(), Stop::Wait(1));
+    }
+
+    #[test]
+    fn who_stops_it_is_not_told_of_a_service_that_ends_afterwards() {
+        for (first, stopped) in [(Some(StopReason::Killed), true), (None, false)] {
+            let mut life = Life::new();
+            assert_eq!((life.start(), life.stop()), (Ok(1), Stop::Ask(1)));
+            if let Some(reason) = first {
+                life.ended(reason);
+            }
+            life.lost();
+            assert_eq!(life.was_stopped(1), Some(stopped));
+        }
     }
 
     #[test]

@@ -142,7 +142,7 @@ impl Vm {
         let (Stop::Ask(run) | Stop::Wait(run)) = stop else {
             return false;
         };
-        self.shared.until(|life| life.is_over(run).then_some(!life.is_lost()))
+        self.shared.until(|life| life.was_stopped(run))
     }
 
     /// Waits for its end, for at most `timeout`; for ever without one.
