@@ -9,12 +9,7 @@
 static void once(AVirtualizationService *service) {
     struct Machine machine = RUNNING(service, "android", "vsock-listen:1024,console-echo:0:6");
     WAIT_FOR(&machine.console, "waiting vsock-listen");
-    int connection = vsock_connect("android", "1024");
-    char answer[14] = "";
-    EQUAL(write(connection, "HelloFromHost", 13), 13);
-    EQUAL(recv(connection, answer, 13, MSG_WAITALL), 13);
-    EQUAL(strcmp(answer, "HelloFromHost"), 0);
-    close(connection);
+    vsock_exchange("android", "1024", "HelloFromHost");
     WAIT_FOR(&machine.console, "ok vsock-listen bytes=13");
     WAIT_FOR(&machine.console, "waiting console-echo");
     EQUAL(write(machine.input, "typed\n", 6), 6);

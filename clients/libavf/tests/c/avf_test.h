@@ -339,6 +339,22 @@ static inline void machine_end(struct Machine *machine) {
     output_end(&machine->log);
 }
 
+/* A test with a service. */
+typedef void Test(AVirtualizationService *);
+
+/* Does tests, a null after the last, with one service; each leaves nothing open, and the service nothing at all. */
+static inline void with_service(Test *const *tests) {
+    struct Belongings before = belongings();
+    AVirtualizationService *service = new_service();
+    int open = descriptors();
+    for (; *tests != NULL; tests++) {
+        (*tests)(service);
+        OPEN_DESCRIPTORS(open);
+    }
+    AVirtualizationService_destroy(service);
+    NOTHING_LEFT(before);
+}
+
 /* Why a machine stopped, waited for without a limit. */
 static inline int stop_reason(AVirtualMachine *vm) {
     enum AVirtualMachineStopReason reason = AVIRTUAL_MACHINE_UNRECOGNISED;

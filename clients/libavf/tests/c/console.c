@@ -173,18 +173,7 @@ static void one_for_all(AVirtualizationService *service) {
 
 int main(void) {
     begin_with_kvm();
-    struct Belongings before = belongings();
-    AVirtualizationService *service = new_service();
-    int open = descriptors();
-    both_ways(service);
-    all_is_written(service);
-    reader_goes(service);
-    reader_stands_still(service);
-    input_ends(service);
-    not_blocking(service);
-    one_for_all(service);
-    OPEN_DESCRIPTORS(open);
-    AVirtualizationService_destroy(service);
-    NOTHING_LEFT(before);
+    Test *const tests[] = {both_ways, all_is_written, reader_goes, reader_stands_still, input_ends, not_blocking, one_for_all, NULL};
+    with_service(tests);
     return 0;
 }

@@ -3,12 +3,11 @@
  */
 #include "avf_test.h"
 
-static AVirtualizationService *service;
 /* What a result is set to that must not be touched. */
 static char nothing;
 
 /* Makes a machine that cannot be made; a line with `words` must come to the log and to standard error. */
-static void refused(AVirtualMachineRawConfig *config, const char *words) {
+static void refused(AVirtualizationService *service, AVirtualMachineRawConfig *config, const char *words) {
     AVirtualMachine *untouched = (AVirtualMachine *)&nothing;
     AVirtualMachine *vm = untouched;
     int log, log_out, console_in, input, error, error_out;
@@ -37,24 +36,24 @@ static void refused(AVirtualMachineRawConfig *config, const char *words) {
     close(input);
 }
 
-static void incomplete(void) {
+static void incomplete(AVirtualizationService *service) {
     AVirtualMachineRawConfig *config = AVirtualMachineRawConfig_create();
-    refused(config, "name");
+    refused(service, config, "name");
     config = AVirtualMachineRawConfig_create();
     AVirtualMachineRawConfig_setKernel(config, kernel());
-    refused(config, "name");
+    refused(service, config, "name");
     config = AVirtualMachineRawConfig_create();
     AVirtualMachineRawConfig_setName(config, "vm");
-    refused(config, "kernel");
+    refused(service, config, "kernel");
     config = config_of("vm", "");
     AVirtualMachineRawConfig_setKernel(config, -1);
-    refused(config, "kernel");
+    refused(service, config, "kernel");
 }
 
-static void unfit(void) {
+static void unfit(AVirtualizationService *service) {
     AVirtualMachineRawConfig *config = config_of("vm", "");
     AVirtualMachineRawConfig_setProtectedVm(config, true);
-    refused(config, "memory is hidden from the host");
+    refused(service, config, "memory is hidden from the host");
 
     /* A pipe has no size. */
     int reading, writing;
@@ -62,14 +61,14 @@ static void unfit(void) {
     config = config_of("vm", "");
     AVirtualMachineRawConfig_setKernel(config, reading);
     close(writing);
-    refused(config, "kernel");
+    refused(service, config, "kernel");
 
     config = config_of("vm", "");
     AVirtualMachineRawConfig_addDisk(config, open("/proc/self/exe", O_RDONLY | O_CLOEXEC), true);
-    refused(config, "disk");
+    refused(service, config, "disk");
 }
 
-static void nulls(void) {
+static void nulls(AVirtualizationService *service) {
     AVirtualMachine *untouched = (AVirtualMachine *)&nothing;
     AVirtualMachine *vm = untouched;
     int before = descriptors();
@@ -85,7 +84,7 @@ static void nulls(void) {
 }
 
 /* Without any of the three descriptors, and with numbers that are none. */
-static void without_descriptors(void) {
+static void without_descriptors(AVirtualizationService *service) {
     const int numbers[] = {-1, -5, 1 << 20};
     for (int index = 0; index < 3; index++) {
         int number = numbers[index], before = descriptors();
@@ -99,15 +98,7 @@ static void without_descriptors(void) {
 
 int main(void) {
     begin_with_kvm();
-    struct Belongings before = belongings();
-    service = new_service();
-    int open = descriptors();
-    incomplete();
-    unfit();
-    nulls();
-    without_descriptors();
-    OPEN_DESCRIPTORS(open);
-    AVirtualizationService_destroy(service);
-    NOTHING_LEFT(before);
+    Test *const tests[] = {incomplete, unfit, nulls, without_descriptors, NULL};
+    with_service(tests);
     return 0;
 }

@@ -113,14 +113,7 @@ static void nulls(AVirtualizationService *service) {
 
 int main(void) {
     begin_with_kvm();
-    struct Belongings before = belongings();
-    AVirtualizationService *service = new_service();
-    shuts_down(service);
-    is_stopped(service);
-    hangs(service);
-    is_destroyed(service);
-    nulls(service);
-    AVirtualizationService_destroy(service);
-    NOTHING_LEFT(before);
+    Test *const tests[] = {shuts_down, is_stopped, hangs, is_destroyed, nulls, NULL};
+    with_service(tests);
     return 0;
 }

@@ -81,23 +81,23 @@ static void names(AVirtualizationService *service) {
     machine_end(&other);
 }
 
-int main(void) {
-    begin_with_kvm();
-    /* The longest name does not fit into the address of a socket. */
-    unsetenv("SEPAL_AVF_VSOCK_DIR");
-    struct Belongings before = belongings();
-    AVirtualizationService *service = new_service();
-    int open = descriptors();
+static void sizes(AVirtualizationService *service) {
     memory(service, AVirtualMachineRawConfig_setMemoryMib, 64, "mib=64");
     memory(service, AVirtualMachineRawConfig_setMemoryMiB, 96, "mib=96");
     memory(service, AVirtualMachineRawConfig_setMemoryMib, 0, "mib=256");
     memory(service, AVirtualMachineRawConfig_setMemoryMib, -1, "mib=256");
+}
+
+static void with_and_without_balloon(AVirtualizationService *service) {
     devices(service, true);
     devices(service, false);
-    instance_id(service);
-    names(service);
-    OPEN_DESCRIPTORS(open);
-    AVirtualizationService_destroy(service);
-    NOTHING_LEFT(before);
+}
+
+int main(void) {
+    begin_with_kvm();
+    /* The longest name does not fit into the address of a socket. */
+    unsetenv("SEPAL_AVF_VSOCK_DIR");
+    Test *const tests[] = {sizes, with_and_without_balloon, instance_id, names, NULL};
+    with_service(tests);
     return 0;
 }

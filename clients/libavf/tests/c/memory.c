@@ -102,15 +102,13 @@ static int memfd_of(off_t size) {
     return memfd;
 }
 
-int main(void) {
-    begin_with_kvm();
-    struct Belongings before = belongings();
-    AVirtualizationService *service = new_service();
-    int open = descriptors();
+static void all_shared(AVirtualizationService *service) {
     is_shared(service, UINT64_C(64) * MIB, MFD_ALLOW_SEALING);
     is_shared(service, UINT64_C(5) << 30, MFD_ALLOW_SEALING);
     is_shared(service, UINT64_C(5) << 30, 0);
-    is_cut(service);
+}
+
+static void none_can_be(AVirtualizationService *service) {
     const uint64_t above = UINT64_C(5) << 30;
     cannot_be(service, memfd_of(MIB), above + 1, above + MIB);
     cannot_be(service, memfd_of(MIB), above, above + 100);
@@ -119,8 +117,11 @@ int main(void) {
     cannot_be(service, memfd_of(MIB), above, above + 2 * MIB);
     /* Where devices are. */
     cannot_be(service, memfd_of(MIB), UINT64_C(0xe0000000), UINT64_C(0xe0000000) + MIB);
-    OPEN_DESCRIPTORS(open);
-    AVirtualizationService_destroy(service);
-    NOTHING_LEFT(before);
+}
+
+int main(void) {
+    begin_with_kvm();
+    Test *const tests[] = {all_shared, is_cut, none_can_be, NULL};
+    with_service(tests);
     return 0;
 }

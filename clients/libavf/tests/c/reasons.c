@@ -64,14 +64,7 @@ static void never_starts(AVirtualizationService *service) {
 
 int main(void) {
     begin_with_kvm();
-    struct Belongings before = belongings();
-    AVirtualizationService *service = new_service();
-    int open = descriptors();
-    of_guests(service);
-    of_its_process(service);
-    never_starts(service);
-    OPEN_DESCRIPTORS(open);
-    AVirtualizationService_destroy(service);
-    NOTHING_LEFT(before);
+    Test *const tests[] = {of_guests, of_its_process, never_starts, NULL};
+    with_service(tests);
     return 0;
 }

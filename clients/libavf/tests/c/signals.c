@@ -40,6 +40,17 @@ static void *disturbs(void *target) {
     return NULL;
 }
 
+/* A service and a machine, from the beginning to the end. */
+static void a_life(void) {
+    struct Belongings before = belongings();
+    AVirtualizationService *service = new_service();
+    struct Machine machine = RUNNING(service, "children", "say:done");
+    EQUAL(stop_reason(machine.vm), AVIRTUAL_MACHINE_SHUTDOWN);
+    machine_end(&machine);
+    AVirtualizationService_destroy(service);
+    NOTHING_LEFT(before);
+}
+
 int main(void) {
     begin_with_kvm();
     main_thread = getpid();
@@ -72,19 +83,9 @@ int main(void) {
     NOTHING_LEFT(before);
 
     handle(SIGCHLD, on_child);
-    service = new_service();
-    machine = RUNNING(service, "children", "say:done");
-    EQUAL(stop_reason(machine.vm), AVIRTUAL_MACHINE_SHUTDOWN);
-    machine_end(&machine);
-    AVirtualizationService_destroy(service);
-    NOTHING_LEFT(before);
+    a_life();
     /* Nobody is to wait for children. */
     signal(SIGCHLD, SIG_IGN);
-    service = new_service();
-    machine = RUNNING(service, "children", "say:done");
-    EQUAL(stop_reason(machine.vm), AVIRTUAL_MACHINE_SHUTDOWN);
-    machine_end(&machine);
-    AVirtualizationService_destroy(service);
-    NOTHING_LEFT(before);
+    a_life();
     return 0;
 }

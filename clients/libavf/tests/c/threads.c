@@ -118,15 +118,7 @@ static void many_machines(AVirtualizationService *service) {
 
 int main(void) {
     begin_with_kvm();
-    struct Belongings before = belongings();
-    AVirtualizationService *service = new_service();
-    int open = descriptors();
-    one_machine(service);
-    before_the_start(service);
-    stop_while_it_starts(service);
-    many_machines(service);
-    OPEN_DESCRIPTORS(open);
-    AVirtualizationService_destroy(service);
-    NOTHING_LEFT(before);
+    Test *const tests[] = {one_machine, before_the_start, stop_while_it_starts, many_machines, NULL};
+    with_service(tests);
     return 0;
 }

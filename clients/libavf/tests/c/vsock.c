@@ -12,12 +12,7 @@ int main(void) {
     for (int round = 0; round < 2; round++) {
         EQUAL(AVirtualMachine_start(machine.vm), 0);
         WAIT_FOR(&machine.console, "waiting vsock-listen");
-        int connection = vsock_connect("talks", "1024");
-        char answer[6] = "";
-        EQUAL(write(connection, "hello", 5), 5);
-        EQUAL(recv(connection, answer, 5, MSG_WAITALL), 5);
-        EQUAL(strcmp(answer, "hello"), 0);
-        close(connection);
+        vsock_exchange("talks", "1024", "hello");
         WAIT_FOR(&machine.console, "ok vsock-listen bytes=5");
         int accepted = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
         CHECK(accepted >= 0);

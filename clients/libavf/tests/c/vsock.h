@@ -33,6 +33,18 @@ static inline int vsock_connect(const char *name, const char *port) {
     return fd;
 }
 
+/* Sends a text to a guest's port, on which it sends everything back, and gets the same. */
+static inline void vsock_exchange(const char *name, const char *port, const char *text) {
+    int connection = vsock_connect(name, port);
+    char answer[64] = "";
+    size_t length = strlen(text);
+    CHECK(length < sizeof answer);
+    EQUAL(write(connection, text, length), length);
+    EQUAL(recv(connection, answer, length, MSG_WAITALL), length);
+    EQUAL(strcmp(answer, text), 0);
+    close(connection);
+}
+
 /* Listens on a port of the host for a guest. */
 static inline int vsock_listen(const char *name, const char *port) {
     struct sockaddr_un address = vsock_address(name, port);
