@@ -103,16 +103,26 @@ impl Service {
     /// It cannot be started, or does not answer.
     pub(crate) fn new(early: bool) -> Result<Self, NoService> {
         let (ours, theirs) = UnixStream::pair()?;
-        let process = Process::start(theirs.into())?;
         let (requests, receiver) = unbounded();
+        let (begun, has_begun) = answer();
         let (answer, answered) = answer();
-        let body = move || serve(ours, receiver, answer);
-        let thread = match threads::spawn("avf-service", body) {
-            Ok(thread) => thread,
-            Err(error) => {
-                process.kill();
-                process.end();
-                return Err(error.into());
+        let thread = threads::spawn("avf-service", move || {
+            // By this thread, with which the manager ends.
+            let process = Process::start(theirs.into());
+            let started = process.is_ok();
+            begun.give(process);
+            if started {
+                serve(ours, receiver, answer);
+            }
+        })?;
+        let process = match has_begun.take() {
+            Some(Ok(process)) => process,
+            failed => {
+                // A panic was told where it happened.
+                let _ = thread.join();
+                return Err(failed
+                    .and_then(Result::err)
+                    .map_or(NoService::Connect, NoService::Spawn));
             }
         };
         let service = Self {
