@@ -1,16 +1,28 @@
 //! What a program's user is told in words: lines on standard error, and on the log descriptor of the machine that they are about.
 //!
 //! The program may have closed the other end, may not want to be stopped by a pipe that is full, and may have a handler for SIGPIPE that is none of our
-//! business: so a line that cannot be written at once is lost, and the signal is taken back where it arises.
+//! business: so a line that cannot be written at once is lost, one that is long is cut, and the signal is taken back where it arises.
 
 use std::{
     mem,
     os::fd::{AsFd, BorrowedFd},
     ptr,
+    sync::OnceLock,
 };
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use sepal_schema::error::Error;
+
+use crate::streams::{CHUNK, Kind};
+
+/// Whether the program had a standard error before the library opened anything: what has the number later may be the library's own.
+static HAS_STANDARD_ERROR: OnceLock<bool> = OnceLock::new();
+
+/// To be called before anything is opened.
+pub(crate) fn look_for_standard_error() -> bool {
+    // SAFETY: only asks about the number.
+    *HAS_STANDARD_ERROR.get_or_init(|| unsafe { libc::fcntl(libc::STDERR_FILENO, libc::F_GETFD) } >= 0)
+}
 
 /// What the manager answered, with what it is about.
 pub(crate) fn words(error: &Error) -> String {
@@ -23,8 +35,10 @@ pub(crate) fn words(error: &Error) -> String {
 
 /// Tells `what` on standard error.
 pub(crate) fn say(what: &str) {
-    // SAFETY: whether or not it is open, the number means nothing but standard error; it is only written to.
-    write_line(unsafe { BorrowedFd::borrow_raw(libc::STDERR_FILENO) }, what);
+    if look_for_standard_error() {
+        // SAFETY: whether or not it is still open, to the program the number means nothing but standard error; it is only written to.
+        write_line(unsafe { BorrowedFd::borrow_raw(libc::STDERR_FILENO) }, what);
+    }
 }
 
 /// Tells `what` on standard error, and on the log, if there is one.
@@ -36,13 +50,15 @@ pub(crate) fn say_to(log: Option<impl AsFd>, what: &str) {
 }
 
 fn write_line(to: BorrowedFd<'_>, what: &str) {
-    let line = format!("libavf: {}\n", what.replace(['\n', '\r'], " "));
+    let mut line = format!("libavf: {}", what.replace(['\n', '\r'], " "));
+    line.truncate(line.floor_char_boundary(CHUNK - 1));
+    line.push('\n');
     let mut ready = [PollFd::from_borrowed_fd(to, PollFlags::OUT)];
     let now = Timespec::default();
     if matches!(poll(&mut ready, Some(&now)), Ok(1)) {
         without_sigpipe(|| {
-            // There is nobody to tell that it could not be told.
-            let _ = rustix::io::write(to, line.as_bytes());
+            // There is nobody to tell that it could not be told. A machine's output may have taken the room meanwhile.
+            let _ = Kind::of(to).write(to, line.as_bytes());
         });
     }
 }
@@ -95,6 +111,17 @@ mod tests {
         let mut text = String::new();
         reader.read_to_string(&mut text).unwrap();
         assert_eq!(text, "libavf: one two\n");
+    }
+
+    #[test]
+    fn a_line_is_never_longer_than_what_fits_for_certain() {
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        write_line(writer.as_fd(), &"é".repeat(100_000));
+        drop(writer);
+        let mut text = String::new();
+        reader.read_to_string(&mut text).unwrap();
+        assert!(text.len() <= CHUNK && text.len() > CHUNK - 3, "{}", text.len());
+        assert!(text.ends_with("é\n"), "{text}");
     }
 
     #[test]

@@ -102,6 +102,7 @@ impl Service {
     /// # Errors
     /// It cannot be started, or does not answer.
     pub(crate) fn new(early: bool) -> Result<Self, NoService> {
+        log::look_for_standard_error();
         let (ours, theirs) = UnixStream::pair()?;
         let (requests, receiver) = unbounded();
         let (begun, has_begun) = answer();

@@ -35,7 +35,7 @@ use crate::{
 };
 
 /// What is read and written at a time: what a pipe takes without waiting if it takes anything (PIPE_BUF).
-const CHUNK: usize = 4096;
+pub(crate) const CHUNK: usize = 4096;
 /// Where a pipe's position does not matter.
 const ANYWHERE: u64 = u64::MAX;
 
@@ -109,14 +109,14 @@ impl Drop for Relay {
 
 /// How a descriptor of the program's is read and written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
+pub(crate) enum Kind {
     Socket,
     Pipe,
     Other,
 }
 
 impl Kind {
-    fn of(fd: BorrowedFd<'_>) -> Self {
+    pub(crate) fn of(fd: BorrowedFd<'_>) -> Self {
         let kind = rustix::fs::fstat(fd).map(|status| FileType::from_raw_mode(status.st_mode));
         match kind {
             Ok(FileType::Socket) => Self::Socket,
@@ -136,7 +136,7 @@ impl Kind {
         }
     }
 
-    fn write(self, fd: BorrowedFd<'_>, bytes: &[u8]) -> Result<usize, Errno> {
+    pub(crate) fn write(self, fd: BorrowedFd<'_>, bytes: &[u8]) -> Result<usize, Errno> {
         match self {
             Self::Socket => rustix::net::send(fd, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL),
             Self::Pipe => match rustix::io::pwritev2(fd, &[IoSlice::new(bytes)], ANYWHERE, ReadWriteFlags::NOWAIT) {
