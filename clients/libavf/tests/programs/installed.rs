@@ -81,10 +81,11 @@ fn what_is_installed_works_by_itself() {
     must(&mut compile);
     run::to_its_end(Command::new(program));
 
-    let mut man = Command::new("man");
-    man.args(["--warnings", "-l"])
+    let mut groff = Command::new("groff");
+    groff
+        .args(["-man", "-Tutf8", "-ww", "-z"])
         .arg(prefix.join("share/man/man3/libavf.3"));
-    match man.output() {
+    match groff.output() {
         Ok(output) => {
             let said = String::from_utf8_lossy(&output.stderr);
             assert!(output.status.success() && said.is_empty(), "{said}");

@@ -134,6 +134,8 @@ pub(crate) fn to_its_end(mut command: Command) -> Finished {
     let mut running = world.start_command(command, None);
     running.close_input();
     let finished = running.wait().expect_code(0);
+    // The keeper of a manager that was killed cleans up after the program's end.
+    world.assert_nothing_left();
     for (_, name) in folders {
         let left: Vec<_> = fs::read_dir(world.folder().join(name)).unwrap().collect();
         assert!(left.is_empty(), "left behind: {left:?}");
