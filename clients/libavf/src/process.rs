@@ -54,12 +54,8 @@ impl Process {
         let number = socket.as_raw_fd();
         let mut command = Command::new(program);
         command.arg("--fd").arg(number.to_string());
-        // What the program's terminal or folder is asked to do is none of the manager's business. What the manager has to say, its user reads.
-        command
-            .current_dir("/")
-            .process_group(0)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null());
+        // What the program's folder is asked to do is none of the manager's business. What the manager has to say, its user reads.
+        command.current_dir("/").stdin(Stdio::null()).stdout(Stdio::null());
         let parent = rustix::process::getpid();
         // SAFETY: between fork and exec only system calls are made; the descriptor is open until the command has been started.
         unsafe {
@@ -109,8 +105,8 @@ fn ends_within(process: &OwnedFd, limit: Duration) -> bool {
     }
 }
 
-/// In the new process: it ends with the thread that made it. Signals do what they do by default, whatever the program has chosen, and no descriptor but the
-/// standard ones and `socket` goes along.
+/// In the new process: it ends with the thread that made it, and neither takes what is typed at the program's terminal, nor is stopped because it writes there
+/// (TOSTOP). Signals do what they do by default, whatever the program has chosen, and no descriptor but the standard ones and `socket` goes along.
 fn prepare(socket: i32, parent: Pid) -> io::Result<()> {
     // SAFETY: all of these only make system calls, and a set of signals is a plain C struct. Numbers that are no signal, or one that cannot be changed, are
     // refused.
@@ -121,6 +117,7 @@ fn prepare(socket: i32, parent: Pid) -> io::Result<()> {
         let mut none: libc::sigset_t = mem::zeroed();
         libc::sigemptyset(&raw mut none);
         libc::sigprocmask(libc::SIG_SETMASK, &raw const none, ptr::null_mut());
+        libc::setsid();
         libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM);
         // It may have ended before.
         if libc::getppid() != parent.as_raw_nonzero().get() {
