@@ -13,7 +13,7 @@ use std::{
 use rustix::fs::SealFlags;
 use sepal_schema::{
     config::{
-        self, GuestConfig, Handles, MAX_NAME, MemoryBacking, OnReset,
+        self, GuestConfig, Handles, INSTANCE_ID, MAX_NAME, MemoryBacking, OnReset,
         device::{self, Balloon, Console, DiskFormat, DiskMode, Rng, Vsock, WatchdogAction},
     },
     config_capnp::guest_config,
@@ -22,8 +22,6 @@ use sepal_schema::{
 
 use crate::environment;
 
-/// Bytes of an instance id.
-pub(crate) const INSTANCE_ID: usize = 64;
 /// What Linux needs to be told: where to print before it has found the console, where afterwards, and to reset itself when it panics.
 const CMDLINE: &str = "earlycon=uart8250,io,0x3f8 console=hvc0 panic=-1";
 /// The console, an unused one, the log.
@@ -82,20 +80,9 @@ impl RawConfig {
     ///
     /// # Errors
     /// What cannot be handed over.
-    pub(crate) fn write(
-        &self,
-        name: &str,
-        mut to: guest_config::Builder<'_>,
-        handles: &dyn Handles,
-    ) -> Result<(), Error> {
+    pub(crate) fn write(&self, name: &str, to: guest_config::Builder<'_>, handles: &dyn Handles) -> Result<(), Error> {
         let no_descriptors = |error: io::Error| Error::new(Kind::NoResources, format!("copying descriptors: {error}"));
-        let guest = self.guest(name).map_err(no_descriptors)?;
-        guest.encode(to.reborrow(), handles)?;
-        to.set_protected_vm(self.protected_vm);
-        if let Some(id) = &self.instance_id {
-            to.set_instance_id(id);
-        }
-        Ok(())
+        self.guest(name).map_err(no_descriptors)?.encode(to, handles)
     }
 
     fn guest(&self, name: &str) -> io::Result<GuestConfig> {
@@ -128,10 +115,12 @@ impl RawConfig {
         };
         Ok(GuestConfig {
             name: name.to_owned(),
+            instance_id: self.instance_id,
             kernel: file(&self.kernel)?,
             initrd: file(&self.initrd)?,
             cmdline: CMDLINE.to_owned(),
             memory_mib: self.memory_mib,
+            protected_vm: self.protected_vm,
             custom_memory: self.memory.iter().map(memory).collect::<Result<_, _>>()?,
             disks: self.disks.iter().map(disk).collect::<Result<_, _>>()?,
             console: Some(Console {

@@ -13,14 +13,23 @@ use std::{
     time::Duration,
 };
 
-use sepal_schema::config::MemoryBacking;
+use sepal_schema::config::{INSTANCE_ID, MemoryBacking};
 
 use crate::{
-    config::{Disk, INSTANCE_ID, RawConfig, seal, take_fd},
+    config::{Disk, RawConfig, seal, take_fd},
     log,
     service::Service,
     streams::Ends,
     vm::Vm,
+};
+
+/// What is behind the handles is used by any thread, as the header says: no compiler sees that of pointers.
+const _: () = {
+    const fn by_several_at_once<T: Send + Sync>() {}
+    const fn by_one_at_a_time<T: Send>() {}
+    by_several_at_once::<Service>();
+    by_several_at_once::<Vm>();
+    by_one_at_a_time::<RawConfig>();
 };
 
 /// Runs `body`. No panic leaves it: that would end the program.
