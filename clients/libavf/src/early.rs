@@ -14,7 +14,8 @@
 
 use std::{
     ffi::OsStr,
-    fs, io,
+    fs::{self, File},
+    io::{self, Read},
     path::{Path, PathBuf},
 };
 
@@ -35,8 +36,10 @@ const MAX_FILE: u64 = 1 << 20;
 pub(crate) enum EarlyError {
     #[error("{}: {error}", path.display())]
     Io { path: PathBuf, error: io::Error },
-    #[error("{}: {size} bytes are too many; at most {MAX_FILE} are allowed", path.display())]
-    TooLarge { path: PathBuf, size: u64 },
+    #[error("{}: it is no regular file", path.display())]
+    NoFile { path: PathBuf },
+    #[error("{}: it has more than {MAX_FILE} bytes, which are the most that are read", path.display())]
+    TooLarge { path: PathBuf },
     #[error("{}: {wrong}", path.display())]
     Wrong { path: PathBuf, wrong: Wrong },
     #[error("there is no early_vms*.xml in {}", .0.display())]
@@ -158,14 +161,17 @@ fn text(path: &Path) -> Result<String, EarlyError> {
         path: path.to_owned(),
         error,
     };
-    let size = fs::metadata(path).map_err(error)?.len();
-    if size > MAX_FILE {
-        return Err(EarlyError::TooLarge {
-            path: path.to_owned(),
-            size,
-        });
+    // Asked first: opening a pipe would wait for its other end.
+    if !fs::metadata(path).map_err(error)?.is_file() {
+        return Err(EarlyError::NoFile { path: path.to_owned() });
     }
-    fs::read_to_string(path).map_err(error)
+    let mut text = String::new();
+    let file = File::open(path).map_err(error)?;
+    file.take(MAX_FILE + 1).read_to_string(&mut text).map_err(error)?;
+    if text.len() as u64 > MAX_FILE {
+        return Err(EarlyError::TooLarge { path: path.to_owned() });
+    }
+    Ok(text)
 }
 
 /// The machines of a file.
@@ -305,5 +311,16 @@ mod tests {
         fs::write(folder.path().join("early_vms_2.xml"), "<early_vms>").unwrap();
         let broken = read(folder.path()).unwrap_err().to_string();
         assert!(broken.contains("early_vms_2.xml"), "{broken}");
+    }
+
+    #[test]
+    fn only_files_of_a_bounded_size_are_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("early_vms.xml");
+        fs::create_dir(&path).unwrap();
+        assert!(matches!(read(folder.path()), Err(EarlyError::NoFile { .. })));
+        fs::remove_dir(&path).unwrap();
+        File::create(&path).unwrap().set_len(MAX_FILE + 1).unwrap();
+        assert!(matches!(read(folder.path()), Err(EarlyError::TooLarge { .. })));
     }
 }

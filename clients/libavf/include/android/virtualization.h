@@ -8,7 +8,7 @@
  *
  * A descriptor that a function takes is closed by the library, whatever the function returns, when nothing needs it any more. -1 stands for no descriptor
  * where that is allowed, and so does any other number that is not an open descriptor, unless the function says otherwise. The flags of an open file, which
- * others may share, are never changed.
+ * others may share, stay as they are, but for those of a disk that this process may not open anew (O_DIRECT, O_NONBLOCK).
  *
  * SPDX-License-Identifier: Apache-2.0
  */
