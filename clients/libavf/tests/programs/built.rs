@@ -8,6 +8,7 @@ use std::{
     sync::OnceLock,
 };
 
+use sepal_tests::World;
 use tempfile::TempDir;
 
 /// A compiler of C and C++.
@@ -50,7 +51,7 @@ impl Compiler {
             .arg(folder().join("include"))
             .arg(source)
             .args(others);
-        must(&mut command);
+        must(command);
     }
 
     /// A program of `tests/c`, or one by its path, linked with the library.
@@ -87,12 +88,14 @@ pub(crate) fn sources() -> PathBuf {
     folder().join("tests/c")
 }
 
-/// Runs a command that has to work; its output.
-pub(crate) fn must(command: &mut Command) -> String {
-    let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{command:?}: {}\n{said}", output.status);
-    String::from_utf8(output.stdout).unwrap()
+/// Runs a command that has to work; its output. It may take as long as it likes: builds wait for each other.
+pub(crate) fn must(command: Command) -> String {
+    // As everything that tests start, so that nobody takes it for an orphan.
+    let world = World::new();
+    let mut running = world.start_command(command, None);
+    running.close_input();
+    while !running.stdout.ended() {}
+    running.wait().expect_code(0).out()
 }
 
 /// The library, built once, with the programs that it needs beside it: by the profile of this test.
@@ -103,7 +106,7 @@ pub(crate) fn library() -> &'static Path {
         if !cfg!(debug_assertions) {
             build.arg("--release");
         }
-        must(&mut build);
+        must(build);
         // target/PROFILE/deps/TEST.
         let own = std::env::current_exe().unwrap();
         own.ancestors().nth(2).unwrap().join("libavf.so")

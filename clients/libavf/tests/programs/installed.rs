@@ -37,7 +37,7 @@ fn what_is_installed_works_by_itself() {
     if cfg!(debug_assertions) {
         install.arg("--debug");
     }
-    must(&mut install);
+    must(install);
     let prefix = folder.path().join("opt/avf");
     let mut installed = Vec::new();
     files(&prefix, Path::new(""), &mut installed);
@@ -78,18 +78,18 @@ fn what_is_installed_works_by_itself() {
         .arg(built::sources().join("disks.c"))
         .args(flags.split_whitespace())
         .arg(format!("-Wl,-rpath,{}", prefix.join("lib").display()));
-    must(&mut compile);
+    must(compile);
     run::to_its_end(Command::new(program));
 
     let mut groff = Command::new("groff");
     groff
         .args(["-man", "-Tutf8", "-ww", "-z"])
         .arg(prefix.join("share/man/man3/libavf.3"));
-    match groff.output() {
-        Ok(output) => {
-            let said = String::from_utf8_lossy(&output.stderr);
-            assert!(output.status.success() && said.is_empty(), "{said}");
-        }
-        Err(error) => println!("the page was not formatted: {error}"),
+    if Path::new("/usr/bin/groff").exists() {
+        // It says what is wrong on standard error, which is no failure to it.
+        let finished = run::to_its_end(groff);
+        assert_eq!(finished.stderr, "");
+    } else {
+        println!("the page was not formatted: there is no groff");
     }
 }

@@ -39,7 +39,9 @@ const SYSTEM: [&str; 5] = [
 
 #[test]
 fn the_library_exports_the_functions_and_nothing_else() {
-    let listed = must(Command::new("nm").args(["-D", "--defined-only"]).arg(built::library()));
+    let mut nm = Command::new("nm");
+    nm.args(["-D", "--defined-only"]).arg(built::library());
+    let listed = must(nm);
     let symbols: BTreeSet<String> = listed
         .lines()
         .map(|line| line.split_once(' ').unwrap().1.to_owned())
@@ -51,7 +53,9 @@ fn the_library_exports_the_functions_and_nothing_else() {
 
 #[test]
 fn the_library_needs_nothing_but_the_system() {
-    let dynamic = must(Command::new("readelf").args(["-d", "-W"]).arg(built::library()));
+    let mut readelf = Command::new("readelf");
+    readelf.args(["-d", "-W"]).arg(built::library());
+    let dynamic = must(readelf);
     let named = |tag: &str| -> Vec<String> {
         let lines = dynamic.lines().filter(|line| line.contains(tag));
         let name = |line: &str| Some(line.split_once('[')?.1.split_once(']')?.0.to_owned());
