@@ -26,7 +26,7 @@ use sepal_schema::{
     error::Outcome,
     file_capnp::upload,
     manager_capnp::guest_manager,
-    transport::{Connection, Limits, Reactor, connect},
+    transport::{Connection, Limits, Reactor, connect, reactor::LINGER},
 };
 
 use super::{Part, units::median_microseconds};
@@ -191,7 +191,7 @@ impl Peer {
 
     fn start(spawn: impl FnOnce(OwnedFd) -> Result<Child>) -> Result<Self> {
         let (ours, theirs) = UnixStream::pair()?;
-        let reactor = Reactor::single_threaded()?;
+        let reactor = Reactor::single_threaded()?.lingering(LINGER);
         let child = spawn(theirs.into())?;
         let (client, connection) = connect(&reactor.handle(), ours, Limits::default())?;
         Ok(Self {

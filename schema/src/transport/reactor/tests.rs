@@ -206,6 +206,37 @@ fn a_loop_without_timers_is_not_woken() {
 }
 
 #[test]
+fn a_loop_that_lingers_sees_what_one_that_sleeps_does() {
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    let echo = thread::spawn(move || {
+        let mut byte = [0];
+        while theirs.read(&mut byte).unwrap() > 0 {
+            theirs.write_all(&byte).unwrap();
+        }
+    });
+    // Far longer than an answer takes, and far shorter than the timer.
+    let mut reactor = Reactor::new().unwrap().lingering(Duration::from_millis(20));
+    let handle = reactor.handle();
+    let rounds = async {
+        let mut stream = handle.register(ours).unwrap();
+        let mut byte = [0];
+        for number in 0..200_u8 {
+            stream.write_all(&[number]).await.unwrap();
+            stream.read_exact(&mut byte).await.unwrap();
+            assert_eq!(byte, [number]);
+        }
+        handle.sleep(Duration::from_millis(60)).await;
+        let (sender, receiver) = oneshot::channel();
+        let other = thread::spawn(move || sender.send(7));
+        assert_eq!(receiver.await, Ok(7));
+        other.join().unwrap().unwrap();
+    };
+    reactor.run_until(rounds).unwrap();
+    drop(reactor);
+    echo.join().unwrap();
+}
+
+#[test]
 fn bytes_go_through_and_the_end_is_seen() {
     on_loop(|handle| async move {
         let (ours, theirs) = UnixStream::pair().unwrap();

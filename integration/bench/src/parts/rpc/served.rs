@@ -14,13 +14,13 @@ use capnp::capability::{Client, FromClientHook};
 use sepal_schema::{
     file_capnp::{file, upload},
     manager_capnp::guest_manager,
-    transport::{FdTable, Limits, Reactor, guard, serve_with},
+    transport::{FdTable, Limits, Reactor, guard, reactor::LINGER, serve_with},
 };
 
 /// Serves the socket that is this process's standard input until the other end closes it.
 pub(crate) fn serve_calls() -> Result<()> {
     let socket = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
-    let mut reactor = Reactor::single_threaded()?;
+    let mut reactor = Reactor::single_threaded()?.lingering(LINGER);
     let connection = serve_with(&reactor.handle(), socket, Limits::default(), |fds| {
         let client: guest_manager::Client = guard::new_client(Nothing { fds });
         Client::new(client.into_client_hook())
