@@ -128,6 +128,48 @@ struct GuestConfig {
   onPanic @35 :OnPanic;
   # What happens when the guest's kernel tells that it has panicked; BAD_CONFIG without `panicDevice`, unless leave.
 
+  uuid @36 :Data;
+  # Identifies the guest to whoever manages it: 16 bytes, not all zero, in the order of RFC 9562; unique among the guests of a manager, defined ones
+  # included: else ALREADY_BOUND. Empty: the manager makes one (version 4). The guest itself is not told.
+
+  restart @37 :Restart;
+  # What follows when it ends by itself. Default: nothing. `onReset` and `onPanic` count before this.
+
+  durable @38 :Bool;
+  # It goes on when its manager ends, and the next manager takes it over; whoever holds its lease has 30 s to redeem it there. NOT_SUPPORTED about
+  # `durable` where the manager keeps no state, or about what cannot go on alone (a network of `user`).
+
+  pins @39 :List(Pin);
+  # Which processors of the host its vCPUs may run on. Those not named here: all that the component may.
+
+  struct Restart {
+    # Runs that failed in a row are followed by longer and longer waits, and by giving up: the guest's status is then crashLoop.
+    policy @0 :Policy;
+    attempts @1 :UInt32;
+    # How many failed runs in a row it is begun again after; one more, and it is given up. 0: 5. A run of `healthyMs` ends a row.
+    delayMs @2 :UInt32;
+    # Milliseconds before it is begun again the first time, twice as many before each further one of a row. 0: 100.
+    maxDelayMs @3 :UInt32;
+    # The longest wait. 0: 30000. BAD_CONFIG if less than `delayMs`.
+    healthyMs @4 :UInt32;
+    # How long a run has to last to count as a good one. 0: 10000.
+
+    enum Policy {
+      never @0;
+      onFailure @1;
+      # When it crashed, or its component died. Not when it was made to end.
+      always @2;
+      # Also when it shut itself down. Not when it was asked to, or stopped by force.
+    }
+  }
+
+  struct Pin {
+    vcpu @0 :UInt8;
+    # Each at most once; BAD_CONFIG for one that the guest has not.
+    cpus @1 :List(UInt16);
+    # Numbers of processors of the host, 1 to 1024 of them. BAD_CONFIG where none of them is there, or may be used.
+  }
+
   enum OnPanic {
     leave @0;
     # Whatever the guest does about it: halt, reboot, write a dump.

@@ -12,6 +12,51 @@ interface Debug extends (Facet) {
   # Guest memory by physical address, as it is at this moment: at most 65536 bytes, none for a length of 0. BAD_CONFIG naming the first address
   # of the range that is not memory.
 
+  readVirtual @2 (vcpu :UInt8, address :UInt64, length :UInt32) -> MemoryResult;
+  # Guest memory by virtual address, through the page tables that the vCPU uses at this moment: at most 65536 bytes, none for a length of 0. BAD_CONFIG
+  # naming the first address of the range that is not mapped, or not to memory.
+
+  translate @3 (vcpu :UInt8, address :UInt64) -> TranslateResult;
+  # Where a virtual address leads.
+
+  stack @4 (vcpu :UInt8, most :UInt16 = 64) -> StackResult;
+  # The calls that the vCPU is in, innermost first, as far as they can be read: by frame pointers while these lead on, then by what looks like return
+  # addresses into the kernel's text on the stack. At most 256 frames.
+
+  struct TranslateResult {
+    union {
+      translation @0 :Translation;
+      error @1 :Error;
+    }
+  }
+
+  struct Translation {
+    physical @0 :UInt64;
+    pageSize @1 :UInt64;
+    # Bytes: 4096, 2 MiB or 1 GiB.
+    writable @2 :Bool;
+    user @3 :Bool;
+    executable @4 :Bool;
+  }
+
+  struct StackResult {
+    union {
+      frames @0 :List(Frame);
+      error @1 :Error;
+    }
+    end @2 :Text;
+    # Why it ends there.
+  }
+
+  struct Frame {
+    address @0 :UInt64;
+    # Of the instruction: where the vCPU is, then where each call returns to.
+    stackPointer @1 :UInt64;
+    # Where that was read; of the first frame, the stack pointer.
+    reliable @2 :Bool;
+    # Frame pointers led there. Otherwise it only looks like a return address.
+  }
+
   struct RegistersResult {
     union {
       registers @0 :Registers;

@@ -46,6 +46,8 @@ enum Right {
   # Look at registers and memory.
   share @16;
   # Hand it on by `share`. Narrowing needs no right: a capability can be passed on over its own connection anyway.
+  cpu @17;
+  # Pin vCPUs, and set what share of the host's processors the guest has.
 }
 
 enum FacetKind {
@@ -62,6 +64,7 @@ enum FacetKind {
   observer @10;
   statistics @11;
   debug @12;
+  cpuController @13;
 }
 
 struct Bounds {

@@ -12,6 +12,9 @@ using import "device.capnp".DeviceStats;
 using import "vsock.capnp".HostVsockEndpoint;
 using import "agent.capnp".Agent;
 using import "debug.capnp".Debug;
+using import "debug.capnp".Registers;
+using import "cpu.capnp".CpuController;
+using import "config.capnp".GuestConfig;
 using import "facet.capnp".Facet;
 using import "facet.capnp".Share;
 
@@ -23,6 +26,8 @@ enum GuestStatus {
   stopping @3;
   stopped @4;
   vmmUnexpectedTermination @5;
+  crashLoop @6;
+  # It failed again and again, and is not begun again any more (GuestConfig.restart). Starting it by hand begins a new row.
 }
 
 struct StopReport {
@@ -131,6 +136,32 @@ struct GuestInfo {
   paused @9 :Bool;
   detached @10 :Bool;
   # It lives on without the client that launched it.
+  uuid @11 :Data;
+  # 16 bytes.
+  defined @12 :Bool;
+  # There is a definition of this name; otherwise nothing is left when the guest has ended and is not remembered any more.
+  autostart @13 :Bool;
+  # It is started when its manager starts.
+  durable @14 :Bool;
+  # It goes on without its manager.
+  restarts @15 :UInt32;
+  # How often it was begun again by itself since somebody started it.
+  failures @16 :UInt32;
+  # How many runs in a row have failed.
+  leaseEndsMs @17 :UInt32;
+  # Milliseconds until it is stopped unless its lease, which outlived the manager, is redeemed; 0: it is not waited for.
+}
+
+struct CrashReport {
+  # What is known about a run that failed.
+  report @0 :StopReport;
+  generation @1 :UInt64;
+  lastLines @2 :List(Text);
+  # The last lines of the component's log, oldest first: at most 20, of at most 256 bytes each.
+  registers @3 :List(Registers);
+  # Of the vCPUs in order, where the machine could still tell.
+  output @4 :Text;
+  # The end of what the guest had printed on its serial port: at most 2048 bytes.
 }
 
 struct Event {
@@ -332,6 +363,26 @@ interface Observer extends (Facet) {
   stats @4 () -> Statistics.StatsResult;
   # As Statistics.get.
 
+  crashes @5 () -> CrashesResult;
+  # The last runs under this name that failed, newest first: at most 4.
+
+  configuration @6 () -> ConfigurationResult;
+  # What would create this guest again, as a definition: files by their paths, as far as they have any. What only a handle could give is left out,
+  # and `missing` names its field.
+
+  struct CrashesResult {
+    union {
+      crashes @0 :List(CrashReport);
+      error @1 :Error;
+    }
+  }
+
+  struct ConfigurationResult {
+    config @0 :GuestConfig;
+    missing @1 :List(Text);
+    error @2 :Error;
+  }
+
   struct InfoResult {
     union {
       info @0 :GuestInfo;
@@ -369,6 +420,16 @@ interface Statistics extends (Facet) {
   }
 }
 
+enum VcpuState {
+  stopped @0;
+  # Not started, or over.
+  running @1;
+  # In the guest, or handling one of its exits.
+  halted @2;
+  # It waits for an interrupt, as far as that can be told.
+  paused @3;
+}
+
 struct Stats {
   # Counters since the guest's creation, taken without waking an idle guest.
 
@@ -378,6 +439,20 @@ struct Stats {
   serialDropped @1 :UInt64;
   # Bytes of serial output that were lost because nobody drained them.
   devices @2 :DeviceStats;
+
+  uptimeNs @4 :UInt64;
+  # Nanoseconds since the vCPUs started.
+  memory @5 :Memory;
+
+  struct Memory {
+    # In bytes, of the component's process as the host sees it.
+    guest @0 :UInt64;
+    # What the guest was configured with, and what was plugged in.
+    resident @1 :UInt64;
+    # What the component has of the host's memory, guest memory included (resident set size).
+    shared @2 :UInt64;
+    # How much of `resident` is shared memory or files: guest memory is.
+  }
 
   struct Vcpu {
     index @0 :UInt8;
@@ -390,6 +465,15 @@ struct Stats {
     # Instructions and system calls completed for the guest on hosts without hardware virtualization.
     cpuTimeNs @6 :UInt64;
     # CPU time of the vCPU's thread.
+    reasons @7 :List(ExitCount);
+    # The exits by reason, those that occurred.
+    state @8 :VcpuState;
+  }
+
+  struct ExitCount {
+    reason @0 :Text;
+    # "io", "mmio", "hlt", "ioapic-eoi", "interrupted", ...: by KVM's names, in lower case.
+    count @1 :UInt64;
   }
 }
 
@@ -422,6 +506,13 @@ interface Guest extends (Facet) {
 
   revokeShare @13 (id :UInt64) -> Completion;
   # Takes a share back, and all that was made of it; 0: all that `shares` tells. NOT_FOUND. Needs the right `share`.
+
+  cpuController @14 () -> CpuControllerResult;
+
+  struct CpuControllerResult {
+    controller @0 :CpuController;
+    error @1 :Error;
+  }
 
   struct SharesResult {
     union {

@@ -12,6 +12,8 @@ using import "guest.capnp".Guest;
 using import "guest.capnp".StopReport;
 using import "guest.capnp".EventSink;
 using import "guest.capnp".LayerInfo;
+using import "guest.capnp".GuestStatus;
+using import "debug.capnp".Registers;
 
 interface GuestLifecycle {
   create @0 (config :GuestConfig, host :HostSetup) -> Completion;
@@ -37,7 +39,15 @@ interface GuestLifecycle {
       # shutdown or reset.
       error @1 :Error;
     }
+
+    registers @2 :List(VcpuRegisters);
+    # Of the vCPUs, as they were when one of them failed; empty where none did.
   }
+}
+
+struct VcpuRegisters {
+  vcpu @0 :UInt8;
+  registers @1 :Registers;
 }
 
 struct HostSetup {
@@ -65,6 +75,12 @@ struct HostSetup {
   cpuid @6 :Data;
   # What the host's KVM offers of its processor, as KVM_GET_SUPPORTED_CPUID says it: `struct kvm_cpuid_entry2` (40 bytes each, at most 256), one after the other.
   # Empty: the component asks KVM itself, which takes a third of a millisecond where the host is itself a guest. BAD_CONFIG for any other length.
+
+  successors @7 :FdRef;
+  # A SOCK_SEQPACKET socket by which the connection to the next guest manager comes, each a descriptor beside one byte, if `durable` is set: the component
+  # then outlives this connection for as long as somebody holds the other end. At that end it tears the machine down and ends.
+
+  durable @8 :Bool;
 }
 
 interface Backends {
@@ -87,4 +103,25 @@ interface Component extends (GuestLifecycle) {
 
   layers @0 () -> (layers :List(LayerInfo));
   # The layers of its jail, as it closed them.
+
+  attach @1 (host :HostSetup) -> AttachResult;
+  # For the manager after the one that created the guest: the guest that there is, which goes on as it did. `events` and `backends` take the place of those
+  # before; of the rest nothing may be set. `events` is first told what happened meanwhile, at most 256 events. NOT_CREATED if there is no guest.
+
+  ended @2 () -> GuestLifecycle.RunResult;
+  # What `run` returned, or returns when the guest ends: for whoever did not call it. NOT_CREATED if it was not called.
+
+  struct AttachResult {
+    guest @0 :Guest;
+    error @1 :Error;
+    status @2 :GuestStatus;
+    # running, stopping, or stopped if it has ended meanwhile; notStarted if `run` was not called yet.
+    paused @3 :Bool;
+    uptimeNs @4 :UInt64;
+    missedEvents @5 :UInt64;
+    # Events that were not kept.
+  }
+
+  sent @3 () -> (serial :UInt64, consoles :List(UInt64));
+  # How many bytes of output have gone into the stream sockets of HostSetup so far. With what waits unread in them, that tells how many were read.
 }

@@ -8,6 +8,7 @@ using import "config.capnp".GuestConfig;
 using import "lifecycle.capnp".GuestLifecycle;
 using Guests = import "guest.capnp";
 using Facets = import "facet.capnp";
+using Node = import "node.capnp";
 
 const protocolVersion :UInt32 = 1;
 # Grows when a client could need to know; fields and methods are only ever added.
@@ -78,6 +79,81 @@ interface GuestManager {
   # What a token stands for, and what it would permit the caller. It is not redeemed by that: one that can be used once still can. Fails as `redeem`
   # would.
 
+  # Definitions: what a guest is started from, kept by the manager across its own restarts and the host's. NO_STORAGE if this manager keeps no state. All
+  # of them need the role admin, but for `start` (operate) and `definition` (observe).
+
+  define @14 (definition :Definition, replace :Bool) -> DefineResult;
+  # Keeps a definition under the name in its configuration, which must have one. Files are named by paths, which are opened when the guest starts; what
+  # only a handle or an upload can give is BAD_CONFIG naming the field. The same checks as `check`, except that a file which is not there yet is only
+  # told in `warnings`. ALREADY_BOUND if there is one of that name, unless `replace`, or if another guest has the uuid. With `replace`, a guest
+  # that runs goes on as it is, keeps its uuid, and is started from the new definition the next time. On return it is on the disk.
+
+  undefine @15 (name :Text) -> Completion;
+  # Forgets a definition. A guest that runs goes on, as a transient one. NOT_FOUND.
+
+  definition @16 (name :Text) -> DefinitionResult;
+  # NOT_FOUND.
+
+  start @17 (name :Text, detach :Bool) -> LaunchResult;
+  # As `launch`, from the definition of this name. NOT_FOUND, ALREADY_RUNNING.
+
+  setAutostart @18 (name :Text, autostart :Bool) -> Completion;
+  # Whether it is started when the manager starts. NOT_FOUND.
+
+  browse @19 () -> (listing :Listing, count :UInt32);
+  # All guests, defined, running or ended, as of one moment, sorted by name: to be read page by page. At most 16 listings a connection: NO_RESOURCES, as an
+  # exception.
+
+  stats @20 (after :Text, most :UInt32) -> (guests :List(NamedStats), more :Bool);
+  # The figures of all guests that run, sorted by name, those after `after`: at most `most` (0: as many as fit). `more`: there are others after the last.
+  # Answers within a few milliseconds, as Statistics.get; a guest without figures is there with an error.
+
+  node @21 () -> (node :Node.NodeInfo);
+  # What the host is and offers.
+
+  pressure @22 () -> (state :Node.PressureState);
+  setPressurePolicy @23 (policy :Node.PressurePolicy) -> Completion;
+  # What the manager does when the host runs short of memory. Kept across restarts where the manager keeps state. Needs the role admin.
+
+  redeemLease @24 (token :Text) -> LaunchResult;
+  # The lease that a token stands for (Lease.token), after its connection or its manager has ended; the guest is not stopped then. Redeeming it again moves
+  # it. NOT_FOUND.
+
+  retire @25 () -> Completion;
+  # Ends the manager for another one to take its place: finishes what is being created (for at most 10 s), stops the guests that are not durable, and leaves
+  # the others as they are. Needs the role admin.
+
+  struct Definition {
+    config @0 :GuestConfig;
+    autostart @1 :Bool;
+  }
+
+  struct DefineResult {
+    uuid @0 :Data;
+    # 16 bytes.
+    warnings @1 :List(Text);
+    # At most 16 sentences for a person about what would keep it from starting now.
+    error @2 :Error;
+  }
+
+  struct DefinitionResult {
+    definition @0 :Definition;
+    error @1 :Error;
+  }
+
+  interface Listing {
+    next @0 (most :UInt32) -> (guests :List(Guests.GuestInfo), ended :Bool);
+    # The next ones, at most `most` (0: as many as fit). `ended`: these were the last.
+  }
+
+  struct NamedStats {
+    name @0 :Text;
+    uuid @1 :Data;
+    stats @2 :Guests.Stats;
+    error @3 :Error;
+    # Null if there are figures.
+  }
+
   struct RedeemResult {
     facet @0 :Facets.Facet;
     # To be cast to what `kind` says.
@@ -113,5 +189,17 @@ interface GuestManager {
     # Dropping it stops the guest by force, unless it is detached.
     detach @0 () -> Completion;
     # The guest lives on by its name.
+
+    token @1 () -> TokenResult;
+    # What stands for this lease. From now on the guest is not stopped at once when this is dropped, but 30 s later unless the lease is redeemed by then,
+    # also if the manager ends meanwhile and the guest is durable.
+
+    struct TokenResult {
+      union {
+        token @0 :Text;
+        # At most 128 bytes of printable ASCII, beginning with "lease.".
+        error @1 :Error;
+      }
+    }
   }
 }

@@ -162,6 +162,7 @@ fn actions(kind: FacetKind) -> &'static [&'static str] {
         FacetKind::Observer => &["info", "read", "wait", "events", "stats"],
         FacetKind::Statistics => &["stats"],
         FacetKind::Debug => &["registers"],
+        FacetKind::CpuController => &[],
     }
 }
 

@@ -111,6 +111,7 @@ pub(crate) async fn facet_of(guest: &guest::Client, kind: FacetKind, port: u32) 
         FacetKind::NetController => if_there!(net_controller_request, get_controller),
         FacetKind::HostVsockEndpoint => if_there!(host_vsock_endpoint_request, get_endpoint),
         FacetKind::Agent => if_there!(agent_request, get_agent),
+        FacetKind::CpuController => if_there!(cpu_controller_request, get_controller),
     })
 }
 

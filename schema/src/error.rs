@@ -2,7 +2,7 @@
 
 use capnp::capability::FromClientHook;
 
-use crate::{agent_capnp, error_capnp, facet_capnp, guest_capnp, manager_capnp, vsock_capnp};
+use crate::{agent_capnp, error_capnp, facet_capnp, guest_capnp, lifecycle_capnp, manager_capnp, vsock_capnp};
 
 /// What to match on; the values and their meanings are documented in `error.capnp`.
 pub use error_capnp::error::Kind;
@@ -153,11 +153,16 @@ outcomes!(
     guest_capnp::guest::agent_result::Reader<'_>,
     guest_capnp::guest::balloon_controller_result::Reader<'_>,
     guest_capnp::guest::console_result::Reader<'_>,
+    guest_capnp::guest::cpu_controller_result::Reader<'_>,
     guest_capnp::guest::disk_controller_result::Reader<'_>,
     guest_capnp::guest::host_vsock_endpoint_result::Reader<'_>,
     guest_capnp::guest::mem_controller_result::Reader<'_>,
     guest_capnp::guest::net_controller_result::Reader<'_>,
+    guest_capnp::observer::configuration_result::Reader<'_>,
     guest_capnp::read_result::Reader<'_>,
+    lifecycle_capnp::component::attach_result::Reader<'_>,
+    manager_capnp::guest_manager::define_result::Reader<'_>,
+    manager_capnp::guest_manager::definition_result::Reader<'_>,
     manager_capnp::guest_manager::launch_result::Reader<'_>,
     manager_capnp::guest_manager::lookup_result::Reader<'_>,
     manager_capnp::guest_manager::new_guest_result::Reader<'_>,

@@ -10,7 +10,7 @@ use crate::{
 pub use crate::facet_capnp::{FacetKind, Right};
 
 /// All rights, in the order of the schema.
-pub const RIGHTS: [Right; 17] = [
+pub const RIGHTS: [Right; 18] = [
     Right::Observe,
     Right::Output,
     Right::Input,
@@ -28,10 +28,11 @@ pub const RIGHTS: [Right; 17] = [
     Right::Agent,
     Right::Debug,
     Right::Share,
+    Right::Cpu,
 ];
 
 /// All kinds of facets, in the order of the schema.
-pub const KINDS: [FacetKind; 13] = [
+pub const KINDS: [FacetKind; 14] = [
     FacetKind::Guest,
     FacetKind::Serial,
     FacetKind::Console,
@@ -45,6 +46,7 @@ pub const KINDS: [FacetKind; 13] = [
     FacetKind::Observer,
     FacetKind::Statistics,
     FacetKind::Debug,
+    FacetKind::CpuController,
 ];
 
 /// The most ports that bounds name.
@@ -76,6 +78,7 @@ pub fn right_name(right: Right) -> &'static str {
         Right::Agent => "agent",
         Right::Debug => "debug",
         Right::Share => "share",
+        Right::Cpu => "cpu",
     }
 }
 
@@ -95,6 +98,7 @@ pub fn kind_name(kind: FacetKind) -> &'static str {
         FacetKind::Observer => "observer",
         FacetKind::Statistics => "stats",
         FacetKind::Debug => "debug",
+        FacetKind::CpuController => "cpu",
     }
 }
 

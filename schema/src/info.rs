@@ -189,6 +189,7 @@ pub fn status_name(status: GuestStatus) -> &'static str {
         GuestStatus::Stopping => "stopping",
         GuestStatus::Stopped => "stopped",
         GuestStatus::VmmUnexpectedTermination => "vmm-terminated",
+        GuestStatus::CrashLoop => "crash-loop",
     }
 }
 

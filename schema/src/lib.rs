@@ -23,6 +23,6 @@ pub mod socket;
 pub mod transport;
 
 pub use generated::{
-    agent_capnp, bytes_capnp, config_capnp, debug_capnp, device_capnp, error_capnp, facet_capnp, file_capnp,
-    guest_capnp, lifecycle_capnp, manager_capnp, vsock_capnp,
+    agent_capnp, bytes_capnp, config_capnp, cpu_capnp, debug_capnp, device_capnp, error_capnp, facet_capnp, file_capnp,
+    guest_capnp, lifecycle_capnp, manager_capnp, node_capnp, store_capnp, vsock_capnp,
 };

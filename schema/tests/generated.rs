@@ -5,7 +5,7 @@
 
 use std::{fs, path::Path, process::Command};
 
-const SCHEMAS: [&str; 13] = [
+const SCHEMAS: [&str; 16] = [
     "error.capnp",
     "file.capnp",
     "bytes.capnp",
@@ -15,6 +15,9 @@ const SCHEMAS: [&str; 13] = [
     "device.capnp",
     "agent.capnp",
     "config.capnp",
+    "cpu.capnp",
+    "node.capnp",
+    "store.capnp",
     "guest.capnp",
     "lifecycle.capnp",
     "manager.capnp",

@@ -1,0 +1,89 @@
+@0xb90d5ce7f3a26841;
+# What a guest manager keeps for itself: on disk, and with the keeper for the manager after it. No client sees any of it. It evolves as the protocol does:
+# a manager reads what an older or newer one has written.
+
+using import "manager.capnp".GuestManager;
+using import "config.capnp".GuestConfig;
+using import "facet.capnp".FacetKind;
+using import "facet.capnp".Bounds;
+using import "guest.capnp".GuestDescriptor;
+using import "guest.capnp".StopReport;
+using import "guest.capnp".CrashReport;
+using import "guest.capnp".LayerInfo;
+using import "guest.capnp".Event;
+using import "node.capnp".PressurePolicy;
+
+struct StoredDefinition {
+  # A file of the folder of definitions.
+  definition @0 :GuestManager.Definition;
+  uuid @1 :Data;
+  changedNs @2 :UInt64;
+  # Nanoseconds since 1970-01-01 UTC.
+  crashes @3 :List(CrashReport);
+}
+
+struct StoredSettings {
+  pressure @0 :PressurePolicy;
+}
+
+struct DurableGuest {
+  # What the next manager has to know of a guest that goes on without this one. Descriptors that belong to it are kept beside it, by their names: "config.N" is
+  # the N-th that the configuration names by an FdRef.
+  name @0 :Text;
+  uuid @1 :Data;
+  generation @2 :UInt64;
+  config @3 :GuestConfig;
+  descriptor @4 :GuestDescriptor;
+  layers @5 :List(LayerInfo);
+  phase @6 :Phase;
+  detached @7 :Bool;
+  leaseTokens @8 :List(Data);
+  # SHA-256 of each.
+  uid @9 :UInt32;
+  gid @10 :UInt32;
+  # Of the client that launched it.
+  restarts @11 :UInt32;
+  failures @12 :UInt32;
+  shares @13 :List(DurableShare);
+  crashes @14 :List(CrashReport);
+  stop @15 :StopReport;
+  cid @16 :UInt32;
+  startedNs @17 :UInt64;
+  # Monotonic clock of the host.
+  bootId @18 :Text;
+
+  enum Phase {
+    creating @0;
+    created @1;
+    running @2;
+    restarting @3;
+  }
+}
+
+struct DurableShare {
+  id @0 :UInt64;
+  kind @1 :FacetKind;
+  port @2 :UInt32;
+  tokenHash @3 :Data;
+  chain @4 :List(Bounds);
+  once @5 :Bool;
+  boundToUid @6 :Bool;
+  uid @7 :UInt32;
+  label @8 :Text;
+  redeemed @9 :UInt32;
+  sharedByUid @10 :UInt32;
+  expiresNs @11 :UInt64;
+  # Monotonic clock of the host; 0: never.
+}
+
+struct DurableManager {
+  # What the next manager has to know besides its guests.
+  nextEvent @0 :UInt64;
+  events @1 :List(Event);
+  generations @2 :List(Generation);
+
+  struct Generation {
+    name @0 :Text;
+    generation @1 :UInt64;
+  }
+}
