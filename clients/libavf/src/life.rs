@@ -111,10 +111,14 @@ impl Life {
         }
     }
 
-    /// The service has ended.
+    /// The service has ended. A run that had not started by then never was: whether it was asked for just before that or just after makes no difference.
     pub(crate) fn lost(&mut self) {
         self.lost = true;
-        self.ended(StopReason::ServiceDied);
+        let reason = match (self.phase, self.last) {
+            (Phase::Starting, Some(before)) => before,
+            _ => StopReason::ServiceDied,
+        };
+        self.ended(reason);
         self.last.get_or_insert(StopReason::ServiceDied);
     }
 
@@ -231,5 +235,16 @@ mod tests {
         ended.ended(StopReason::Shutdown);
         ended.lost();
         assert_eq!(ended.stopped(1), Some(StopReason::Shutdown));
+
+        let mut again = Life::new();
+        assert_eq!(again.start(), Ok(1));
+        again.started();
+        again.ended(StopReason::Shutdown);
+        assert_eq!(again.start(), Ok(2));
+        again.lost();
+        assert_eq!(
+            (again.has_started(2), again.stopped(1)),
+            (Some(false), Some(StopReason::Shutdown))
+        );
     }
 }
