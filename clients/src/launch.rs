@@ -122,7 +122,7 @@ fn config(args: &Launch, here: bool) -> Result<GuestConfig> {
         on_reset: args.on_reset.unwrap_or(OnReset::Stop),
         on_panic: args.on_panic.unwrap_or(OnPanic::Leave),
         agent: vsock.is_some() && !devices.no_agent,
-        custom_memory: Vec::new(),
+        ..GuestConfig::default()
     })
 }
 

@@ -6,6 +6,7 @@ use super::{
     DEVICE_HOLE, File, GuestConfig, Handles, INSTANCE_ID, Limits, MAX_CMDLINE, MAX_CMDLINE_ADDITIONS, MAX_CPUS,
     MAX_CUSTOM_MEMORY, MAX_GUEST_ADDRESS, MAX_INLINE_FILE, MAX_NAME, MemoryBacking,
     decode_devices::{Devices, unknown},
+    upkeep,
 };
 use crate::{
     config_capnp::{Toggle, guest_config},
@@ -82,6 +83,7 @@ impl GuestConfig {
             return Err(Error::bad_config("initrd", message));
         }
         devices.finish(config, &mut decoded)?;
+        upkeep::decode(config, &mut decoded)?;
         decoded.check_limits()?;
         let length = decoded.full_cmdline().len();
         if length > MAX_CMDLINE {

@@ -127,6 +127,7 @@ impl GuestConfig {
             vsock: self.vsock.as_ref().map(Vsock::duplicate),
             shares: all(&self.shares, share)?,
             vhost_user: all(&self.vhost_user, vhost_user)?,
+            pins: self.pins.clone(),
             ..*self
         })
     }

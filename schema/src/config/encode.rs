@@ -1,6 +1,6 @@
 //! Writes a configuration into a message.
 
-use super::{File, GuestConfig, Handles, encode_devices as devices};
+use super::{File, GuestConfig, Handles, encode_devices as devices, upkeep};
 use crate::{
     config_capnp::{Toggle, guest_config},
     error::Error,
@@ -38,6 +38,7 @@ impl GuestConfig {
         limits.set_cpu_weight(self.limits.cpu_weight);
         limits.set_tasks(self.limits.tasks);
         to.set_waived_layers(&self.waived_layers[..])?;
+        upkeep::encode(&self, to.reborrow())?;
         self.encode_devices(to, handles)
     }
 

@@ -15,6 +15,7 @@ mod encode;
 mod encode_devices;
 #[cfg(test)]
 mod tests;
+pub mod upkeep;
 
 use std::{ops::Range, os::fd::OwnedFd};
 
@@ -28,6 +29,8 @@ pub use crate::config_capnp::guest_config::{OnPanic, OnReset};
 pub use decode::check_name;
 pub use decode_devices::show_mac;
 use device::{Balloon, Console, Disk, MemoryDevice, Network, Rng, Share, VhostUser, Vsock, WatchdogAction};
+pub use upkeep::{Pin, Restart, RestartPolicy};
+pub use uuid::Uuid;
 
 /// Most vCPUs of a guest.
 pub const MAX_CPUS: u8 = 64;
@@ -185,6 +188,14 @@ pub struct GuestConfig {
     pub on_reset: OnReset,
     /// What happens when the guest's kernel has panicked; more than `Leave` only with a pvpanic device. The guest manager's to carry out, too.
     pub on_panic: OnPanic,
+    /// Tells it from all other guests of its manager; none for one of the manager's choice. Never nil.
+    pub uuid: Option<Uuid>,
+    /// What follows when it ends by itself.
+    pub restart: Restart,
+    /// It goes on without its manager.
+    pub durable: bool,
+    /// Where its vCPUs may run; those that are not in the list: wherever the component may.
+    pub pins: Vec<Pin>,
 }
 
 #[expect(clippy::derivable_impls, reason = "the enumeration is generated")]

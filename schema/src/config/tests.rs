@@ -12,6 +12,7 @@ use capnp_rpc::ImbuedMessageBuilder;
 use proptest::prelude::*;
 
 mod devices;
+mod upkeep;
 
 use super::*;
 use crate::{
