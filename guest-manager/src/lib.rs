@@ -4,7 +4,8 @@
 //!   main       command line, signals, the order in which things begin and end
 //!   server     connections ---> manager_server, lifecycle_server, guest_server: the protocol's interfaces
 //!              peer, roles: who it is, and what that gives; authority: what needs more; audit: who changed what
-//!   listener   the sockets        |      ladder (stopping), power (resets, pauses), subscription, uploads, list, facets, vsock (devices)
+//!   listener   the sockets; state: the folder of what is kept; lock: one manager has them
+//!                                 |      ladder (stopping), power (resets, pauses), subscription, uploads, list, facets, vsock (devices)
 //!                                 |      access: the grant that each capability goes through: narrowed, shared, revoked
 //!                                 v
 //!   manager    what all share: registry (names and statuses, pure), events and history (rings, pure), host, protection, problems
@@ -40,6 +41,7 @@ mod life;
 pub mod lifecycle_server;
 mod list;
 pub mod listener;
+pub mod lock;
 pub mod log;
 pub mod macs;
 pub mod manager;
@@ -61,6 +63,7 @@ pub mod serial;
 pub mod server;
 pub mod slot;
 pub mod starter;
+pub mod state;
 mod statistics;
 mod subscription;
 pub mod uploads;

@@ -11,8 +11,7 @@
 //! The lock goes with the process, however it ends. Both files are removed while the lock is held, so nobody's are removed by mistake.
 
 use std::{
-    fmt, fs,
-    io::{self, Read, Seek, Write},
+    fmt, fs, io,
     os::{
         fd::OwnedFd,
         unix::{
@@ -24,9 +23,11 @@ use std::{
 };
 
 use rustix::{
-    fs::{FlockOperation, Mode, OFlags},
+    fs::{Mode, OFlags},
     net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType},
 };
+
+use crate::lock::{Lock, LockError};
 
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 128;
@@ -155,7 +156,7 @@ impl Listening {
     /// # Errors
     /// [`ListenError`].
     pub fn new(path: &Path, reach: Reach) -> Result<Self, ListenError> {
-        let lock = Lock::take(path)?;
+        let lock = lock_beside(path)?;
         match fs::symlink_metadata(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(io_error("cannot look at", path)(error)),
@@ -191,7 +192,7 @@ impl Listening {
 
     /// Files that a killed manager leaves.
     pub fn files(&self) -> Vec<PathBuf> {
-        vec![self.path.clone(), self.lock.path.clone()]
+        vec![self.path.clone(), self.lock.path().to_owned()]
     }
 }
 
@@ -217,66 +218,17 @@ fn bind_for(path: &Path, reach: Reach) -> io::Result<UnixListener> {
     Ok(socket.into())
 }
 
-/// The lock beside the socket.
-struct Lock {
-    path: PathBuf,
-    _file: fs::File,
-}
-
-impl Lock {
-    fn take(socket: &Path) -> Result<Self, ListenError> {
-        let mut path = socket.as_os_str().to_owned();
-        path.push(".lock");
-        let path = PathBuf::from(path);
-        loop {
-            let nofollow = OFlags::NOFOLLOW.bits().cast_signed();
-            let mut options = fs::OpenOptions::new();
-            options
-                .read(true)
-                .write(true)
-                .create(true)
-                .mode(0o600)
-                .custom_flags(nofollow);
-            let mut file = options
-                .open(&path)
-                .map_err(io_error("cannot open the lock file", &path))?;
-            match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-                Ok(()) => {}
-                Err(rustix::io::Errno::WOULDBLOCK) => {
-                    let mut pid = String::new();
-                    let _ = (&mut file).take(16).read_to_string(&mut pid);
-                    let owner = match pid.trim().parse::<u32>() {
-                        Ok(pid) => format!("process {pid}"),
-                        Err(_) => "process unknown".to_owned(),
-                    };
-                    return Err(ListenError::AlreadyRunning {
-                        path: socket.to_owned(),
-                        owner,
-                    });
-                }
-                Err(error) => return Err(io_error("cannot lock", &path)(error.into())),
-            }
-            // The holder before us removes the file while it holds the lock: what we have locked must still be what is there.
-            let ours = file.metadata().map_err(io_error("cannot look at", &path))?;
-            let there = fs::symlink_metadata(&path).ok();
-            if there.is_none_or(|there| (there.dev(), there.ino()) != (ours.dev(), ours.ino())) {
-                continue;
-            }
-            let write = |file: &mut fs::File| {
-                file.set_len(0)?;
-                file.rewind()?;
-                writeln!(file, "{}", std::process::id())
-            };
-            write(&mut file).map_err(io_error("cannot write to", &path))?;
-            return Ok(Self { path, _file: file });
-        }
-    }
-}
-
-impl Drop for Lock {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.path);
-    }
+/// Takes the lock beside a socket.
+fn lock_beside(socket: &Path) -> Result<Lock, ListenError> {
+    let mut path = socket.as_os_str().to_owned();
+    path.push(".lock");
+    Lock::take(PathBuf::from(path)).map_err(|error| match error {
+        LockError::Taken { owner, .. } => ListenError::AlreadyRunning {
+            path: socket.to_owned(),
+            owner,
+        },
+        LockError::Io { doing, path, error } => ListenError::Io { doing, path, error },
+    })
 }
 
 fn io_error(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> ListenError {
@@ -286,7 +238,7 @@ fn io_error(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Liste
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt;
+    use std::{io::Write, os::unix::fs::PermissionsExt};
 
     use super::*;
 

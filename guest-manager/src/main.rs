@@ -1,7 +1,7 @@
 //! The guest manager's process: command line, log, signals, and the order in which things begin and end.
 //!
 //! ```text
-//!   signals blocked -> log started -> socket taken -> keeper started -> listening ("ready") -> serve
+//!   signals blocked -> log started -> sockets and state folder taken -> keeper started -> listening ("ready") -> serve
 //!     -> SIGTERM, SIGINT, SIGHUP (with --audit that reopens its file), shutdown(), or the end of the connection given with --fd
 //!     -> guests stopped by force -> socket removed -> keeper ended
 //! ```
@@ -32,6 +32,7 @@ use sepal_guest_manager::{
     roles::{Allowance, Roles},
     server::{self, Connections, Door},
     starter::{KeeperStarter, Programs},
+    state::{State, StateFolder},
 };
 use sepal_schema::transport::{
     Reactor,
@@ -58,6 +59,11 @@ struct Arguments {
     /// Folder of the programs vmm-component and sepal-keeper. Default: this program's own
     #[arg(long, value_name = "DIR")]
     libexec: Option<PathBuf>,
+
+    /// Folder of what the manager keeps across its own restarts and the host's: definitions of guests, settings. Nobody else may reach it. Default:
+    /// $XDG_STATE_HOME/sepal, ~/.local/state/sepal, or /var/lib/sepal for root; none with --socket or --fd
+    #[arg(long, value_name = "DIR")]
+    state: Option<PathBuf>,
 
     /// Folder that keeps what guests write to volatile disks, in files without names. Default: $TMPDIR, or /var/tmp
     #[arg(long, value_name = "DIR")]
@@ -176,6 +182,7 @@ fn run(
     if let Some(path) = &arguments.read_only_socket {
         listening.push((Listening::new(path, Reach::Everyone)?, Door::ReadOnly));
     }
+    let state = open_state(arguments)?;
 
     let linger = Duration::from_micros(arguments.linger.into());
     let mut reactor = Reactor::new().context("making the event loop")?.lingering(linger);
@@ -197,6 +204,7 @@ fn run(
         scratch: arguments.scratch.clone().unwrap_or(defaults.scratch),
         audit: audit.clone(),
         roles,
+        state,
         ..defaults
     };
     let manager = Manager::new(handle.clone(), settings, Box::new(pool.clone()))?;
@@ -272,6 +280,25 @@ fn next_signal(signals: &OwnedFd) -> std::io::Result<i32> {
     // Its first field, ssi_signo (signalfd(2)).
     let [a, b, c, d, ..] = signal;
     Ok(i32::from_ne_bytes([a, b, c, d]))
+}
+
+/// Where what is to outlive the manager is kept. The user's own folder is used where that can be: a manager runs without it, and says so to whoever
+/// needs it.
+fn open_state(arguments: &Arguments) -> Result<State> {
+    if let Some(path) = &arguments.state {
+        let folder = StateFolder::open(path).with_context(|| format!("--state {}", path.display()))?;
+        return Ok(State::Kept(Rc::new(folder)));
+    }
+    if arguments.socket.is_some() || arguments.fd.is_some() {
+        return Ok(State::default());
+    }
+    Ok(match StateFolder::open_default() {
+        Ok(folder) => State::Kept(Rc::new(folder)),
+        Err(error) => {
+            tracing::warn!("keeping no definitions: {error}");
+            State::Nowhere(format!("this manager keeps no definitions: {error}").into())
+        }
+    })
 }
 
 /// Where it goes who changed what.

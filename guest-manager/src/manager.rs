@@ -20,6 +20,7 @@ use crate::{
     registry::{Limits, Registry},
     roles::Roles,
     slot::Slot,
+    state::State,
     uploads::Uploads,
 };
 
@@ -46,12 +47,14 @@ pub struct Settings {
     pub audit: Audit,
     /// Who may do what.
     pub roles: Roles,
+    /// Where is kept what is to outlive the manager.
+    pub state: State,
 }
 
 impl Default for Settings {
     /// An ordinary host; 256 KiB of history; 5 s to stop by force; 30 s to shut down; 100 ms to 5 s between restarts; `$TMPDIR`, or
     /// /var/tmp, for what is written to volatile disks; the audit goes to the log; nobody may connect but
-    /// this process's own user and root.
+    /// this process's own user and root; nothing is kept.
     fn default() -> Self {
         Self {
             host: Host::default(),
@@ -64,6 +67,7 @@ impl Default for Settings {
             scratch: files::default_scratch(),
             audit: Audit::to_log(),
             roles: Roles::new(rustix::process::geteuid().as_raw(), []),
+            state: State::default(),
         }
     }
 }

@@ -1,0 +1,103 @@
+//! A lock file: only one process has it, and it goes with that process, however it ends.
+//!
+//! The file is removed while the lock is held, so nobody's is removed by mistake; the process's id is in it, for whoever comes second.
+
+use std::{
+    fs,
+    io::{self, Read, Seek, Write},
+    os::unix::fs::{MetadataExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+};
+
+use rustix::fs::{FlockOperation, OFlags};
+
+/// Why a lock was not taken.
+#[derive(Debug, thiserror::Error)]
+pub enum LockError {
+    /// Another process has it.
+    #[error("{} is locked ({owner})", .path.display())]
+    Taken {
+        /// The lock file.
+        path: PathBuf,
+        /// Which process it is, as far as can be told.
+        owner: String,
+    },
+    /// A step failed.
+    #[error("{doing} {}: {error}", .path.display())]
+    Io {
+        /// What was being done.
+        doing: &'static str,
+        /// To which file.
+        path: PathBuf,
+        /// How it failed.
+        error: io::Error,
+    },
+}
+
+/// A lock that this process has. Let go of, and its file removed, when dropped.
+#[derive(Debug)]
+pub struct Lock {
+    path: PathBuf,
+    _file: fs::File,
+}
+
+impl Lock {
+    /// Takes the lock in the file `path`, which is made where it is not there.
+    ///
+    /// # Errors
+    /// [`LockError::Taken`] where another process, or another lock of this one, has it; or what the file system says.
+    pub fn take(path: PathBuf) -> Result<Self, LockError> {
+        let failed = |doing| {
+            let path = path.clone();
+            move |error| LockError::Io { doing, path, error }
+        };
+        loop {
+            let nofollow = OFlags::NOFOLLOW.bits().cast_signed();
+            let mut options = fs::OpenOptions::new();
+            options
+                .read(true)
+                .write(true)
+                .create(true)
+                .mode(0o600)
+                .custom_flags(nofollow);
+            let mut file = options.open(&path).map_err(failed("cannot open the lock file"))?;
+            match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => {}
+                Err(rustix::io::Errno::WOULDBLOCK) => {
+                    let mut pid = String::new();
+                    let _ = (&mut file).take(16).read_to_string(&mut pid);
+                    let owner = match pid.trim().parse::<u32>() {
+                        Ok(pid) => format!("process {pid}"),
+                        Err(_) => "process unknown".to_owned(),
+                    };
+                    return Err(LockError::Taken { path, owner });
+                }
+                Err(error) => return Err(failed("cannot lock")(error.into())),
+            }
+            // The holder before us removes the file while it holds the lock: what we have locked must still be what is there.
+            let ours = file.metadata().map_err(failed("cannot look at"))?;
+            let there = fs::symlink_metadata(&path).ok();
+            if there.is_none_or(|there| (there.dev(), there.ino()) != (ours.dev(), ours.ino())) {
+                continue;
+            }
+            let write = |file: &mut fs::File| {
+                file.set_len(0)?;
+                file.rewind()?;
+                writeln!(file, "{}", std::process::id())
+            };
+            write(&mut file).map_err(failed("cannot write to"))?;
+            return Ok(Self { path, _file: file });
+        }
+    }
+
+    /// The lock file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}
