@@ -115,8 +115,10 @@ impl World {
     /// If it does not start.
     pub fn start_manager(&mut self) {
         let command = Command::new(program("guest-manager"));
+        let state = self.state();
         self.start_manager_by(command, |command, socket, ready| {
             command.arg("--socket").arg(socket).arg("--ready-fd").arg(ready);
+            command.arg("--state").arg(state);
         });
     }
 
@@ -130,6 +132,8 @@ impl World {
         if !folder.exists() {
             fs::DirBuilder::new().mode(0o700).create(folder).unwrap();
         }
+        let mut builder = fs::DirBuilder::new();
+        builder.recursive(true).mode(0o700).create(self.state_home()).unwrap();
         let (mut ready, theirs) = io::pipe().unwrap();
         // Inherited by this child, and for a moment by others that are started at the same time: they do no harm with it.
         rustix::io::fcntl_setfd(&theirs, FdFlags::empty()).unwrap();
@@ -152,6 +156,7 @@ impl World {
             command.env_remove(variable);
         }
         command.env("XDG_RUNTIME_DIR", self.folder()).env("TERM", "xterm");
+        command.env("XDG_STATE_HOME", self.state_home());
     }
 
     /// The folder.
@@ -173,6 +178,16 @@ impl World {
     /// The manager's socket.
     pub fn socket(&self) -> PathBuf {
         self.folder().join("sepal/manager.sock")
+    }
+
+    /// The folder (`XDG_STATE_HOME`) that the manager's state is in. Tell it, as `XDG_RUNTIME_DIR`, to whatever may start a manager.
+    pub fn state_home(&self) -> PathBuf {
+        self.folder().join("state")
+    }
+
+    /// The folder of what the manager keeps across its restarts: what [`start_manager`](Self::start_manager) tells it by `--state`.
+    pub fn state(&self) -> PathBuf {
+        self.state_home().join("sepal")
     }
 
     /// The manager that was started.

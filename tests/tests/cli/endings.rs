@@ -29,6 +29,7 @@ fn a_standard_error_that_takes_nothing_changes_no_status() {
         let mut command = Command::new("sh");
         let script = format!("exec {} {arguments} 2>/dev/full", program("guest").display());
         command.args(["-c", &script]).env("XDG_RUNTIME_DIR", world.folder());
+        command.env("XDG_STATE_HOME", world.state_home());
         let mut guest = world.start_command(command, None);
         guest.close_input();
         guest.wait().expect_code(status);

@@ -190,6 +190,7 @@ fn a_program_that_is_missing_is_named() {
         copy(PROGRAMS[present - 1], &folder);
         let mut command = std::process::Command::new(folder.join("guest"));
         command.arg("launch").env("XDG_RUNTIME_DIR", world.folder());
+        command.env("XDG_STATE_HOME", world.state_home());
         let mut guest = world.start_command(command, None);
         guest.close_input();
         let finished = guest.wait().expect_code(1);

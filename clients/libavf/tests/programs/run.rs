@@ -129,6 +129,7 @@ pub(crate) fn to_its_end(mut command: Command) -> Finished {
     command
         .env("AVF_TEST_KERNEL", built::guest())
         .env("XDG_RUNTIME_DIR", world.folder())
+        .env("XDG_STATE_HOME", world.state_home())
         .env_remove("SEPAL_GUEST_MANAGER")
         .env_remove("RUST_LOG");
     let mut running = world.start_command(command, None);
