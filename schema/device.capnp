@@ -173,5 +173,10 @@ struct DeviceStats {
     requestedPages @1 :UInt32;
     reportedBytes @2 :UInt64;
     # Given back to the host by free page reporting so far.
+    memory @3 :List(BalloonController.MemStat);
+    # What the guest said last about its memory; empty if it has not. A guest is asked along with the figures, for the next time, once it has run for
+    # 50 ms since the last time: one that is idle is not woken. At most 64.
+    memoryAgeNs @4 :UInt64;
+    # How long ago that was, in nanoseconds, when the figures were told.
   }
 }
