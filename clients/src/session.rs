@@ -331,6 +331,7 @@ mod tests {
             component_pid: 0,
             paused: false,
             detached: false,
+            upkeep: sepal_schema::info::Upkeep::default(),
         };
         check_live(&info).unwrap();
         info.stop = Some(stop);

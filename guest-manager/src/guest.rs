@@ -23,7 +23,7 @@ use sepal_schema::{
     config::OnPanic,
     error::{Error, Kind},
     guest_capnp::{guest as component_guest, power},
-    info::{GuestDescriptor, GuestInfo, GuestStatus},
+    info::{GuestDescriptor, GuestInfo, GuestStatus, Upkeep},
     report::{Reason, StopReport},
     transport::FdTable,
 };
@@ -420,6 +420,7 @@ impl Guest {
             component_pid: 0,
             paused: false,
             detached: false,
+            upkeep: Upkeep::default(),
         })
     }
 

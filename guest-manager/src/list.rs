@@ -56,7 +56,7 @@ fn size(info: &GuestInfo) -> usize {
 mod tests {
     use sepal_schema::{
         error::{Error, Kind},
-        info::{GuestDescriptor, GuestStatus, LayerInfo, LayerState},
+        info::{GuestDescriptor, GuestStatus, LayerInfo, LayerState, Upkeep},
         report::{Reason, StopReport},
     };
 
@@ -98,6 +98,7 @@ mod tests {
             component_pid: 1,
             paused: false,
             detached: false,
+            upkeep: Upkeep::default(),
         }
     }
 

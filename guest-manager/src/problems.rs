@@ -78,7 +78,7 @@ pub fn problems(facts: &Facts<'_>) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use sepal_schema::info::{GuestDescriptor, LayerInfo};
+    use sepal_schema::info::{GuestDescriptor, LayerInfo, Upkeep};
 
     use super::*;
 
@@ -98,6 +98,7 @@ mod tests {
             component_pid: 7,
             paused: false,
             detached: false,
+            upkeep: Upkeep::default(),
         }
     }
 

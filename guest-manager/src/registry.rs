@@ -31,7 +31,7 @@ use std::{
 use sepal_schema::{
     config::check_name,
     error::{Error, Kind},
-    info::{GuestDescriptor, GuestInfo, LayerInfo},
+    info::{GuestDescriptor, GuestInfo, LayerInfo, Upkeep},
     news::DeviceNews,
     report::{Reason, StopReport},
 };
@@ -163,6 +163,7 @@ impl Registry {
             shutdown_told: false,
             paused: false,
             detached: false,
+            upkeep: Upkeep::default(),
             descriptor: None,
             stop: None,
             ended_as: 0,

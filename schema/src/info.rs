@@ -1,5 +1,7 @@
 //! What there is to know about a guest, as a Rust value.
 
+use uuid::Uuid;
+
 use crate::{
     error::{Error, cut},
     guest_capnp,
@@ -59,6 +61,27 @@ pub struct GuestInfo {
     pub paused: bool,
     /// Whether it lives on without the client that launched it.
     pub detached: bool,
+    /// How it is told apart, and kept.
+    pub upkeep: Upkeep,
+}
+
+/// How a guest is told apart, kept, and begun again; see `guest.capnp` for each field. A component knows none of it.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Upkeep {
+    /// Tells it from all other guests of its manager.
+    pub uuid: Option<Uuid>,
+    /// There is a definition of this name.
+    pub defined: bool,
+    /// It is started when its manager starts.
+    pub autostart: bool,
+    /// It goes on without its manager.
+    pub durable: bool,
+    /// How often it was begun again by itself since somebody started it.
+    pub restarts: u32,
+    /// How many runs in a row have failed.
+    pub failures: u32,
+    /// Milliseconds until it is stopped unless its lease is redeemed; 0 where that is not waited for.
+    pub lease_ends_ms: u32,
 }
 
 /// Most problems that are told at a time.
@@ -98,9 +121,19 @@ impl GuestInfo {
         to.set_component_pid(self.component_pid);
         to.set_paused(self.paused);
         to.set_detached(self.detached);
+        let upkeep = &self.upkeep;
+        if let Some(uuid) = &upkeep.uuid {
+            to.set_uuid(uuid.as_bytes());
+        }
+        to.set_defined(upkeep.defined);
+        to.set_autostart(upkeep.autostart);
+        to.set_durable(upkeep.durable);
+        to.set_restarts(upkeep.restarts);
+        to.set_failures(upkeep.failures);
+        to.set_lease_ends_ms(upkeep.lease_ends_ms);
     }
 
-    /// Reads the information out of a message. A status that this version does not know reads as not started.
+    /// Reads the information out of a message. A status that this version does not know reads as not started, and a UUID that is none as none.
     pub fn read(from: guest_capnp::guest_info::Reader<'_>) -> Result<Self, capnp::Error> {
         Ok(Self {
             name: from.get_name()?.to_string()?,
@@ -121,6 +154,15 @@ impl GuestInfo {
             component_pid: from.get_component_pid(),
             paused: from.get_paused(),
             detached: from.get_detached(),
+            upkeep: Upkeep {
+                uuid: Uuid::from_slice(from.get_uuid()?).ok(),
+                defined: from.get_defined(),
+                autostart: from.get_autostart(),
+                durable: from.get_durable(),
+                restarts: from.get_restarts(),
+                failures: from.get_failures(),
+                lease_ends_ms: from.get_lease_ends_ms(),
+            },
         })
     }
 }
@@ -254,8 +296,18 @@ mod tests {
             component_pid: 7,
             paused: true,
             detached: true,
+            upkeep: Upkeep {
+                uuid: Some(Uuid::from_bytes([7; 16])),
+                defined: true,
+                autostart: true,
+                durable: true,
+                restarts: 3,
+                failures: 2,
+                lease_ends_ms: 1,
+            },
         };
         let bare = GuestInfo {
+            upkeep: Upkeep::default(),
             descriptor: None,
             stop: None,
             problems: vec![],

@@ -4,7 +4,7 @@ use std::rc::Rc;
 
 use sepal_schema::{
     error::{Error, Kind},
-    info::{GuestDescriptor, GuestInfo, GuestStatus, LayerInfo},
+    info::{GuestDescriptor, GuestInfo, GuestStatus, LayerInfo, Upkeep},
     report::StopReport,
 };
 
@@ -58,6 +58,7 @@ pub(super) struct Entry {
     pub(super) shutdown_told: bool,
     pub(super) paused: bool,
     pub(super) detached: bool,
+    pub(super) upkeep: Upkeep,
     pub(super) descriptor: Option<GuestDescriptor>,
     pub(super) stop: Option<StopReport>,
     pub(super) ended_as: u64,
@@ -109,6 +110,7 @@ impl Entry {
             component_pid: self.component_pid,
             paused: self.paused,
             detached: self.detached,
+            upkeep: self.upkeep.clone(),
         }
     }
 }

@@ -13,15 +13,18 @@ use sepal_schema::{
     config,
     error::{Error, Kind},
     guest_capnp::{event, event_sink},
-    info::{GuestDescriptor, GuestInfo, GuestStatus},
+    info::{GuestDescriptor, GuestInfo, GuestStatus, Upkeep},
     lifecycle_capnp::backends,
     news::DeviceNews,
     report::{Reason, Rung, StopReport, now_ns},
     transport::{FdTable, Handle},
 };
 
-use super::{devices::Handles, news::Pacer};
-use crate::lifecycle::{Ending, Generation};
+use super::{devices::Handles, memory_news::MemoryNews, news::Pacer};
+use crate::{
+    lifecycle::{Ending, Generation},
+    memory::MIB,
+};
 
 /// How often at most the same is told of a device.
 const PACE: Duration = Duration::from_secs(1);
@@ -32,6 +35,7 @@ pub(super) struct GuestState {
     descriptor: GuestDescriptor,
     host: Lent,
     spawner: Handle,
+    memory_news: MemoryNews,
     inner: RefCell<Inner>,
 }
 
@@ -69,6 +73,7 @@ impl GuestState {
             descriptor,
             host,
             spawner,
+            memory_news: MemoryNews::default(),
             inner: RefCell::default(),
         })
     }
@@ -81,6 +86,16 @@ impl GuestState {
     /// The control loop.
     pub(super) fn spawner(&self) -> &Handle {
         &self.spawner
+    }
+
+    /// The memory that it was configured with, in bytes.
+    pub(super) fn memory_bytes(&self) -> u64 {
+        self.descriptor.memory_mib.saturating_mul(MIB)
+    }
+
+    /// When it was asked about its memory.
+    pub(super) fn memory_news(&self) -> &MemoryNews {
+        &self.memory_news
     }
 
     /// How the guest ended; none as long as it has not.
@@ -214,6 +229,7 @@ impl GuestState {
             component_pid: 0,
             paused: inner.paused,
             detached: false,
+            upkeep: Upkeep::default(),
         }
     }
 
