@@ -4,17 +4,19 @@
 
 use std::time::Duration;
 
-use capnp::capability::Rc as ServerRc;
+use capnp::{capability::Rc as ServerRc, struct_list};
 use futures::channel::oneshot;
 use sepal_devices::virtio::{
-    balloon::StatsError,
+    balloon::{MemoryStats, StatsError},
     block::{self, ResizeError},
     memory::{self, MemoryHandle},
     net::NetBackendKind,
 };
 use sepal_schema::{
     config::device::DiskMode,
-    device_capnp::{balloon_controller, device_stats, disk_controller, mem_controller, net_controller},
+    device_capnp::{
+        balloon_controller, balloon_controller::mem_stat, device_stats, disk_controller, mem_controller, net_controller,
+    },
     error::{Error, Kind, write_completion},
     facet_capnp::facet,
     guest_capnp::{console, output, serial},
@@ -250,12 +252,8 @@ impl balloon_controller::Server for GuestServer {
         };
         match stats {
             Ok(stats) => {
-                let mut list = results.get().init_stats(length(stats.stats.len()));
-                for (i, stat) in stats.stats.iter().enumerate() {
-                    let mut to = list.reborrow().get(length(i));
-                    to.set_tag(stat.tag);
-                    to.set_value(stat.value);
-                }
+                let list = results.get().init_stats(length(stats.stats.len()));
+                write_memory(&stats, list);
             }
             Err(error) => error.write(results.get().init_error()),
         }
@@ -325,6 +323,15 @@ impl console::Server for ConsoleServer {
     }
 }
 
+/// Writes what the guest said about its memory, into a list that is as long.
+fn write_memory(stats: &MemoryStats, mut to: struct_list::Builder<'_, mem_stat::Owned>) {
+    for (i, stat) in (0..).zip(&stats.stats) {
+        let mut to = to.reborrow().get(i);
+        to.set_tag(stat.tag);
+        to.set_value(stat.value);
+    }
+}
+
 /// Writes what the devices have counted.
 pub(super) fn write_stats(devices: &Handles, mut to: device_stats::Builder<'_>) {
     let mut list = to.reborrow().init_disks(length(devices.disks.len()));
@@ -345,6 +352,10 @@ pub(super) fn write_stats(devices: &Handles, mut to: device_stats::Builder<'_>) 
         to.set_current_pages(size.current);
         to.set_requested_pages(size.requested);
         to.set_reported_bytes(handle.stats().reported);
+        if let Some(stats) = handle.latest_stats() {
+            to.set_memory_age_ns(u64::try_from(stats.age().as_nanos()).unwrap_or(u64::MAX));
+            write_memory(&stats, to.init_memory(length(stats.stats.len())));
+        }
     }
     let mut list = to.init_networks(length(devices.networks.len()));
     for (i, (name, handle)) in devices.networks.iter().enumerate() {

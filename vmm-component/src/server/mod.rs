@@ -9,7 +9,7 @@
 //!        |  build, tear down: a thread each (jobs.rs), so that no request waits behind them
 //!   vm.rs          the machine, as the controller sees it; devices.rs: its devices, from the configuration
 //!        |  reports
-//!   news.rs        what devices tell, at a pace; settle.rs: memory that goes back a while after the start
+//!   news.rs        what devices tell, at a pace; memory_news.rs: when a guest is asked how its memory fares; settle.rs: memory that goes back a while after the start
 //! ```
 
 mod component;
@@ -19,6 +19,7 @@ pub mod devices;
 mod facets;
 mod guest;
 mod jobs;
+mod memory_news;
 mod news;
 mod observer;
 mod power;

@@ -43,7 +43,15 @@ impl GuestServer {
             Ok((stats, devices)) => {
                 let mut to = to.init_stats();
                 write_stats(&stats, to.reborrow());
+                let plugged = devices.memory.as_ref().map_or(0, |memory| memory.sizes().plugged);
+                let configured = self.state.memory_bytes();
+                to.reborrow()
+                    .init_memory()
+                    .set_guest(configured.saturating_add(plugged));
                 facets::write_stats(&devices, to.init_devices());
+                if let Some(balloon) = &devices.balloon {
+                    self.state.memory_news().ask(&balloon.handle, stats.cpu_time_ns());
+                }
             }
             Err(error) => error.write(to.init_error()),
         }
@@ -73,5 +81,13 @@ fn write_stats(stats: &MachineStats, mut to: stats::Builder<'_>) {
                 .saturating_sub(mmio)
                 .saturating_sub(assists),
         );
+        // There are 13 reasons.
+        let reasons: Vec<_> = vcpu.reasons().collect();
+        let mut list = to.init_reasons(reasons.len() as u32);
+        for (i, (reason, count)) in (0..).zip(reasons) {
+            let mut to = list.reborrow().get(i);
+            to.set_reason(reason.name());
+            to.set_count(count);
+        }
     }
 }

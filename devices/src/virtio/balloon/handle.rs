@@ -140,7 +140,7 @@ impl BalloonHandle {
         self.ring();
     }
 
-    /// What the guest said the last time that somebody asked.
+    /// What the guest said last: when somebody asked, or of itself when its driver began.
     pub fn latest_stats(&self) -> Option<MemoryStats> {
         lock(&self.0.asked).latest.clone()
     }

@@ -281,13 +281,16 @@ impl Balloon {
                     reason: "a second buffer of statistics, of which there can be one at a time".into(),
                 }));
             }
-            // The first buffer answers nothing.
-            if std::mem::take(&mut self.asked) {
-                let stats = MemoryStats {
-                    stats: stats::parse(&chain.reader(queue.memory()).read_to_end(ENTRY * MOST)),
-                    at: Instant::now(),
-                };
+            let stats = MemoryStats {
+                stats: stats::parse(&chain.reader(queue.memory()).read_to_end(ENTRY * MOST)),
+                at: Instant::now(),
+            };
+            let answers = std::mem::take(&mut self.asked);
+            // The first buffer answers nothing, and some drivers leave it empty.
+            if answers || !stats.stats.is_empty() {
                 lock(&self.shared.asked).latest = Some(stats.clone());
+            }
+            if answers {
                 self.waiters.answer(&Ok(stats));
             }
             self.buffer = Some(chain);

@@ -342,19 +342,11 @@ impl Vcpu {
 
     /// Answers one exit; an error is the guest's end.
     fn handle(&mut self, exit: Exit) -> Result<(), Happening> {
-        let reason = match exit {
-            Exit::Io(access) => {
-                self.port_access(&access);
-                ExitReason::Pio
-            }
-            Exit::Mmio { write, address, len } => {
-                self.memory_access(write, address, len);
-                ExitReason::Mmio
-            }
-            Exit::IoapicEoi(vector) => {
-                self.shared.bus.end_of_interrupt(vector);
-                ExitReason::IoapicEoi
-            }
+        self.counters.count(exit.reason());
+        match exit {
+            Exit::Io(access) => self.port_access(&access),
+            Exit::Mmio { write, address, len } => self.memory_access(write, address, len),
+            Exit::IoapicEoi(vector) => self.shared.bus.end_of_interrupt(vector),
             // Without an assist no MSR is filtered, and what KVM doesn't know faults.
             Exit::ReadMsr(index) => {
                 let value = self
@@ -363,7 +355,6 @@ impl Vcpu {
                     .as_deref()
                     .and_then(|assist| assist.rdmsr(&self.fd, index));
                 self.page.answer_msr(value);
-                ExitReason::Msr
             }
             Exit::WriteMsr { index, value } => {
                 let taken = self
@@ -372,7 +363,6 @@ impl Vcpu {
                     .as_deref()
                     .is_some_and(|assist| assist.wrmsr(&self.fd, index, value));
                 self.page.answer_msr(taken.then_some(value));
-                ExitReason::Msr
             }
             Exit::InternalError(suberror) => {
                 let Some(assist) = self.shared.assist.as_deref() else {
@@ -381,9 +371,8 @@ impl Vcpu {
                 if let Err(reason) = assist.internal_error(&mut self.fd) {
                     return Err(self.failure(reason));
                 }
-                ExitReason::Assist
             }
-            Exit::Again => ExitReason::Other,
+            Exit::Again => {}
             Exit::TripleFault => {
                 return Err(Happening::Reset {
                     how: ResetCause::TripleFault,
@@ -407,8 +396,7 @@ impl Vcpu {
             Exit::Unknown(reason) => {
                 return Err(self.failure(format!("KVM left the guest for the unknown reason {reason}")));
             }
-        };
-        self.counters.count(reason);
+        }
         Ok(())
     }
 

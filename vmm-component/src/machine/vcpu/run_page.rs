@@ -20,6 +20,8 @@ use kvm_ioctls::VcpuFd;
 use vmm_sys_util::errno;
 use vmm_sys_util::ioctl::ioctl;
 
+use crate::machine::stats::ExitReason;
+
 vmm_sys_util::ioctl_io_nr!(KVM_RUN, KVMIO, 0x80);
 
 /// The mapping, shared between a vCPU's thread and whoever may kick it.
@@ -82,6 +84,26 @@ pub(in crate::machine) enum Exit {
     Again,
     /// A reason that this program does not know.
     Unknown(u32),
+}
+
+impl Exit {
+    /// As what it is counted.
+    pub(in crate::machine) fn reason(self) -> ExitReason {
+        match self {
+            Self::Io(_) => ExitReason::Pio,
+            Self::Mmio { .. } => ExitReason::Mmio,
+            Self::IoapicEoi(_) => ExitReason::IoapicEoi,
+            Self::ReadMsr(_) => ExitReason::ReadMsr,
+            Self::WriteMsr { .. } => ExitReason::WriteMsr,
+            Self::Halt => ExitReason::Halt,
+            Self::TripleFault => ExitReason::TripleFault,
+            Self::SystemShutdown | Self::SystemReset => ExitReason::SystemEvent,
+            Self::InternalError(_) => ExitReason::Assist,
+            Self::FailEntry(_) => ExitReason::FailEntry,
+            Self::MemoryFault { .. } => ExitReason::MemoryFault,
+            Self::Again | Self::Unknown(_) => ExitReason::Other,
+        }
+    }
 }
 
 /// One port access, perhaps of a string instruction; every slice it names lies inside the mapping.

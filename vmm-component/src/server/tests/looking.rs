@@ -56,6 +56,19 @@ async fn memory(debug: &debug::Client, address: u64, length: u32) -> Result<Vec<
     }
 }
 
+/// What one vCPU's exits were for, and the guest's memory.
+fn exits_and_memory(from: stats_result::Reader<'_>) -> (Vec<(String, u64)>, u64) {
+    let Ok(stats_result::Which::Stats(stats)) = from.which() else {
+        panic!("no figures");
+    };
+    let stats = stats.unwrap();
+    let reasons = stats.get_vcpus().unwrap().get(1).get_reasons().unwrap();
+    let exits = reasons
+        .iter()
+        .map(|exits| (exits.get_reason().unwrap().to_string().unwrap(), exits.get_count()));
+    (exits.collect(), stats.get_memory().unwrap().get_guest())
+}
+
 fn serial_dropped(from: stats_result::Reader<'_>) -> Result<u64, Error> {
     match from.which().unwrap() {
         stats_result::Which::Stats(stats) => Ok(stats.unwrap().get_serial_dropped()),
@@ -130,10 +143,14 @@ fn while_a_vcpu_hangs_everything_else_is_answered() {
         assert!(is_pending(&mut stuck, &bench).await);
         let answer = statistics.get_request().send().promise.await.unwrap();
         assert_eq!(serial_dropped(answer.get().unwrap()), Ok(5));
+        let (exits, memory_bytes) = exits_and_memory(answer.get().unwrap());
+        assert_eq!(exits, [("io".to_owned(), 1), ("hlt".to_owned(), 8)]);
         let answer = observer.stats_request().send().promise.await.unwrap();
         assert_eq!(serial_dropped(answer.get().unwrap()), Ok(5));
         let answer = observer.info_request().send().promise.await.unwrap();
-        assert!(GuestInfo::read_result(answer.get().unwrap()).unwrap().uptime_ns > 0);
+        let info = GuestInfo::read_result(answer.get().unwrap()).unwrap();
+        assert!(info.uptime_ns > 0);
+        assert_eq!(memory_bytes, info.descriptor.unwrap().memory_mib << 20);
         assert_eq!(memory(&bench.debug(), 1, 2).await, Ok(vec![1, 1]));
         // All that before this gave up.
         let error = stuck.await.unwrap_err();
