@@ -1,7 +1,7 @@
 //! The command line of `guest`.
 //!
 //! ```text
-//!   launch, devices, sharing   what the commands with much to say can be told
+//!   launch, options, devices, sharing   what the commands with much to say can be told
 //!   units                      sizes, times, ranges
 //!   help                       the commands in groups, examples, exit statuses
 //! ```
@@ -9,8 +9,9 @@
 mod devices;
 mod help;
 mod launch;
+mod options;
 mod sharing;
-mod units;
+pub(crate) mod units;
 
 use std::{ffi::OsString, path::PathBuf, time::Duration};
 
@@ -24,6 +25,7 @@ use self::units::parse_time;
 pub(crate) use self::{
     devices::{BalloonCommand, ConsoleAt, DiskCommand, LinkState, MemCommand, NetCommand, VsockCommand},
     launch::Launch,
+    options::GuestOptions,
     sharing::{Action, Limits, Redeem, Revoke, Share},
 };
 use crate::place::Address;

@@ -6,7 +6,7 @@
 //!   calls                     the protocol's calls, as Rust functions
 //!   launch, session, show, events, stats, registers, control, devices, vsock, agent, sharing, redeem      the commands
 //!   streams, uploads          what stands in for descriptors on connections that carry none
-//!   specs                     what the options for devices mean
+//!   specs, assemble           what the options for devices mean, and the configuration that all of them make
 //!   say, terminal, status, table, users   what the user sees
 //! ```
 
@@ -15,6 +15,7 @@ mod say;
 
 mod agent;
 mod args;
+mod assemble;
 mod calls;
 mod control;
 mod devices;

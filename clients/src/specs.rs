@@ -3,12 +3,16 @@
 //! A specification is a list of words with commas between; a comma that belongs to a word is written twice. The first word is what the device is
 //! about, the others are flags or `key=value`.
 
+mod upkeep;
+
 use std::path::PathBuf;
 
 use sepal_schema::config::{
     INSTANCE_ID, OnPanic, OnReset,
     device::{Balloon, Console, DiskFormat, DiskMode, MAX_CONSOLE_PORTS, MemoryDevice, RateLimit, Rng, WatchdogAction},
 };
+
+pub(crate) use upkeep::{parse_pin, parse_restart, parse_uuid};
 
 /// A disk of the command line.
 #[derive(Debug, Clone, PartialEq, Eq)]

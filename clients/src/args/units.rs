@@ -7,7 +7,7 @@ use sepal_schema::facet::{CallRate, Range};
 use crate::specs::parse_bytes;
 
 /// Reads a memory size as MiB: a number of MiB, or a number with one of the units M, MiB, G, GiB, T, TiB.
-pub(super) fn parse_memory(text: &str) -> Result<i32, String> {
+pub(crate) fn parse_memory(text: &str) -> Result<i32, String> {
     let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
     let mib: u64 = match unit.trim().to_ascii_lowercase().as_str() {
@@ -31,7 +31,7 @@ pub(super) fn parse_memory(text: &str) -> Result<i32, String> {
 }
 
 /// Reads a time: a number of seconds, or a number with one of the units ms, s, m, h, d; fractions allowed.
-pub(super) fn parse_time(text: &str) -> Result<Duration, String> {
+pub(crate) fn parse_time(text: &str) -> Result<Duration, String> {
     let digits = text
         .find(|c: char| !c.is_ascii_digit() && c != '.')
         .unwrap_or(text.len());
@@ -55,7 +55,7 @@ pub(super) fn parse_time(text: &str) -> Result<Duration, String> {
 }
 
 /// Reads the time after which something ends: of a second or more, since one of nothing would be gone before anybody had it.
-pub(super) fn parse_lifetime(text: &str) -> Result<Duration, String> {
+pub(crate) fn parse_lifetime(text: &str) -> Result<Duration, String> {
     match parse_time(text)? {
         time if time < Duration::from_secs(1) => Err("it must be at least 1 s; left out, there is no end".to_owned()),
         time => Ok(time),
@@ -63,7 +63,7 @@ pub(super) fn parse_lifetime(text: &str) -> Result<Duration, String> {
 }
 
 /// Reads sizes from one to another, both included: `MIN..MAX`; left out, the first is 0 and the second has no bound.
-pub(super) fn parse_range(text: &str) -> Result<Range, String> {
+pub(crate) fn parse_range(text: &str) -> Result<Range, String> {
     let Some((min, max)) = text.split_once("..") else {
         return Err(format!("'{text}' is no range; MIN..MAX is, as 64M..1G"));
     };
@@ -82,7 +82,7 @@ pub(super) fn parse_range(text: &str) -> Result<Range, String> {
 }
 
 /// Reads how often something may be called: `N` times a second, or `N/BURST` with so many at once after a rest.
-pub(super) fn parse_rate(text: &str) -> Result<CallRate, String> {
+pub(crate) fn parse_rate(text: &str) -> Result<CallRate, String> {
     let (per_second, burst) = text.split_once('/').unwrap_or((text, text));
     let number = |text: &str| match text.parse() {
         Ok(number @ 1u32..) => Ok(number),
