@@ -5,11 +5,12 @@
 //!   config  GuestConfig as a Rust value, decoded with limits and errors that name the field
 //!   error   typed errors: what a method answers when an expected thing goes wrong
 //!   facet   what a capability permits: rights and bounds
-//!   report  how a guest ended;  info  what there is to know about a guest;  news  what happens to its devices
+//!   report  how a guest ended;  crash  what is known about a run that failed;  info  what there is to know about a guest;  news  what happens to its devices
 //!   transport  messages and file descriptors over Unix sockets, on one event loop a thread
 //! ```
 
 pub mod config;
+pub mod crash;
 pub mod error;
 pub mod facet;
 #[expect(missing_docs, unreachable_pub, reason = "generated from the .capnp files, which carry the documentation")]
