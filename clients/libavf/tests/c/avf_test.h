@@ -207,8 +207,10 @@ static inline bool read_more(struct Output *output) {
 static inline char *line_with(struct Output *output, const char *text) {
     for (;;) {
         char *fresh = output->text + output->seen;
-        char *found = strstr(fresh, text);
-        char *end = found == NULL ? NULL : strchr(found, '\n');
+        /* Bytes that are zero may stand before it: two ports print here. */
+        size_t length = output->size - output->seen;
+        char *found = (char *)memmem(fresh, length, text, strlen(text));
+        char *end = found == NULL ? NULL : (char *)memchr(found, '\n', length - (size_t)(found - fresh));
         if (end != NULL) {
             while (found > fresh && found[-1] != '\n') {
                 found--;
