@@ -37,6 +37,7 @@ pub mod guest_server;
 pub mod history;
 pub mod host;
 mod ladder;
+mod lease;
 mod life;
 pub mod lifecycle_server;
 mod list;

@@ -1,6 +1,6 @@
 //! `GuestManager`: what a connection to the manager's socket begins with.
 
-use std::{cell::Cell, future::Future, rc::Rc};
+use std::{future::Future, rc::Rc};
 
 use sepal_schema::{
     answer,
@@ -16,10 +16,11 @@ use crate::{
         thing,
     },
     audit::Call,
-    client::{Client, Who},
-    guest::{Guest, StopCause},
+    client::Client,
+    guest::Guest,
     guest_server::GuestServer,
     ladder,
+    lease::Lease,
     lifecycle_server::LifecycleServer,
     list,
     manager::Manager,
@@ -28,7 +29,7 @@ use crate::{
     roles::Role,
     serial::yield_now,
     slot::Slot,
-    subscription,
+    statistics, subscription,
 };
 
 /// Rounds of the event loop in which an answer has certainly come to its connection: it takes three.
@@ -74,11 +75,7 @@ impl ManagerServer {
             .create(config, &self.client, true)
             .inspect_err(|_| slot.release())?;
         // From here on: a caller that gives up before the answer stops the guest like one that drops the lease.
-        let lease = Rc::new(Lease {
-            who: self.client.who,
-            guest: guest.clone(),
-            released: Cell::new(params.get_detach()),
-        });
+        let lease = Lease::new(self.client.who, &guest, params.get_detach());
         Ok((guest, lease))
     }
 
@@ -208,6 +205,12 @@ impl guest_manager::Server for ManagerServer {
             info.write(to.reborrow().get(i));
         }
         reply(Ok(()))
+    }
+
+    async fn stats(self: Rc<Self>, params: guest_manager::StatsParams, results: guest_manager::StatsResults) -> Reply {
+        let checked = self.client.check(Role::Observe, "stats");
+        checked.map_err(|error| error.exception())?;
+        statistics::serve(self.manager.clone(), params, results).await
     }
 
     fn subscribe(
@@ -378,54 +381,6 @@ impl guest_manager::Server for ManagerServer {
         to.set_gid(self.client.who.gid);
         to.set_role(self.client.role.into());
         to.set_read_only(self.client.read_only);
-        reply(Ok(()))
-    }
-}
-
-/// A launched guest's life line.
-struct Lease {
-    who: Who,
-    guest: Rc<Guest>,
-    released: Cell<bool>,
-}
-
-impl Lease {
-    fn call(&self, deed: &'static str) -> Call {
-        let mut call = Call::new(&self.guest.manager.audit, self.who, deed);
-        call.guest(&self.guest.name);
-        call
-    }
-}
-
-impl Drop for Lease {
-    fn drop(&mut self) {
-        if !self.released.get() {
-            if self.guest.live() {
-                self.call("Lease.drop").done(Ok(()));
-            }
-            self.guest.want_stop(StopCause::Killed(
-                "the lease of the client that launched it was dropped".to_owned(),
-            ));
-        }
-    }
-}
-
-impl guest_manager::lease::Server for Lease {
-    fn detach(
-        self: Rc<Self>,
-        _: guest_manager::lease::DetachParams,
-        mut results: guest_manager::lease::DetachResults,
-    ) -> impl Future<Output = Reply> + 'static {
-        let call = self.call("Lease.detach");
-        let outcome = self.guest.check_live();
-        call.done(outcome.as_ref().copied());
-        if outcome.is_ok() {
-            self.released.set(true);
-            self.guest
-                .manager
-                .registry(|registry, _| registry.detach(self.guest.id));
-        }
-        write_completion(&outcome, results.get());
         reply(Ok(()))
     }
 }
