@@ -95,6 +95,11 @@ impl FdTable {
         })))
     }
 
+    /// The table of no connection: it carries none.
+    pub fn none() -> Self {
+        Self::new(false)
+    }
+
     /// Whether the connection carries descriptors at all.
     pub fn can_carry(&self) -> bool {
         self.0.borrow().carries
