@@ -25,6 +25,7 @@ mod entry;
 
 use std::{
     collections::{BTreeMap, HashMap},
+    ops::Bound,
     rc::Rc,
 };
 
@@ -35,7 +36,9 @@ use sepal_schema::{
     news::DeviceNews,
     report::{Reason, StopReport},
 };
+use uuid::Uuid;
 
+pub use self::entry::Vitals;
 use self::entry::{Entry, Phase, taken};
 use crate::{
     events::{EventLog, KEPT},
@@ -453,6 +456,21 @@ impl Registry {
     /// All guests, sorted by name.
     pub fn ids(&self) -> Vec<GuestId> {
         self.names.values().copied().collect()
+    }
+
+    /// The guests whose vCPUs run or are paused, with their UUIDs, sorted by name, of a range of names.
+    pub fn running(&self, names: (Bound<&str>, Bound<&str>)) -> Vec<(GuestId, Option<Uuid>)> {
+        let entries = self
+            .names
+            .range::<str, _>(names)
+            .filter_map(|(_, id)| self.entries.get(id));
+        let running = entries.filter(|entry| matches!(entry.phase, Phase::Running | Phase::Stopping));
+        running.map(|entry| (entry.id, entry.upkeep.uuid)).collect()
+    }
+
+    /// What changes all the time about a guest.
+    pub fn vitals(&self, id: GuestId, now: Moment) -> Option<Vitals> {
+        self.entries.get(&id).map(|entry| entry.vitals(now))
     }
 
     /// The guests that were forgotten since the last call; what is kept for them elsewhere can go.

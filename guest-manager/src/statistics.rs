@@ -10,6 +10,14 @@
 //!
 //! A component has one question at a time, however many clients ask and however long it hangs. The first is put when the guest starts, so
 //! that there are figures of a component that hangs soon after. What was told last outlives the guest.
+//!
+//! ```text
+//!   all     those of all guests, a page at a time
+//!   usage   what the host says about a component's memory
+//! ```
+
+mod all;
+mod usage;
 
 use std::{
     rc::Rc,
@@ -20,20 +28,36 @@ use capnp::message::TypedBuilder;
 use sepal_schema::{
     error::{Error, Kind},
     guest_capnp::{guest, statistics::stats_result, stats},
+    manager_capnp::guest_manager::named_stats,
 };
 
+pub(crate) use self::all::serve;
+use self::usage::Usage;
 use crate::{changed::Changed, guest::Guest, model::bounded_error};
 
 /// How long somebody who asks waits for the component.
 const PATIENCE: Duration = Duration::from_millis(5);
 /// The longest answer of a component that is kept, in words of 8 bytes: 64 vCPUs and 32 devices of each kind take a tenth.
 const MAX_WORDS: u64 = 8192;
+/// Words that the manager adds to what a component tells: its memory, if it did not tell of any.
+const MEMORY_WORDS: u64 = 4;
 
 /// What a component told.
 #[derive(Clone)]
 struct Told {
     figures: Rc<TypedBuilder<stats::Owned>>,
     at: Instant,
+}
+
+impl Told {
+    /// Words of 8 bytes that they take in a message.
+    fn words(&self) -> u64 {
+        let size = self
+            .figures
+            .get_root_as_reader()
+            .and_then(|figures| figures.total_size());
+        size.map_or(MAX_WORDS, |size| size.word_count)
+    }
 }
 
 #[derive(Default)]
@@ -53,6 +77,11 @@ pub(crate) struct Figures {
 }
 
 impl Figures {
+    /// Words of 8 bytes that they took in a message the last time; none if they were never told.
+    fn words(&self) -> Option<u64> {
+        Some(self.last()?.words() + MEMORY_WORDS)
+    }
+
     fn last(&self) -> Option<Told> {
         self.state.look(|state| state.last.clone())
     }
@@ -89,10 +118,31 @@ fn never_told() -> Error {
     )
 }
 
+/// What the manager knows by itself of a guest, without asking its component.
+#[derive(Debug, Clone, Copy, Default)]
+struct Seen {
+    uptime_ns: u64,
+    usage: Usage,
+}
+
+impl Seen {
+    fn of(guest: &Guest) -> Self {
+        let vitals = guest.manager.registry(|registry, now| registry.vitals(guest.id, now));
+        match vitals.filter(|vitals| vitals.generation == guest.generation()) {
+            Some(vitals) => Self {
+                uptime_ns: vitals.uptime_ns,
+                usage: usage::of(vitals.component_pid).unwrap_or_default(),
+            },
+            None => Self::default(),
+        }
+    }
+}
+
 /// Figures, and how old they are.
 pub(crate) struct Aged {
     told: Told,
     age: Duration,
+    seen: Seen,
 }
 
 impl Aged {
@@ -102,10 +152,34 @@ impl Aged {
     /// The message is full.
     pub(crate) fn write(&self, mut to: stats_result::Builder<'_>) -> Result<(), capnp::Error> {
         to.set_stats(self.told.figures.get_root_as_reader()?)?;
-        if let stats_result::Stats(stats) = to.which()? {
-            stats?.set_age_ns(u64::try_from(self.age.as_nanos()).unwrap_or(u64::MAX));
+        match to.which()? {
+            stats_result::Stats(stats) => self.add(stats?),
+            stats_result::Error(_) => Ok(()),
         }
+    }
+
+    /// Writes them into an answer about many guests.
+    ///
+    /// # Errors
+    /// The message is full.
+    pub(crate) fn write_named(&self, mut to: named_stats::Builder<'_>) -> Result<(), capnp::Error> {
+        to.set_stats(self.told.figures.get_root_as_reader()?)?;
+        self.add(to.get_stats()?)
+    }
+
+    /// Adds what the component does not tell.
+    fn add(&self, mut to: stats::Builder<'_>) -> Result<(), capnp::Error> {
+        to.set_age_ns(u64::try_from(self.age.as_nanos()).unwrap_or(u64::MAX));
+        to.set_uptime_ns(self.seen.uptime_ns);
+        let mut memory = to.get_memory()?;
+        memory.set_resident(self.seen.usage.resident);
+        memory.set_shared(self.seen.usage.shared);
         Ok(())
+    }
+
+    /// Words of 8 bytes that they take in a message.
+    pub(crate) fn words(&self) -> u64 {
+        self.told.words() + MEMORY_WORDS
     }
 }
 
@@ -123,17 +197,13 @@ pub(crate) async fn of(guest: &Rc<Guest>) -> Result<Aged, Error> {
             .unwrap_or_else(|_| Err(never_told())),
         Err(error) => Err(error),
     };
-    match (heard, figures.last()) {
-        (Ok(told), _) => Ok(Aged {
-            told,
-            age: Duration::ZERO,
-        }),
-        (Err(_), Some(told)) => Ok(Aged {
-            age: told.at.elapsed(),
-            told,
-        }),
-        (Err(error), None) => Err(guest.check_live().err().unwrap_or(error)),
-    }
+    let (told, age) = match (heard, figures.last()) {
+        (Ok(told), _) => (told, Duration::ZERO),
+        (Err(_), Some(told)) => (told.clone(), told.at.elapsed()),
+        (Err(error), None) => return Err(guest.check_live().err().unwrap_or(error)),
+    };
+    let seen = Seen::of(guest);
+    Ok(Aged { told, age, seen })
 }
 
 /// Asks the component, unless it has still to answer.

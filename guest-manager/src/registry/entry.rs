@@ -46,6 +46,17 @@ impl Phase {
     }
 }
 
+/// What changes all the time about a guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Vitals {
+    /// Which creation under its name.
+    pub generation: u64,
+    /// Nanoseconds since its vCPUs started, or from there to their end.
+    pub uptime_ns: u64,
+    /// Process id of its component; 0 if there is none.
+    pub component_pid: u32,
+}
+
 /// A name, and what is known of the guest behind it.
 #[derive(Debug)]
 pub(super) struct Entry {
@@ -92,17 +103,31 @@ impl Entry {
         ending.report(if uptime_ns == 0 { measured } else { uptime_ns }, now)
     }
 
-    pub(super) fn info(&self, now: Moment) -> GuestInfo {
+    /// Nanoseconds since its vCPUs started, if they did and have not ended.
+    fn uptime_ns(&self, now: Moment) -> Option<u64> {
         let runs = matches!(self.phase, Phase::Running | Phase::Stopping);
-        let uptime = self
-            .started_at
+        self.started_at
             .filter(|_| runs)
-            .map(|start| now.monotonic_ns.saturating_sub(start));
+            .map(|start| now.monotonic_ns.saturating_sub(start))
+    }
+
+    pub(super) fn vitals(&self, now: Moment) -> Vitals {
+        let last = self.stop.as_ref().filter(|_| self.phase.ended());
+        Vitals {
+            generation: self.generation,
+            uptime_ns: self
+                .uptime_ns(now)
+                .unwrap_or_else(|| last.map_or(0, |stop| stop.uptime_ns)),
+            component_pid: self.component_pid,
+        }
+    }
+
+    pub(super) fn info(&self, now: Moment) -> GuestInfo {
         GuestInfo {
             name: self.name.to_string(),
             status: self.phase.status(),
             generation: self.generation,
-            uptime_ns: uptime.unwrap_or(0),
+            uptime_ns: self.uptime_ns(now).unwrap_or(0),
             descriptor: self.descriptor.clone(),
             stop: self.stop.clone(),
             problems: Vec::new(),
