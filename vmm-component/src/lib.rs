@@ -6,5 +6,7 @@ pub mod layout;
 pub mod lifecycle;
 pub mod machine;
 pub mod memory;
+pub(crate) mod paging;
 pub mod server;
+pub(crate) mod stack;
 pub mod unassisted;

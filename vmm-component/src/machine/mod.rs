@@ -21,6 +21,7 @@ mod error;
 mod event;
 mod guards;
 mod loader;
+mod looking;
 mod msi;
 mod pause;
 mod pci;
@@ -41,7 +42,6 @@ use std::time::{Duration, Instant};
 
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Kvm, VmFd};
-use vm_memory::{Bytes, GuestAddress};
 
 use self::loader::{Job, Loader};
 use self::pause::PauseLedger;
@@ -60,10 +60,10 @@ use crate::unassisted::{self, Assist};
 pub use self::config::{DeviceSpec, EventSink, Guards, Hooks, HostKind, MachineConfig, ThreadRole, ThreadSetup};
 pub use self::error::MachineError;
 pub use self::event::{Happening, MachineEvent, RegisterDump, ResetCause};
+pub use self::looking::{Answer, MAX_READ, Question};
 pub use self::stats::{ExitReason, MachineStats, VcpuStats};
-
-/// Most bytes that [`Machine::read_memory`] reads at once.
-pub const MAX_READ: u32 = 64 << 10;
+pub use crate::paging::Translation;
+pub use crate::stack::{Frame, Stack};
 
 /// How long a dropped machine waits for its threads.
 const DROP_PATIENCE: Duration = Duration::from_secs(2);
@@ -350,32 +350,6 @@ impl Machine {
                 reason: format!("the machine's vCPUs are 0 to {}", self.vcpus - 1),
             }),
         }
-    }
-
-    /// Guest memory by physical address, as it is at this moment; at most [`MAX_READ`] bytes.
-    ///
-    /// # Errors
-    ///
-    /// [`MachineError::BadConfig`]: too long, or part of the range is not memory.
-    pub fn read_memory(&self, address: u64, length: u32) -> Result<Vec<u8>, MachineError> {
-        if length > MAX_READ {
-            return Err(MachineError::BadConfig {
-                field: "length",
-                reason: format!("{length} bytes are too many at once, {MAX_READ} are the most"),
-            });
-        }
-        let none = |address: u64| MachineError::BadConfig {
-            field: "address",
-            reason: format!("{address:#x} is not memory of this guest"),
-        };
-        let ram = &self.shared.ram;
-        if let Some(gap) = ram.first_gap(address, length.into()) {
-            return Err(none(gap));
-        }
-        let mut bytes = vec![0; length as usize];
-        let read = ram.memory().read_slice(&mut bytes, GuestAddress(address));
-        read.map_err(|_| none(address))?;
-        Ok(bytes)
     }
 
     /// Counters, read without disturbing a vCPU.

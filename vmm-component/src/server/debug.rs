@@ -1,4 +1,5 @@
-//! Debug: looks into a guest. Registers are told by the vCPU's thread, which leaves the guest for that; memory is read from here.
+//! Debug: looks into a guest. Registers, and what needs them, are told by the vCPU's thread, which leaves the guest for that; physical memory is read
+//! from here.
 
 use std::time::Duration;
 
@@ -10,7 +11,7 @@ use sepal_schema::{
 };
 
 use super::guest::GuestServer;
-use crate::machine::RegisterDump;
+use crate::machine::{Answer, MachineError, Question, RegisterDump};
 
 type Reply = Result<(), capnp::Error>;
 
@@ -21,17 +22,24 @@ impl GuestServer {
     /// The registers of a vCPU at this moment.
     async fn registers_of(&self, vcpu: u8) -> Result<RegisterDump, Error> {
         let (sender, receiver) = oneshot::channel();
-        self.with_running(|vm| {
-            vm.registers(
-                vcpu,
-                Box::new(move |registers| {
-                    // Nobody listens any more if the call was dropped.
-                    let _ = sender.send(registers);
-                }),
-            )
-        })?;
+        // Nobody listens any more if the call was dropped.
+        let show = Box::new(move |registers| drop(sender.send(registers)));
+        self.with_running(|vm| vm.registers(vcpu, show))?;
+        self.shown(vcpu, receiver).await
+    }
+
+    /// What a vCPU sees at this moment.
+    async fn look(&self, vcpu: u8, question: Question) -> Result<Answer, Error> {
+        let (sender, receiver) = oneshot::channel();
+        let show = Box::new(move |answer| drop(sender.send(answer)));
+        self.with_running(|vm| vm.look(vcpu, question, show))?;
+        self.shown(vcpu, receiver).await
+    }
+
+    /// What a vCPU's thread tells.
+    async fn shown<T>(&self, vcpu: u8, receiver: oneshot::Receiver<Result<T, MachineError>>) -> Result<T, Error> {
         match self.spawner().timeout(PATIENCE, receiver).await {
-            Ok(Ok(registers)) => registers.map_err(|error| error.to_error()),
+            Ok(Ok(shown)) => shown.map_err(|error| error.to_error()),
             // The vCPU is gone, and its orders with it.
             Ok(Err(_)) => Err(Error::new(Kind::NotRunning, "the guest has ended")),
             Err(_) => {
@@ -40,6 +48,11 @@ impl GuestServer {
             }
         }
     }
+}
+
+/// An answer to another question than was asked.
+fn mistaken() -> Error {
+    Error::new(Kind::InternalError, "the machine answered another question")
 }
 
 impl debug::Server for GuestServer {
@@ -64,6 +77,65 @@ impl debug::Server for GuestServer {
         let (address, length) = (params.get_address(), params.get_length());
         match self.with_running(|vm| vm.read_memory(address, length)) {
             Ok(bytes) => results.get().set_bytes(&bytes),
+            Err(error) => error.write(results.get().init_error()),
+        }
+        Ok(())
+    }
+
+    async fn read_virtual(
+        self: ServerRc<Self>,
+        params: debug::ReadVirtualParams,
+        mut results: debug::ReadVirtualResults,
+    ) -> Reply {
+        let params = params.get()?;
+        let (vcpu, address, length) = (params.get_vcpu(), params.get_address(), params.get_length());
+        match self.look(vcpu, Question::Memory { address, length }).await {
+            Ok(Answer::Memory(bytes)) => results.get().set_bytes(&bytes),
+            Ok(_) => mistaken().write(results.get().init_error()),
+            Err(error) => error.write(results.get().init_error()),
+        }
+        Ok(())
+    }
+
+    async fn translate(
+        self: ServerRc<Self>,
+        params: debug::TranslateParams,
+        mut results: debug::TranslateResults,
+    ) -> Reply {
+        let params = params.get()?;
+        let (vcpu, address) = (params.get_vcpu(), params.get_address());
+        match self.look(vcpu, Question::Translation { address }).await {
+            Ok(Answer::Translation(found)) => {
+                let mut to = results.get().init_translation();
+                to.set_physical(found.physical);
+                to.set_page_size(found.page_size);
+                to.set_writable(found.writable);
+                to.set_user(found.user);
+                to.set_executable(found.executable);
+            }
+            Ok(_) => mistaken().write(results.get().init_error()),
+            Err(error) => error.write(results.get().init_error()),
+        }
+        Ok(())
+    }
+
+    async fn stack(self: ServerRc<Self>, params: debug::StackParams, mut results: debug::StackResults) -> Reply {
+        let params = params.get()?;
+        let most = usize::from(params.get_most());
+        match self.look(params.get_vcpu(), Question::Stack { most }).await {
+            Ok(Answer::Stack(stack)) => {
+                let mut to = results.get();
+                to.set_end(stack.end.as_str());
+                // No more than 256.
+                let mut list = to.init_frames(stack.frames.len() as u32);
+                for (i, frame) in (0..).zip(&stack.frames) {
+                    let mut to = list.reborrow().get(i);
+                    to.set_address(frame.address);
+                    to.set_stack_pointer(frame.stack_pointer);
+                    to.set_reliable(frame.reliable);
+                }
+            }
+            Ok(_) => mistaken().write(results.get().init_error()),
             Err(error) => error.write(results.get().init_error()),
         }
         Ok(())

@@ -23,8 +23,8 @@ use super::devices::{Handles, Place, Requests};
 use crate::{
     lifecycle::Generation,
     machine::{
-        Hooks, HostKind, Machine, MachineConfig, MachineError, MachineEvent, MachineStats, RegisterDump, Spare,
-        ThreadRole, ThreadSetup,
+        Answer, Hooks, HostKind, Machine, MachineConfig, MachineError, MachineEvent, MachineStats, Question,
+        RegisterDump, Spare, ThreadRole, ThreadSetup,
     },
     memory::{CustomRange, MIB, MemoryConfig},
 };
@@ -65,6 +65,9 @@ pub type Builder =
 /// Is told the registers of a vCPU, or why they cannot be read.
 pub type ShowRegisters = Box<dyn FnOnce(Result<RegisterDump, MachineError>) + Send>;
 
+/// Is told what was asked of a vCPU, or why it cannot be known.
+pub type ShowAnswer = Box<dyn FnOnce(Result<Answer, MachineError>) + Send>;
+
 /// A machine that was built.
 pub trait Vm: Send {
     /// Starts vCPUs and dispatch loops; they run when it returns.
@@ -81,6 +84,8 @@ pub trait Vm: Send {
     fn nmi(&mut self) -> Result<(), Error>;
     /// Calls `show` with the registers of a vCPU, on another thread; drops it uncalled if the machine ends before.
     fn registers(&self, vcpu: u8, show: ShowRegisters) -> Result<(), Error>;
+    /// Calls `show` with the answer to a question about memory as a vCPU sees it, as `registers` does.
+    fn look(&self, vcpu: u8, question: Question, show: ShowAnswer) -> Result<(), Error>;
     /// Guest memory by physical address, at most 64 KiB of it.
     fn read_memory(&self, address: u64, length: u32) -> Result<Vec<u8>, Error>;
     /// Counters, taken without waking a vCPU.
@@ -213,6 +218,11 @@ impl Vm for RealVm {
 
     fn registers(&self, vcpu: u8, show: ShowRegisters) -> Result<(), Error> {
         self.machine.registers(vcpu, show).map_err(|error| error.to_error())
+    }
+
+    fn look(&self, vcpu: u8, question: Question, show: ShowAnswer) -> Result<(), Error> {
+        let asked = self.machine.look(vcpu, question, show);
+        asked.map_err(|error| error.to_error())
     }
 
     fn read_memory(&self, address: u64, length: u32) -> Result<Vec<u8>, Error> {

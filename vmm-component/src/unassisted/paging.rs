@@ -1,4 +1,4 @@
-//! Guest page tables, walked in guest memory: from a linear address to a physical one, and access to what is there.
+//! What the emulation does with guest memory by linear addresses; the walk through the page tables is [`paging`]'s.
 //!
 //! Long mode with four levels only, at CPL 0. Protection keys, SMEP and SMAP can't be on: the CPUID leaf that offers them is
 //! hidden. Accessed and dirty bits are left alone; what is accessed here is kernel memory, whose entries have them set from the
@@ -7,24 +7,14 @@
 use kvm_bindings::kvm_sregs;
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
 
-pub(super) const PAGE: u64 = 4096;
+use crate::paging::{self, CR0_PAGING, CR4_FIVE_LEVELS, EFER_LONG_MODE_ACTIVE, Hole, PageTables};
+pub(super) use crate::paging::{ADDRESS, NO_EXECUTE, PAGE, PRESENT, USER, WRITABLE};
 
-pub(super) const PRESENT: u64 = 1;
-pub(super) const WRITABLE: u64 = 1 << 1;
-pub(super) const USER: u64 = 1 << 2;
 pub(super) const CACHE_DISABLE: u64 = 1 << 4;
 pub(super) const ACCESSED: u64 = 1 << 5;
 pub(super) const DIRTY: u64 = 1 << 6;
-const LARGE: u64 = 1 << 7;
-pub(super) const NO_EXECUTE: u64 = 1 << 63;
-/// Physical address bits of an entry, and of CR3.
-pub(super) const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
 const CR0_WRITE_PROTECT: u64 = 1 << 16;
-const CR0_PAGING: u64 = 1 << 31;
-const CR4_FIVE_LEVELS: u64 = 1 << 12;
-pub(super) const EFER_NO_EXECUTE: u64 = 1 << 11;
-const EFER_LONG_MODE_ACTIVE: u64 = 1 << 10;
 
 /// What is done with the memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,10 +41,8 @@ pub(super) enum Fault {
 /// The guest's memory as its kernel sees it at one moment.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct AddressSpace<'a> {
-    memory: &'a GuestMemoryMmap,
-    root: u64,
+    tables: PageTables<'a>,
     write_protect: bool,
-    no_execute: bool,
 }
 
 impl<'a> AddressSpace<'a> {
@@ -63,76 +51,45 @@ impl<'a> AddressSpace<'a> {
         let long =
             sregs.cr0 & CR0_PAGING != 0 && sregs.efer & EFER_LONG_MODE_ACTIVE != 0 && sregs.cr4 & CR4_FIVE_LEVELS == 0;
         long.then_some(Self {
-            memory,
-            root: sregs.cr3 & ADDRESS,
+            tables: PageTables::new(memory, sregs),
             write_protect: sregs.cr0 & CR0_WRITE_PROTECT != 0,
-            no_execute: sregs.efer & EFER_NO_EXECUTE != 0,
         })
     }
 
     /// Physical address of the top-level table.
     pub(super) fn root(&self) -> u64 {
-        self.root
+        self.tables.root()
     }
 
     /// The guest's memory.
     pub(super) fn memory(&self) -> &'a GuestMemoryMmap {
-        self.memory
+        self.tables.memory()
     }
 
     /// Whether bit 63 of an entry means "no execute" rather than being reserved.
     pub(super) fn no_execute(&self) -> bool {
-        self.no_execute
+        self.tables.no_execute()
     }
 
     /// The physical address behind a linear one. Reads at most four entries, whatever the tables contain.
     pub(super) fn translate(&self, address: u64, access: Access) -> Result<u64, Fault> {
-        if !is_canonical(address) {
-            return Err(Fault::NotCanonical);
-        }
         let fault = |present: bool| Fault::Page {
             address,
             code: u32::from(present)
                 | u32::from(access == Access::Write) << 1
-                | u32::from(access == Access::Execute && self.no_execute) << 4,
+                | u32::from(access == Access::Execute && self.no_execute()) << 4,
         };
-        let mut table = self.root;
-        let mut writable = true;
-        let mut executable = true;
-        for shift in [39, 30, 21, 12] {
-            let physical = table + (address >> shift & 511) * 8;
-            let entry = self.entry(physical)?;
-            if entry & PRESENT == 0 {
-                return Err(fault(false));
-            }
-            writable &= entry & WRITABLE != 0;
-            executable &= entry & NO_EXECUTE == 0 || !self.no_execute;
-            if shift == 12 || (entry & LARGE != 0 && shift < 39) {
-                let allowed = match access {
-                    Access::Read => true,
-                    Access::Write => writable || !self.write_protect,
-                    Access::Execute => executable,
-                };
-                let offset = (1 << shift) - 1;
-                return if allowed {
-                    Ok(entry & ADDRESS & !offset | address & offset)
-                } else {
-                    Err(fault(true))
-                };
-            }
-            table = entry & ADDRESS;
-        }
-        // The last level has returned.
-        Err(fault(false))
-    }
-
-    /// One table entry.
-    fn entry(&self, physical: u64) -> Result<u64, Fault> {
-        let bytes: [u8; 8] = self
-            .memory
-            .read_obj(GuestAddress(physical))
-            .map_err(|_| Fault::Outside { physical })?;
-        Ok(u64::from_le_bytes(bytes))
+        let page = self.tables.translate(address).map_err(|hole| match hole {
+            Hole::NotCanonical => Fault::NotCanonical,
+            Hole::NotPresent => fault(false),
+            Hole::Outside { physical } | Hole::NoMemory { physical } => Fault::Outside { physical },
+        })?;
+        let allowed = match access {
+            Access::Read => true,
+            Access::Write => page.writable || !self.write_protect,
+            Access::Execute => page.executable,
+        };
+        if allowed { Ok(page.physical) } else { Err(fault(true)) }
     }
 
     /// Reads `data.len()` bytes of data, over page borders.
@@ -140,7 +97,7 @@ impl<'a> AddressSpace<'a> {
         let mut done = 0;
         while done < data.len() {
             let (physical, len) = self.piece(address, done, data.len(), Access::Read)?;
-            self.memory
+            self.memory()
                 .read_slice(&mut data[done..done + len], GuestAddress(physical))
                 .map_err(|_| Fault::Outside { physical })?;
             done += len;
@@ -155,10 +112,13 @@ impl<'a> AddressSpace<'a> {
             while done < data.len() {
                 let (physical, len) = self.piece(address, done, data.len(), Access::Write)?;
                 if write {
-                    self.memory
+                    self.memory()
                         .write_slice(&data[done..done + len], GuestAddress(physical))
                         .map_err(|_| Fault::Outside { physical })?;
-                } else if !self.memory.check_range(GuestAddress(physical), len, Permissions::Write) {
+                } else if !self
+                    .memory()
+                    .check_range(GuestAddress(physical), len, Permissions::Write)
+                {
                     return Err(Fault::Outside { physical });
                 }
                 done += len;
@@ -174,7 +134,7 @@ impl<'a> AddressSpace<'a> {
             let piece = self
                 .piece(address, done, buffer.len(), Access::Execute)
                 .and_then(|(physical, len)| {
-                    self.memory
+                    self.memory()
                         .read_slice(&mut buffer[done..done + len], GuestAddress(physical))
                         .map_err(|_| Fault::Outside { physical })?;
                     Ok(len)
@@ -200,8 +160,7 @@ impl<'a> AddressSpace<'a> {
 
 /// Whether bits 63-47 are all alike.
 pub(super) fn is_canonical(address: u64) -> bool {
-    let top = address as i64 >> 47;
-    top == 0 || top == -1
+    paging::is_canonical(address, 48)
 }
 
 #[cfg(test)]

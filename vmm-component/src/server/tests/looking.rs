@@ -117,6 +117,63 @@ fn registers_and_memory_come_as_the_machine_tells_them() {
 }
 
 #[test]
+fn memory_translations_and_stacks_come_as_the_vcpu_sees_them() {
+    bench(|bench| async move {
+        use debug::{memory_result, stack_result, translate_result};
+        bench.create().await.unwrap();
+        let debug = bench.debug();
+        let virtually = |address, length| {
+            let mut call = debug.read_virtual_request();
+            call.get().set_address(address);
+            call.get().set_length(length);
+            let answer = call.send().promise;
+            async move {
+                match answer.await.unwrap().get().unwrap().which().unwrap() {
+                    memory_result::Which::Bytes(bytes) => Ok(bytes.unwrap().to_vec()),
+                    memory_result::Which::Error(error) => Err(Error::read(error.unwrap()).unwrap()),
+                }
+            }
+        };
+        assert_eq!(kind(virtually(7, 1).await), Kind::NotRunning);
+        let _run = bench.lifecycle.run_request().send();
+        bench.until_running().await;
+        assert_eq!(virtually(7, 65536).await.unwrap(), vec![7; 65536]);
+        assert_eq!(virtually(7, 0).await.unwrap(), b"");
+        let error = virtually(0, 1).await.unwrap_err();
+        assert_eq!((error.kind, error.about.as_str()), (Kind::BadConfig, "address"));
+
+        let mut call = debug.translate_request();
+        call.get().set_address(0x1234);
+        let answer = call.send().promise.await.unwrap();
+        let Ok(translate_result::Translation(found)) = answer.get().unwrap().which() else {
+            panic!("no translation");
+        };
+        let found = found.unwrap();
+        assert_eq!((found.get_physical(), found.get_page_size()), (0x234, 4096));
+        assert_eq!(
+            (found.get_writable(), found.get_user(), found.get_executable()),
+            (false, true, true)
+        );
+        let answer = debug.translate_request().send().promise.await.unwrap();
+        assert!(matches!(answer.get().unwrap().which(), Ok(translate_result::Error(_))));
+
+        let answer = debug.stack_request().send().promise.await.unwrap();
+        let stack = answer.get().unwrap();
+        assert_eq!(stack.get_end().unwrap(), "that is all");
+        let Ok(stack_result::Frames(frames)) = stack.which() else {
+            panic!("no frames");
+        };
+        let frames: Vec<_> = frames
+            .unwrap()
+            .iter()
+            .map(|frame| (frame.get_address(), frame.get_reliable()))
+            .collect();
+        assert_eq!(frames.len(), 64);
+        assert_eq!(frames[..2], [(0x1000, true), (0x1001, false)]);
+    });
+}
+
+#[test]
 fn registers_that_cannot_be_read_are_an_error() {
     bench(|bench| async move {
         let refused = MachineError::Busy { vcpu: 1 };

@@ -30,11 +30,14 @@ use sepal_schema::{
 
 use crate::{
     lifecycle::Generation,
-    machine::{Happening, MachineError, MachineEvent, MachineStats, RegisterDump, VcpuStats},
+    machine::{
+        Answer, Frame, Happening, MachineError, MachineEvent, MachineStats, Question, RegisterDump, Stack, Translation,
+        VcpuStats,
+    },
     server::{
         ComponentServer, Controller,
         devices::Handles,
-        vm::{Builder, Events, ShowRegisters, Vm},
+        vm::{Builder, Events, ShowAnswer, ShowRegisters, Vm},
     },
 };
 
@@ -110,6 +113,35 @@ impl Vm for PretendedVm {
             Some(registers) => show(registers),
             None => self.world.unanswered.lock().unwrap().push(show),
         }
+        Ok(())
+    }
+    fn look(&self, _: u8, question: Question, show: ShowAnswer) -> Result<(), Error> {
+        show(match question {
+            Question::Memory { address: 0, .. } | Question::Translation { address: 0 } => {
+                Err(MachineError::BadConfig {
+                    field: "address",
+                    reason: "0x0 is not mapped".to_owned(),
+                })
+            }
+            Question::Memory { address, length } => Ok(Answer::Memory(vec![address as u8; length as usize])),
+            Question::Translation { address } => Ok(Answer::Translation(Translation {
+                physical: address & 0xfff,
+                page_size: 4096,
+                writable: false,
+                user: true,
+                executable: true,
+            })),
+            Question::Stack { most } => Ok(Answer::Stack(Stack {
+                frames: (0..most as u64)
+                    .map(|n| Frame {
+                        address: 0x1000 + n,
+                        stack_pointer: 0x2000 + n,
+                        reliable: n == 0,
+                    })
+                    .collect(),
+                end: "that is all".to_owned(),
+            })),
+        });
         Ok(())
     }
     fn read_memory(&self, address: u64, length: u32) -> Result<Vec<u8>, Error> {

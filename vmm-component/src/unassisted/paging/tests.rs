@@ -1,7 +1,9 @@
 //! Page-table walks: well-formed tables, and any others.
 
-use super::*;
 use proptest::prelude::*;
+
+use super::*;
+use crate::paging::{EFER_NO_EXECUTE, LARGE};
 
 const MEMORY: u64 = 64 * PAGE;
 

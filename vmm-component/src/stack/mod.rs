@@ -1,0 +1,310 @@
+//! The calls that a vCPU is in, read off its stack. Pure: registers and memory in, frames out.
+//!
+//! ```text
+//!   where it is --> frame pointers lead on? --yes--> a frame that can be relied on --.
+//!                      ^     | no                                                     |
+//!                      '-----+--------------------------------------------------------'
+//!                            v
+//!        each word of the stack from there on: does it look like a return address? --> a frame that can not
+//! ```
+//!
+//! What looks like one: it points into a page that can be executed at the privilege that the vCPU is at, and right behind an instruction that calls. Or it
+//! is where an interrupt left off, as the processor pushes that (Intel SDM volume 3, "64-Bit Mode Stack Frame"); the search goes on at the stack pointer
+//! that was pushed with it.
+//!
+//! Kernels are compiled without frame pointers as a rule. Then the search finds all calls that have not returned, and some that have: what they left on
+//! the stack has not been written over. The stack of a kernel is taken to end where those of Linux on x86-64 do, at a multiple of 16 KiB.
+//!
+//! A guest may be hostile: nothing here goes on for longer than the bounds below, whatever registers and memory contain.
+
+use crate::{machine::RegisterDump, paging::PageTables};
+
+/// The most frames that are told.
+const MOST_FRAMES: usize = 256;
+
+/// Alignment and size of the stacks of Linux kernels (THREAD_SIZE, IRQ_STACK_SIZE).
+const KERNEL_STACK: u64 = 16 << 10;
+/// How far a program's stack is searched.
+const PROGRAM_STACK: u64 = 64 << 10;
+/// How many stacks that interrupts left are gone on with.
+const MOST_STACKS: usize = 4;
+/// The most bytes between two frame pointers that lead on.
+const LONGEST_FRAME: u64 = 64 << 10;
+/// The longest instruction that calls: opcode, ModRM, SIB and four bytes of displacement.
+const LONGEST_CALL: usize = 7;
+
+/// EFER.LMA.
+const LONG_MODE_ACTIVE: u64 = 1 << 10;
+/// Bits of RFLAGS that are not always zero (Intel SDM volume 1, "EFLAGS Register").
+const FLAGS: u64 = 0x003f_7fd7;
+/// The bit of RFLAGS that is always one.
+const FLAGS_ONE: u64 = 1 << 1;
+
+/// A call that the vCPU is in, or where it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Frame {
+    /// Of the instruction: where the vCPU is, then where each call returns to.
+    pub address: u64,
+    /// Where that was read; of the first frame, the stack pointer.
+    pub stack_pointer: u64,
+    /// Frame pointers led there. Otherwise it only looks like a return address.
+    pub reliable: bool,
+}
+
+/// What could be read of a stack.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stack {
+    /// Innermost first.
+    pub frames: Vec<Frame>,
+    /// Why it ends there.
+    pub end: String,
+}
+
+/// Where a stack begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Start {
+    pub(crate) instruction: u64,
+    pub(crate) stack: u64,
+    pub(crate) frame: u64,
+    /// Bytes of a word on the stack: 8 or 4; `None` in modes whose stacks are not read.
+    pub(crate) word: Option<u64>,
+    /// At CPL 3.
+    pub(crate) user: bool,
+    pub(crate) code_segment: u16,
+}
+
+impl Start {
+    /// Where a vCPU with these registers is.
+    pub(crate) fn of(dump: &RegisterDump) -> Self {
+        let (regs, sregs) = (&dump.regs, &dump.sregs);
+        let long = sregs.efer & LONG_MODE_ACTIVE != 0 && sregs.cs.l != 0;
+        let word = match (long, sregs.cs.db) {
+            (true, _) => Some(8),
+            (false, 0) => None,
+            (false, _) => Some(4),
+        };
+        let linear = |base: u64, offset: u64| match long {
+            true => offset,
+            false => base.wrapping_add(offset) & u64::from(u32::MAX),
+        };
+        Self {
+            instruction: linear(sregs.cs.base, regs.rip),
+            stack: linear(sregs.ss.base, regs.rsp),
+            frame: linear(sregs.ss.base, regs.rbp),
+            word,
+            user: dump.privilege() == 3,
+            code_segment: sregs.cs.selector,
+        }
+    }
+}
+
+/// Memory as the vCPU sees it.
+pub(crate) trait View {
+    /// Fills `to` from `address` on; false if any of it is not there.
+    fn read(&self, address: u64, to: &mut [u8]) -> bool;
+    /// Whether instructions can be fetched from there: at CPL 3 if `user`, else by the kernel from what is its own.
+    fn is_text(&self, address: u64, user: bool) -> bool;
+}
+
+impl View for PageTables<'_> {
+    fn read(&self, address: u64, to: &mut [u8]) -> bool {
+        PageTables::read(self, address, to).is_ok()
+    }
+
+    fn is_text(&self, address: u64, user: bool) -> bool {
+        self.translate(address)
+            .is_ok_and(|page| page.executable && (page.page_size == 0 || page.user == user))
+    }
+}
+
+/// Reads the stack that begins at `start`: at most `most` frames, and [`MOST_FRAMES`].
+pub(crate) fn unwind(view: &impl View, start: &Start, most: usize) -> Stack {
+    let mut unwinder = Unwinder {
+        view,
+        start,
+        word: start.word.unwrap_or(8),
+        most: most.min(MOST_FRAMES),
+        frames: Vec::new(),
+    };
+    let end = unwinder.run();
+    Stack {
+        frames: unwinder.frames,
+        end,
+    }
+}
+
+/// The reason for an end, once there are as many frames as were asked for.
+struct Full;
+
+struct Unwinder<'a, V> {
+    view: &'a V,
+    start: &'a Start,
+    word: u64,
+    most: usize,
+    frames: Vec<Frame>,
+}
+
+impl<V: View> Unwinder<'_, V> {
+    fn run(&mut self) -> String {
+        self.frames().unwrap_or_else(|Full| match self.most {
+            0 => "no frame was asked for".to_owned(),
+            most => format!("there may be more: no more than {most} were asked for"),
+        })
+    }
+
+    fn frames(&mut self) -> Result<String, Full> {
+        let &Start {
+            instruction,
+            stack,
+            word,
+            ..
+        } = self.start;
+        self.add(instruction, stack, true)?;
+        if word.is_none() {
+            return Ok("the stacks of 16-bit code are not read".to_owned());
+        }
+        let next = self.by_frame_pointers()?;
+        self.by_search(next)
+    }
+
+    fn add(&mut self, address: u64, stack_pointer: u64, reliable: bool) -> Result<(), Full> {
+        if self.frames.len() == self.most {
+            return Err(Full);
+        }
+        self.frames.push(Frame {
+            address,
+            stack_pointer,
+            reliable,
+        });
+        Ok(())
+    }
+
+    /// Goes up the frame pointers as long as each leads to a return address, and to one further up. Returns where the stack goes on.
+    fn by_frame_pointers(&mut self) -> Result<u64, Full> {
+        let (mut lowest, mut frame) = (self.start.stack, self.start.frame);
+        // Each round adds a frame, or is the last one.
+        loop {
+            let there =
+                frame.is_multiple_of(self.word) && (lowest..lowest.saturating_add(LONGEST_FRAME)).contains(&frame);
+            let Some(at) = frame.checked_add(self.word).filter(|_| there) else {
+                return Ok(lowest);
+            };
+            let (Some(next), Some(address)) = (self.read(frame), self.read(at)) else {
+                return Ok(lowest);
+            };
+            if !self.follows_call(address) {
+                return Ok(lowest);
+            }
+            self.add(address, at, true)?;
+            lowest = at.saturating_add(self.word);
+            frame = next;
+        }
+    }
+
+    /// Looks at every word from `from` on. Returns why it ends.
+    fn by_search(&mut self, from: u64) -> Result<String, Full> {
+        let mut at = from.checked_next_multiple_of(self.word).unwrap_or(u64::MAX);
+        for _ in 0..MOST_STACKS {
+            let end = self.end_of(at);
+            let mut left = None;
+            while at < end && left.is_none() {
+                let Some(value) = self.read(at) else {
+                    return Ok(format!("nothing is mapped at {at:#x}, where the stack goes on"));
+                };
+                let mut next = at.saturating_add(self.word);
+                if self.follows_call(value) {
+                    self.add(value, at, false)?;
+                } else if let Some(stack) = self.interrupted(at, value) {
+                    self.add(value, at, false)?;
+                    match (at..end).contains(&stack) {
+                        true => next = stack,
+                        false => left = Some(stack),
+                    }
+                }
+                at = next;
+            }
+            match left.or_else(|| self.switched_from(end)) {
+                Some(stack) => at = stack,
+                None if self.start.user => {
+                    return Ok(format!(
+                        "{} KiB of the stack were searched, up to {end:#x}",
+                        PROGRAM_STACK >> 10
+                    ));
+                }
+                None => return Ok(format!("a stack of {} KiB ends at {end:#x}", KERNEL_STACK >> 10)),
+            }
+        }
+        Ok(format!("{MOST_STACKS} stacks were searched, and no more are"))
+    }
+
+    /// The stack pointer at which the kernel left another stack for the one that ends at `end`: Linux keeps it in the last word of those for interrupts.
+    fn switched_from(&self, end: u64) -> Option<u64> {
+        if self.word != 8 || self.start.user {
+            return None;
+        }
+        let stack = self.read(end.checked_sub(8)?)?;
+        let is_kernels = stack >> 63 == 1 && stack.is_multiple_of(8) && self.end_of(stack) != end;
+        (is_kernels && self.read(stack).is_some()).then_some(stack)
+    }
+
+    fn end_of(&self, stack: u64) -> u64 {
+        match self.start.user {
+            true => stack.saturating_add(PROGRAM_STACK),
+            false => (stack | (KERNEL_STACK - 1)).saturating_add(1),
+        }
+    }
+
+    fn read(&self, address: u64) -> Option<u64> {
+        let mut bytes = [0; 8];
+        let part = &mut bytes[..self.word as usize];
+        self.view.read(address, part).then(|| u64::from_le_bytes(bytes))
+    }
+
+    /// Whether it is the address of an instruction that comes after a call.
+    fn follows_call(&self, address: u64) -> bool {
+        let Some(first) = address.checked_sub(LONGEST_CALL as u64) else {
+            return false;
+        };
+        // Most words are no addresses of text at all.
+        if !self.view.is_text(address, self.start.user) {
+            return false;
+        }
+        let mut before = [0; LONGEST_CALL];
+        self.view.read(first, &mut before) && ends_with_call(&before)
+    }
+
+    /// The stack pointer that an interrupt left, if `address`, which is at `at`, is where it left off at the same privilege.
+    fn interrupted(&self, at: u64, address: u64) -> Option<u64> {
+        if self.word != 8 || self.start.user || !self.view.is_text(address, false) {
+            return None;
+        }
+        let pushed = |n: u64| self.read(at.checked_add(8 * n)?);
+        let (code_segment, flags, stack) = (pushed(1)?, pushed(2)?, pushed(3)?);
+        let is_it = code_segment == u64::from(self.start.code_segment)
+            && flags & !FLAGS == 0
+            && flags & FLAGS_ONE != 0
+            && stack.is_multiple_of(8)
+            // On the same stack it is further up, so that the search ends.
+            && (stack > at || self.end_of(stack) != self.end_of(at));
+        is_it.then_some(stack)
+    }
+}
+
+/// Whether the last of these bytes can be the end of an instruction that calls: `call rel32` (E8), or through a register or memory (FF /2).
+fn ends_with_call(before: &[u8; LONGEST_CALL]) -> bool {
+    let [.., b6, b5, b4, b3, b2, b1] = *before;
+    let b7 = before[0];
+    // ModRM with /2: the mode in the upper two bits; 4 as the register means that a SIB byte follows.
+    let through = |modrm: u8, mode: u8| modrm >> 3 == mode << 3 | 2;
+    let indexed = |modrm: u8, mode: u8| modrm == mode << 6 | 2 << 3 | 4;
+    let plain = |modrm: u8, mode: u8| through(modrm, mode) && modrm & 7 != 4;
+    (b5 == 0xe8)
+        || (b2 == 0xff && (through(b1, 3) || (plain(b1, 0) && b1 & 7 != 5)))
+        || (b3 == 0xff && (plain(b2, 1) || indexed(b2, 0)))
+        || (b4 == 0xff && indexed(b3, 1))
+        || (b6 == 0xff && (plain(b5, 2) || b5 == 0x15))
+        || (b7 == 0xff && (indexed(b6, 2) || (indexed(b6, 0) && b5 & 7 == 5)))
+}
+
+#[cfg(test)]
+mod tests;
