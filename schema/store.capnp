@@ -1,6 +1,6 @@
 @0xb90d5ce7f3a26841;
 # What a guest manager keeps for itself: on disk, and with the keeper for the manager after it. No client sees any of it. It evolves as the protocol does:
-# a manager reads what an older or newer one has written.
+# a manager reads what an older or newer one has written. The events that happened (guest.capnp, Event) are kept one by one, each as a message.
 
 using import "manager.capnp".GuestManager;
 using import "config.capnp".GuestConfig;
@@ -10,7 +10,6 @@ using import "guest.capnp".GuestDescriptor;
 using import "guest.capnp".StopReport;
 using import "guest.capnp".CrashReport;
 using import "guest.capnp".LayerInfo;
-using import "guest.capnp".Event;
 using import "node.capnp".PressurePolicy;
 
 struct StoredDefinition {
@@ -27,8 +26,8 @@ struct StoredSettings {
 }
 
 struct DurableGuest {
-  # What the next manager has to know of a guest that goes on without this one. Descriptors that belong to it are kept beside it, by their names: "config.N" is
-  # the N-th that the configuration names by an FdRef.
+  # What the next manager has to know of a guest that goes on without this one. Descriptors that belong to it are kept beside it: those that
+  # the configuration names by an FdRef under the label "config", in order.
   name @0 :Text;
   uuid @1 :Data;
   generation @2 :UInt64;
@@ -49,8 +48,9 @@ struct DurableGuest {
   stop @15 :StopReport;
   cid @16 :UInt32;
   startedNs @17 :UInt64;
-  # Monotonic clock of the host.
-  bootId @18 :Text;
+  # When the vCPUs started, by the host's monotonic clock; 0: they have not.
+  trusted @18 :Bool;
+  # That client might name paths.
 
   enum Phase {
     creating @0;
@@ -65,7 +65,8 @@ struct DurableShare {
   kind @1 :FacetKind;
   port @2 :UInt32;
   tokenHash @3 :Data;
-  chain @4 :List(Bounds);
+  bounds @4 :Bounds;
+  # The tightest on the way to the root; a lifetime is in expiresNs.
   once @5 :Bool;
   boundToUid @6 :Bool;
   uid @7 :UInt32;
@@ -74,16 +75,6 @@ struct DurableShare {
   sharedByUid @10 :UInt32;
   expiresNs @11 :UInt64;
   # Monotonic clock of the host; 0: never.
-}
-
-struct DurableManager {
-  # What the next manager has to know besides its guests.
-  nextEvent @0 :UInt64;
-  events @1 :List(Event);
-  generations @2 :List(Generation);
-
-  struct Generation {
-    name @0 :Text;
-    generation @1 :UInt64;
-  }
+  parent @12 :UInt64;
+  # The share by which whoever shared it had come to it; 0: none.
 }
