@@ -16,9 +16,9 @@ interface CpuController extends (Facet) {
   # Lets a vCPU run on these processors of the host only; none: on all that the component may. BAD_CONFIG for a vCPU that is not there, for more than
   # 1024 processors, and where none of them is there.
 
-  share @2 () -> ShareResult;
+  scheduler @2 () -> SchedulerResult;
 
-  setShare @3 (share :Share) -> Completion;
+  setScheduler @3 (scheduler :Scheduler) -> Completion;
   # Takes effect at once. NOT_SUPPORTED where the host's control groups do not reach that far: the message says what is lacking.
 
   struct ListResult {
@@ -28,9 +28,9 @@ interface CpuController extends (Facet) {
     }
   }
 
-  struct ShareResult {
+  struct SchedulerResult {
     union {
-      share @0 :Share;
+      scheduler @0 :Scheduler;
       error @1 :Error;
     }
   }
@@ -50,8 +50,8 @@ interface CpuController extends (Facet) {
     # Those on which it may run.
   }
 
-  struct Share {
-    # Of the guest as a whole, its component's other threads included.
+  struct Scheduler {
+    # What share of the host's processors the guest has as a whole, its component's other threads included.
     weight @0 :UInt32;
     # 1 to 10000, relative to others (cpu.weight); 0: the host's default, 100.
     percent @1 :UInt32;

@@ -33,7 +33,7 @@ interface Debug extends (Facet) {
   struct Translation {
     physical @0 :UInt64;
     pageSize @1 :UInt64;
-    # Bytes: 4096, 2 MiB or 1 GiB.
+    # Bytes: 4 KiB, 2 MiB, 4 MiB or 1 GiB; 0 where the vCPU uses no page tables.
     writable @2 :Bool;
     user @3 :Bool;
     executable @4 :Bool;

@@ -12,10 +12,10 @@ pub mod cpu_controller {
     pub type ListResults<> = ::capnp::capability::Results<crate::generated::cpu_capnp::cpu_controller::list_result::Owned>;
     pub type PinParams<> = ::capnp::capability::Params<crate::generated::cpu_capnp::cpu_controller::pin_params::Owned>;
     pub type PinResults<> = ::capnp::capability::Results<crate::generated::error_capnp::completion::Owned>;
-    pub type ShareParams<> = ::capnp::capability::Params<crate::generated::cpu_capnp::cpu_controller::share_params::Owned>;
-    pub type ShareResults<> = ::capnp::capability::Results<crate::generated::cpu_capnp::cpu_controller::share_result::Owned>;
-    pub type SetShareParams<> = ::capnp::capability::Params<crate::generated::cpu_capnp::cpu_controller::set_share_params::Owned>;
-    pub type SetShareResults<> = ::capnp::capability::Results<crate::generated::error_capnp::completion::Owned>;
+    pub type SchedulerParams<> = ::capnp::capability::Params<crate::generated::cpu_capnp::cpu_controller::scheduler_params::Owned>;
+    pub type SchedulerResults<> = ::capnp::capability::Results<crate::generated::cpu_capnp::cpu_controller::scheduler_result::Owned>;
+    pub type SetSchedulerParams<> = ::capnp::capability::Params<crate::generated::cpu_capnp::cpu_controller::set_scheduler_params::Owned>;
+    pub type SetSchedulerResults<> = ::capnp::capability::Results<crate::generated::error_capnp::completion::Owned>;
 
     pub struct Client {
         pub client: ::capnp::capability::Client,
@@ -71,18 +71,18 @@ pub mod cpu_controller {
         pub fn pin_request(&self) -> ::capnp::capability::Request<crate::generated::cpu_capnp::cpu_controller::pin_params::Owned,crate::generated::error_capnp::completion::Owned> {
             self.client.new_call(_private::TYPE_ID, 1, ::core::option::Option::None)
         }
-        pub fn share_request(&self) -> ::capnp::capability::Request<crate::generated::cpu_capnp::cpu_controller::share_params::Owned,crate::generated::cpu_capnp::cpu_controller::share_result::Owned> {
+        pub fn scheduler_request(&self) -> ::capnp::capability::Request<crate::generated::cpu_capnp::cpu_controller::scheduler_params::Owned,crate::generated::cpu_capnp::cpu_controller::scheduler_result::Owned> {
             self.client.new_call(_private::TYPE_ID, 2, ::core::option::Option::None)
         }
-        pub fn set_share_request(&self) -> ::capnp::capability::Request<crate::generated::cpu_capnp::cpu_controller::set_share_params::Owned,crate::generated::error_capnp::completion::Owned> {
+        pub fn set_scheduler_request(&self) -> ::capnp::capability::Request<crate::generated::cpu_capnp::cpu_controller::set_scheduler_params::Owned,crate::generated::error_capnp::completion::Owned> {
             self.client.new_call(_private::TYPE_ID, 3, ::core::option::Option::None)
         }
     }
     pub trait Server<> : crate::generated::facet_capnp::facet::Server + 'static  {
         fn list(self: ::capnp::capability::Rc<Self>, _: ListParams<>, _: ListResults<>) -> impl ::core::future::Future<Output = Result<(), ::capnp::Error>> + 'static { ::core::future::ready(Err(::capnp::Error::unimplemented("method cpu_controller::Server::list not implemented".to_string()))) }
         fn pin(self: ::capnp::capability::Rc<Self>, _: PinParams<>, _: PinResults<>) -> impl ::core::future::Future<Output = Result<(), ::capnp::Error>> + 'static { ::core::future::ready(Err(::capnp::Error::unimplemented("method cpu_controller::Server::pin not implemented".to_string()))) }
-        fn share(self: ::capnp::capability::Rc<Self>, _: ShareParams<>, _: ShareResults<>) -> impl ::core::future::Future<Output = Result<(), ::capnp::Error>> + 'static { ::core::future::ready(Err(::capnp::Error::unimplemented("method cpu_controller::Server::share not implemented".to_string()))) }
-        fn set_share(self: ::capnp::capability::Rc<Self>, _: SetShareParams<>, _: SetShareResults<>) -> impl ::core::future::Future<Output = Result<(), ::capnp::Error>> + 'static { ::core::future::ready(Err(::capnp::Error::unimplemented("method cpu_controller::Server::set_share not implemented".to_string()))) }
+        fn scheduler(self: ::capnp::capability::Rc<Self>, _: SchedulerParams<>, _: SchedulerResults<>) -> impl ::core::future::Future<Output = Result<(), ::capnp::Error>> + 'static { ::core::future::ready(Err(::capnp::Error::unimplemented("method cpu_controller::Server::scheduler not implemented".to_string()))) }
+        fn set_scheduler(self: ::capnp::capability::Rc<Self>, _: SetSchedulerParams<>, _: SetSchedulerResults<>) -> impl ::core::future::Future<Output = Result<(), ::capnp::Error>> + 'static { ::core::future::ready(Err(::capnp::Error::unimplemented("method cpu_controller::Server::set_scheduler not implemented".to_string()))) }
     }
     pub struct ServerDispatch<_T,> {
         pub server: ::capnp::capability::Rc<_T>,
@@ -115,8 +115,8 @@ pub mod cpu_controller {
             match method_id {
                 0 => ::capnp::capability::DispatchCallResult::new(::capnp::capability::Promise::from_future(<_T as Server>::list(this, ::capnp::private::capability::internal_get_typed_params(params), ::capnp::private::capability::internal_get_typed_results(results))), false),
                 1 => ::capnp::capability::DispatchCallResult::new(::capnp::capability::Promise::from_future(<_T as Server>::pin(this, ::capnp::private::capability::internal_get_typed_params(params), ::capnp::private::capability::internal_get_typed_results(results))), false),
-                2 => ::capnp::capability::DispatchCallResult::new(::capnp::capability::Promise::from_future(<_T as Server>::share(this, ::capnp::private::capability::internal_get_typed_params(params), ::capnp::private::capability::internal_get_typed_results(results))), false),
-                3 => ::capnp::capability::DispatchCallResult::new(::capnp::capability::Promise::from_future(<_T as Server>::set_share(this, ::capnp::private::capability::internal_get_typed_params(params), ::capnp::private::capability::internal_get_typed_results(results))), false),
+                2 => ::capnp::capability::DispatchCallResult::new(::capnp::capability::Promise::from_future(<_T as Server>::scheduler(this, ::capnp::private::capability::internal_get_typed_params(params), ::capnp::private::capability::internal_get_typed_results(results))), false),
+                3 => ::capnp::capability::DispatchCallResult::new(::capnp::capability::Promise::from_future(<_T as Server>::set_scheduler(this, ::capnp::private::capability::internal_get_typed_params(params), ::capnp::private::capability::internal_get_typed_results(results))), false),
                 _ => { ::capnp::capability::DispatchCallResult::new(::capnp::capability::Promise::err(::capnp::Error::unimplemented("Method not implemented.".to_string())), false) }
             }
         }
@@ -410,8 +410,8 @@ pub mod cpu_controller {
         pub type WhichBuilder<'a,> = Which<::capnp::Result<::capnp::struct_list::Builder<'a,crate::generated::cpu_capnp::cpu_controller::vcpu::Owned>>,::capnp::Result<crate::generated::error_capnp::error::Builder<'a>>>;
     }
 
-    pub mod share_result {
-        pub use self::Which::{Share,Error};
+    pub mod scheduler_result {
+        pub use self::Which::{Scheduler,Error};
 
         #[derive(Copy, Clone)]
         pub struct Owned(());
@@ -474,7 +474,7 @@ pub mod cpu_controller {
                 self.reader.total_size()
             }
             #[inline]
-            pub fn has_share(&self) -> bool {
+            pub fn has_scheduler(&self) -> bool {
                 if self.reader.get_data_field::<u16>(0) != 0 { return false; }
                 !self.reader.get_pointer_field(0).is_null()
             }
@@ -487,7 +487,7 @@ pub mod cpu_controller {
             pub fn which(self) -> ::core::result::Result<WhichReader<'a,>, ::capnp::NotInSchema> {
                 match self.reader.get_data_field::<u16>(0) {
                     0 => {
-                        ::core::result::Result::Ok(Share(
+                        ::core::result::Result::Ok(Scheduler(
                             ::capnp::traits::FromPointerReader::get_from_pointer(&self.reader.get_pointer_field(0), ::core::option::Option::None)
                         ))
                     }
@@ -554,17 +554,17 @@ pub mod cpu_controller {
                 self.builder.as_reader().total_size()
             }
             #[inline]
-            pub fn set_share(&mut self, value: crate::generated::cpu_capnp::cpu_controller::share::Reader<'_>) -> ::capnp::Result<()> {
+            pub fn set_scheduler(&mut self, value: crate::generated::cpu_capnp::cpu_controller::scheduler::Reader<'_>) -> ::capnp::Result<()> {
                 self.builder.set_data_field::<u16>(0, 0);
                 ::capnp::traits::SetterInput::set_pointer_builder(self.builder.reborrow().get_pointer_field(0), value, false)
             }
             #[inline]
-            pub fn init_share(self, ) -> crate::generated::cpu_capnp::cpu_controller::share::Builder<'a> {
+            pub fn init_scheduler(self, ) -> crate::generated::cpu_capnp::cpu_controller::scheduler::Builder<'a> {
                 self.builder.set_data_field::<u16>(0, 0);
                 ::capnp::traits::FromPointerBuilder::init_pointer(self.builder.get_pointer_field(0), 0)
             }
             #[inline]
-            pub fn has_share(&self) -> bool {
+            pub fn has_scheduler(&self) -> bool {
                 if self.builder.get_data_field::<u16>(0) != 0 { return false; }
                 !self.builder.is_pointer_field_null(0)
             }
@@ -587,7 +587,7 @@ pub mod cpu_controller {
             pub fn which(self) -> ::core::result::Result<WhichBuilder<'a,>, ::capnp::NotInSchema> {
                 match self.builder.get_data_field::<u16>(0) {
                     0 => {
-                        ::core::result::Result::Ok(Share(
+                        ::core::result::Result::Ok(Scheduler(
                             ::capnp::traits::FromPointerBuilder::get_from_pointer(self.builder.get_pointer_field(0), ::core::option::Option::None)
                         ))
                     }
@@ -610,14 +610,14 @@ pub mod cpu_controller {
         impl Pipeline  {
         }
         mod _private {
-            pub(crate) static ENCODED_NODE: [::capnp::Word; 49] = [
+            pub(crate) static ENCODED_NODE: [::capnp::Word; 50] = [
                 ::capnp::word(0, 0, 0, 0, 5, 0, 6, 0),
-                ::capnp::word(142, 196, 96, 249, 168, 250, 91, 178),
+                ::capnp::word(192, 229, 36, 184, 48, 235, 120, 215),
                 ::capnp::word(24, 0, 0, 0, 1, 0, 1, 0),
                 ::capnp::word(193, 211, 226, 146, 81, 160, 156, 184),
                 ::capnp::word(1, 0, 7, 0, 0, 0, 2, 0),
                 ::capnp::word(0, 0, 0, 0, 0, 0, 0, 0),
-                ::capnp::word(21, 0, 0, 0, 34, 1, 0, 0),
+                ::capnp::word(21, 0, 0, 0, 66, 1, 0, 0),
                 ::capnp::word(37, 0, 0, 0, 7, 0, 0, 0),
                 ::capnp::word(0, 0, 0, 0, 0, 0, 0, 0),
                 ::capnp::word(33, 0, 0, 0, 119, 0, 0, 0),
@@ -626,27 +626,28 @@ pub mod cpu_controller {
                 ::capnp::word(99, 112, 117, 46, 99, 97, 112, 110),
                 ::capnp::word(112, 58, 67, 112, 117, 67, 111, 110),
                 ::capnp::word(116, 114, 111, 108, 108, 101, 114, 46),
-                ::capnp::word(83, 104, 97, 114, 101, 82, 101, 115),
-                ::capnp::word(117, 108, 116, 0, 0, 0, 0, 0),
+                ::capnp::word(83, 99, 104, 101, 100, 117, 108, 101),
+                ::capnp::word(114, 82, 101, 115, 117, 108, 116, 0),
                 ::capnp::word(0, 0, 0, 0, 1, 0, 1, 0),
                 ::capnp::word(8, 0, 0, 0, 3, 0, 4, 0),
                 ::capnp::word(0, 0, 255, 255, 0, 0, 0, 0),
                 ::capnp::word(0, 0, 1, 0, 0, 0, 0, 0),
                 ::capnp::word(0, 0, 0, 0, 0, 0, 0, 0),
-                ::capnp::word(41, 0, 0, 0, 50, 0, 0, 0),
-                ::capnp::word(0, 0, 0, 0, 0, 0, 0, 0),
-                ::capnp::word(36, 0, 0, 0, 3, 0, 1, 0),
-                ::capnp::word(48, 0, 0, 0, 2, 0, 1, 0),
-                ::capnp::word(1, 0, 254, 255, 0, 0, 0, 0),
-                ::capnp::word(0, 0, 1, 0, 1, 0, 0, 0),
-                ::capnp::word(0, 0, 0, 0, 0, 0, 0, 0),
-                ::capnp::word(45, 0, 0, 0, 50, 0, 0, 0),
+                ::capnp::word(41, 0, 0, 0, 82, 0, 0, 0),
                 ::capnp::word(0, 0, 0, 0, 0, 0, 0, 0),
                 ::capnp::word(40, 0, 0, 0, 3, 0, 1, 0),
                 ::capnp::word(52, 0, 0, 0, 2, 0, 1, 0),
-                ::capnp::word(115, 104, 97, 114, 101, 0, 0, 0),
+                ::capnp::word(1, 0, 254, 255, 0, 0, 0, 0),
+                ::capnp::word(0, 0, 1, 0, 1, 0, 0, 0),
+                ::capnp::word(0, 0, 0, 0, 0, 0, 0, 0),
+                ::capnp::word(49, 0, 0, 0, 50, 0, 0, 0),
+                ::capnp::word(0, 0, 0, 0, 0, 0, 0, 0),
+                ::capnp::word(44, 0, 0, 0, 3, 0, 1, 0),
+                ::capnp::word(56, 0, 0, 0, 2, 0, 1, 0),
+                ::capnp::word(115, 99, 104, 101, 100, 117, 108, 101),
+                ::capnp::word(114, 0, 0, 0, 0, 0, 0, 0),
                 ::capnp::word(16, 0, 0, 0, 0, 0, 0, 0),
-                ::capnp::word(227, 75, 232, 32, 100, 198, 101, 176),
+                ::capnp::word(120, 60, 225, 100, 57, 80, 179, 180),
                 ::capnp::word(0, 0, 0, 0, 0, 0, 0, 0),
                 ::capnp::word(0, 0, 0, 0, 0, 0, 0, 0),
                 ::capnp::word(16, 0, 0, 0, 0, 0, 0, 0),
@@ -663,7 +664,7 @@ pub mod cpu_controller {
             ];
             pub(crate) fn get_field_types(index: u16) -> ::capnp::introspect::Type {
                 match index {
-                    0 => <crate::generated::cpu_capnp::cpu_controller::share::Owned as ::capnp::introspect::Introspect>::introspect(),
+                    0 => <crate::generated::cpu_capnp::cpu_controller::scheduler::Owned as ::capnp::introspect::Introspect>::introspect(),
                     1 => <crate::generated::error_capnp::error::Owned as ::capnp::introspect::Introspect>::introspect(),
                     _ => ::capnp::introspect::panic_invalid_field_index(index),
                 }
@@ -681,14 +682,14 @@ pub mod cpu_controller {
             pub(crate) static NONUNION_MEMBERS : &[u16] = &[];
             pub(crate) static MEMBERS_BY_DISCRIMINANT : &[u16] = &[0,1];
             pub(crate) static MEMBERS_BY_NAME : &[u16] = &[1,0];
-            pub(crate) const TYPE_ID: u64 = 0xb25b_faa8_f960_c48e;
+            pub(crate) const TYPE_ID: u64 = 0xd778_eb30_b824_e5c0;
         }
         pub enum Which<A0,A1> {
-            Share(A0),
+            Scheduler(A0),
             Error(A1),
         }
-        pub type WhichReader<'a,> = Which<::capnp::Result<crate::generated::cpu_capnp::cpu_controller::share::Reader<'a>>,::capnp::Result<crate::generated::error_capnp::error::Reader<'a>>>;
-        pub type WhichBuilder<'a,> = Which<::capnp::Result<crate::generated::cpu_capnp::cpu_controller::share::Builder<'a>>,::capnp::Result<crate::generated::error_capnp::error::Builder<'a>>>;
+        pub type WhichReader<'a,> = Which<::capnp::Result<crate::generated::cpu_capnp::cpu_controller::scheduler::Reader<'a>>,::capnp::Result<crate::generated::error_capnp::error::Reader<'a>>>;
+        pub type WhichBuilder<'a,> = Which<::capnp::Result<crate::generated::cpu_capnp::cpu_controller::scheduler::Builder<'a>>,::capnp::Result<crate::generated::error_capnp::error::Builder<'a>>>;
     }
 
     pub mod vcpu {
@@ -1074,7 +1075,7 @@ pub mod cpu_controller {
         }
     }
 
-    pub mod share {
+    pub mod scheduler {
         #[derive(Copy, Clone)]
         pub struct Owned(());
         impl ::capnp::introspect::Introspect for Owned { fn introspect() -> ::capnp::introspect::Type { ::capnp::introspect::TypeVariant::Struct(::capnp::introspect::RawBrandedStructSchema { generic: &_private::RAW_SCHEMA, field_types: _private::get_field_types, annotation_types: _private::get_annotation_types, type_id: ::core::any::TypeId::of::<Owned>() }).into() } }
@@ -1224,23 +1225,24 @@ pub mod cpu_controller {
         impl Pipeline  {
         }
         mod _private {
-            pub(crate) static ENCODED_NODE: [::capnp::Word; 48] = [
+            pub(crate) static ENCODED_NODE: [::capnp::Word; 49] = [
                 ::capnp::word(0, 0, 0, 0, 5, 0, 6, 0),
-                ::capnp::word(227, 75, 232, 32, 100, 198, 101, 176),
+                ::capnp::word(120, 60, 225, 100, 57, 80, 179, 180),
                 ::capnp::word(24, 0, 0, 0, 1, 0, 1, 0),
                 ::capnp::word(193, 211, 226, 146, 81, 160, 156, 184),
                 ::capnp::word(0, 0, 7, 0, 0, 0, 0, 0),
                 ::capnp::word(0, 0, 0, 0, 0, 0, 0, 0),
-                ::capnp::word(21, 0, 0, 0, 242, 0, 0, 0),
-                ::capnp::word(33, 0, 0, 0, 7, 0, 0, 0),
+                ::capnp::word(21, 0, 0, 0, 18, 1, 0, 0),
+                ::capnp::word(37, 0, 0, 0, 7, 0, 0, 0),
                 ::capnp::word(0, 0, 0, 0, 0, 0, 0, 0),
-                ::capnp::word(29, 0, 0, 0, 119, 0, 0, 0),
+                ::capnp::word(33, 0, 0, 0, 119, 0, 0, 0),
                 ::capnp::word(0, 0, 0, 0, 0, 0, 0, 0),
                 ::capnp::word(0, 0, 0, 0, 0, 0, 0, 0),
                 ::capnp::word(99, 112, 117, 46, 99, 97, 112, 110),
                 ::capnp::word(112, 58, 67, 112, 117, 67, 111, 110),
                 ::capnp::word(116, 114, 111, 108, 108, 101, 114, 46),
-                ::capnp::word(83, 104, 97, 114, 101, 0, 0, 0),
+                ::capnp::word(83, 99, 104, 101, 100, 117, 108, 101),
+                ::capnp::word(114, 0, 0, 0, 0, 0, 0, 0),
                 ::capnp::word(0, 0, 0, 0, 1, 0, 1, 0),
                 ::capnp::word(8, 0, 0, 0, 3, 0, 4, 0),
                 ::capnp::word(0, 0, 0, 0, 0, 0, 0, 0),
@@ -1294,7 +1296,7 @@ pub mod cpu_controller {
             pub(crate) static NONUNION_MEMBERS : &[u16] = &[0,1];
             pub(crate) static MEMBERS_BY_DISCRIMINANT : &[u16] = &[];
             pub(crate) static MEMBERS_BY_NAME : &[u16] = &[1,0];
-            pub(crate) const TYPE_ID: u64 = 0xb065_c664_20e8_4be3;
+            pub(crate) const TYPE_ID: u64 = 0xb4b3_5039_64e1_3c78;
         }
     }
 
@@ -1703,7 +1705,7 @@ pub mod cpu_controller {
         }
     }
 
-    pub mod share_params {
+    pub mod scheduler_params {
         #[derive(Copy, Clone)]
         pub struct Owned(());
         impl ::capnp::introspect::Introspect for Owned { fn introspect() -> ::capnp::introspect::Type { ::capnp::introspect::TypeVariant::Struct(::capnp::introspect::RawBrandedStructSchema { generic: &_private::RAW_SCHEMA, field_types: _private::get_field_types, annotation_types: _private::get_annotation_types, type_id: ::core::any::TypeId::of::<Owned>() }).into() } }
@@ -1829,14 +1831,14 @@ pub mod cpu_controller {
         impl Pipeline  {
         }
         mod _private {
-            pub(crate) static ENCODED_NODE: [::capnp::Word; 17] = [
+            pub(crate) static ENCODED_NODE: [::capnp::Word; 18] = [
                 ::capnp::word(0, 0, 0, 0, 5, 0, 6, 0),
                 ::capnp::word(43, 163, 174, 45, 234, 75, 252, 236),
                 ::capnp::word(24, 0, 0, 0, 1, 0, 0, 0),
                 ::capnp::word(0, 0, 0, 0, 0, 0, 0, 0),
                 ::capnp::word(0, 0, 7, 0, 0, 0, 0, 0),
                 ::capnp::word(0, 0, 0, 0, 0, 0, 0, 0),
-                ::capnp::word(21, 0, 0, 0, 42, 1, 0, 0),
+                ::capnp::word(21, 0, 0, 0, 74, 1, 0, 0),
                 ::capnp::word(0, 0, 0, 0, 0, 0, 0, 0),
                 ::capnp::word(0, 0, 0, 0, 0, 0, 0, 0),
                 ::capnp::word(0, 0, 0, 0, 0, 0, 0, 0),
@@ -1845,8 +1847,9 @@ pub mod cpu_controller {
                 ::capnp::word(99, 112, 117, 46, 99, 97, 112, 110),
                 ::capnp::word(112, 58, 67, 112, 117, 67, 111, 110),
                 ::capnp::word(116, 114, 111, 108, 108, 101, 114, 46),
-                ::capnp::word(115, 104, 97, 114, 101, 36, 80, 97),
-                ::capnp::word(114, 97, 109, 115, 0, 0, 0, 0),
+                ::capnp::word(115, 99, 104, 101, 100, 117, 108, 101),
+                ::capnp::word(114, 36, 80, 97, 114, 97, 109, 115),
+                ::capnp::word(0, 0, 0, 0, 0, 0, 0, 0),
             ];
             pub(crate) fn get_field_types(index: u16) -> ::capnp::introspect::Type {
                 ::capnp::introspect::panic_invalid_field_index(index)
@@ -1868,7 +1871,7 @@ pub mod cpu_controller {
         }
     }
 
-    pub mod set_share_params {
+    pub mod set_scheduler_params {
         #[derive(Copy, Clone)]
         pub struct Owned(());
         impl ::capnp::introspect::Introspect for Owned { fn introspect() -> ::capnp::introspect::Type { ::capnp::introspect::TypeVariant::Struct(::capnp::introspect::RawBrandedStructSchema { generic: &_private::RAW_SCHEMA, field_types: _private::get_field_types, annotation_types: _private::get_annotation_types, type_id: ::core::any::TypeId::of::<Owned>() }).into() } }
@@ -1930,11 +1933,11 @@ pub mod cpu_controller {
                 self.reader.total_size()
             }
             #[inline]
-            pub fn get_share(self) -> ::capnp::Result<crate::generated::cpu_capnp::cpu_controller::share::Reader<'a>> {
+            pub fn get_scheduler(self) -> ::capnp::Result<crate::generated::cpu_capnp::cpu_controller::scheduler::Reader<'a>> {
                 ::capnp::traits::FromPointerReader::get_from_pointer(&self.reader.get_pointer_field(0), ::core::option::Option::None)
             }
             #[inline]
-            pub fn has_share(&self) -> bool {
+            pub fn has_scheduler(&self) -> bool {
                 !self.reader.get_pointer_field(0).is_null()
             }
         }
@@ -1992,19 +1995,19 @@ pub mod cpu_controller {
                 self.builder.as_reader().total_size()
             }
             #[inline]
-            pub fn get_share(self) -> ::capnp::Result<crate::generated::cpu_capnp::cpu_controller::share::Builder<'a>> {
+            pub fn get_scheduler(self) -> ::capnp::Result<crate::generated::cpu_capnp::cpu_controller::scheduler::Builder<'a>> {
                 ::capnp::traits::FromPointerBuilder::get_from_pointer(self.builder.get_pointer_field(0), ::core::option::Option::None)
             }
             #[inline]
-            pub fn set_share(&mut self, value: crate::generated::cpu_capnp::cpu_controller::share::Reader<'_>) -> ::capnp::Result<()> {
+            pub fn set_scheduler(&mut self, value: crate::generated::cpu_capnp::cpu_controller::scheduler::Reader<'_>) -> ::capnp::Result<()> {
                 ::capnp::traits::SetterInput::set_pointer_builder(self.builder.reborrow().get_pointer_field(0), value, false)
             }
             #[inline]
-            pub fn init_share(self, ) -> crate::generated::cpu_capnp::cpu_controller::share::Builder<'a> {
+            pub fn init_scheduler(self, ) -> crate::generated::cpu_capnp::cpu_controller::scheduler::Builder<'a> {
                 ::capnp::traits::FromPointerBuilder::init_pointer(self.builder.get_pointer_field(0), 0)
             }
             #[inline]
-            pub fn has_share(&self) -> bool {
+            pub fn has_scheduler(&self) -> bool {
                 !self.builder.is_pointer_field_null(0)
             }
         }
@@ -2016,40 +2019,42 @@ pub mod cpu_controller {
             }
         }
         impl Pipeline  {
-            pub fn get_share(&self) -> crate::generated::cpu_capnp::cpu_controller::share::Pipeline {
+            pub fn get_scheduler(&self) -> crate::generated::cpu_capnp::cpu_controller::scheduler::Pipeline {
                 ::capnp::capability::FromTypelessPipeline::new(self._typeless.get_pointer_field(0))
             }
         }
         mod _private {
-            pub(crate) static ENCODED_NODE: [::capnp::Word; 33] = [
+            pub(crate) static ENCODED_NODE: [::capnp::Word; 35] = [
                 ::capnp::word(0, 0, 0, 0, 5, 0, 6, 0),
                 ::capnp::word(172, 171, 65, 88, 53, 151, 123, 145),
                 ::capnp::word(24, 0, 0, 0, 1, 0, 0, 0),
                 ::capnp::word(0, 0, 0, 0, 0, 0, 0, 0),
                 ::capnp::word(1, 0, 7, 0, 0, 0, 0, 0),
                 ::capnp::word(0, 0, 0, 0, 0, 0, 0, 0),
-                ::capnp::word(21, 0, 0, 0, 66, 1, 0, 0),
+                ::capnp::word(21, 0, 0, 0, 98, 1, 0, 0),
                 ::capnp::word(0, 0, 0, 0, 0, 0, 0, 0),
                 ::capnp::word(0, 0, 0, 0, 0, 0, 0, 0),
-                ::capnp::word(29, 0, 0, 0, 63, 0, 0, 0),
+                ::capnp::word(33, 0, 0, 0, 63, 0, 0, 0),
                 ::capnp::word(0, 0, 0, 0, 0, 0, 0, 0),
                 ::capnp::word(0, 0, 0, 0, 0, 0, 0, 0),
                 ::capnp::word(99, 112, 117, 46, 99, 97, 112, 110),
                 ::capnp::word(112, 58, 67, 112, 117, 67, 111, 110),
                 ::capnp::word(116, 114, 111, 108, 108, 101, 114, 46),
-                ::capnp::word(115, 101, 116, 83, 104, 97, 114, 101),
-                ::capnp::word(36, 80, 97, 114, 97, 109, 115, 0),
+                ::capnp::word(115, 101, 116, 83, 99, 104, 101, 100),
+                ::capnp::word(117, 108, 101, 114, 36, 80, 97, 114),
+                ::capnp::word(97, 109, 115, 0, 0, 0, 0, 0),
                 ::capnp::word(4, 0, 0, 0, 3, 0, 4, 0),
                 ::capnp::word(0, 0, 0, 0, 0, 0, 0, 0),
                 ::capnp::word(0, 0, 1, 0, 0, 0, 0, 0),
                 ::capnp::word(0, 0, 0, 0, 0, 0, 0, 0),
-                ::capnp::word(13, 0, 0, 0, 50, 0, 0, 0),
+                ::capnp::word(13, 0, 0, 0, 82, 0, 0, 0),
                 ::capnp::word(0, 0, 0, 0, 0, 0, 0, 0),
-                ::capnp::word(8, 0, 0, 0, 3, 0, 1, 0),
-                ::capnp::word(20, 0, 0, 0, 2, 0, 1, 0),
-                ::capnp::word(115, 104, 97, 114, 101, 0, 0, 0),
+                ::capnp::word(12, 0, 0, 0, 3, 0, 1, 0),
+                ::capnp::word(24, 0, 0, 0, 2, 0, 1, 0),
+                ::capnp::word(115, 99, 104, 101, 100, 117, 108, 101),
+                ::capnp::word(114, 0, 0, 0, 0, 0, 0, 0),
                 ::capnp::word(16, 0, 0, 0, 0, 0, 0, 0),
-                ::capnp::word(227, 75, 232, 32, 100, 198, 101, 176),
+                ::capnp::word(120, 60, 225, 100, 57, 80, 179, 180),
                 ::capnp::word(0, 0, 0, 0, 0, 0, 0, 0),
                 ::capnp::word(0, 0, 0, 0, 0, 0, 0, 0),
                 ::capnp::word(16, 0, 0, 0, 0, 0, 0, 0),
@@ -2058,7 +2063,7 @@ pub mod cpu_controller {
             ];
             pub(crate) fn get_field_types(index: u16) -> ::capnp::introspect::Type {
                 match index {
-                    0 => <crate::generated::cpu_capnp::cpu_controller::share::Owned as ::capnp::introspect::Introspect>::introspect(),
+                    0 => <crate::generated::cpu_capnp::cpu_controller::scheduler::Owned as ::capnp::introspect::Introspect>::introspect(),
                     _ => ::capnp::introspect::panic_invalid_field_index(index),
                 }
             }
