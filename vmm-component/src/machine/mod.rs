@@ -90,12 +90,14 @@ impl std::fmt::Debug for Machine {
 }
 
 /// What became of a machine that was joined.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Stopped {
     /// Names of the threads that did not end in time. If there are any, what they use is not freed: only the end of the process does that.
     pub stuck: Vec<String>,
     /// The last counters.
     pub stats: MachineStats,
+    /// Where the vCPUs were when one of them failed, in order: of those that have left and could still tell. Empty if none failed.
+    pub registers: Vec<(u8, RegisterDump)>,
 }
 
 impl Machine {
@@ -373,6 +375,7 @@ impl Machine {
         Stopped {
             stuck,
             stats: self.stats(),
+            registers: self.shared.reporter.take_last(),
         }
     }
 

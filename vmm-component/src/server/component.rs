@@ -226,12 +226,9 @@ impl guest_lifecycle::Server for ComponentServer {
         _: guest_lifecycle::RunParams,
         mut results: guest_lifecycle::RunResults,
     ) -> impl Future<Output = Result<(), capnp::Error>> + 'static {
-        let report = self.controller.run();
+        let ended = self.controller.run();
         async move {
-            match report.await {
-                Ok(report) => report.write(results.get().init_ended()),
-                Err(error) => error.write(results.get().init_error()),
-            }
+            ended.await.write(results.get());
             Ok(())
         }
     }

@@ -17,8 +17,10 @@ use futures::{
 };
 use sepal_devices::dispatch::DeviceEvent;
 use sepal_schema::{
+    crash::{Registers, write_vcpus},
     error::{Error, Kind},
     info::GuestDescriptor,
+    lifecycle_capnp::guest_lifecycle::run_result,
     report::StopReport,
 };
 
@@ -28,7 +30,7 @@ use super::{
     devices::Handles,
     jobs, news, settle,
     state::{GuestState, Lent},
-    vm::{Builder, Vm, VmSpec},
+    vm::{Builder, LastRegisters, Vm, VmSpec},
 };
 use crate::{
     lifecycle::{Effect, Ending, Generation, Input, Lifecycle, Reply, Token},
@@ -39,8 +41,8 @@ use crate::{
 pub(super) enum News {
     /// A build is done.
     Built(Generation, Result<Box<dyn Vm>, Error>),
-    /// A machine is gone.
-    TornDown(Generation),
+    /// A machine is gone, and where its vCPUs were if one of them failed.
+    TornDown(Generation, LastRegisters),
     /// A machine's thread reports.
     Machine(MachineEvent),
 }
@@ -50,6 +52,28 @@ pub(super) struct Creation {
     pub(super) spec: VmSpec,
     pub(super) descriptor: GuestDescriptor,
     pub(super) host: Lent,
+}
+
+/// What came of a run.
+pub(super) struct Ended {
+    /// How the guest ended, or what made it.
+    pub(super) report: Result<StopReport, Error>,
+    /// Where its vCPUs were when one of them failed.
+    pub(super) registers: Vec<(u8, Registers)>,
+}
+
+impl Ended {
+    /// Writes it into an answer.
+    pub(super) fn write(&self, mut to: run_result::Builder<'_>) {
+        let registers = to
+            .reborrow()
+            .init_registers(u32::try_from(self.registers.len()).unwrap_or(0));
+        write_vcpus(&self.registers, registers);
+        match &self.report {
+            Ok(report) => report.write(to.init_ended()),
+            Err(error) => error.write(to.init_error()),
+        }
+    }
 }
 
 /// Owns the lifecycle and the machine. Lives on the control loop.
@@ -132,14 +156,20 @@ impl Controller {
     }
 
     /// Runs the guest to its end, which must be one of its own.
-    pub(super) fn run(&self) -> impl Future<Output = Result<StopReport, Error>> + use<> {
+    pub(super) fn run(&self) -> impl Future<Output = Ended> + use<> {
         let reply = self.ask(|_, token| Input::Run(token));
         let guest = self.inner.borrow().guest.clone();
         async move {
-            match reply.await {
+            let reply = reply.await;
+            let registers = guest.as_ref().map(|guest| guest.registers());
+            let report = match reply {
                 Ok(Reply::Ended(Ok(_))) => guest.and_then(|guest| guest.report()).ok_or_else(lost),
                 Ok(Reply::Ended(Err(error))) => Err(error),
                 _ => Err(lost()),
+            };
+            Ended {
+                report,
+                registers: registers.unwrap_or_default(),
             }
         }
     }
@@ -197,7 +227,12 @@ impl Controller {
                 self.feed(Input::Built(generation, Ok(())));
             }
             News::Built(generation, Err(error)) => self.feed(Input::Built(generation, Err(error))),
-            News::TornDown(generation) => self.feed(Input::TornDown(generation)),
+            News::TornDown(generation, registers) => {
+                if let Some(guest) = self.guest(generation) {
+                    guest.keep_registers(registers);
+                }
+                self.feed(Input::TornDown(generation));
+            }
             News::Machine(event) => self.machine_reports(event),
         }
     }

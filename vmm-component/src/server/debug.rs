@@ -6,7 +6,8 @@ use std::time::Duration;
 use capnp::capability::Rc as ServerRc;
 use futures::channel::oneshot;
 use sepal_schema::{
-    debug_capnp::{debug, registers},
+    crash::Registers,
+    debug_capnp::debug,
     error::{Error, Kind},
 };
 
@@ -62,7 +63,7 @@ impl debug::Server for GuestServer {
         mut results: debug::RegistersResults,
     ) -> Reply {
         match self.registers_of(params.get()?.get_vcpu()).await {
-            Ok(registers) => write_registers(&registers, results.get().init_registers()),
+            Ok(registers) => told(&registers).write(results.get().init_registers()),
             Err(error) => error.write(results.get().init_error()),
         }
         Ok(())
@@ -142,40 +143,43 @@ impl debug::Server for GuestServer {
     }
 }
 
-fn write_registers(from: &RegisterDump, mut to: registers::Builder<'_>) {
+/// The registers as they are told.
+pub(super) fn told(from: &RegisterDump) -> Registers {
     let (regs, sregs) = (&from.regs, &from.sregs);
-    to.set_rax(regs.rax);
-    to.set_rbx(regs.rbx);
-    to.set_rcx(regs.rcx);
-    to.set_rdx(regs.rdx);
-    to.set_rsi(regs.rsi);
-    to.set_rdi(regs.rdi);
-    to.set_rsp(regs.rsp);
-    to.set_rbp(regs.rbp);
-    to.set_r8(regs.r8);
-    to.set_r9(regs.r9);
-    to.set_r10(regs.r10);
-    to.set_r11(regs.r11);
-    to.set_r12(regs.r12);
-    to.set_r13(regs.r13);
-    to.set_r14(regs.r14);
-    to.set_r15(regs.r15);
-    to.set_rip(regs.rip);
-    to.set_rflags(regs.rflags);
-    to.set_cr0(sregs.cr0);
-    to.set_cr2(sregs.cr2);
-    to.set_cr3(sregs.cr3);
-    to.set_cr4(sregs.cr4);
-    to.set_cr8(sregs.cr8);
-    to.set_efer(sregs.efer);
-    to.set_cs(sregs.cs.selector);
-    to.set_ds(sregs.ds.selector);
-    to.set_es(sregs.es.selector);
-    to.set_fs(sregs.fs.selector);
-    to.set_gs(sregs.gs.selector);
-    to.set_ss(sregs.ss.selector);
-    to.set_fs_base(sregs.fs.base);
-    to.set_gs_base(sregs.gs.base);
-    to.set_cpl(from.privilege());
-    to.set_halted(from.halted);
+    Registers {
+        rax: regs.rax,
+        rbx: regs.rbx,
+        rcx: regs.rcx,
+        rdx: regs.rdx,
+        rsi: regs.rsi,
+        rdi: regs.rdi,
+        rsp: regs.rsp,
+        rbp: regs.rbp,
+        r8: regs.r8,
+        r9: regs.r9,
+        r10: regs.r10,
+        r11: regs.r11,
+        r12: regs.r12,
+        r13: regs.r13,
+        r14: regs.r14,
+        r15: regs.r15,
+        rip: regs.rip,
+        rflags: regs.rflags,
+        cr0: sregs.cr0,
+        cr2: sregs.cr2,
+        cr3: sregs.cr3,
+        cr4: sregs.cr4,
+        cr8: sregs.cr8,
+        efer: sregs.efer,
+        cs: sregs.cs.selector,
+        ds: sregs.ds.selector,
+        es: sregs.es.selector,
+        fs: sregs.fs.selector,
+        gs: sregs.gs.selector,
+        ss: sregs.ss.selector,
+        fs_base: sregs.fs.base,
+        gs_base: sregs.gs.base,
+        cpl: from.privilege(),
+        halted: from.halted,
+    }
 }

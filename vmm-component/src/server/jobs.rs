@@ -15,7 +15,7 @@ use sepal_schema::error::{Error, Kind};
 
 use super::{
     controller::News,
-    vm::{Builder, Vm, VmSpec},
+    vm::{Builder, LastRegisters, Vm, VmSpec},
 };
 use crate::lifecycle::Generation;
 
@@ -34,7 +34,7 @@ pub(super) fn build(
     let failed = news.clone();
     let job = move || {
         if let Some(vm) = replaced {
-            end(vm);
+            let _ = end(vm);
         }
         let events = {
             let news = news.clone();
@@ -58,10 +58,9 @@ pub(super) fn tear_down(generation: Generation, vm: Box<dyn Vm>, news: mpsc::Unb
     let job = {
         let slot = slot.clone();
         move || {
-            if let Some(vm) = slot.lock().ok().and_then(|mut slot| slot.take()) {
-                end(vm);
-            }
-            let _ = news.unbounded_send(News::TornDown(generation));
+            let vm = slot.lock().ok().and_then(|mut slot| slot.take());
+            let registers = vm.map(end).unwrap_or_default();
+            let _ = news.unbounded_send(News::TornDown(generation, registers));
         }
     };
     // Without a thread it is done here: the loop stands still meanwhile, but a stop completes.
@@ -72,9 +71,9 @@ pub(super) fn tear_down(generation: Generation, vm: Box<dyn Vm>, news: mpsc::Unb
 }
 
 /// A machine whose threads will not end cannot be trusted with anything: the process ends, and takes them with it.
-fn end(vm: Box<dyn Vm>) {
+fn end(vm: Box<dyn Vm>) -> LastRegisters {
     let stuck = match catch_unwind(AssertUnwindSafe(|| vm.tear_down())) {
-        Ok(Ok(())) => return,
+        Ok(Ok(registers)) => return registers,
         Ok(Err(threads)) => threads,
         Err(_) => "a panic while tearing down".into(),
     };

@@ -11,6 +11,7 @@ use std::{
 use futures::channel::oneshot;
 use sepal_schema::{
     config,
+    crash::Registers,
     error::{Error, Kind},
     guest_capnp::{event, event_sink},
     info::{GuestDescriptor, GuestInfo, GuestStatus, Upkeep},
@@ -20,7 +21,7 @@ use sepal_schema::{
     transport::{FdTable, Handle},
 };
 
-use super::{devices::Handles, memory_news::MemoryNews, news::Pacer};
+use super::{debug, devices::Handles, memory_news::MemoryNews, news::Pacer, vm::LastRegisters};
 use crate::{
     lifecycle::{Ending, Generation},
     memory::MIB,
@@ -56,6 +57,8 @@ struct Inner {
     started: Option<Instant>,
     paused: bool,
     report: Option<StopReport>,
+    /// Where its vCPUs were when one of them failed.
+    registers: LastRegisters,
     /// Who waits for the end.
     waiting: Vec<oneshot::Sender<StopReport>>,
     /// Who waits for all vCPUs to have left the guest.
@@ -177,6 +180,18 @@ impl GuestState {
                 Err(error) => tracing::warn!("device {name} stays without its process: {error}"),
             }
         });
+    }
+
+    /// One of its vCPUs failed, and they were there.
+    pub(super) fn keep_registers(&self, registers: LastRegisters) {
+        self.inner.borrow_mut().registers = registers;
+    }
+
+    /// Where its vCPUs were when one of them failed; none where none did.
+    pub(super) fn registers(&self) -> Vec<(u8, Registers)> {
+        let inner = self.inner.borrow();
+        let registers = inner.registers.iter();
+        registers.map(|(vcpu, dump)| (*vcpu, debug::told(dump))).collect()
     }
 
     /// The guest is no more.

@@ -68,6 +68,9 @@ pub type ShowRegisters = Box<dyn FnOnce(Result<RegisterDump, MachineError>) + Se
 /// Is told what was asked of a vCPU, or why it cannot be known.
 pub type ShowAnswer = Box<dyn FnOnce(Result<Answer, MachineError>) + Send>;
 
+/// Registers of vCPUs, with their numbers.
+pub type LastRegisters = Vec<(u8, RegisterDump)>;
+
 /// A machine that was built.
 pub trait Vm: Send {
     /// Starts vCPUs and dispatch loops; they run when it returns.
@@ -92,8 +95,9 @@ pub trait Vm: Send {
     fn stats(&self) -> MachineStats;
     /// The host's side of its devices.
     fn devices(&self) -> Handles;
-    /// Ends all threads, flushes what the guest printed last, and gives the memory back. Fails with the names of threads that did not end.
-    fn tear_down(self: Box<Self>) -> Result<(), String>;
+    /// Ends all threads, flushes what the guest printed last, and gives the memory back. Tells where the vCPUs were if one of them failed. Fails with the
+    /// names of threads that did not end.
+    fn tear_down(self: Box<Self>) -> Result<LastRegisters, String>;
 }
 
 /// How long the threads of a machine may take to end once they are told to.
@@ -239,10 +243,10 @@ impl Vm for RealVm {
         self.devices.clone()
     }
 
-    fn tear_down(self: Box<Self>) -> Result<(), String> {
+    fn tear_down(self: Box<Self>) -> Result<LastRegisters, String> {
         let stopped = self.machine.join(PATIENCE);
         if stopped.stuck.is_empty() {
-            Ok(())
+            Ok(stopped.registers)
         } else {
             Err(stopped.stuck.join(", "))
         }

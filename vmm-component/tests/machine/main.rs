@@ -185,7 +185,8 @@ fn four_vcpus_start() {
 #[test]
 fn an_instruction_that_cannot_run_fails_the_vcpu_with_its_registers() {
     let Some(kvm) = kvm() else { return };
-    let (ending, _) = Rig::start(&kvm, &guests::jump_to_nowhere(), 1).finish();
+    let rig = Rig::start(&kvm, &guests::jump_to_nowhere(), 2);
+    let ending = rig.next();
     let Happening::VcpuFailed {
         vcpu: 0,
         reason,
@@ -194,6 +195,14 @@ fn an_instruction_that_cannot_run_fails_the_vcpu_with_its_registers() {
     else {
         panic!("{ending:?}")
     };
+    // The one that failed, and the one that was never started.
+    let (stopped, _) = rig.stop();
+    let last: Vec<_> = stopped
+        .registers
+        .iter()
+        .map(|(vcpu, at)| (*vcpu, at.regs.rip))
+        .collect();
+    assert_eq!(last, [(0, 0xd000_0000), (1, 0xfff0)]);
     assert_eq!(registers.regs.rip, 0xd000_0000, "{reason}\n{registers}");
     assert_eq!(registers.regs.rax, 0xd000_0000);
     assert!(registers.to_string().contains("rip=00000000d0000000"), "{registers}");

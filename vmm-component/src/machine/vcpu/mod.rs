@@ -127,6 +127,11 @@ pub(super) fn thread(birth: Birth, seed: &Receiver<Seed>, handshake: &Sender<(u8
                 vcpu.fail("its thread panicked".to_owned());
             }
             vcpu.leave_guest();
+            if vcpu.shared.reporter.has_failed()
+                && let Ok(registers) = registers::read(&vcpu.fd, vcpu.shared.ram.memory())
+            {
+                vcpu.shared.reporter.leave(index, registers);
+            }
             vcpu.counters.thread_ends();
         }
     }

@@ -43,6 +43,31 @@ fn what_ended_a_guest_is_named() {
 }
 
 #[test]
+fn where_the_vcpus_were_is_told_with_the_failure_of_one() {
+    bench(|bench| async move {
+        let at = |rip| {
+            let mut registers = RegisterDump::default();
+            (registers.regs.rip, registers.sregs.cr2) = (rip, rip + 1);
+            registers
+        };
+        *bench.world.last_registers.lock().unwrap() = vec![(0, at(10)), (2, at(30))];
+        bench.create().await.unwrap();
+        let run = bench.run_and_tell();
+        bench.until_running().await;
+        let failed = Happening::VcpuFailed {
+            vcpu: 2,
+            reason: "emulation failure".into(),
+            registers: Box::new(at(30)),
+        };
+        bench.world.report(1, failed);
+        let (ended, registers) = run.await;
+        assert_eq!(ended.unwrap_err().about, "vcpu2");
+        let told: Vec<_> = registers.iter().map(|vcpu| (vcpu.rip, vcpu.cr2)).collect();
+        assert_eq!(told, [(10, 11), (0, 0), (30, 31)]);
+    });
+}
+
+#[test]
 fn a_vcpu_that_cannot_start_is_named() {
     bench(|bench| async move {
         bench.world.start_fails.store(true, Ordering::SeqCst);

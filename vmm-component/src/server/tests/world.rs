@@ -20,6 +20,7 @@ use futures::{
     future::{self, LocalBoxFuture},
 };
 use sepal_schema::{
+    crash::{Registers, read_vcpus},
     error::{Error, Kind, read_completion},
     guest_capnp::{guest, observer},
     info::{LayerInfo, LayerState},
@@ -37,7 +38,7 @@ use crate::{
     server::{
         ComponentServer, Controller,
         devices::Handles,
-        vm::{Builder, Events, ShowAnswer, ShowRegisters, Vm},
+        vm::{Builder, Events, LastRegisters, ShowAnswer, ShowRegisters, Vm},
     },
 };
 
@@ -59,6 +60,8 @@ pub(super) struct World {
     pub(super) start_fails: AtomicBool,
     /// A tear-down waits for a message, if there is a receiver.
     pub(super) hold_tear_down: Mutex<Option<mpsc::Receiver<()>>>,
+    /// What it tells of its vCPUs then.
+    pub(super) last_registers: Mutex<LastRegisters>,
     /// Where each machine so far reports.
     events: Mutex<Vec<(Generation, Events)>>,
     pub(super) building: AtomicUsize,
@@ -165,12 +168,12 @@ impl Vm for PretendedVm {
     fn devices(&self) -> Handles {
         Handles::default()
     }
-    fn tear_down(self: Box<Self>) -> Result<(), String> {
+    fn tear_down(self: Box<Self>) -> Result<LastRegisters, String> {
         let held = self.world.hold_tear_down.lock().unwrap().take();
         if let Some(held) = held {
             held.recv().unwrap();
         }
-        Ok(())
+        Ok(self.world.last_registers.lock().unwrap().clone())
     }
 }
 
@@ -276,13 +279,22 @@ impl Bench {
     }
 
     pub(super) fn run(&self) -> impl Future<Output = RunAnswer> + use<> {
+        let run = self.run_and_tell();
+        async move { run.await.0 }
+    }
+
+    /// What run answers, and where it says that the vCPUs were.
+    pub(super) fn run_and_tell(&self) -> impl Future<Output = (RunAnswer, Vec<Registers>)> + use<> {
         use guest_lifecycle::run_result::Which;
         let answer = self.lifecycle.run_request().send().promise;
         async move {
-            match answer.await.unwrap().get().unwrap().which().unwrap() {
+            let answer = answer.await.unwrap();
+            let answer = answer.get().unwrap();
+            let ended = match answer.which().unwrap() {
                 Which::Ended(report) => Ok(StopReport::read(report.unwrap()).unwrap()),
                 Which::Error(error) => Err(Error::read(error.unwrap()).unwrap()),
-            }
+            };
+            (ended, read_vcpus(answer).unwrap())
         }
     }
 
