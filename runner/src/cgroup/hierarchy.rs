@@ -154,6 +154,13 @@ impl Hierarchies {
         }
     }
 
+    /// This process's own group in the hierarchy that offers a controller; none where nothing does.
+    #[must_use]
+    pub fn own_group(&self, controller: Controller) -> Option<PathBuf> {
+        let mounted = self.mounted(controller)?;
+        Some(mounted.mount.join(&mounted.own))
+    }
+
     /// True if this process may make groups for every controller that is offered.
     pub(crate) fn writable(&self) -> bool {
         Controller::ALL
@@ -168,13 +175,7 @@ impl Hierarchies {
 
     pub(super) fn place(&self, controller: Controller) -> Option<Place> {
         let v2 = self.v2_controllers.contains(&controller);
-        let mounted = if v2 {
-            self.v2.as_ref()?
-        } else {
-            self.v1
-                .iter()
-                .find_map(|(known, mounted)| (*known == controller).then_some(mounted))?
-        };
+        let mounted = self.mounted(controller)?;
         // Root passes controllers on from the top; a user from the group that was delegated, its own.
         let levels = if v2 && self.root {
             vec![mounted.mount.clone()]
@@ -187,6 +188,15 @@ impl Hierarchies {
             parent: self.parent_in(mounted),
             levels,
         })
+    }
+
+    fn mounted(&self, controller: Controller) -> Option<&Mounted> {
+        if self.v2_controllers.contains(&controller) {
+            return self.v2.as_ref();
+        }
+        self.v1
+            .iter()
+            .find_map(|(known, mounted)| (*known == controller).then_some(mounted))
     }
 
     /// Every directory in which starters of this kind make theirs.
@@ -236,6 +246,8 @@ broken line
             (place.v2, place.parent),
             (false, PathBuf::from("/sys/fs/cgroup/memory/a/b"))
         );
+        let own = found.own_group(Controller::Memory);
+        assert_eq!(own, Some(PathBuf::from("/sys/fs/cgroup/memory/a/b")));
         let root = Hierarchies::parse(HYBRID, OWN, true);
         assert_eq!(
             root.place(Controller::Cpu).unwrap().parent,

@@ -80,6 +80,26 @@ struct Setting {
     v1: Vec<(&'static str, String)>,
 }
 
+impl Setting {
+    /// True if the group has this setting's files.
+    fn applies(&self, place: &Place, directory: &Path) -> bool {
+        let mut files = self.v1.iter().map(|(file, _)| *file);
+        match place.v2 {
+            true => directory.join(self.v2.0).exists(),
+            false => files.all(|file| directory.join(file).exists()),
+        }
+    }
+
+    /// Writes it into a group.
+    fn write(&self, place: &Place, directory: &Path) -> Result<(), CgroupError> {
+        if place.v2 {
+            return write(&directory.join(self.v2.0), &self.v2.1);
+        }
+        let mut files = self.v1.iter();
+        files.try_for_each(|(file, content)| write(&directory.join(file), content))
+    }
+}
+
 impl Limits {
     /// True if nothing is limited.
     #[must_use]
@@ -100,6 +120,7 @@ impl Limits {
         parts.into_iter().flatten().collect::<Vec<_>>().join(", ")
     }
 
+    /// What puts the limits in force.
     fn settings(&self) -> Result<Vec<Setting>, CgroupError> {
         let check = |what, value: u64, least: u64, most: u64, range| {
             if (least..=most).contains(&value) {
@@ -155,6 +176,40 @@ impl Limits {
         }
         Ok(settings)
     }
+}
+
+/// What takes the limits that are not among these out of force.
+fn lifted(limits: &Limits) -> Vec<Setting> {
+    let setting = |controller, v2: (&'static str, &str), v1: (&'static str, &str)| Setting {
+        controller,
+        v2: (v2.0, v2.1.to_owned()),
+        v1: vec![(v1.0, v1.1.to_owned())],
+    };
+    let none = [
+        (
+            limits.memory_bytes.is_none(),
+            setting(
+                Controller::Memory,
+                ("memory.max", "max"),
+                ("memory.limit_in_bytes", "-1"),
+            ),
+        ),
+        (
+            limits.pids.is_none(),
+            setting(Controller::Pids, ("pids.max", "max"), ("pids.max", "max")),
+        ),
+        (
+            limits.cpu_millis.is_none(),
+            setting(Controller::Cpu, ("cpu.max", "max"), ("cpu.cfs_quota_us", "-1")),
+        ),
+        (
+            limits.cpu_weight.is_none(),
+            setting(Controller::Cpu, ("cpu.weight", "100"), ("cpu.shares", "1024")),
+        ),
+    ];
+    none.into_iter()
+        .filter_map(|(lifted, setting)| lifted.then_some(setting))
+        .collect()
 }
 
 /// The groups that one starter makes, and the directories above them.
@@ -240,43 +295,62 @@ impl Groups {
     ///
     /// [`CgroupError`]: a value out of range, a controller that the host lacks, or a refusal. Nothing is left then.
     pub fn create(&mut self, name: &str, limits: &Limits) -> Result<Group, CgroupError> {
-        let mut group = Group {
-            directories: Vec::new(),
-            v2: None,
-            v1: Vec::new(),
-        };
-        let mut made: Vec<(PathBuf, PathBuf)> = Vec::new();
+        let mut group = Group::none();
         for setting in limits.settings()? {
-            let place = self
-                .hierarchies
-                .place(setting.controller)
-                .ok_or(CgroupError::NoController {
-                    controller: setting.controller.name(),
-                })?;
-            let directory = match made.iter().find(|(parent, _)| *parent == place.parent) {
-                Some((_, directory)) => directory.clone(),
-                None => {
-                    let directory = self.make_own(&place)?.join(name);
-                    make(&directory)?;
-                    group.directories.push(directory.clone());
-                    made.push((place.parent.clone(), directory.clone()));
-                    if place.v2 {
-                        group.v2 = Some(open_group(&directory)?);
-                    } else {
-                        group.v1.push(directory.clone());
-                    }
-                    directory
-                }
-            };
-            if place.v2 {
-                write(&directory.join(setting.v2.0), &setting.v2.1)?;
-            } else {
-                for (file, content) in setting.v1 {
-                    write(&directory.join(file), &content)?;
-                }
-            }
+            self.enforce(&mut group, name, &setting)?;
         }
         Ok(group)
+    }
+
+    /// Changes the limits of a component that runs to these and no others. What was not limited so far needs groups that are made
+    /// now; the process is moved into them.
+    ///
+    /// # Errors
+    ///
+    /// [`CgroupError`], as [`Groups::create`]; limits before the one it is about are in force then.
+    pub fn change(&mut self, group: &mut Group, name: &str, pid: u32, limits: &Limits) -> Result<(), CgroupError> {
+        // All values are looked at before the first is written.
+        let settings = limits.settings()?;
+        for setting in lifted(limits) {
+            if let Some(place) = self.hierarchies.place(setting.controller)
+                && let Some(directory) = group.directory_in(&place)
+                // The group may be there for another controller's sake alone.
+                && setting.applies(&place, directory)
+            {
+                setting.write(&place, directory)?;
+            }
+        }
+        for setting in settings {
+            if let Some(made) = self.enforce(group, name, &setting)? {
+                write(&made.join("cgroup.procs"), &pid.to_string())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes a setting, into a group that is made if there is none in that hierarchy; that is returned then.
+    fn enforce(&mut self, group: &mut Group, name: &str, setting: &Setting) -> Result<Option<PathBuf>, CgroupError> {
+        let place = self
+            .hierarchies
+            .place(setting.controller)
+            .ok_or(CgroupError::NoController {
+                controller: setting.controller.name(),
+            })?;
+        // Also where there is a group: the controller may not reach it yet.
+        let directory = self.make_own(&place)?.join(name);
+        if let Some(known) = group.directory_in(&place) {
+            setting.write(&place, known)?;
+            return Ok(None);
+        }
+        make(&directory)?;
+        group.directories.push(directory.clone());
+        if place.v2 {
+            group.v2 = Some(open_group(&directory)?);
+        } else {
+            group.v1.push(directory.clone());
+        }
+        setting.write(&place, &directory)?;
+        Ok(Some(directory))
     }
 
     /// Makes this starter's directory in a hierarchy and lets the controller through to its groups.
@@ -352,6 +426,28 @@ impl Drop for Groups {
 }
 
 impl Group {
+    /// None yet.
+    pub(crate) fn none() -> Self {
+        Self {
+            directories: Vec::new(),
+            v2: None,
+            v1: Vec::new(),
+        }
+    }
+
+    /// The directory in this place's hierarchy, if there is one.
+    fn directory_in(&self, place: &Place) -> Option<&Path> {
+        let mut directories = self.directories.iter();
+        directories
+            .find(|directory| directory.starts_with(&place.parent))
+            .map(PathBuf::as_path)
+    }
+
+    /// The name that its directories have in common.
+    pub(crate) fn name(&self) -> Option<&str> {
+        self.directories.first()?.file_name()?.to_str()
+    }
+
     /// A v2 group that exists.
     #[cfg(test)]
     pub(crate) fn in_v2(directory: PathBuf) -> Result<Self, CgroupError> {

@@ -5,11 +5,17 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags};
+use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
-use super::wire::{Channel, CleanFile, Event, Request, Spawn};
-use super::{KeeperError, system};
+use super::inherit::{Inherited, Succession, take_over};
+use super::wire::{Channel, CleanFile, Event, MAX_KEPT, MAX_LABEL, Received, Request, Spawn};
+use super::{KeeperError, Key, WireError, system};
+use crate::cgroup::Limits;
 use crate::layer::Layer;
 use crate::outer::{ComponentSpec, ExitStatus};
 
@@ -43,21 +49,46 @@ pub enum KeeperEvent {
         /// How.
         status: ExitStatus,
     },
+    /// What [`KeeperClient::keep_descriptors`] sent could not be kept.
+    NotKept {
+        /// Under which id.
+        id: u64,
+        /// Under which label.
+        label: String,
+        /// The reason for a person.
+        message: String,
+    },
+    /// Answers [`KeeperClient::set_limits`], each in turn.
+    LimitsSet {
+        /// The component.
+        id: u64,
+        /// Why not, or not all of it: for a person, with the remedy.
+        error: Option<String>,
+    },
+    /// The keeper, being of another version, does not know a request; or cannot carry it out.
+    Refused {
+        /// What it calls the request.
+        request: String,
+        /// Why.
+        reason: String,
+    },
 }
 
 /// A running keeper. Never blocks, except in [`KeeperClient::close`].
 ///
 /// Watch the descriptor for input, and for output while [`KeeperClient::has_unsent`]; then call
-/// [`KeeperClient::try_recv`] until it returns `None`. Dropping it ends all its components.
+/// [`KeeperClient::try_recv`] until it returns `None`. Dropping it ends all its components that are not durable.
 pub struct KeeperClient {
     channel: Channel,
-    process: Child,
+    pid: u32,
+    /// None for one that was inherited: it is somebody else's child.
+    process: Option<Child>,
 }
 
 impl fmt::Debug for KeeperClient {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("KeeperClient")
-            .field("pid", &self.process.id())
+            .field("pid", &self.pid)
             .finish_non_exhaustive()
     }
 }
@@ -84,7 +115,29 @@ impl KeeperClient {
                 source,
             })?;
         let channel = Channel::new(ours).map_err(system("using the connection"))?;
-        Ok(Self { channel, process })
+        Ok(Self {
+            channel,
+            pid: process.id(),
+            process: Some(process),
+        })
+    }
+
+    /// Takes over from a manager that is gone: connects to its keeper and proves to know the key. Waits for at most 10 s.
+    ///
+    /// Returns what the keeper has, by id. `Exited` and the answers for components that still start follow as events.
+    ///
+    /// # Errors
+    ///
+    /// [`KeeperError::Ended`] if nobody listens there (the socket can be removed), [`KeeperError::Foreign`],
+    /// [`KeeperError::Refused`], [`KeeperError::Silent`], and any failure of the connection, after which it can be tried again.
+    pub fn succeed(path: &Path, key: &Key) -> Result<(Self, Vec<Inherited>), KeeperError> {
+        let Succession {
+            channel,
+            pid,
+            inherited,
+        } = take_over(path, key)?;
+        let process = None;
+        Ok((Self { channel, pid, process }, inherited))
     }
 
     /// Asks for a component; `id` is the caller's to choose, and free again after `Failed` or `Exited`.
@@ -103,8 +156,8 @@ impl KeeperClient {
             stderr: spec.stderr.is_some(),
             jail: spec.jail,
         });
-        let fds = [program].into_iter().chain(spec.stderr).chain(handle_fds).collect();
-        Ok(self.channel.send(&request, fds)?)
+        let fds = [program].into_iter().chain(spec.stderr).chain(handle_fds);
+        Ok(self.channel.send(&request, fds.map(Arc::new).collect())?)
     }
 
     /// Kills a component. Its `Exited` follows; nothing happens if there is none under this id.
@@ -116,23 +169,116 @@ impl KeeperClient {
         Ok(self.channel.send(&Request::Kill { id }, Vec::new())?)
     }
 
-    /// Has a file (a listening socket, say) removed when this process ends, if the path names the same file then.
+    /// Has descriptors held beside a component, or beside none, for this manager's successor. They replace what is held under the
+    /// same label, and are held until [`KeeperClient::drop_descriptors`] or [`KeeperClient::release`], until the component of an id
+    /// that is not durable ends, or, unless the id is durable or [`super::OWN`], until this manager is gone.
+    ///
+    /// # Errors
+    ///
+    /// [`KeeperError::Gone`]; [`KeeperError::Protocol`] for more than [`MAX_KEPT`] descriptors, or a label of more than
+    /// [`MAX_LABEL`] bytes.
+    pub fn keep_descriptors(&mut self, id: u64, label: &str, fds: Vec<OwnedFd>) -> Result<(), KeeperError> {
+        if fds.len() > MAX_KEPT || label.len() > MAX_LABEL {
+            let reason = format!(
+                "{} descriptors under a label of {} bytes: at most {MAX_KEPT} and {MAX_LABEL} are possible",
+                fds.len(),
+                label.len()
+            );
+            return Err(KeeperError::Protocol(reason));
+        }
+        let request = Request::Keep {
+            id,
+            label: label.to_owned(),
+            count: fds.len(),
+        };
+        Ok(self.channel.send(&request, fds.into_iter().map(Arc::new).collect())?)
+    }
+
+    /// Has what is held under this label closed.
+    ///
+    /// # Errors
+    ///
+    /// [`KeeperError::Gone`].
+    pub fn drop_descriptors(&mut self, id: u64, label: &str) -> Result<(), KeeperError> {
+        let label = label.to_owned();
+        Ok(self.channel.send(&Request::DropKept { id, label }, Vec::new())?)
+    }
+
+    /// Has all that is held under this id closed, and what was remembered of it forgotten. A component that lives goes on, but is not
+    /// durable any more.
+    ///
+    /// # Errors
+    ///
+    /// [`KeeperError::Gone`].
+    pub fn release(&mut self, id: u64) -> Result<(), KeeperError> {
+        Ok(self.channel.send(&Request::Release { id }, Vec::new())?)
+    }
+
+    /// Whether the component under this id, and what is held for it, outlives this manager; may be said before the component is
+    /// started. How a durable one ended is remembered, too, until [`KeeperClient::release`] or the next start under the same id.
+    ///
+    /// # Errors
+    ///
+    /// [`KeeperError::Gone`].
+    pub fn set_durable(&mut self, id: u64, durable: bool) -> Result<(), KeeperError> {
+        Ok(self.channel.send(&Request::Durable { id, durable }, Vec::new())?)
+    }
+
+    /// Says how a successor comes: by `listener`, a socket of type `SOCK_SEQPACKET` that listens, and if it knows `key`. Without that
+    /// nothing outlives this manager. When no manager and no component is left, the keeper waits for `linger` (in milliseconds, at most
+    /// 49 days) as long as it remembers anything durable, then ends. Replaces what was said before.
+    ///
+    /// # Errors
+    ///
+    /// [`KeeperError::Gone`].
+    pub fn offer_succession(&mut self, listener: OwnedFd, key: &Key, linger: Duration) -> Result<(), KeeperError> {
+        let request = Request::Succession {
+            key: key.to_vec(),
+            linger_ms: u32::try_from(linger.as_millis()).unwrap_or(u32::MAX),
+        };
+        Ok(self.channel.send(&request, vec![Arc::new(listener)])?)
+    }
+
+    /// Changes the limits of a component that runs to these and no others; [`KeeperEvent::LimitsSet`] follows.
+    ///
+    /// # Errors
+    ///
+    /// [`KeeperError::Gone`].
+    pub fn set_limits(&mut self, id: u64, limits: Limits) -> Result<(), KeeperError> {
+        Ok(self.channel.send(&Request::Limits { id, limits }, Vec::new())?)
+    }
+
+    /// Has a file (a listening socket, say) removed when this manager is gone, if the path names the same file then.
     ///
     /// # Errors
     ///
     /// [`KeeperError::System`] if the file cannot be looked at; [`KeeperError::Gone`].
     pub fn remove_at_end(&mut self, path: &Path) -> Result<(), KeeperError> {
+        self.remove(path, false)
+    }
+
+    /// Has a file (the socket at which a successor comes, say) removed when the keeper ends, if the path names the same file then.
+    ///
+    /// # Errors
+    ///
+    /// [`KeeperError::System`] if the file cannot be looked at; [`KeeperError::Gone`].
+    pub fn remove_with_keeper(&mut self, path: &Path) -> Result<(), KeeperError> {
+        self.remove(path, true)
+    }
+
+    fn remove(&mut self, path: &Path, with_keeper: bool) -> Result<(), KeeperError> {
         let path = std::path::absolute(path).map_err(system("resolving the path of a file to remove"))?;
         let metadata = path.symlink_metadata().map_err(system("looking at a file to remove"))?;
         let file = CleanFile {
             path,
             device: metadata.dev(),
             inode: metadata.ino(),
+            with_keeper,
         };
         Ok(self.channel.send(&Request::Remove(file), Vec::new())?)
     }
 
-    /// Takes [`KeeperClient::remove_at_end`] back.
+    /// Takes [`KeeperClient::remove_at_end`] and [`KeeperClient::remove_with_keeper`] back.
     ///
     /// # Errors
     ///
@@ -156,58 +302,121 @@ impl KeeperClient {
     pub fn try_recv(&mut self) -> Result<Option<KeeperEvent>, KeeperError> {
         // Events that came before the end are still to be had, so a failure to send does not matter yet.
         let flushed = self.channel.flush();
-        let received = match self.channel.receive::<Event>() {
-            Ok(Some(received)) => received,
-            Ok(None) => {
-                flushed?;
-                return Ok(None);
-            }
-            Err(super::WireError::Closed) => {
-                let status = self.process.try_wait();
-                let how = status
-                    .ok()
-                    .flatten()
-                    .map_or("its connection is closed".to_owned(), |status| status.to_string());
-                return Err(KeeperError::Gone(how));
-            }
-            Err(error) => return Err(error.into()),
-        };
-        Ok(Some(match received {
-            (Event::Started { id, pid, host_uid }, mut fds) => {
-                let pidfd = fds
-                    .pop()
-                    .ok_or_else(|| KeeperError::Protocol("no pidfd with a start".to_owned()))?;
-                KeeperEvent::Started {
-                    id,
-                    pid,
-                    pidfd,
-                    host_uid,
+        loop {
+            let Received { message, fds, .. } = match self.channel.receive::<Event>() {
+                Ok(Some(received)) => received,
+                Ok(None) => {
+                    flushed?;
+                    return Ok(None);
                 }
+                Err(WireError::Closed) => {
+                    let status = self
+                        .process
+                        .as_mut()
+                        .and_then(|process| process.try_wait().ok().flatten());
+                    let how = status.map_or("its connection is closed".to_owned(), |status| status.to_string());
+                    return Err(KeeperError::Gone(how));
+                }
+                Err(error) => return Err(error.into()),
+            };
+            // What a keeper of another version says besides is for managers of that version.
+            if let Ok(event) = message
+                && let Some(event) = told(event, fds)?
+            {
+                return Ok(Some(event));
             }
-            (Event::Failed { id, layer, message }, _) => KeeperEvent::Failed { id, layer, message },
-            (Event::Exited { id, status }, _) => KeeperEvent::Exited { id, status },
-        }))
+        }
     }
 
     /// The keeper's process id.
     #[must_use]
     pub fn pid(&self) -> u32 {
-        self.process.id()
+        self.pid
     }
 
-    /// Ends all components and the keeper, and waits until it is done.
+    /// Ends all components, durable or not, and the keeper, and waits until it is done.
     ///
     /// # Errors
     ///
     /// [`KeeperError::Gone`] if the keeper did not end as it should.
-    pub fn close(self) -> Result<(), KeeperError> {
-        let Self { channel, mut process } = self;
-        drop(channel);
+    pub fn close(mut self) -> Result<(), KeeperError> {
+        // One that is gone already has nothing left to end.
+        let _ = self.channel.send(&Request::End, Vec::new());
+        let _ = self.flush_all();
+        let Some(mut process) = self.process.take() else {
+            return self.drain();
+        };
+        drop(self);
         match process.wait().map_err(system("waiting for the keeper"))? {
             status if status.success() => Ok(()),
             status => Err(KeeperError::Gone(status.to_string())),
         }
     }
+
+    /// Ends this connection, having sent all that waits: what is durable goes on, for a successor to take over; the rest ends.
+    ///
+    /// # Errors
+    ///
+    /// [`KeeperError::Gone`].
+    pub fn leave(mut self) -> Result<(), KeeperError> {
+        self.flush_all()
+    }
+
+    /// Waits until all is sent that waits.
+    fn flush_all(&mut self) -> Result<(), KeeperError> {
+        self.channel.flush()?;
+        while self.channel.has_unsent() {
+            self.wait(PollFlags::OUT)?;
+            self.channel.flush()?;
+        }
+        Ok(())
+    }
+
+    /// Waits until the keeper has closed the connection, which it does when all is done.
+    fn drain(&mut self) -> Result<(), KeeperError> {
+        loop {
+            match self.channel.receive::<Event>() {
+                Ok(Some(_)) => {}
+                Ok(None) => self.wait(PollFlags::IN)?,
+                Err(WireError::Closed) => return Ok(()),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    fn wait(&self, wanted: PollFlags) -> Result<(), KeeperError> {
+        let mut poll = [PollFd::new(&self.channel, wanted)];
+        match rustix::event::poll(&mut poll, None) {
+            Ok(_) | Err(Errno::INTR) => Ok(()),
+            Err(errno) => Err(system("waiting for the keeper")(errno)),
+        }
+    }
+}
+
+/// What an event says to the manager; none if it is said elsewhere.
+fn told(event: Event, mut fds: Vec<OwnedFd>) -> Result<Option<KeeperEvent>, KeeperError> {
+    Ok(Some(match event {
+        Event::Started { id, pid, host_uid } => {
+            let pidfd = fds
+                .pop()
+                .ok_or_else(|| KeeperError::Protocol("no pidfd with a start".to_owned()))?;
+            KeeperEvent::Started {
+                id,
+                pid,
+                pidfd,
+                host_uid,
+            }
+        }
+        Event::Failed { id, layer, message } => KeeperEvent::Failed { id, layer, message },
+        Event::Exited { id, status } => KeeperEvent::Exited { id, status },
+        Event::NotKept { id, label, message } => KeeperEvent::NotKept { id, label, message },
+        Event::LimitsSet { id, error } => KeeperEvent::LimitsSet { id, error },
+        Event::Refused { request, reason } => KeeperEvent::Refused { request, reason },
+        // A succession is over before events are asked for.
+        Event::Hello { .. } | Event::Inherited { .. } | Event::InheritedFds { .. } | Event::InheritedAll => {
+            return Ok(None);
+        }
+    }))
 }
 
 impl AsFd for KeeperClient {

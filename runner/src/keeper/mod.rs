@@ -1,8 +1,7 @@
 //! The keeper: a small single-threaded process that is the parent of one manager's components.
 //!
-//! It exists because a manager can be killed at any time, and nothing may be left then. It starts components on request,
-//! reaps them, reports how they ended, and removes their groups. When the manager's connection closes, for whatever
-//! reason, it kills what still runs, removes the files that the manager asked to have removed, and exits.
+//! It exists because a manager can be killed at any time. It starts components on request, reaps them, reports how they
+//! ended, and removes their groups. It decides nothing: what is to go on without the manager, the manager has said before.
 //!
 //! ```text
 //!              spawn                 exec succeeded            process ended
@@ -14,10 +13,42 @@
 //!
 //! Every spawn is answered by one `Started` or one `Failed`; every `Started` is followed by one `Exited`.
 //!
+//! Beside a component (or beside none, under any id) the keeper holds descriptors for its manager. When the manager's connection
+//! closes, for whatever reason, it kills the components that are not durable and removes the files that the manager asked to have
+//! removed. If nothing durable is left it exits; otherwise it waits for a successor:
+//!
+//! ```text
+//!            connection closes,               a successor proves that it knows the key
+//!   served ─────────────────────> orphaned ────────────────────────────────────────────> served
+//!     │     something is durable    │                                                      │ nothing is left
+//!     │ nothing is durable,         │ nothing is left, or none                             │ under any id but 0
+//!     └ `close`                     └ has lived for a while                                └ `close`
+//!       ──> end                       ──> end                                                ──> end
+//! ```
+//!
+//! - [`KeeperClient::keep_descriptors`], [`KeeperClient::drop_descriptors`], [`KeeperClient::release`]: what is held, by id and
+//!   label; id [`OWN`] is for the manager itself. What is sent is safe once [`KeeperClient::has_unsent`] is false: the keeper reads all
+//!   that a manager has sent before it takes notice of its end.
+//! - [`KeeperClient::set_durable`]: what stays. A durable id stays known after its component has ended, until `release`.
+//! - [`KeeperClient::offer_succession`]: the listening socket at which a successor comes, and the key that it has to know.
+//! - [`KeeperClient::succeed`]: the successor's side: all that the keeper has, and the connection. A manager that lives is never
+//!   displaced; whoever connects meanwhile waits.
+//! - [`KeeperClient::leave`]: ends the connection and leaves what is durable. [`KeeperClient::close`] ends everything.
+//! - [`KeeperClient::set_limits`]: changes the limits of a component that runs.
+//!
+//! A successor starts its own keeper for what it starts, and holds on to the inherited one, which ends when nothing is left in it.
+//!
+//! Manager and keeper may be of different versions: fields that one does not know are ignored, and a request that the keeper does not
+//! know is answered by [`KeeperEvent::Refused`].
+//!
 //! If the keeper itself is killed, its components die with it (parent-death signal and lifeline); empty cgroups that it
 //! leaves are removed by the next keeper.
 
+mod book;
 mod client;
+mod door;
+mod inherit;
+mod process;
 mod server;
 mod wire;
 
@@ -25,8 +56,20 @@ use std::io;
 use std::path::PathBuf;
 
 pub use client::{KeeperClient, KeeperEvent};
+pub use inherit::{Inherited, InheritedState};
 pub use server::run;
 use wire::WireError;
+pub use wire::{MAX_KEPT, MAX_LABEL};
+
+/// Bytes of the key that a successor has to know.
+pub const KEY_BYTES: usize = 32;
+
+/// What a successor has to know.
+pub type Key = [u8; KEY_BYTES];
+
+/// The id of what is kept for the manager itself. It has no component, stays until a successor takes it or the keeper ends, and does
+/// not keep the keeper from ending.
+pub const OWN: u64 = 0;
 
 /// Why the keeper cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -38,6 +81,36 @@ pub enum KeeperError {
         path: PathBuf,
         /// Why it cannot be started.
         source: io::Error,
+    },
+    /// Nobody listens at this socket: the keeper has ended.
+    #[error("no keeper listens at {path}: {source}")]
+    Ended {
+        /// The socket.
+        path: PathBuf,
+        /// What connecting to it says.
+        source: io::Error,
+    },
+    /// The socket at which a keeper was expected belongs to somebody else; the key was not sent.
+    #[error("the socket {path} was made by uid {uid}, who is not to be trusted with the guests of this manager")]
+    Foreign {
+        /// The socket.
+        path: PathBuf,
+        /// Whose it is.
+        uid: u32,
+    },
+    /// The keeper hung up instead of handing over: the key is wrong, or the keeper has just ended.
+    #[error("the keeper at {path} does not hand over: the key is not the one that it was given, or it has ended")]
+    Refused {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// The keeper did not hand over in time: it is stopped, or has another manager, or others wait before this one.
+    #[error("the keeper at {path} does not hand over within {seconds} s: it has a manager, or does not run")]
+    Silent {
+        /// The socket.
+        path: PathBuf,
+        /// How long was waited.
+        seconds: u64,
     },
     /// It is gone; no component of it lives any more.
     #[error("the keeper is gone ({0})")]

@@ -1,32 +1,34 @@
-//! The keeper's process: one loop over the connection, child signals, and components that are starting.
+//! The keeper's process: one loop over the manager's connection, child signals, components that are starting, and, without a manager,
+//! the socket at which its successor comes.
 
-use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::fs;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::process::WaitOptions;
 
-use super::wire::{Channel, CleanFile, Event, Request, Spawn, WireError};
-use super::{KeeperError, system};
+use super::book::{Book, Life};
+use super::door::{Door, VERSION};
+use super::wire::{Channel, CleanFile, Ended, Event, MAX_LABEL, Received, Request, Spawn, State, WireError};
+use super::{KeeperError, process, system};
 use crate::cgroup::Groups;
 use crate::outer::{Component, ComponentSpec, ExitStatus, Handles, Program, Runner, SpawnError};
 
-/// Where the connection goes after the start; it arrives as standard input.
-const CONNECTION: RawFd = 3;
-
-/// Runs the keeper on the connection that is its standard input, until that closes.
+/// Runs the keeper on the connection that is its standard input, until that closes and nothing durable is left.
 ///
 /// # Errors
 ///
 /// If the process was not started by [`super::KeeperClient::start`], or the system refuses what a keeper needs.
 pub fn run() -> Result<(), KeeperError> {
-    let connection = settle()?;
-    let signals = catch_signals()?;
+    let connection = process::settle()?;
+    let signals = process::catch_signals()?;
+    process::make_room();
     if let Ok(groups) = Groups::new() {
         let _ = groups.sweep();
     }
@@ -36,11 +38,16 @@ pub fn run() -> Result<(), KeeperError> {
     })?;
     let channel = Channel::new(connection).map_err(system("using the connection"))?;
     let mut keeper = Keeper {
-        channel,
+        manager: Some(channel),
+        inherited: false,
+        ending: false,
         signals,
         runner,
-        components: BTreeMap::new(),
+        book: Book::new(),
         files: Vec::new(),
+        door: None,
+        linger: Duration::ZERO,
+        last_life: Instant::now(),
         idle: true,
     };
     let result = keeper.serve();
@@ -48,178 +55,168 @@ pub fn run() -> Result<(), KeeperError> {
     result
 }
 
-/// Leaves the manager's session and descriptors.
-fn settle() -> Result<OwnedFd, KeeperError> {
-    let kind = rustix::net::sockopt::socket_type(std::io::stdin().as_fd());
-    if kind != Ok(rustix::net::SocketType::SEQPACKET) {
-        return Err(KeeperError::Protocol(
-            "standard input is no connection: the guest manager starts the keeper".into(),
-        ));
-    }
-    let null = fs::File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/null")
-        .map_err(system("opening /dev/null"))?;
-    // SAFETY: nothing of this process owns a descriptor other than 0 to 2 and `null`, which is not used after it.
-    let moved = unsafe {
-        let null = null.as_raw_fd();
-        let moved = libc::dup3(
-            0,
-            if null == CONNECTION { CONNECTION + 1 } else { CONNECTION },
-            libc::O_CLOEXEC,
-        );
-        libc::dup2(null, 0);
-        moved
-    };
-    if moved < 0 {
-        return Err(system("moving the connection")(std::io::Error::last_os_error()));
-    }
-    drop(null);
-    // SAFETY: closes what was inherited by mistake; nothing here owns it.
-    unsafe {
-        for number in CONNECTION..moved {
-            libc::close(number);
-        }
-        libc::close_range(moved.cast_unsigned() + 1, u32::MAX, 0);
-    }
-    // SAFETY: made above, and owned by nothing.
-    let connection = unsafe { OwnedFd::from_raw_fd(moved) };
-    // Fails where it leads a session already.
-    let _ = rustix::process::setsid();
-    let _ = rustix::thread::set_name(c"sepal-keeper");
-    rustix::process::set_child_subreaper(Some(rustix::process::getpid())).map_err(system("becoming a subreaper"))?;
-    Ok(connection)
-}
-
-/// Takes child signals by descriptor, and those that a terminal or a service manager sends to end a program with them:
-/// the keeper ends when its manager does.
-fn catch_signals() -> Result<OwnedFd, KeeperError> {
-    // SAFETY: the set is a local that the calls fill; the mask concerns the only thread.
-    let fd = unsafe {
-        let mut set: libc::sigset_t = std::mem::zeroed();
-        libc::sigemptyset(&raw mut set);
-        for signal in [libc::SIGCHLD, libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT] {
-            libc::sigaddset(&raw mut set, signal);
-        }
-        libc::sigprocmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut());
-        libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK)
-    };
-    if fd < 0 {
-        return Err(system("signalfd")(std::io::Error::last_os_error()));
-    }
-    // SAFETY: fresh, and owned by nothing.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
 /// How long there has to be nothing to do before the next start is prepared: that takes a processor for up to a millisecond, and the component that
 /// was started last needs it more until its guest runs.
-const QUIET: Timespec = Timespec {
-    tv_sec: 0,
-    tv_nsec: 4_000_000,
-};
+const QUIET: Duration = Duration::from_millis(4);
 
 struct Keeper {
-    channel: Channel,
+    /// None while it waits for a successor.
+    manager: Option<Channel>,
+    /// The manager is not the one that started it.
+    inherited: bool,
+    /// The manager has said that this is the end.
+    ending: bool,
     signals: OwnedFd,
     runner: Runner,
-    components: BTreeMap<u64, Component>,
+    book: Book<Component, Vec<Arc<OwnedFd>>>,
     files: Vec<CleanFile>,
+    door: Option<Door>,
+    /// How long it stays without a manager and without a component that lives.
+    linger: Duration,
+    /// When a component was last seen to live, without a manager.
+    last_life: Instant,
     /// True after a turn that found nothing to do for [`QUIET`].
     idle: bool,
 }
 
+/// What a turn of the loop found to do.
+#[derive(Default)]
+struct Ready {
+    manager: bool,
+    signals: bool,
+    starting: Vec<u64>,
+}
+
 impl Keeper {
-    /// Serves until the manager is gone.
+    /// Serves until there is nothing left to serve for.
     fn serve(&mut self) -> Result<(), KeeperError> {
-        loop {
-            match self.turn() {
-                Ok(()) => {}
-                Err(WireError::Closed) => return Ok(()),
-                Err(error) => return Err(error.into()),
-            }
-        }
-    }
-
-    fn turn(&mut self) -> Result<(), WireError> {
-        if self.idle {
-            self.runner.prepare();
-        }
-        let mut wanted = PollFlags::IN;
-        wanted.set(PollFlags::OUT, self.channel.has_unsent());
-        let mut poll = vec![
-            PollFd::new(&self.channel, wanted),
-            PollFd::new(&self.signals, PollFlags::IN),
-        ];
-        let starting: Vec<u64> = self
-            .components
-            .iter()
-            .filter(|(_, component)| component.starting().is_some())
-            .map(|(id, _)| *id)
-            .collect();
-        for component in self.components.values() {
-            poll.extend(
-                component
-                    .starting()
-                    .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)),
-            );
-        }
-        // Nothing to do for a while, and no component between its clone and its exec: time to prepare the next start.
-        let timeout = (!self.idle && starting.is_empty()).then_some(&QUIET);
-        match rustix::event::poll(&mut poll, timeout) {
-            Ok(ready) => self.idle = ready == 0,
-            Err(Errno::INTR) => return Ok(()),
-            Err(errno) => return Err(WireError::System(errno.into())),
-        }
-        let ready: Vec<bool> = poll.iter().map(|fd| !fd.revents().is_empty()).collect();
-
-        for (id, _) in starting
-            .into_iter()
-            .zip(ready.iter().skip(2))
-            .filter(|(_, ready)| **ready)
-        {
-            self.finish_start(id)?;
-        }
-        if ready.get(1) == Some(&true) {
-            // Any number of children may stand behind one signal.
-            let mut drained = [0_u8; 8 * size_of::<libc::signalfd_siginfo>()];
-            while rustix::io::read(&self.signals, &mut drained).is_ok_and(|read| read > 0) {}
-            self.reap()?;
-        }
-        if ready.first() == Some(&true) {
-            self.channel.flush()?;
-            while let Some((request, fds)) = self.channel.receive()? {
-                self.handle(request, fds)?;
-            }
+        while !self.is_done(Instant::now()) {
+            self.turn()?;
         }
         Ok(())
     }
 
-    fn handle(&mut self, request: Request, fds: Vec<OwnedFd>) -> Result<(), WireError> {
-        match request {
-            Request::Spawn(spawn) => {
-                let id = spawn.id;
-                if self.components.contains_key(&id) {
-                    let message = format!("a component with the id {id} exists");
-                    return self.channel.send(
-                        &Event::Failed {
-                            id,
-                            layer: None,
-                            message,
-                        },
-                        Vec::new(),
-                    );
+    fn is_done(&mut self, now: Instant) -> bool {
+        match &self.manager {
+            _ if self.ending => true,
+            Some(manager) => self.inherited && self.book.is_empty() && !manager.has_unsent(),
+            None => {
+                if self.book.components().next().is_some() {
+                    self.last_life = now;
                 }
-                match component_spec(spawn, fds).and_then(|spec| self.runner.start(spec)) {
-                    Ok(component) => {
-                        self.components.insert(id, component);
+                self.book.is_empty() || now.duration_since(self.last_life) >= self.linger
+            }
+        }
+    }
+
+    fn turn(&mut self) -> Result<(), KeeperError> {
+        // An inherited keeper starts nothing any more.
+        if self.idle && self.manager.is_some() && !self.inherited {
+            self.runner.prepare();
+        }
+        let ready = self.wait()?;
+        for id in ready.starting {
+            self.finish_start(id);
+        }
+        if ready.signals {
+            // Any number of children may stand behind one signal.
+            let mut drained = [0_u8; 8 * size_of::<libc::signalfd_siginfo>()];
+            while rustix::io::read(&self.signals, &mut drained).is_ok_and(|read| read > 0) {}
+            self.reap();
+        }
+        if ready.manager {
+            self.hear();
+        }
+        if self.manager.is_none()
+            && let Some(successor) = self.door.as_mut().and_then(|door| door.look(Instant::now()))
+        {
+            self.hand_over(successor);
+        }
+        Ok(())
+    }
+
+    /// Waits until there is something to do.
+    fn wait(&mut self) -> Result<Ready, KeeperError> {
+        let starting = self
+            .book
+            .components()
+            .filter_map(|(id, component)| Some((id, component.starting()?)));
+        let (starting, channels): (Vec<u64>, Vec<_>) = starting.unzip();
+        let mut poll = vec![PollFd::new(&self.signals, PollFlags::IN)];
+        let mut deadline = None;
+        if let Some(manager) = &self.manager {
+            let mut wanted = PollFlags::IN;
+            wanted.set(PollFlags::OUT, manager.has_unsent());
+            poll.push(PollFd::new(manager, wanted));
+            // Nothing to do for a while, and no component between its clone and its exec: time to prepare the next start.
+            if !self.idle && starting.is_empty() {
+                deadline = Some(Instant::now() + QUIET);
+            }
+        } else {
+            if let Some(door) = &self.door {
+                poll.push(PollFd::from_borrowed_fd(door.watched(), PollFlags::IN));
+                deadline = door.deadline();
+            }
+            if self.book.components().next().is_none() {
+                let end = self.last_life + self.linger;
+                deadline = Some(deadline.map_or(end, |deadline| deadline.min(end)));
+            }
+        }
+        let others = poll.len();
+        poll.extend(
+            channels
+                .into_iter()
+                .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)),
+        );
+        let timeout = deadline.map(|deadline| {
+            let left = deadline.saturating_duration_since(Instant::now());
+            Timespec::try_from(left).unwrap_or(Timespec {
+                tv_sec: 3600,
+                tv_nsec: 0,
+            })
+        });
+        match rustix::event::poll(&mut poll, timeout.as_ref()) {
+            Ok(ready) => self.idle = ready == 0,
+            Err(Errno::INTR) => return Ok(Ready::default()),
+            Err(errno) => return Err(system("waiting")(errno)),
+        }
+        let ready: Vec<bool> = poll.iter().map(|fd| !fd.revents().is_empty()).collect();
+        let starting = starting.into_iter().zip(ready.iter().skip(others));
+        Ok(Ready {
+            signals: ready.first() == Some(&true),
+            manager: self.manager.is_some() && ready.get(1) == Some(&true),
+            starting: starting.filter(|(_, ready)| **ready).map(|(id, _)| id).collect(),
+        })
+    }
+
+    /// Sends the manager what waits, and does what it asks for. All that it sent is heard before its end is.
+    fn hear(&mut self) {
+        let Some(manager) = &mut self.manager else { return };
+        let unsendable = manager.flush().is_err();
+        while let Some(manager) = &mut self.manager {
+            match manager.receive::<Request>() {
+                Ok(Some(Received { message, name, fds })) => match message {
+                    Ok(request) => self.handle(request, fds),
+                    Err(reason) => self.refuse(name, reason),
+                },
+                Ok(None) if unsendable => self.orphan(),
+                Ok(None) => return,
+                Err(error) => {
+                    if !matches!(error, WireError::Closed) {
+                        eprintln!("sepal-keeper: the manager's connection: {error}");
                     }
-                    Err(error) => self.failed(id, &error)?,
+                    self.orphan();
                 }
             }
+        }
+    }
+
+    fn handle(&mut self, request: Request, fds: Vec<OwnedFd>) {
+        match request {
+            Request::Spawn(spawn) => self.spawn(spawn, fds),
             Request::Kill { id } => {
                 // Cannot fail for a child of this process that has this process's uid or a lesser one.
-                if let Some(Err(error)) = self.components.get(&id).map(Component::kill) {
+                if let Some(Err(error)) = self.book.component(id).map(|component| component.kill()) {
                     eprintln!("sepal-keeper: killing component {id}: {error}");
                 }
             }
@@ -228,83 +225,224 @@ impl Keeper {
                 self.files.push(file);
             }
             Request::Forget { path } => self.files.retain(|known| known.path != path),
-        }
-        Ok(())
-    }
-
-    fn failed(&mut self, id: u64, error: &SpawnError) -> Result<(), WireError> {
-        self.channel.send(
-            &Event::Failed {
-                id,
-                layer: error.layer(),
-                message: error.to_string(),
+            Request::Keep { id, label, count } => {
+                let message = if label.len() > MAX_LABEL {
+                    format!("a label has at most {MAX_LABEL} bytes")
+                } else if fds.len() != count {
+                    format!(
+                        "{} of {count} descriptors arrived; the limit of open files is reached",
+                        fds.len()
+                    )
+                } else {
+                    self.book.keep(id, label, fds.into_iter().map(Arc::new).collect());
+                    return;
+                };
+                self.tell(&Event::NotKept { id, label, message });
+            }
+            Request::DropKept { id, label } => self.book.drop_kept(id, &label),
+            Request::Release { id } => self.book.release(id),
+            Request::Durable { id, durable } => self.book.set_durable(id, durable),
+            Request::Succession { key, linger_ms } => match fds.into_iter().next().map(|fd| Door::new(fd, &key)) {
+                Some(Ok(door)) => {
+                    self.door = Some(door);
+                    self.linger = Duration::from_millis(linger_ms.into());
+                }
+                Some(Err(reason)) => self.refuse("succession".to_owned(), reason),
+                None => self.refuse("succession".to_owned(), "there is no descriptor".to_owned()),
             },
-            Vec::new(),
-        )
+            Request::Limits { id, limits } => {
+                let error = match self.book.component(id) {
+                    Some(component) => self
+                        .runner
+                        .set_limits(component, &limits)
+                        .err()
+                        .map(|error| error.to_string()),
+                    None => Some("the component has ended".to_owned()),
+                };
+                self.tell(&Event::LimitsSet { id, error });
+            }
+            Request::End => self.ending = true,
+        }
     }
 
-    fn finish_start(&mut self, id: u64) -> Result<(), WireError> {
-        let Some(component) = self.components.get_mut(&id) else {
-            return Ok(());
+    fn spawn(&mut self, spawn: Spawn, fds: Vec<OwnedFd>) {
+        let id = spawn.id;
+        if id == super::OWN || self.book.component(id).is_some() {
+            let message = format!("a component with the id {id} exists");
+            return self.tell(&Event::Failed {
+                id,
+                layer: None,
+                message,
+            });
+        }
+        match component_spec(spawn, fds).and_then(|spec| self.runner.start(spec)) {
+            // There is none under this id, so that it is taken.
+            Ok(component) => drop(self.book.start(id, component)),
+            Err(error) => self.failed(id, &error),
+        }
+    }
+
+    /// Tells the manager, if there is one; its end is noticed when nothing more comes from it.
+    fn tell(&mut self, event: &Event) {
+        self.tell_with(event, Vec::new());
+    }
+
+    fn tell_with(&mut self, event: &Event, fds: Vec<Arc<OwnedFd>>) {
+        if let Some(manager) = &mut self.manager
+            && let Err(error) = manager.send(event, fds)
+            && !matches!(error, WireError::Closed)
+        {
+            eprintln!("sepal-keeper: telling the manager: {error}");
+            // It does not read, and would miss something: better to be rid of it, for a successor is told all.
+            manager.hang_up();
+        }
+    }
+
+    fn refuse(&mut self, request: String, reason: String) {
+        self.tell(&Event::Refused { request, reason });
+    }
+
+    fn failed(&mut self, id: u64, error: &SpawnError) {
+        self.tell(&Event::Failed {
+            id,
+            layer: error.layer(),
+            message: error.to_string(),
+        });
+    }
+
+    fn finish_start(&mut self, id: u64) {
+        let Some(component) = self.book.component(id) else {
+            return;
         };
-        match component.finish_start() {
-            Ok(()) => {
-                let pidfd = component.pidfd().try_clone_to_owned()?;
+        let started = component.finish_start().and_then(|()| {
+            let pidfd = component.pidfd().try_clone_to_owned();
+            pidfd.map_err(|source| SpawnError::System {
+                action: "duplicating the handle on its process",
+                source,
+            })
+        });
+        match started {
+            Ok(pidfd) => {
                 let event = Event::Started {
                     id,
                     pid: component.pid(),
                     host_uid: component.host_uid(),
                 };
-                self.channel.send(&event, vec![pidfd])
+                self.tell_with(&event, vec![Arc::new(pidfd)]);
             }
             Err(error) => {
-                self.components.remove(&id);
-                self.failed(id, &error)
+                drop(self.book.end(id, Ended::Failed(error.to_string())));
+                self.failed(id, &error);
             }
         }
     }
 
     /// Reaps every child that has ended: components, and what a component without a process namespace left.
-    fn reap(&mut self) -> Result<(), WireError> {
+    fn reap(&mut self) {
         while let Ok(Some((pid, status))) = rustix::process::wait(WaitOptions::NOHANG) {
             let pid = pid.as_raw_pid().unsigned_abs();
-            let Some(id) = self
-                .components
-                .iter()
+            let Some((id, is_starting)) = self
+                .book
+                .components()
                 .find(|(_, component)| component.pid() == pid)
-                .map(|(id, _)| *id)
+                .map(|(id, component)| (id, component.starting().is_some()))
             else {
                 continue;
             };
-            if self
-                .components
-                .get(&id)
-                .is_some_and(|component| component.starting().is_some())
-            {
-                self.finish_start(id)?;
+            if is_starting {
+                self.finish_start(id);
             }
-            if let Some(mut component) = self.components.remove(&id) {
-                let (code, signal) = (status.exit_status(), status.terminating_signal());
+            let (code, signal) = (status.exit_status(), status.terminating_signal());
+            let status = code.map(ExitStatus::Code).or(signal.map(ExitStatus::Signal));
+            let status = status.unwrap_or(ExitStatus::Signal(libc::SIGKILL));
+            if let Some(mut component) = self.book.end(id, Ended::Exited(status)) {
                 component.ended(code, signal);
-                let status = code.map(ExitStatus::Code).or(signal.map(ExitStatus::Signal));
-                let status = status.unwrap_or(ExitStatus::Signal(libc::SIGKILL));
-                self.channel.send(&Event::Exited { id, status }, Vec::new())?;
+                self.tell(&Event::Exited { id, status });
             }
         }
-        Ok(())
+    }
+
+    /// The manager is gone: with it what is not durable, or everything if nobody can come after it.
+    fn orphan(&mut self) {
+        self.manager = None;
+        self.last_life = Instant::now();
+        let end = match self.door {
+            Some(_) => self.book.orphan(),
+            None => self.book.clear(),
+        };
+        end_all(end);
+        self.remove_files(false);
+    }
+
+    /// Tells a successor what there is; from here on it is the manager.
+    fn hand_over(&mut self, successor: OwnedFd) {
+        let mut manager = match Channel::new(successor) {
+            Ok(manager) => manager,
+            Err(error) => return eprintln!("sepal-keeper: a successor's connection: {error}"),
+        };
+        let hello = Event::Hello {
+            version: VERSION,
+            pid: std::process::id(),
+        };
+        let mut queue = |event: &Event, fds| manager.queue(event, fds);
+        let mut told = queue(&hello, Vec::new());
+        for (id, entry) in self.book.entries() {
+            let (state, pidfd) = match &entry.life {
+                Life::None => (State::None, None),
+                Life::Alive(component) if component.starting().is_some() => (State::Starting, None),
+                Life::Alive(component) => {
+                    let (pid, host_uid) = (component.pid(), component.host_uid());
+                    (
+                        State::Running { pid, host_uid },
+                        component.pidfd().try_clone_to_owned().ok(),
+                    )
+                }
+                Life::Ended(Ended::Exited(status)) => (State::Exited { status: *status }, None),
+                Life::Ended(Ended::Failed(message)) => (
+                    State::Failed {
+                        message: message.clone(),
+                    },
+                    None,
+                ),
+            };
+            let durable = entry.durable;
+            let pidfd = pidfd.map(Arc::new).into_iter().collect();
+            told = told.and_then(|()| queue(&Event::Inherited { id, durable, state }, pidfd));
+            for (label, fds) in &entry.kept {
+                let (label, count) = (label.clone(), fds.len());
+                told = told.and_then(|()| queue(&Event::InheritedFds { id, label, count }, fds.clone()));
+            }
+        }
+        told = told.and_then(|()| queue(&Event::InheritedAll, Vec::new()));
+        // It may be gone already: that is noticed as any manager's end is.
+        match told.and_then(|()| manager.flush()) {
+            Ok(()) | Err(WireError::Closed) => {}
+            Err(error) => eprintln!("sepal-keeper: handing over: {error}"),
+        }
+        self.manager = Some(manager);
+        self.inherited = true;
     }
 
     /// Leaves nothing behind.
     fn end(&mut self) {
-        for component in self.components.values() {
-            let _ = component.kill();
-        }
-        // Each is waited for as it is dropped, and its groups go.
-        self.components.clear();
-        for file in &self.files {
+        end_all(self.book.clear());
+        self.remove_files(true);
+    }
+
+    /// Removes files whose time has come.
+    fn remove_files(&mut self, all: bool) {
+        for file in self.files.extract_if(.., |file| all || !file.with_keeper) {
             remove_if_same(&file.path, file.device, file.inode);
         }
     }
+}
+
+fn end_all(components: Vec<Component>) {
+    for component in &components {
+        let _ = component.kill();
+    }
+    // Each is waited for as it is dropped, and its groups go.
+    drop(components);
 }
 
 /// Removes a file unless another one has taken its place.

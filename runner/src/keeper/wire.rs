@@ -5,6 +5,8 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::net::{
@@ -14,6 +16,7 @@ use rustix::net::{
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::cgroup::Limits;
 use crate::layer::Layer;
 use crate::outer::{ExitStatus, JailSpec};
 use crate::startup::{HandleEntry, MAX_HANDLES};
@@ -23,6 +26,12 @@ pub(super) const MAX_MESSAGE: usize = 64 * 1024;
 
 /// The most descriptors of a message: program, standard error, and the handles.
 pub(super) const MAX_FDS: usize = MAX_HANDLES + 2;
+
+/// The most descriptors that can be kept under one label.
+pub const MAX_KEPT: usize = MAX_HANDLES;
+
+/// The longest label in bytes.
+pub const MAX_LABEL: usize = 64;
 
 /// How many messages wait for a peer that does not read.
 const MAX_UNSENT: usize = 4096;
@@ -39,6 +48,20 @@ pub(super) enum Request {
     Remove(CleanFile),
     /// The manager has removed it itself.
     Forget { path: PathBuf },
+    /// Descriptors to hold, `count` of them.
+    Keep { id: u64, label: String, count: usize },
+    /// Not any more.
+    DropKept { id: u64, label: String },
+    /// None of this id any more, and it is not durable.
+    Release { id: u64 },
+    /// Whether it outlives the manager.
+    Durable { id: u64, durable: bool },
+    /// Descriptor: a listening socket. How long the keeper waits there when no component lives.
+    Succession { key: Vec<u8>, linger_ms: u32 },
+    /// Changes the limits of a component; answered by `LimitsSet`.
+    Limits { id: u64, limits: Limits },
+    /// Ends everything, durable or not.
+    End,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -57,6 +80,35 @@ pub(super) struct CleanFile {
     pub(super) path: PathBuf,
     pub(super) device: u64,
     pub(super) inode: u64,
+    /// Stays without the manager, until the keeper ends.
+    #[serde(default)]
+    pub(super) with_keeper: bool,
+}
+
+/// How a component came to its end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Ended {
+    Exited(ExitStatus),
+    Failed(String),
+}
+
+/// What there is under an id that a successor takes over.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum State {
+    None,
+    Starting,
+    /// Descriptor: the pidfd.
+    Running {
+        pid: u32,
+        host_uid: Option<u32>,
+    },
+    Exited {
+        status: ExitStatus,
+    },
+    Failed {
+        message: String,
+    },
 }
 
 /// What the keeper reports.
@@ -78,6 +130,41 @@ pub(super) enum Event {
         id: u64,
         status: ExitStatus,
     },
+    /// Descriptors could not be kept.
+    NotKept {
+        id: u64,
+        label: String,
+        message: String,
+    },
+    /// Answers `Limits`.
+    LimitsSet {
+        id: u64,
+        error: Option<String>,
+    },
+    /// A request that the keeper does not know or cannot carry out.
+    Refused {
+        request: String,
+        reason: String,
+    },
+    /// A successor has proved itself.
+    Hello {
+        version: u32,
+        pid: u32,
+    },
+    /// What there is under an id.
+    Inherited {
+        id: u64,
+        durable: bool,
+        state: State,
+    },
+    /// Descriptors that were kept.
+    InheritedFds {
+        id: u64,
+        label: String,
+        count: usize,
+    },
+    /// That was all.
+    InheritedAll,
 }
 
 /// Why the connection does not work.
@@ -102,8 +189,19 @@ fn failure(errno: Errno) -> WireError {
 #[derive(Debug)]
 pub(super) struct Channel {
     socket: OwnedFd,
-    unsent: VecDeque<(Vec<u8>, Vec<OwnedFd>)>,
+    unsent: VecDeque<(Vec<u8>, Vec<Arc<OwnedFd>>)>,
     buffer: Box<[u8]>,
+}
+
+/// A message that has come.
+#[derive(Debug)]
+pub(super) struct Received<T> {
+    /// What it says; if that is not known here, why.
+    pub(super) message: Result<T, String>,
+    /// What it is called, if it is not known.
+    pub(super) name: String,
+    /// As many of its descriptors as there was room for.
+    pub(super) fds: Vec<OwnedFd>,
 }
 
 impl Channel {
@@ -123,7 +221,16 @@ impl Channel {
     }
 
     /// Sends a message, now or when [`Channel::flush`] can.
-    pub(super) fn send(&mut self, message: &impl Serialize, fds: Vec<OwnedFd>) -> Result<(), WireError> {
+    pub(super) fn send(&mut self, message: &impl Serialize, fds: Vec<Arc<OwnedFd>>) -> Result<(), WireError> {
+        if self.unsent.len() >= MAX_UNSENT {
+            return Err(WireError::Malformed(format!("{MAX_UNSENT} messages wait unread")));
+        }
+        self.queue(message, fds)?;
+        self.flush()
+    }
+
+    /// Has a message wait for [`Channel::flush`], however many wait already.
+    pub(super) fn queue(&mut self, message: &impl Serialize, fds: Vec<Arc<OwnedFd>>) -> Result<(), WireError> {
         let bytes = serde_json::to_vec(message).map_err(|error| WireError::Malformed(error.to_string()))?;
         if bytes.len() > MAX_MESSAGE || fds.len() > MAX_FDS {
             let reason = format!(
@@ -133,17 +240,14 @@ impl Channel {
             );
             return Err(WireError::Malformed(reason));
         }
-        if self.unsent.len() == MAX_UNSENT {
-            return Err(WireError::Malformed(format!("{MAX_UNSENT} messages wait unread")));
-        }
         self.unsent.push_back((bytes, fds));
-        self.flush()
+        Ok(())
     }
 
     /// Sends what waits, as far as the peer has room.
     pub(super) fn flush(&mut self) -> Result<(), WireError> {
         while let Some((bytes, fds)) = self.unsent.front() {
-            let fds: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
+            let fds: Vec<BorrowedFd<'_>> = fds.iter().map(|fd| fd.as_fd()).collect();
             let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
             let mut control = SendAncillaryBuffer::new(&mut space);
             if !fds.is_empty() {
@@ -155,14 +259,22 @@ impl Channel {
                 }
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => break,
-                Err(errno) => return Err(failure(errno)),
+                // As many descriptors as the system allows are under way: until the peer takes some.
+                Err(Errno::TOOMANYREFS) => {
+                    std::thread::sleep(Duration::from_millis(1));
+                    break;
+                }
+                Err(errno) => {
+                    self.unsent.clear();
+                    return Err(failure(errno));
+                }
             }
         }
         Ok(())
     }
 
     /// The next message, or `None` if none has come.
-    pub(super) fn receive<T: DeserializeOwned>(&mut self) -> Result<Option<(T, Vec<OwnedFd>)>, WireError> {
+    pub(super) fn receive<T: DeserializeOwned>(&mut self) -> Result<Option<Received<T>>, WireError> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let received = loop {
@@ -180,10 +292,9 @@ impl Channel {
                 fds.extend(rights);
             }
         }
-        if received.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC) {
-            return Err(WireError::Malformed(
-                "a message or its descriptors do not fit".to_owned(),
-            ));
+        // Descriptors that did not fit (`CTRUNC`) are missed by whoever counts them.
+        if received.flags.contains(ReturnFlags::TRUNC) {
+            return Err(WireError::Malformed("a message does not fit".to_owned()));
         }
         // Messages are never empty: nothing is the end.
         let bytes = self
@@ -191,15 +302,37 @@ impl Channel {
             .get(..received.bytes)
             .filter(|bytes| !bytes.is_empty())
             .ok_or(WireError::Closed)?;
-        let message = serde_json::from_slice(bytes).map_err(|error| WireError::Malformed(error.to_string()))?;
-        Ok(Some((message, fds)))
+        let (message, name) = match serde_json::from_slice(bytes) {
+            Ok(message) => (Ok(message), String::new()),
+            Err(reason) => (Err(reason.to_string()), name_of(bytes)?),
+        };
+        Ok(Some(Received { message, name, fds }))
+    }
+}
+
+/// What a message calls itself that is not known here: its only key, or all that it says.
+fn name_of(message: &[u8]) -> Result<String, WireError> {
+    let malformed = || WireError::Malformed("what came is no message".to_owned());
+    match serde_json::from_slice(message).map_err(|error| WireError::Malformed(error.to_string()))? {
+        serde_json::Value::String(name) => Ok(name),
+        serde_json::Value::Object(fields) if fields.len() == 1 => {
+            fields.into_iter().next().map(|(name, _)| name).ok_or_else(malformed)
+        }
+        _ => Err(malformed()),
+    }
+}
+
+impl Channel {
+    /// Ends the connection: what has come can still be received, and then its end.
+    pub(super) fn hang_up(&self) {
+        // Whoever watches the connection may hold a duplicate of the descriptor, so that closing this one would end nothing.
+        let _ = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both);
     }
 }
 
 impl Drop for Channel {
     fn drop(&mut self) {
-        // Whoever watches the connection may hold a duplicate of the descriptor, so that closing this one would end nothing.
-        let _ = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both);
+        self.hang_up();
     }
 }
 
@@ -227,14 +360,14 @@ mod tests {
         assert!(b.receive::<Request>().unwrap().is_none());
         let null = std::fs::File::open("/dev/null").unwrap();
         for id in 0..1000 {
-            a.send(&Request::Kill { id }, vec![null.try_clone().unwrap().into()])
+            a.send(&Request::Kill { id }, vec![Arc::new(null.try_clone().unwrap().into())])
                 .unwrap();
         }
         assert!(a.has_unsent(), "the socket holds fewer");
         for expected in 0..1000 {
             a.flush().unwrap();
-            let (message, fds) = b.receive().unwrap().unwrap();
-            assert!(matches!(message, Request::Kill { id } if id == expected));
+            let Received { message, fds, .. } = b.receive().unwrap().unwrap();
+            assert!(matches!(message, Ok(Request::Kill { id }) if id == expected));
             assert_eq!(fds.len(), 1);
         }
         assert!(!a.has_unsent());
@@ -245,10 +378,26 @@ mod tests {
     #[test]
     fn what_is_no_message_is_refused() {
         let (mut a, b) = pair();
-        for bytes in [&b"{"[..], b"[1]", b"{\"kill\":{}}", &[0xff; 100]] {
+        for bytes in [&b"{"[..], b"[1]", b"{}", br#"{"kill":{"id":1},"end":{}}"#, &[0xff; 100]] {
             rustix::net::send(&b, bytes, SendFlags::empty()).unwrap();
             assert!(matches!(a.receive::<Request>(), Err(WireError::Malformed(_))));
         }
+        // Of another version, perhaps.
+        for (bytes, name) in [
+            (&br#"{"kill":{}}"#[..], "kill"),
+            (br#"{"dance":[1]}"#, "dance"),
+            (br#""sing""#, "sing"),
+        ] {
+            rustix::net::send(&b, bytes, SendFlags::empty()).unwrap();
+            let received = a.receive::<Request>().unwrap().unwrap();
+            assert!(received.message.is_err());
+            assert_eq!(received.name, name);
+        }
+        rustix::net::send(&b, br#"{"kill":{"id":1,"gently":true}}"#, SendFlags::empty()).unwrap();
+        assert!(matches!(
+            a.receive().unwrap().unwrap().message,
+            Ok(Request::Kill { id: 1 })
+        ));
         let large = Request::Forget {
             path: "x".repeat(MAX_MESSAGE).into(),
         };

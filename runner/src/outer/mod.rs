@@ -31,7 +31,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use rustix::process::Pid;
 use rustix::thread::LinkNameSpaceType;
 
-use crate::cgroup::{CgroupError, Group, Groups};
+use crate::cgroup::{CgroupError, Group, Groups, Limits};
 use crate::layer::Layer;
 use crate::startup::{FIRST_HANDLE, STARTUP_VARIABLE, Startup};
 pub use component::{Component, ExitStatus};
@@ -301,15 +301,34 @@ impl Runner {
         if jail.limits.is_empty() {
             return Ok(None);
         }
-        let groups = match &mut self.groups {
+        let name = self.new_name();
+        self.groups()?.create(&name, &jail.limits).map(Some).map_err(limit)
+    }
+
+    /// Changes the limits of a component that was started here to these and no others.
+    ///
+    /// # Errors
+    ///
+    /// [`SpawnError::Limit`]: a value is out of its range (nothing has changed then), or this host cannot enforce it;
+    /// [`SpawnError::System`].
+    pub fn set_limits(&mut self, component: &mut Component, limits: &Limits) -> Result<(), SpawnError> {
+        let pid = component.pid();
+        let group = component.group.get_or_insert_with(Group::none);
+        let name = group.name().map_or_else(|| self.new_name(), str::to_owned);
+        self.groups()?.change(group, &name, pid, limits).map_err(limit)
+    }
+
+    fn groups(&mut self) -> Result<&mut Groups, SpawnError> {
+        Ok(match &mut self.groups {
             Some(groups) => groups,
             none => none.insert(Groups::new().map_err(system("reading /proc/self/mountinfo"))?),
-        };
+        })
+    }
+
+    /// A name for the groups of a component, which no other has.
+    fn new_name(&mut self) -> String {
         self.started += 1;
-        groups
-            .create(&self.started.to_string(), &jail.limits)
-            .map(Some)
-            .map_err(limit)
+        self.started.to_string()
     }
 }
 
