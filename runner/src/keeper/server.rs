@@ -16,7 +16,7 @@ use rustix::process::WaitOptions;
 use super::book::{Book, Life};
 use super::door::{Door, VERSION};
 use super::wire::{Channel, CleanFile, Ended, Event, MAX_LABEL, Received, Request, Spawn, State, WireError};
-use super::{KeeperError, process, system};
+use super::{KeeperError, OWN, process, system};
 use crate::cgroup::Groups;
 use crate::outer::{Component, ComponentSpec, ExitStatus, Handles, Program, Runner, SpawnError};
 
@@ -267,8 +267,11 @@ impl Keeper {
 
     fn spawn(&mut self, spawn: Spawn, fds: Vec<OwnedFd>) {
         let id = spawn.id;
-        if id == super::OWN || self.book.component(id).is_some() {
-            let message = format!("a component with the id {id} exists");
+        if id == OWN || self.book.component(id).is_some() {
+            let message = match id {
+                OWN => "the id 0 is not for components".to_owned(),
+                id => format!("a component with the id {id} exists"),
+            };
             return self.tell(&Event::Failed {
                 id,
                 layer: None,

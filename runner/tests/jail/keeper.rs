@@ -236,7 +236,7 @@ fn a_killed_component_is_reported() {
 fn many_at_once() {
     const COUNT: u64 = 24;
     let mut keeper = KeeperClient::start(KEEPER).unwrap();
-    let controls: Vec<UnixStream> = (0..COUNT)
+    let controls: Vec<UnixStream> = (1..=COUNT)
         .map(|id| {
             let (spec, control) = spec(&["wait"]);
             keeper.spawn(id, spec).unwrap();
@@ -342,7 +342,7 @@ fn killing_it_at_any_moment_leaves_nothing() {
     use std::io::Read;
     for moment in 0..40 {
         let mut keeper = KeeperClient::start(KEEPER).unwrap();
-        drop(start(&mut keeper, 0));
+        drop(start(&mut keeper, 2));
         assert!(matches!(next(&mut keeper), KeeperEvent::Exited { .. }));
         let (spec, mut control) = spec(&["wait"]);
         keeper.spawn(1, spec).unwrap();
