@@ -51,12 +51,17 @@ struct DurableGuest {
   # When the vCPUs started, by the host's monotonic clock; 0: they have not.
   trusted @18 :Bool;
   # That client might name paths.
+  agentReady @19 :Bool;
+  # The agent in it has said that it is there.
+  held @20 :Bool;
+  # It waits, paused, before its first instruction.
 
   enum Phase {
     creating @0;
     created @1;
     running @2;
     restarting @3;
+    ended @4;
   }
 }
 
