@@ -24,7 +24,7 @@ use clap_complete::Shell;
 use self::units::parse_time;
 pub(crate) use self::{
     devices::{BalloonCommand, ConsoleAt, DiskCommand, LinkState, MemCommand, NetCommand, VsockCommand},
-    launch::Launch,
+    launch::{Autostart, Define, Launch, Start, Switch},
     options::GuestOptions,
     sharing::{Action, Limits, Redeem, Revoke, Share},
 };
@@ -83,10 +83,25 @@ pub(crate) enum Command {
     ///
     /// A port of the virtio console, whose guest is told the terminal's size. Ctrl-] detaches, and the guest runs on.
     Console(ConsoleAt),
-    /// List the guests, those that have ended included
+    /// Keep what a guest is made of, to start it from
+    ///
+    /// From a file, from options as `launch` has them, or both. The guest manager keeps it across its own restarts and the machine's. Files are named by
+    /// paths, and opened when the guest starts; what is missing by now is told as a warning.
+    Define(Box<Define>),
+    /// Forget a definition; a guest that runs goes on
+    Undefine(Name),
+    /// Start a guest from its definition
+    ///
+    /// It goes on without this command. A guest manager is started where none runs.
+    Start(Start),
+    /// Say whether a guest starts whenever the guest manager does
+    Autostart(Autostart),
+    /// Print a definition, as the file that would make it again
+    Definition(Name),
+    /// List the guests: those that run, are defined, or have ended
     List(Json),
     /// Show what there is to know about a guest
-    Info(Named),
+    Info(Info),
     /// Print what happens to a guest, or to all, as it happens
     ///
     /// One line an event, cut at 80 columns; --json has all of it. Goes on until the guest has ended.
@@ -156,7 +171,7 @@ pub(crate) enum Command {
     /// Show who this is to the guest manager, and what it permits
     Whoami(Json),
     /// Stop all guests by force and end the guest manager
-    EndManager,
+    EndManager(EndManager),
     /// Print the versions of this program and of the guest manager
     Version(Json),
     /// Connect standard input and output to the guest manager of this machine, for a `guest` on another
@@ -198,6 +213,25 @@ pub(crate) struct Named {
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Info {
+    /// Name of the guest
+    pub(crate) name: String,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Print a configuration file that would make this guest again
+    #[arg(long, conflicts_with = "json")]
+    pub(crate) toml: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct EndManager {
+    /// Leave the guests that are durable to the next guest manager, and stop only the others
+    #[arg(long)]
+    pub(crate) keep: bool,
 }
 
 #[derive(Debug, Args)]

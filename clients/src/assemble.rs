@@ -1,15 +1,24 @@
-//! The configuration of a guest, from what the command line says.
+//! The configuration of a guest, from what a file and the command line say.
+//!
+//! ```text
+//!   FileConfig (or nothing) --options over it--> names of files --+-- opened --> a guest to be launched
+//!                                                                 +-- paths  --> a definition
+//! ```
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
-use sepal_schema::config::{
-    self, GuestConfig, Limits, OnPanic, OnReset,
-    device::{Backend, Backing, Disk, DiskFormat, DiskMode, Link, Network, Share, VhostUser, Vsock},
+use anyhow::{Context, Result, anyhow, bail};
+use sepal_schema::{
+    config::{
+        File, GuestConfig, OnPanic,
+        device::{Backend, Backing, Disk, DiskFormat, DiskMode, Link, Network, Share, VhostUser, Vsock},
+    },
+    error::Error,
 };
 
 use crate::{
     args::GuestOptions,
+    configuration::{self, FileConfig, Source},
     specs::{DiskSpec, LinkSpec, NetSpec, ShareSpec, VhostUserSpec, VsockSpec},
     uploads,
 };
@@ -17,80 +26,172 @@ use crate::{
 /// What a Linux kernel needs to be told to print on the serial port.
 const LINUX_CONSOLE: &str = "console=ttyS0";
 
-/// The configuration of a guest of this name, the manager being on this machine (`here`) or on another.
+/// A configuration, and where it was said.
+pub(crate) struct Assembled {
+    /// The configuration. Files have their names in it.
+    config: GuestConfig,
+    /// Whether a file said that the guest starts with its manager.
+    pub(crate) autostart: bool,
+    source: Source,
+}
+
+/// Puts together what `file` and `options` say, which count first. The manager is on this machine (`here`) or on another; `paths` is whether all files
+/// are the manager's.
 ///
 /// # Errors
-/// A file cannot be opened, or a path not be told the manager.
-pub(crate) fn config(name: Option<&str>, args: &GuestOptions, here: bool) -> Result<GuestConfig> {
-    let cmdline = match (&args.cmdline, &args.kernel) {
-        (Some(cmdline), _) => cmdline.clone(),
-        (None, Some(_)) => LINUX_CONSOLE.to_owned(),
-        (None, None) => String::new(),
+/// The file is wrong, or a path cannot be told the manager.
+pub(crate) fn assemble(
+    name: Option<&str>,
+    file: Option<&Path>,
+    options: &GuestOptions,
+    here: bool,
+    paths: bool,
+) -> Result<Assembled> {
+    let mut said = match file {
+        Some(path) => configuration::load(path, here || !paths, here)?,
+        None => FileConfig::default(),
     };
-    let megabytes = |size: Option<i32>| size.and_then(|mib| u64::try_from(mib).ok()).unwrap_or(0);
-    let devices = &args.devices;
-    let vsock = devices.vsock.as_ref();
-    let open =
-        |what, path: Option<&PathBuf>| path.map_or(Ok(config::File::None), |path| uploads::open(what, path, false));
-    Ok(GuestConfig {
-        name: name.unwrap_or_default().to_owned(),
-        instance_id: devices.instance_id,
-        kernel: open("kernel", args.kernel.as_ref())?,
-        initrd: open("initrd", args.initrd.as_ref())?,
+    if let Some(name) = name {
+        name.clone_into(&mut said.config.name);
+        said.source.forget("name");
+    }
+    whole(options, &mut said)?;
+    devices(options, &mut said, here)?;
+    let FileConfig {
+        mut config,
         cmdline,
-        cmdline_add: args.cmdline_add.clone(),
-        cpus: args.cpus.unwrap_or(0),
-        memory_mib: args.memory.unwrap_or(0),
-        huge_pages: args.huge_pages,
-        protected_vm: args.protected,
-        limits: Limits {
-            memory_mib: megabytes(args.limit_memory),
-            cpu_percent: args.limit_cpu.unwrap_or(0),
-            cpu_weight: args.limit_weight.unwrap_or(0),
-            tasks: args.limit_tasks.unwrap_or(0),
-        },
-        waived_layers: args.waive_layer.clone(),
-        disks: devices.disks.iter().map(disk).collect::<Result<_>>()?,
-        networks: devices.networks.iter().map(network).collect(),
-        console: devices.console,
-        rng: devices.rng,
-        balloon: devices.balloon,
-        vsock: vsock.map(|spec| socket_device(spec, here)).transpose()?,
-        memory_device: devices.memory_device,
-        shares: devices
-            .shares
-            .iter()
-            .map(|spec| share(spec, here))
-            .collect::<Result<_>>()?,
-        vhost_user: devices
-            .vhost_user
-            .iter()
-            .map(|spec| vhost_user(spec, here))
-            .collect::<Result<_>>()?,
-        watchdog: devices.watchdog,
-        generation_id: devices.generation_id,
-        panic_device: devices.panic_device || args.on_panic.is_some_and(|does| does != OnPanic::Leave),
-        on_reset: args.on_reset.unwrap_or(OnReset::Stop),
-        on_panic: args.on_panic.unwrap_or(OnPanic::Leave),
-        agent: vsock.is_some() && !devices.no_agent,
-        uuid: args.uuid,
-        restart: args.restart.unwrap_or_default(),
-        durable: args.durable,
-        pins: args.pins.clone(),
-        ..GuestConfig::default()
+        agent,
+        panic_device,
+        autostart,
+        source,
+    } = said;
+    config.cmdline = cmdline.unwrap_or_else(|| match config.kernel {
+        File::None => String::new(),
+        _ => LINUX_CONSOLE.to_owned(),
+    });
+    config.agent = config.vsock.is_some() && agent.unwrap_or(true);
+    config.panic_device = panic_device.unwrap_or(config.on_panic != OnPanic::Leave);
+    Ok(Assembled {
+        config,
+        autostart: autostart.unwrap_or_default(),
+        source,
     })
+}
+
+/// The options about the guest as a whole.
+fn whole(options: &GuestOptions, said: &mut FileConfig) -> Result<()> {
+    let FileConfig { config, source, .. } = said;
+    macro_rules! over {
+        ($option:expr => $($to:ident).+, $field:literal) => {
+            if let Some(value) = $option {
+                config.$($to).+ = value;
+                source.forget($field);
+            }
+        };
+    }
+    let file = |path: &PathBuf| name(path).map(File::Path);
+    over!(options.kernel.as_ref().map(file).transpose()? => kernel, "kernel");
+    over!(options.initrd.as_ref().map(file).transpose()? => initrd, "initrd");
+    over!(options.cpus => cpus, "cpus");
+    over!(options.memory => memory_mib, "memoryMib");
+    over!(options.on_reset => on_reset, "onReset");
+    over!(options.on_panic => on_panic, "onPanic");
+    over!(options.restart => restart, "restart");
+    over!(options.uuid.map(Some) => uuid, "uuid");
+    let memory = options.limit_memory.and_then(|mib| u64::try_from(mib).ok());
+    over!(memory => limits.memory_mib, "limits.memoryMib");
+    over!(options.limit_cpu => limits.cpu_percent, "limits.cpuPercent");
+    over!(options.limit_weight => limits.cpu_weight, "limits.cpuWeight");
+    over!(options.limit_tasks => limits.tasks, "limits.tasks");
+    config.huge_pages |= options.huge_pages;
+    config.protected_vm |= options.protected;
+    config.durable |= options.durable;
+    config.cmdline_add.extend_from_slice(&options.cmdline_add);
+    config.waived_layers.extend_from_slice(&options.waive_layer);
+    for pin in &options.pins {
+        put(&mut config.pins, pin.clone(), "pins", source, |a, b| a.vcpu == b.vcpu);
+    }
+    if let Some(cmdline) = &options.cmdline {
+        said.cmdline = Some(cmdline.clone());
+        said.source.forget("cmdline");
+    }
+    Ok(())
+}
+
+/// The options about devices.
+fn devices(options: &GuestOptions, said: &mut FileConfig, here: bool) -> Result<()> {
+    let FileConfig { config, source, .. } = said;
+    let devices = &options.devices;
+    macro_rules! over {
+        ($option:expr => $to:ident, $field:literal) => {
+            if let Some(value) = $option {
+                config.$to = Some(value);
+                source.forget($field);
+            }
+        };
+    }
+    over!(devices.instance_id => instance_id, "instanceId");
+    over!(devices.console => console, "console");
+    over!(devices.rng => rng, "rng");
+    over!(devices.balloon => balloon, "balloon");
+    over!(devices.memory_device => memory_device, "memoryDevice");
+    over!(devices.watchdog => watchdog, "watchdog");
+    let vsock = devices.vsock.as_ref().map(|spec| socket_device(spec, here));
+    over!(vsock.transpose()? => vsock, "vsock");
+    if devices.no_balloon {
+        config.balloon = None;
+    }
+    config.generation_id |= devices.generation_id;
+    for spec in &devices.disks {
+        let same = |a: &Disk, b: &Disk| !a.id.is_empty() && a.id == b.id;
+        put(&mut config.disks, disk(spec)?, "disks", source, same);
+    }
+    for spec in &devices.shares {
+        put(&mut config.shares, share(spec, here)?, "shares", source, |a, b| {
+            a.tag == b.tag
+        });
+    }
+    config.networks.extend(devices.networks.iter().map(network));
+    for spec in &devices.vhost_user {
+        config.vhost_user.push(vhost_user(spec, here)?);
+    }
+    if devices.no_agent {
+        said.agent = Some(false);
+    }
+    if devices.panic_device || options.on_panic.is_some_and(|does| does != OnPanic::Leave) {
+        said.panic_device = Some(true);
+    }
+    Ok(())
+}
+
+/// Puts an entry in the place of the one that is the same, or after all others.
+fn put<T>(list: &mut Vec<T>, entry: T, field: &str, source: &mut Source, same: impl Fn(&T, &T) -> bool) {
+    match list.iter().position(|other| same(other, &entry)) {
+        Some(i) => {
+            list[i] = entry;
+            source.forget(&format!("{field}[{i}]"));
+        }
+        None => list.push(entry),
+    }
+}
+
+/// A path as a configuration has it.
+fn name(path: &Path) -> Result<String> {
+    let text = path.to_str();
+    text.map(str::to_owned)
+        .with_context(|| format!("the path {} is not UTF-8", path.display()))
 }
 
 fn disk(spec: &DiskSpec) -> Result<Disk> {
     let below = |(path, format): &(PathBuf, DiskFormat)| {
         Ok::<_, anyhow::Error>(Backing {
-            file: uploads::open("disk", path, false)?,
+            file: File::Path(name(path)?),
             format: *format,
         })
     };
     Ok(Disk {
         id: spec.id.clone(),
-        image: uploads::open("disk", &spec.file, spec.mode == DiskMode::ReadWrite)?,
+        image: File::Path(name(&spec.file)?),
         mode: spec.mode,
         format: spec.format,
         direct: spec.direct,
@@ -98,7 +199,7 @@ fn disk(spec: &DiskSpec) -> Result<Disk> {
         rate_limit: spec.rate_limit,
         backing: spec.backing.iter().map(below).collect::<Result<_>>()?,
         queues: spec.queues,
-        scratch: config::File::None,
+        scratch: File::None,
     })
 }
 
@@ -127,10 +228,7 @@ fn absolute(path: &Path, here: bool) -> Result<String> {
         );
     }
     let path = std::path::absolute(path).with_context(|| format!("the path {}", path.display()))?;
-    let text = path
-        .to_str()
-        .with_context(|| format!("the path {} is not UTF-8", path.display()))?;
-    Ok(text.to_owned())
+    name(&path)
 }
 
 fn socket_device(spec: &VsockSpec, here: bool) -> Result<Vsock> {
@@ -157,4 +255,109 @@ fn vhost_user(spec: &VhostUserSpec, here: bool) -> Result<VhostUser> {
         queues: spec.queues,
         queue_size: spec.queue_size,
     })
+}
+
+/// What a configuration names a file for.
+struct Use<'a> {
+    file: &'a mut File,
+    field: String,
+    what: &'static str,
+    write: bool,
+}
+
+/// All files of a configuration.
+fn files(config: &mut GuestConfig) -> Vec<Use<'_>> {
+    let whole = |file, field: &str, what| Use {
+        file,
+        field: field.to_owned(),
+        what,
+        write: false,
+    };
+    let mut files = vec![
+        whole(&mut config.kernel, "kernel", "kernel"),
+        whole(&mut config.initrd, "initrd", "initrd"),
+    ];
+    for (i, disk) in config.disks.iter_mut().enumerate() {
+        let mut of_disk = |file, field: String, write| {
+            files.push(Use {
+                file,
+                field: format!("disks[{i}].{field}"),
+                what: "disk",
+                write,
+            });
+        };
+        of_disk(&mut disk.image, "image".to_owned(), disk.mode == DiskMode::ReadWrite);
+        of_disk(&mut disk.scratch, "scratch".to_owned(), true);
+        for (j, backing) in disk.backing.iter_mut().enumerate() {
+            of_disk(&mut backing.file, format!("backing[{j}]"), false);
+        }
+    }
+    files
+}
+
+impl Assembled {
+    /// The images of the disks as they were named.
+    pub(crate) fn disks(&self) -> Vec<PathBuf> {
+        let name = |disk: &Disk| match &disk.image {
+            File::Path(name) => name.into(),
+            _ => PathBuf::new(),
+        };
+        self.config.disks.iter().map(name).collect()
+    }
+
+    /// Whether the guest is to go on without its manager.
+    pub(crate) fn is_durable(&self) -> bool {
+        self.config.durable
+    }
+
+    /// Opens all files that are named as ones of this machine, and returns the configuration.
+    ///
+    /// # Errors
+    /// One cannot be opened.
+    pub(crate) fn open(&mut self) -> Result<GuestConfig> {
+        self.resolve(|of| uploads::open(of.what, Path::new(name_of(of.file)), of.write))
+    }
+
+    /// Names all files as the manager does, which is on this machine (`here`) or another, and returns the configuration.
+    ///
+    /// # Errors
+    /// One cannot be named so.
+    pub(crate) fn name(&mut self, here: bool) -> Result<GuestConfig> {
+        self.resolve(|of| {
+            let name = Path::new(name_of(of.file));
+            let path = match uploads::there(name) {
+                Some(there) => there.to_owned(),
+                None => absolute(name, here)?,
+            };
+            Ok(File::Path(path))
+        })
+    }
+
+    fn resolve(&mut self, resolve: impl Fn(&Use<'_>) -> Result<File>) -> Result<GuestConfig> {
+        let mut config = std::mem::take(&mut self.config);
+        for of in files(&mut config) {
+            if of.file.is_none() {
+                continue;
+            }
+            let resolved = resolve(&of);
+            *of.file = resolved.map_err(|error| anyhow!(self.source.about(&of.field, format!("{error:#}"))))?;
+        }
+        Ok(config)
+    }
+
+    /// Shows an error of the manager's about a field where the file says it.
+    pub(crate) fn explain(&self, error: anyhow::Error) -> anyhow::Error {
+        match error.downcast::<Error>() {
+            Ok(error) => self.source.explain(error).into(),
+            Err(error) => error,
+        }
+    }
+}
+
+/// The name of a file that has one.
+fn name_of(file: &File) -> &str {
+    match file {
+        File::Path(name) => name,
+        File::None | File::Fd(_) | File::Bytes(_) | File::Upload(_) => "",
+    }
 }

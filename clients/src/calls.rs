@@ -21,6 +21,31 @@ pub(crate) async fn lookup(manager: &guest_manager::Client, name: &str) -> Resul
     Ok(response.get()?.outcome()?.get_guest()?)
 }
 
+/// All guests, sorted by name, as of one moment.
+pub(crate) async fn browse(manager: &guest_manager::Client) -> Result<Vec<GuestInfo>> {
+    let response = match manager.browse_request().send().promise.await {
+        // A manager of an older version tells all at once.
+        Err(error) if error.kind == capnp::ErrorKind::Unimplemented => {
+            let response = manager.list_request().send().promise.await?;
+            let all = response.get()?.get_guests()?.iter().map(GuestInfo::read);
+            return Ok(all.collect::<Result<_, _>>()?);
+        }
+        response => response?,
+    };
+    let listing = response.get()?.get_listing()?;
+    let mut guests = Vec::new();
+    loop {
+        let response = listing.next_request().send().promise.await?;
+        let page = response.get()?;
+        let infos = page.get_guests()?;
+        guests.extend(infos.iter().map(GuestInfo::read).collect::<Result<Vec<_>, _>>()?);
+        // A page without guests would never come to an end.
+        if page.get_ended() || infos.is_empty() {
+            return Ok(guests);
+        }
+    }
+}
+
 /// The read-only facet.
 pub(crate) fn observer(guest: &guest::Client) -> observer::Client {
     guest.observer_request().send().pipeline.get_observer()

@@ -141,11 +141,13 @@ pub(crate) async fn remove(handle: &Handle, place: &Place, name: &str) -> Result
     Ok(status::SUCCESS)
 }
 
-/// Stops all guests by force and ends the manager; returns when it has.
-pub(crate) async fn end_manager(handle: &Handle, place: &Place) -> Result<u8> {
+/// Ends the manager, and all guests by force; to `keep` those that are durable leaves them to the next one. Returns when it has ended.
+pub(crate) async fn end_manager(handle: &Handle, place: &Place, keep: bool) -> Result<u8> {
     let manager = Manager::running(handle, place)?;
-    let response = manager.client.shutdown_request().send().promise.await?;
-    read_completion(response.get()?)?;
+    match keep {
+        true => read_completion(manager.client.retire_request().send().promise.await?.get()?)?,
+        false => read_completion(manager.client.shutdown_request().send().promise.await?.get()?)?,
+    }
     manager.connection.ended().await;
     Ok(status::SUCCESS)
 }

@@ -1,6 +1,6 @@
 //! `guest launch`.
 
-use std::path::Path;
+use std::path::PathBuf;
 
 use anyhow::Result;
 use sepal_schema::{
@@ -20,37 +20,25 @@ use crate::{
 };
 
 /// A guest that was launched; it is stopped when the lease is dropped.
-struct Launched {
-    guest: guest::Client,
+pub(crate) struct Launched {
+    pub(crate) guest: guest::Client,
     lease: guest_manager::lease::Client,
-    name: String,
+    pub(crate) name: String,
 }
 
 /// Boots a guest; stays connected to its serial port until it ends, unless it is to be left running. Or only tells whether it could be booted.
 pub(crate) async fn launch(handle: &Handle, place: &Place, args: &Launch) -> Result<u8> {
-    let otherwise = match args.detach {
+    // What is wrong with the files here needs no manager to be told.
+    let (name, file, here) = (args.name.as_deref(), args.file.as_deref(), place.is_here());
+    let mut assembled = assemble::assemble(name, file, &args.options, here, false)?;
+    let otherwise = match args.detach || assembled.is_durable() {
         true => Otherwise::Daemon,
         false => Otherwise::Private,
     };
-    // What is wrong with the files here needs no manager to be told.
-    let mut config = assemble::config(args.name.as_deref(), &args.options, place.is_here())?;
+    let disks = assembled.disks();
+    let config = assembled.open()?;
     let mut manager = Manager::connect(handle, place, otherwise)?;
-    let disks: Vec<&Path> = args
-        .options
-        .devices
-        .disks
-        .iter()
-        .map(|disk| disk.file.as_path())
-        .collect();
-    let ready = match manager.carries_fds() {
-        true => Ok(()),
-        false => uploads::replace(&manager, &mut config, &disks).await,
-    };
-    let launched = match ready {
-        Ok(()) if args.check => check(&manager, config).await.map(|()| None),
-        Ok(()) => send(&manager, config, args.detach).await.map(Some),
-        Err(error) => Err(error),
-    };
+    let launched = try_launch(&manager, config, &disks, args).await;
     let outcome = match launched {
         // Nothing to be told: what is wrong would have been.
         Ok(None) => Ok(status::SUCCESS),
@@ -63,10 +51,26 @@ pub(crate) async fn launch(handle: &Handle, place: &Place, args: &Launch) -> Res
             drop(lease);
             ended
         }
-        Err(error) => Err(manager.explain(handle, error).await),
+        Err(error) => Err(manager.explain(handle, assembled.explain(error)).await),
     };
     manager.close(handle).await;
     outcome
+}
+
+/// Launches the guest, or only tells whether that could be done; none then.
+async fn try_launch(
+    manager: &Manager,
+    mut config: GuestConfig,
+    disks: &[PathBuf],
+    args: &Launch,
+) -> Result<Option<Launched>> {
+    if !manager.carries_fds() {
+        uploads::replace(manager, &mut config, disks).await?;
+    }
+    match args.check {
+        true => check(manager, config).await.map(|()| None),
+        false => send(manager, config, args.detach).await.map(Some),
+    }
 }
 
 async fn check(manager: &Manager, config: GuestConfig) -> Result<()> {
@@ -79,11 +83,17 @@ async fn send(manager: &Manager, config: GuestConfig, detach: bool) -> Result<La
     let mut request = manager.client.launch_request();
     config.encode(request.get().init_config(), &manager.fds())?;
     request.get().set_detach(detach);
-    let response = request.send().promise.await?;
-    let launched = response.get()?.outcome()?;
-    Ok(Launched {
-        guest: launched.get_guest()?,
-        lease: launched.get_lease()?,
-        name: launched.get_name()?.to_string()?,
-    })
+    Launched::read(request.send().promise.await?.get()?)
+}
+
+impl Launched {
+    /// Reads what the guest manager answered.
+    pub(crate) fn read(answer: guest_manager::launch_result::Reader<'_>) -> Result<Self> {
+        let launched = answer.outcome()?;
+        Ok(Self {
+            guest: launched.get_guest()?,
+            lease: launched.get_lease()?,
+            name: launched.get_name()?.to_string()?,
+        })
+    }
 }

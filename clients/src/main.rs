@@ -17,13 +17,16 @@ mod agent;
 mod args;
 mod assemble;
 mod calls;
+mod configuration;
 mod control;
+mod define;
 mod devices;
 mod events;
 mod launch;
 mod local;
 mod manager;
 mod place;
+mod recreate;
 mod redeem;
 mod registers;
 mod relay;
@@ -79,6 +82,11 @@ fn run(cli: &Cli, place: &Place) -> Result<u8> {
         Command::Vsock(args) => reactor.run_until(vsock::vsock(&handle, place, args)),
         Command::Exec(args) => reactor.run_until(agent::exec(&handle, place, args)),
         Command::Cp { from, to } => reactor.run_until(agent::cp(&handle, place, from, to)),
+        Command::Define(args) => reactor.run_until(define::define(&handle, place, args)),
+        Command::Undefine(args) => reactor.run_until(define::undefine(&handle, place, &args.name)),
+        Command::Start(args) => reactor.run_until(define::start(&handle, place, args)),
+        Command::Autostart(args) => reactor.run_until(define::autostart(&handle, place, args)),
+        Command::Definition(args) => reactor.run_until(define::definition(&handle, place, &args.name)),
         Command::List(args) => reactor.run_until(show::list(&handle, place, args)),
         Command::Info(args) => reactor.run_until(show::info(&handle, place, args)),
         Command::Logs(args) => reactor.run_until(show::logs(&handle, place, args)),
@@ -98,7 +106,7 @@ fn run(cli: &Cli, place: &Place) -> Result<u8> {
         Command::Stop(args) => reactor.run_until(control::stop(&handle, place, args)),
         Command::Wait(args) => reactor.run_until(control::wait(&handle, place, args)),
         Command::Remove(args) => reactor.run_until(control::remove(&handle, place, &args.name)),
-        Command::EndManager => reactor.run_until(control::end_manager(&handle, place)),
+        Command::EndManager(args) => reactor.run_until(control::end_manager(&handle, place, args.keep)),
         Command::Relay(args) => return relay::relay(args),
         Command::Completions { shell } => {
             let mut script = Vec::new();

@@ -92,6 +92,18 @@ pub(crate) async fn launched(handle: &Handle, manager: &Manager, guest: &guest::
     session.converse(0).await
 }
 
+/// Connects the terminal to a guest that was just started, and goes on without it.
+pub(crate) async fn started(handle: &Handle, manager: &Manager, guest: guest::Client, name: &str) -> Result<u8> {
+    let session = Port {
+        handle,
+        manager,
+        name,
+        port: calls::serial(&guest),
+        holder: Holder::Attached(guest),
+    };
+    session.converse(0).await
+}
+
 /// Connects the terminal to a port of the console of a guest that runs.
 pub(crate) async fn console(handle: &Handle, place: &Place, args: &ConsoleAt) -> Result<u8> {
     let (name, port) = &args.at;

@@ -16,11 +16,11 @@ use sepal_schema::{
 use serde::Serialize;
 
 use crate::{
-    args::{Json, Logs, Named},
+    args::{Info, Json, Logs},
     calls,
     manager::Manager,
     place::Place,
-    status, table,
+    recreate, status, table,
 };
 
 /// A guest as JSON; the names are the protocol's.
@@ -42,6 +42,13 @@ struct Guest<'a> {
     component_pid: Option<u32>,
     paused: bool,
     detached: bool,
+    uuid: Option<String>,
+    defined: bool,
+    autostart: bool,
+    durable: bool,
+    restarts: u32,
+    failures: u32,
+    lease_ends_seconds: Option<f64>,
 }
 
 /// A layer of the jail as JSON.
@@ -116,6 +123,16 @@ impl<'a> From<&'a GuestInfo> for Guest<'a> {
             component_pid: Some(info.component_pid).filter(|&pid| pid != 0),
             paused: info.paused,
             detached: info.detached,
+            uuid: info.upkeep.uuid.map(|uuid| uuid.to_string()),
+            defined: info.upkeep.defined,
+            autostart: info.upkeep.autostart,
+            durable: info.upkeep.durable,
+            restarts: info.upkeep.restarts,
+            failures: info.upkeep.failures,
+            lease_ends_seconds: match info.upkeep.lease_ends_ms {
+                0 => None,
+                milliseconds => Some(Duration::from_millis(milliseconds.into()).as_secs_f64()),
+            },
         }
     }
 }
@@ -123,25 +140,19 @@ impl<'a> From<&'a GuestInfo> for Guest<'a> {
 /// Lists all guests.
 pub(crate) async fn list(handle: &Handle, place: &Place, args: &Json) -> Result<u8> {
     let manager = Manager::running(handle, place)?;
-    let response = manager.client.list_request().send().promise.await?;
-    let guests = response
-        .get()?
-        .get_guests()?
-        .iter()
-        .map(GuestInfo::read)
-        .collect::<Result<Vec<_>, _>>()?;
+    let guests = calls::browse(&manager.client).await?;
     if args.json {
         let guests: Vec<Guest<'_>> = guests.iter().map(Guest::from).collect();
         print_json(&guests)?;
         return Ok(status::SUCCESS);
     }
     let rows = guests.iter().map(|guest| {
-        let descriptor = guest.descriptor.clone().unwrap_or_default();
+        let descriptor = guest.descriptor.as_ref();
         [
             guest.name.clone(),
             condition(guest),
-            descriptor.cpus.to_string(),
-            format!("{}M", descriptor.memory_mib),
+            descriptor.map_or("-".into(), |it| it.cpus.to_string()),
+            descriptor.map_or("-".into(), |it| format!("{}M", it.memory_mib)),
             if guest.status == GuestStatus::Running {
                 table::duration(guest.uptime_ns)
             } else {
@@ -152,18 +163,22 @@ pub(crate) async fn list(handle: &Handle, place: &Place, args: &Json) -> Result<
             } else {
                 guest.component_pid.to_string()
             },
+            kept(guest).into(),
         ]
     });
-    let headings = ["NAME", "STATUS", "CPUS", "MEMORY", "UPTIME", "PID"];
+    let headings = ["NAME", "STATUS", "CPUS", "MEMORY", "UPTIME", "PID", "DEFINED"];
     print(table::table(&headings, rows).as_bytes())?;
     Ok(status::SUCCESS)
 }
 
 /// Shows one guest.
-pub(crate) async fn info(handle: &Handle, place: &Place, args: &Named) -> Result<u8> {
+pub(crate) async fn info(handle: &Handle, place: &Place, args: &Info) -> Result<u8> {
     let manager = Manager::running(handle, place)?;
     let guest = calls::lookup(&manager.client, &args.name).await?;
-    info_of(&calls::observer(&guest), args.json).await
+    match args.toml {
+        true => recreate::print(&calls::observer(&guest), !place.is_here()).await,
+        false => info_of(&calls::observer(&guest), args.json).await,
+    }
 }
 
 /// Shows what an observer sees.
@@ -203,6 +218,7 @@ pub(crate) async fn info_of(observer: &observer::Client, json: bool) -> Result<u
         }
         .into(),
     ));
+    facts.extend(upkeep(&info));
     let mut text = table::facts(&facts);
     if !info.layers.is_empty() {
         let rows = info.layers.iter().map(|layer| {
@@ -307,6 +323,45 @@ pub(crate) fn print(bytes: &[u8]) -> Result<bool> {
         Ok(()) => Ok(true),
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
         Err(error) => Err(error).context("writing to standard output"),
+    }
+}
+
+/// How the guest is kept, as far as there is something to tell.
+fn upkeep(info: &GuestInfo) -> Vec<(&'static str, String)> {
+    let upkeep = &info.upkeep;
+    let mut facts = Vec::new();
+    if let Some(uuid) = upkeep.uuid {
+        facts.push(("UUID", uuid.to_string()));
+    }
+    facts.push(("defined", kept_in_words(info).to_owned()));
+    if upkeep.durable {
+        facts.push(("durable", "yes: it goes on without its manager".to_owned()));
+    }
+    if upkeep.lease_ends_ms != 0 {
+        let left = table::duration(u64::from(upkeep.lease_ends_ms) * 1_000_000);
+        facts.push(("lease", format!("stops in {left} unless it is redeemed")));
+    }
+    if upkeep.restarts != 0 || upkeep.failures != 0 {
+        let counts = format!("{}, with {} failures in a row", upkeep.restarts, upkeep.failures);
+        facts.push(("restarts", counts));
+    }
+    facts
+}
+
+/// Whether there is a definition, in a word.
+fn kept(info: &GuestInfo) -> &'static str {
+    match (info.upkeep.defined, info.upkeep.autostart) {
+        (false, _) => "-",
+        (true, false) => "yes",
+        (true, true) => "autostart",
+    }
+}
+
+fn kept_in_words(info: &GuestInfo) -> &'static str {
+    match kept(info) {
+        "-" => "no: nothing is left when it has ended",
+        "yes" => "yes",
+        _ => "yes, and started whenever the guest manager starts",
     }
 }
 

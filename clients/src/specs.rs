@@ -12,7 +12,10 @@ use sepal_schema::config::{
     device::{Balloon, Console, DiskFormat, DiskMode, MAX_CONSOLE_PORTS, MemoryDevice, RateLimit, Rng, WatchdogAction},
 };
 
-pub(crate) use upkeep::{parse_pin, parse_restart, parse_uuid};
+pub(crate) use upkeep::{
+    parse_cpus, parse_milliseconds, parse_pin, parse_restart, parse_restart_policy, parse_uuid, restart_policy_name,
+    show_cpus,
+};
 
 /// A disk of the command line.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -147,11 +150,24 @@ fn rate(limit: &mut RateLimit, key: &str, value: Option<&str>) -> Result<bool, S
     Ok(true)
 }
 
-fn format(value: &str) -> Result<DiskFormat, String> {
+/// Reads what is in an image.
+pub(crate) fn parse_format(value: &str) -> Result<DiskFormat, String> {
     match value {
         "raw" => Ok(DiskFormat::Raw),
         "qcow2" => Ok(DiskFormat::Qcow2),
         _ => Err(format!("'{value}' is no format of an image; raw and qcow2 are")),
+    }
+}
+
+/// Reads what a guest may do with a disk.
+pub(crate) fn parse_mode(text: &str) -> Result<DiskMode, String> {
+    match text {
+        "ro" => Ok(DiskMode::ReadOnly),
+        "rw" => Ok(DiskMode::ReadWrite),
+        "volatile" => Ok(DiskMode::VolatileWrite),
+        _ => Err(format!(
+            "'{text}' is nothing that is done with a disk; ro, rw and volatile are"
+        )),
     }
 }
 
@@ -180,17 +196,15 @@ pub(crate) fn parse_disk(text: &str) -> Result<DiskSpec, String> {
     }
     for (key, value) in options {
         match (key.as_str(), value.as_deref()) {
-            ("ro", None) => disk.mode = DiskMode::ReadOnly,
-            ("rw", None) => disk.mode = DiskMode::ReadWrite,
-            ("volatile", None) => disk.mode = DiskMode::VolatileWrite,
+            (mode @ ("ro" | "rw" | "volatile"), None) => disk.mode = parse_mode(mode)?,
             ("id", Some(id)) => disk.id = id.to_owned(),
-            ("format", Some(value)) => disk.format = format(value)?,
+            ("format", Some(value)) => disk.format = parse_format(value)?,
             ("direct", None) => disk.direct = true,
             ("queues", Some(value)) => disk.queues = number("queues", value)?,
             ("block-size", Some(value)) => disk.block_size = number("block-size", value)?,
             ("backing", Some(file)) => disk.backing.push((file.into(), DiskFormat::Unspecified)),
             ("backing-format", Some(value)) => match disk.backing.last_mut() {
-                Some((_, of_last)) => *of_last = format(value)?,
+                Some((_, of_last)) => *of_last = parse_format(value)?,
                 None => return Err("backing-format= comes after the backing= that it is about".into()),
             },
             (key, value) if rate(&mut disk.rate_limit, key, value)? => {}
@@ -201,7 +215,7 @@ pub(crate) fn parse_disk(text: &str) -> Result<DiskSpec, String> {
 }
 
 /// Reads six bytes in hexadecimal, with colons between.
-fn parse_mac(text: &str) -> Result<[u8; 6], String> {
+pub(crate) fn parse_mac(text: &str) -> Result<[u8; 6], String> {
     let byte = |part: &str| match part.len() {
         2 => u8::from_str_radix(part, 16).ok(),
         _ => None,
@@ -210,6 +224,15 @@ fn parse_mac(text: &str) -> Result<[u8; 6], String> {
     bytes
         .and_then(|bytes| bytes.try_into().ok())
         .ok_or_else(|| format!("'{text}' is no address; one looks like 02:00:5e:10:00:01"))
+}
+
+/// Reads whether a link is down at first.
+pub(crate) fn parse_link(text: &str) -> Result<bool, String> {
+    match text {
+        "up" => Ok(false),
+        "down" => Ok(true),
+        _ => Err(format!("a link is up or down, not '{text}'")),
+    }
 }
 
 /// Reads `user|tap[=NAME]|bridge=NAME[,mac=..][,mtu=N][,queues=N][,offloads=on|off][,link=up|down][,bps=..]`.
@@ -243,8 +266,7 @@ pub(crate) fn parse_net(text: &str) -> Result<NetSpec, String> {
             ("queues", Some(value)) => net.queues = number("queues", value)?,
             ("offloads", Some("on")) => net.offloads = Some(true),
             ("offloads", Some("off")) => net.offloads = Some(false),
-            ("link", Some("up")) => net.link_down = false,
-            ("link", Some("down")) => net.link_down = true,
+            ("link", Some(value)) => net.link_down = parse_link(value)?,
             (key, value) if rate(&mut net.rate_limit, key, value)? => {}
             (key, value) => return Err(unknown(key, value, KNOWN)),
         }
@@ -349,19 +371,22 @@ pub(crate) fn parse_share(text: &str) -> Result<ShareSpec, String> {
     Ok(share)
 }
 
+/// The names of virtio device types (virtio 1.2, section 5).
+pub(crate) const DEVICE_TYPES: [(&str, u16); 5] = [("net", 1), ("block", 2), ("gpu", 16), ("sound", 25), ("fs", 26)];
+
+/// Reads a virtio device type, by its name or number.
+pub(crate) fn parse_device_type(text: &str) -> Result<u16, String> {
+    let named = DEVICE_TYPES.iter().find(|(name, _)| *name == text);
+    let number = named.map(|(_, number)| *number).or_else(|| text.parse().ok());
+    number.ok_or_else(|| format!("'{text}' is no type of a device; net, block, gpu, sound, fs and numbers are"))
+}
+
 /// Reads `TYPE=SOCKET[,queues=N][,queue-size=N]`.
 pub(crate) fn parse_vhost_user(text: &str) -> Result<VhostUserSpec, String> {
     let (first, options) = split(text);
-    let device_type = |name: &str| match name {
-        "net" => Some(1),
-        "block" => Some(2),
-        "gpu" => Some(16),
-        "sound" => Some(25),
-        "fs" => Some(26),
-        number => number.parse().ok(),
-    };
     let device = first.split_once('=');
-    let Some((device_type, socket)) = device.and_then(|(name, socket)| Some((device_type(name)?, socket))) else {
+    let Some((device_type, socket)) = device.and_then(|(name, socket)| Some((parse_device_type(name).ok()?, socket)))
+    else {
         return Err("a vhost-user device is TYPE=SOCKET; a type is net, block, gpu, sound, fs or a number".into());
     };
     let mut device = VhostUserSpec {

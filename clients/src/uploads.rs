@@ -3,7 +3,7 @@
 use std::{
     fs::File,
     io::{self, IsTerminal, Read},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use anyhow::{Context, Result, bail};
@@ -42,7 +42,7 @@ pub(crate) fn open(what: &str, path: &Path, write: bool) -> Result<config::File>
 ///
 /// # Errors
 /// `NOT_SUPPORTED` for a disk that the guest would write to; what went wrong with the stream.
-pub(crate) async fn replace(manager: &Manager, config: &mut GuestConfig, disks: &[&Path]) -> Result<()> {
+pub(crate) async fn replace(manager: &Manager, config: &mut GuestConfig, disks: &[PathBuf]) -> Result<()> {
     for (index, (disk, path)) in config.disks.iter().zip(disks).enumerate() {
         if disk.mode == DiskMode::ReadWrite && matches!(disk.image, config::File::Fd(_)) {
             let message = format!(

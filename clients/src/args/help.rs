@@ -3,8 +3,12 @@
 use clap::Command;
 
 /// The groups of commands, each with what belongs to it.
-const GROUPS: [(&str, &[&str]); 6] = [
+const GROUPS: [(&str, &[&str]); 7] = [
     ("Guests", &["launch", "list", "info", "wait", "remove"]),
+    (
+        "Definitions",
+        &["define", "undefine", "start", "autostart", "definition"],
+    ),
     ("Power", &["stop", "pause", "resume", "reset", "nmi"]),
     ("Talk to a guest", &["attach", "console", "logs", "vsock", "exec", "cp"]),
     ("Look into a guest", &["events", "stats", "registers"]),

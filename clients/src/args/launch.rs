@@ -1,13 +1,18 @@
-//! What `guest launch` can be told.
+//! What the commands can be told that launch, define and start guests.
 
-use clap::Args;
+use std::path::PathBuf;
 
-use super::options::GuestOptions;
+use clap::{Args, ValueEnum};
+
+use super::options::{GuestOptions, KERNEL_SOURCE, VSOCK_SOURCE};
 
 #[derive(Debug, Args)]
 pub(crate) struct Launch {
     /// Name of the guest: letters, digits, '.', '_' and '-' [default: the manager chooses]
     pub(crate) name: Option<String>,
+    /// A configuration file (TOML), or - for standard input; what the options say counts before it
+    #[arg(long, short, value_name = "FILE", groups = [KERNEL_SOURCE, VSOCK_SOURCE])]
+    pub(crate) file: Option<PathBuf>,
     /// Leave the guest running, and a guest manager with it; print its name
     #[arg(long, short)]
     pub(crate) detach: bool,
@@ -16,4 +21,49 @@ pub(crate) struct Launch {
     pub(crate) check: bool,
     #[command(flatten)]
     pub(crate) options: GuestOptions,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Define {
+    /// Name of the guest: letters, digits, '.', '_' and '-' [default: what the file says]
+    pub(crate) name: Option<String>,
+    /// A configuration file (TOML), or - for standard input; what the options say counts before it
+    #[arg(long, short, value_name = "FILE", groups = [KERNEL_SOURCE, VSOCK_SOURCE])]
+    pub(crate) file: Option<PathBuf>,
+    /// Put this definition in the place of the one that there is
+    #[arg(long)]
+    pub(crate) replace: bool,
+    /// Start the guest whenever the guest manager starts
+    #[arg(long)]
+    pub(crate) autostart: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) options: GuestOptions,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Start {
+    /// Name of the definition
+    pub(crate) name: String,
+    /// Connect the terminal to the guest's serial port; Ctrl-] detaches
+    #[arg(long, short)]
+    pub(crate) attach: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Autostart {
+    /// Name of the definition
+    pub(crate) name: String,
+    /// Whether the guest is started when the guest manager starts
+    pub(crate) state: Switch,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Switch {
+    /// It is
+    On,
+    /// It is not
+    Off,
 }

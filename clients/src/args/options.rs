@@ -1,8 +1,8 @@
-//! What a guest can be made of, as the options of `guest launch`.
+//! What a guest can be made of, as the options of `guest launch` and `guest define`.
 
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::{ArgGroup, Args};
 use sepal_schema::config::{
     INSTANCE_ID, OnPanic, OnReset, Pin, Restart, Uuid,
     device::{Balloon, Console, MemoryDevice, Rng, WatchdogAction},
@@ -11,14 +11,20 @@ use sepal_schema::config::{
 use super::units::parse_memory;
 use crate::specs::{self, DiskSpec, NetSpec, ShareSpec, VhostUserSpec, VsockSpec};
 
-/// A guest, as far as it is said.
+/// The options that can name a kernel, for those that need one.
+pub(super) const KERNEL_SOURCE: &str = "kernel-source";
+/// The options that can make a socket device.
+pub(super) const VSOCK_SOURCE: &str = "vsock-source";
+
+/// A guest, as far as it is said. What is not, is as a configuration file says, or as it is by default.
 #[derive(Debug, Args)]
+#[command(group(ArgGroup::new(KERNEL_SOURCE).multiple(true)), group(ArgGroup::new(VSOCK_SOURCE).multiple(true)))]
 pub(crate) struct GuestOptions {
     /// Kernel: an ELF image (vmlinux) or a bzImage (vmlinuz)
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", group = KERNEL_SOURCE)]
     pub(crate) kernel: Option<PathBuf>,
     /// Initial RAM file system of the kernel
-    #[arg(long, value_name = "FILE", requires = "kernel")]
+    #[arg(long, value_name = "FILE", requires = KERNEL_SOURCE)]
     pub(crate) initrd: Option<PathBuf>,
     /// Kernel command line [default: "console=ttyS0" with --kernel]
     #[arg(long, value_name = "STRING")]
@@ -108,10 +114,10 @@ pub(crate) struct Devices {
     #[arg(long, conflicts_with = "balloon")]
     pub(crate) no_balloon: bool,
     /// A socket device (vsock): [CID][,socket=PATH]; PATH offers it as a Unix socket to clients that say "CONNECT <port>"
-    #[arg(long, value_name = "CID[,...]", num_args = 0..=1, require_equals = true, default_missing_value = "", value_parser = specs::parse_vsock)]
+    #[arg(long, value_name = "CID[,...]", group = VSOCK_SOURCE, num_args = 0..=1, require_equals = true, default_missing_value = "", value_parser = specs::parse_vsock)]
     pub(crate) vsock: Option<VsockSpec>,
     /// Do not talk to the agent in the guest, which is done over vsock where there is one
-    #[arg(long, requires = "vsock")]
+    #[arg(long, requires = VSOCK_SOURCE)]
     pub(crate) no_agent: bool,
     /// Memory that can be plugged while the guest runs: SIZE[,requested=SIZE][,block=SIZE]
     #[arg(long, value_name = "SIZE[,...]", value_parser = specs::parse_memory_device)]

@@ -6,8 +6,8 @@ use sepal_schema::facet::{CallRate, Range};
 
 use crate::specs::parse_bytes;
 
-/// Reads a memory size as MiB: a number of MiB, or a number with one of the units M, MiB, G, GiB, T, TiB.
-pub(crate) fn parse_memory(text: &str) -> Result<i32, String> {
+/// Reads a size as MiB: a number of MiB, or a number with one of the units M, MiB, G, GiB, T, TiB.
+pub(crate) fn parse_mib(text: &str) -> Result<u64, String> {
     let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
     let mib: u64 = match unit.trim().to_ascii_lowercase().as_str() {
@@ -19,11 +19,16 @@ pub(crate) fn parse_memory(text: &str) -> Result<i32, String> {
     let number: u64 = number
         .parse()
         .map_err(|_| "a memory size starts with a number: 512M, 2G".to_owned())?;
-    let size = number.checked_mul(mib).and_then(|size| i32::try_from(size).ok());
-    match size {
-        Some(0) => Err("a guest needs some memory".into()),
-        Some(size) => Ok(size),
-        None => Err(format!(
+    let size = number.checked_mul(mib);
+    size.ok_or_else(|| format!("{text} is more than can be said"))
+}
+
+/// Reads the size of a guest's memory as MiB, as [`parse_mib`] does.
+pub(crate) fn parse_memory(text: &str) -> Result<i32, String> {
+    match parse_mib(text).map(i32::try_from)? {
+        Ok(0) => Err("a guest needs some memory".into()),
+        Ok(size) => Ok(size),
+        Err(_) => Err(format!(
             "{text} is more than the {} MiB that can be asked for",
             i32::MAX
         )),
