@@ -31,3 +31,5 @@ mod stream;
 pub mod vhost_user;
 pub mod virtio;
 pub mod watchdog;
+
+pub use stream::SentBytes;

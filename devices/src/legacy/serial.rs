@@ -46,7 +46,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::uart::Uart;
 use crate::bus::BusDevice;
 use crate::interrupt::{InterruptLine, LevelLatch, lock, publish};
-use crate::stream::OutputRing;
+use crate::stream::{OutputRing, SentBytes};
 
 pub use host::SerialLoop;
 
@@ -147,6 +147,7 @@ pub struct Serial {
     state: Mutex<State>,
     line: Arc<dyn InterruptLine>,
     doorbell: EventFd,
+    sent: SentBytes,
 }
 
 impl Serial {
@@ -170,6 +171,7 @@ impl Serial {
             state: Mutex::new(state),
             line,
             doorbell,
+            sent: SentBytes::default(),
         }))
     }
 
@@ -188,6 +190,11 @@ impl Serial {
     /// Bytes of output lost, since the start, because the host did not take them in time.
     pub fn dropped(&self) -> u64 {
         self.state().ring.dropped()
+    }
+
+    /// How many bytes of output have gone to the host so far; counts on after this port is gone.
+    pub fn sent(&self) -> SentBytes {
+        self.sent.clone()
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
