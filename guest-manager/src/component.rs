@@ -4,6 +4,7 @@
 
 use std::{
     cell::{Cell, RefCell},
+    collections::VecDeque,
     fmt, io,
     os::{fd::OwnedFd, unix::net::UnixStream},
     rc::Rc,
@@ -13,6 +14,7 @@ use capnp::capability::FromClientHook;
 use futures::future::LocalBoxFuture;
 use sepal_schema::{
     config::{GuestConfig, Limits as ResourceLimits},
+    crash::MAX_LAST_LINES,
     error::Error,
     lifecycle_capnp::{component, guest_lifecycle},
     report::ComponentEnd,
@@ -27,7 +29,7 @@ use crate::{changed::Changed, model::cut};
 
 /// Longest line, in bytes; the rest goes on in the next one.
 const MAX_LINE: usize = 512;
-/// Bytes of standard error that are logged of one component; of the rest only the last line is kept, so that nobody fills the host's logs.
+/// Bytes of standard error that are logged of one component; of the rest only the last lines are kept, so that nobody fills the host's logs.
 const MAX_LOGGED: usize = 256 * 1024;
 /// Most bytes that are read from the pipe of a dead component: the most that an unprivileged pipe holds (fs.pipe-max-size).
 const MAX_REST: usize = 1024 * 1024;
@@ -258,7 +260,16 @@ impl Component {
         if let Some(Exit::Signal(libc::SIGKILL) | Exit::Unknown(_)) = self.exit() {
             return None;
         }
-        self.stderr.as_ref()?.words.borrow().last.clone()
+        self.stderr.as_ref()?.words.borrow().last().cloned()
+    }
+
+    /// The last lines that it wrote to its standard error so far, oldest first, however it ended.
+    pub fn last_lines(&self) -> Vec<String> {
+        let Some(stderr) = &self.stderr else {
+            return Vec::new();
+        };
+        stderr.read_waiting();
+        stderr.words.borrow().lines.iter().cloned().collect()
     }
 }
 
@@ -292,8 +303,16 @@ impl Stderr {
         }
     }
 
-    /// What is there when the process is dead; a pipe holds little, so this ends.
+    /// What is there when the process is dead.
     fn read_rest(&self) {
+        self.read_waiting();
+        self.words
+            .borrow_mut()
+            .finish(|level, line| log(&self.name, level, line));
+    }
+
+    /// What waits in the pipe, which holds little, so that this ends.
+    fn read_waiting(&self) {
         let mut buffer = [0; 4096];
         for _ in 0..MAX_REST / buffer.len() {
             match self
@@ -304,9 +323,6 @@ impl Stderr {
                 Ok(count) => self.heard(&buffer[..count]),
             }
         }
-        self.words
-            .borrow_mut()
-            .finish(|level, line| log(&self.name, level, line));
     }
 
     fn heard(&self, bytes: &[u8]) {
@@ -327,7 +343,7 @@ pub(crate) fn last_words(stderr: OwnedFd) -> Option<String> {
         }
     }
     words.finish(|_, _| {});
-    words.last
+    words.last().cloned()
 }
 
 fn log(name: &str, level: Level, line: &str) {
@@ -351,15 +367,20 @@ fn level(line: &str) -> (Level, &str) {
     }
 }
 
-/// Splits what a component writes into lines, keeps the last one, and says which are to be logged.
+/// Splits what a component writes into lines, keeps the last ones, and says which are to be logged.
 #[derive(Debug, Default)]
 struct LastWords {
-    last: Option<String>,
+    /// At most [`MAX_LAST_LINES`], oldest first.
+    lines: VecDeque<String>,
     partial: Vec<u8>,
     logged: usize,
 }
 
 impl LastWords {
+    fn last(&self) -> Option<&String> {
+        self.lines.back()
+    }
+
     fn push(&mut self, bytes: &[u8], mut log: impl FnMut(Level, &str)) {
         for &byte in bytes {
             if byte != b'\n' {
@@ -392,7 +413,10 @@ impl LastWords {
                 log(Level::WARN, "(what follows is not logged any more)");
             }
         }
-        self.last = Some(line.to_owned());
+        if self.lines.len() == MAX_LAST_LINES {
+            self.lines.pop_front();
+        }
+        self.lines.push_back(line.to_owned());
     }
 }
 
@@ -406,7 +430,7 @@ mod tests {
             words.push(chunk, |level, line| logged.push((level, line.to_owned())));
         }
         words.finish(|level, line| logged.push((level, line.to_owned())));
-        (words.last, logged)
+        (words.last().cloned(), logged)
     }
 
     #[test]
@@ -437,12 +461,25 @@ mod tests {
     }
 
     #[test]
-    fn only_the_last_line_is_kept_and_only_so_much_is_logged() {
+    fn only_so_much_is_logged() {
         let line = [b'x'; MAX_LINE];
         let chunks = vec![&line[..]; 1000];
         let (last, logged) = words(&chunks);
         assert_eq!(last.unwrap().len(), MAX_LINE);
         assert_eq!(logged.len(), MAX_LOGGED / MAX_LINE + 1);
+    }
+
+    #[test]
+    fn the_last_lines_are_kept_for_whoever_asks_why_it_ended() {
+        let mut words = LastWords::default();
+        for i in 0..100 {
+            words.push(format!("INFO line {i}\n").as_bytes(), |_, _| {});
+        }
+        words.push(b"no end of line", |_, _| {});
+        words.finish(|_, _| {});
+        assert_eq!(words.lines.len(), MAX_LAST_LINES);
+        assert_eq!((&words.lines[0][..], &words.lines[18][..]), ("line 81", "line 99"));
+        assert_eq!(words.last().unwrap(), "no end of line");
     }
 
     #[test]

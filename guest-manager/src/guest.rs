@@ -12,6 +12,7 @@
 
 mod cause;
 mod state;
+mod upkeep;
 
 use std::{
     cell::{Cell, RefCell},
@@ -84,6 +85,7 @@ pub struct Guest {
     /// Who listens for it on ports of the host.
     pub(crate) listeners: Listeners,
     only_once: RefCell<Option<Error>>,
+    insists: Cell<bool>,
     cid: Cell<u32>,
     notes: RefCell<Vec<String>>,
     pub(crate) figures: Figures,
@@ -117,6 +119,7 @@ impl Guest {
             on_panic: creation.on_panic,
             listeners: Listeners::default(),
             only_once: RefCell::default(),
+            insists: Cell::default(),
             cid: Cell::new(0),
             notes: RefCell::default(),
             figures: Figures::default(),

@@ -28,12 +28,13 @@ use futures::{
 };
 use sepal_schema::{
     config::{GuestConfig, Handles},
+    crash::{self, MAX_LAST_OUTPUT, Registers},
     error::{Error, Kind, read_completion},
     guest_capnp::{event_sink, observer},
     info::GuestInfo,
     lifecycle_capnp::guest_lifecycle::{self, run_result},
     news::{DeviceNews, Panic},
-    report::{Rung, StopReport, reason_name},
+    report::{Rung, StopReport},
     transport::guard,
 };
 
@@ -42,12 +43,12 @@ use crate::{
     changed::Changed,
     client::Client,
     component::{Component, Exit, StartRequest},
-    guest::{Again, Guest, StopCause},
-    model::{Ending, EventKind, read_event},
-    outcome::{Next, Outcome, Run},
-    pace::Pace,
+    course::Course,
+    guest::Guest,
+    model::{EventKind, Trace, read_event},
+    outcome::Outcome,
     power,
-    resources::{self, Listening, Resources},
+    resources::{Listening, Resources},
     serial::{Port, Wire},
     slot::Slot,
     statistics, vsock,
@@ -60,31 +61,26 @@ struct Held<'a> {
     resources: &'a mut Resources,
     /// What was done to make it end.
     made: Rung,
+    component: Option<Rc<Component>>,
+    /// Of the vCPUs when one of them failed.
+    registers: Vec<Registers>,
 }
 
 /// Drives `guest` until it has ended and nothing is left of it.
 pub(crate) async fn live(guest: Rc<Guest>, slot: Rc<Slot>, config: GuestConfig, client: Client) {
     let request = StartRequest::new(guest.name.clone(), &config);
-    let on_reset = config.on_reset;
-    let prepared = resources::prepare(&guest, config, &client);
-    let prepared = match select(pin!(prepared), pin!(guest.stop_wanted())).await {
-        Either::Left((Ok(resources), _)) => Ok(resources),
-        Either::Left((Err(error), _)) => Err(Outcome::NotCreated(error)),
-        Either::Right(_) => Err(Outcome::NotRun),
-    };
-    let mut resources = match prepared {
+    let mut course = Course::new(guest.clone(), &config);
+    let mut resources = match course.prepare(config, &client).await {
         Ok(resources) => resources,
-        Err(outcome) => {
-            let stop = guest.stop_cause();
-            return end(&guest, outcome.ending(run_of(&guest, stop.as_ref(), None, Rung::None)));
-        }
+        Err(end) => return course.end(end),
     };
-    let mut pace = Pace::new(guest.manager.settings.restart_wait);
-    let ending = loop {
+    let end = loop {
         let mut held = Held {
             wires: Vec::new(),
             resources: &mut resources,
             made: Rung::None,
+            component: None,
+            registers: Vec::new(),
         };
         let outcome = conversation(&guest, &slot, &request, &mut held).await;
         let Some(outcome) = outcome else {
@@ -92,79 +88,30 @@ pub(crate) async fn live(guest: Rc<Guest>, slot: Rc<Slot>, config: GuestConfig, 
             guest.close_ports();
             return;
         };
-        let (stop, again) = (guest.stop_cause(), guest.again_cause());
-        let run = run_of(&guest, stop.as_ref(), again.as_ref(), held.made);
-        let next = outcome.next(run, on_reset);
-        let (ending, uptime_ns) = outcome.ending(run);
-        let follows = match next {
-            Next::End => None,
-            Next::Again { hold, paced } => {
-                let report = guest.set_restarting(ending.clone(), uptime_ns);
-                report.map(|report| (report, hold, paced))
-            }
-        };
-        if follows.is_some() || !slot.keeps_component() {
+        let mut over = course.decide(outcome, held.made);
+        if over.follows.is_some() || !slot.keeps_component() {
             slot.end_component().await;
         }
         // After the end of whoever writes to it.
         held.wires.iter().for_each(Wire::end_run);
-        drop(held);
+        if over.end.ending.failed_run() {
+            let last_lines = held.component.take().map(|component| component.last_lines());
+            let output = guest.port.tail(MAX_LAST_OUTPUT);
+            let trace = Trace::new(&last_lines.unwrap_or_default(), held.registers, &output);
+            over.end.ending.trace = Some(Box::new(trace));
+        }
+        let follows = course.follow(&over);
+        drop(held.wires);
         resources.end_run().await;
-        let Some((report, hold, paced)) = follows else {
-            break (ending, uptime_ns);
-        };
-        let (reason, detail) = (reason_name(report.reason), &report.detail);
-        tracing::info!(guest = &*guest.name, reason, "begins again: {detail}");
-        if paced {
-            wait(&guest, pace.after(Duration::from_nanos(report.uptime_ns))).await;
+        if !follows {
+            break over.end;
         }
-        if !guest.begin_again(hold) {
-            let stop = guest.stop_cause();
-            break Outcome::NotRun.ending(run_of(&guest, stop.as_ref(), None, Rung::None));
+        if let Err(end) = course.go_on(over).await {
+            break end;
         }
-        tracing::info!(guest = &*guest.name, generation = guest.generation(), "creating");
     };
     drop(resources);
-    end(&guest, ending);
-}
-
-/// Lets a guest that restarts too often wait, unless somebody stops or resets it.
-async fn wait(guest: &Guest, delay: Duration) {
-    if delay.is_zero() {
-        return;
-    }
-    tracing::info!(
-        guest = &*guest.name,
-        "restarts too often, and waits for {} ms",
-        delay.as_millis()
-    );
-    let handle = &guest.manager.handle;
-    let (stopped, wanted) = (pin!(guest.stop_wanted()), pin!(guest.run_wanted()));
-    // Whichever comes first.
-    let _ = handle.timeout(delay, select(stopped, wanted)).await;
-}
-
-fn run_of<'a>(guest: &Guest, stop: Option<&'a StopCause>, again: Option<&'a Again>, made: Rung) -> Run<'a> {
-    Run {
-        stop,
-        again,
-        started: guest.has_started(),
-        asked: guest.was_asked(),
-        made,
-    }
-}
-
-/// Says that it is over.
-fn end(guest: &Guest, (ending, uptime_ns): (Ending, u64)) {
-    guest.close_ports();
-    let report = guest.set_ended(ending, uptime_ns);
-    let (reason, detail) = (reason_name(report.reason), &report.detail);
-    tracing::info!(
-        guest = &*guest.name,
-        generation = guest.generation(),
-        reason,
-        "ended: {detail}"
-    );
+    course.end(end);
 }
 
 /// From what the guest was prepared to the outcome of one run; none if another creation took the guest's place before it ran.
@@ -191,6 +138,7 @@ async fn conversation(
         Ok(component) => component,
         Err(error) => return Some(Outcome::NotCreated(error)),
     };
+    held.component = Some(component.clone());
     if guest.stop_cause().is_some() {
         return Some(Outcome::NotRun);
     }
@@ -222,6 +170,10 @@ async fn conversation(
     held.made = made.get();
     match said {
         Said::Outcome(outcome) => Some(outcome),
+        Said::Ran(result, registers) => {
+            held.registers = registers;
+            Some(Outcome::Ran(result))
+        }
         Said::Superseded => None,
         Said::Nothing(why) => {
             let created = guest.is_created();
@@ -285,6 +237,8 @@ async fn force(
 /// What the component said in the end.
 enum Said {
     Outcome(Outcome),
+    /// What run returned, and the registers of the vCPUs when one of them failed.
+    Ran(Result<StopReport, Error>, Vec<Registers>),
     Superseded,
     /// The connection broke, and how.
     Nothing(String),
@@ -409,13 +363,17 @@ impl Talk {
             }
         };
         let ran = async {
-            Ok(match run.await?.get()?.which()? {
+            let run = run.await?;
+            let run = run.get()?;
+            let registers = crash::read_vcpus(run)?;
+            let result = match run.which()? {
                 run_result::Ended(report) => Ok(StopReport::read(report?)?),
                 run_result::Error(error) => Err(Error::read(error?)?),
-            })
+            };
+            Ok((result, registers))
         };
         match ran.await {
-            Ok(result) => Said::Outcome(Outcome::Ran(result)),
+            Ok((result, registers)) => Said::Ran(result, registers),
             Err(error) => Said::of_exception(&error),
         }
     }

@@ -8,7 +8,7 @@ const ROOM: usize = 120 * 1024;
 /// Words of 8 bytes that the information on a guest takes, as a rule.
 const WORDS: u32 = 128;
 /// Sentences are cut to this length, in bytes, where there are many guests.
-const SHORT: usize = 48;
+const SHORT: usize = 40;
 
 /// Leaves out as little as possible: first the layers of the jails, then command lines and devices, then the problems and what explains
 /// the ends.

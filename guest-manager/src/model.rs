@@ -3,6 +3,7 @@
 use std::{rc::Rc, time::Duration};
 
 use sepal_schema::{
+    crash::{MAX_LAST_LINE, MAX_LAST_LINES, MAX_LAST_OUTPUT, Registers},
     error::Error,
     guest_capnp::event,
     info::LayerInfo,
@@ -58,6 +59,37 @@ pub struct Ending {
     pub rung: Rung,
     /// How its component's process ended, where the guest ended with that and it is known.
     pub component: Option<ComponentEnd>,
+    /// It failed so often that it is not begun again.
+    pub gave_up: bool,
+    /// What else is known, if it failed.
+    pub trace: Option<Box<Trace>>,
+}
+
+/// What is known about a run that failed besides how it ended; each part as long as crash reports have it at most.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Trace {
+    /// The last lines of the component's log, oldest first.
+    pub last_lines: Vec<String>,
+    /// Of the vCPUs in order, where the component could still tell.
+    pub registers: Vec<Registers>,
+    /// The end of what the guest had printed.
+    pub output: String,
+}
+
+impl Trace {
+    /// Cuts what there is to what is kept. What the guest printed keeps its lines, but nothing else that could rewrite a terminal.
+    pub fn new(last_lines: &[String], registers: Vec<Registers>, output: &[u8]) -> Self {
+        let first = last_lines.len().saturating_sub(MAX_LAST_LINES);
+        let last_lines = last_lines[first..].iter().map(|line| cut(line, MAX_LAST_LINE));
+        let shown = |c: char| c == '\n' || c == '\t' || !c.is_control();
+        let output: String = String::from_utf8_lossy(output).chars().filter(|c| shown(*c)).collect();
+        let from = output.ceil_char_boundary(output.len().saturating_sub(MAX_LAST_OUTPUT));
+        Self {
+            last_lines: last_lines.collect(),
+            registers,
+            output: output[from..].to_owned(),
+        }
+    }
 }
 
 impl Ending {
@@ -70,6 +102,8 @@ impl Ending {
             about: String::new(),
             rung: Rung::None,
             component: None,
+            gave_up: false,
+            trace: None,
         }
     }
 
@@ -82,6 +116,21 @@ impl Ending {
     /// Whether a vCPU or the component failed, without anybody having asked for an end.
     pub fn crashed(&self) -> bool {
         matches!(self.reason, Reason::Crash | Reason::VmmTerminated) && self.rung == Rung::None
+    }
+
+    /// Whether the run was no good: it crashed, its component died, or nothing came of it. Nobody wanted that, whatever they wanted then.
+    pub fn failed_run(&self) -> bool {
+        matches!(self.reason, Reason::Crash | Reason::VmmTerminated | Reason::StartFailed)
+    }
+
+    /// The end of a guest that has failed so many times in a row, and is not begun again.
+    #[must_use]
+    pub fn given_up(self, failures: u32) -> Self {
+        Self {
+            detail: format!("it failed {failures} times in a row, the last time: {}", self.detail),
+            gave_up: true,
+            ..self
+        }
     }
 
     /// The report, once the times are known.
@@ -315,6 +364,18 @@ mod tests {
         };
         assert_eq!(bounded_report(report).detail.len(), 1024);
         assert_eq!(bounded_names(vec![String::new(); 100]).len(), 32);
+    }
+
+    #[test]
+    fn of_a_run_that_failed_the_end_is_kept() {
+        let lines: Vec<_> = (0..30).map(|i| format!("{i} {}", "x".repeat(1000))).collect();
+        let output = [b"\x1b[31mbegin ", &[b'y'; 5000][..], b"\xff\r\nend"].concat();
+        let trace = Trace::new(&lines, Vec::new(), &output);
+        assert_eq!(trace.last_lines.len(), MAX_LAST_LINES);
+        assert!(trace.last_lines[0].starts_with("10 ") && trace.last_lines[0].len() == MAX_LAST_LINE);
+        assert_eq!(trace.output.len(), MAX_LAST_OUTPUT);
+        assert!(trace.output.ends_with("y\u{fffd}\nend"), "{}", trace.output);
+        assert_eq!(Trace::new(&[], Vec::new(), b"\x1b[2Jshort").output, "[2Jshort");
     }
 
     #[test]

@@ -4,10 +4,11 @@
 //!   outcome + what was wanted --> how it ended (Ending)
 //!                             '-> what follows (Next): the end
 //!                                                      the next run: at once, or paced, or paused before its first instruction
+//!                                                      what the restart policy says (`restart`)
 //! ```
 
 use sepal_schema::{
-    config::OnReset,
+    config::{OnReset, RestartPolicy},
     error::{Error, Kind},
     report::{Reason, Rung, StopReport},
 };
@@ -16,6 +17,7 @@ use crate::{
     component::Exit,
     guest::{Again, StopCause},
     model::{Ending, bounded_error, bounded_report},
+    restart::How,
 };
 
 /// What came of the conversation with the component.
@@ -45,10 +47,21 @@ pub(crate) struct Run<'a> {
     pub(crate) again: Option<&'a Again>,
     /// Its vCPUs ran.
     pub(crate) started: bool,
+    /// It never ran yet, in no generation: whoever began it is told what is wrong, and can do something about it.
+    pub(crate) fresh: bool,
     /// It was asked to shut down.
     pub(crate) asked: bool,
     /// What was done to make it end: `None`, `Forced` or `Killed`.
     pub(crate) made: Rung,
+}
+
+/// What the configuration says about the end of a run.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Rules {
+    /// When the guest has reset itself.
+    pub(crate) on_reset: OnReset,
+    /// When it has ended otherwise.
+    pub(crate) restart: RestartPolicy,
 }
 
 /// What follows a run.
@@ -63,6 +76,8 @@ pub(crate) enum Next {
         /// It does so by itself, which must not happen too often.
         paced: bool,
     },
+    /// What the restart policy says.
+    Policy(How),
 }
 
 impl Outcome {
@@ -139,21 +154,30 @@ impl Outcome {
         (ending, 0)
     }
 
-    /// What follows the run. A stop wins over everything; what could not be made does not get better by trying again; a guest that has turned
-    /// itself off stays off.
-    pub(crate) fn next(&self, run: Run<'_>, on_reset: OnReset) -> Next {
+    /// What follows the run. A stop wins over everything. What `onReset` and `onPanic` begin again does so, and where there is a restart policy a panic
+    /// counts as a failure. A guest that was asked to turn itself off, and did, stays off.
+    pub(crate) fn next(&self, run: Run<'_>, rules: Rules) -> Next {
         let by_itself = |hold| Next::Again { hold, paced: true };
+        let done = match run.asked {
+            true => Next::End,
+            false => Next::Policy(How::Done),
+        };
         match (self, run.again) {
             _ if run.stop.is_some() => Next::End,
-            (Self::NotCreated(_) | Self::NotRun, _) => Next::End,
+            (Self::NotRun, _) => Next::End,
+            // It does not get better by trying again, or somebody waits to hear of it.
+            (Self::NotCreated(_) | Self::Ran(Err(_)) | Self::Exited { .. }, None) if run.fresh => Next::End,
+            (Self::NotCreated(_), _) => Next::Policy(How::Failed),
             (Self::Ran(Ok(report)), again) if !matches!(again, Some(Again::Panicked)) => {
-                match (report.reason, again, on_reset) {
+                match (report.reason, again, rules.on_reset) {
                     (Reason::Reset, Some(_), _) => Next::Again {
                         hold: false,
                         paced: false,
                     },
                     (Reason::Reset, None, OnReset::Restart) => by_itself(false),
                     (Reason::Reset, None, OnReset::Pause) => by_itself(true),
+                    (Reason::Shutdown | Reason::Reset, ..) => done,
+                    (Reason::Crash, ..) => Next::Policy(How::Failed),
                     _ => Next::End,
                 }
             }
@@ -161,8 +185,13 @@ impl Outcome {
                 hold: false,
                 paced: false,
             },
-            (_, Some(Again::Panicked)) => by_itself(false),
-            (_, None) => Next::End,
+            (_, Some(Again::Panicked)) => match rules.restart {
+                RestartPolicy::Never => by_itself(false),
+                RestartPolicy::OnFailure | RestartPolicy::Always => Next::Policy(How::Failed),
+            },
+            // Its watchdog stopped it.
+            (Self::Ran(Err(error)), None) if error.kind == Kind::ControllerForcedHalt => Next::End,
+            (Self::Ran(_) | Self::Exited { .. }, None) => Next::Policy(How::Failed),
         }
     }
 }
@@ -185,6 +214,7 @@ mod tests {
             stop,
             again: None,
             started,
+            fresh: false,
             asked: false,
             made: Rung::None,
         }
@@ -326,41 +356,76 @@ mod tests {
         ]
     }
 
+    const POLICIES: [RestartPolicy; 3] = [RestartPolicy::Never, RestartPolicy::OnFailure, RestartPolicy::Always];
+
     #[test]
-    fn only_a_reset_or_somebody_who_wants_it_begins_a_guest_again() {
-        let policies = [OnReset::Stop, OnReset::Restart, OnReset::Pause];
-        let causes = [None, Some(Again::Asked), Some(Again::Panicked)];
+    fn what_on_reset_on_panic_and_people_say_comes_before_the_restart_policy() {
         let stop = StopCause::Killed("by hand".into());
-        for (outcome, on_reset) in outcomes().into_iter().flat_map(|o| policies.map(|p| (o.clone(), p))) {
-            for again in &causes {
-                let run = Run {
-                    again: again.as_ref(),
-                    ..run(None, true)
-                };
-                let next = outcome.next(run, on_reset);
-                let resets = outcome == report(Reason::Reset);
-                let gone = outcome == report(Reason::Shutdown);
-                let never = matches!(outcome, Outcome::NotCreated(_) | Outcome::NotRun);
-                let expected = match again {
-                    _ if never => Next::End,
-                    Some(Again::Asked) if gone => Next::End,
-                    Some(again) => Next::Again {
-                        hold: false,
-                        paced: *again == Again::Panicked,
-                    },
-                    None if resets && on_reset != OnReset::Stop => Next::Again {
-                        hold: on_reset == OnReset::Pause,
-                        paced: true,
-                    },
-                    None => Next::End,
-                };
-                assert_eq!(next, expected, "{outcome:?} {again:?} {on_reset:?}");
-                let stopped = Run {
-                    stop: Some(&stop),
-                    ..run
-                };
-                assert_eq!(outcome.next(stopped, on_reset), Next::End);
+        let (failed, done) = (Next::Policy(How::Failed), Next::Policy(How::Done));
+        let again = |hold, paced| Next::Again { hold, paced };
+        for (outcome, restart) in outcomes().into_iter().flat_map(|o| POLICIES.map(|p| (o.clone(), p))) {
+            for on_reset in [OnReset::Stop, OnReset::Restart, OnReset::Pause] {
+                let rules = Rules { on_reset, restart };
+                for cause in [None, Some(Again::Asked), Some(Again::Panicked)] {
+                    let run = Run {
+                        again: cause.as_ref(),
+                        ..run(None, true)
+                    };
+                    let resets = outcome == report(Reason::Reset);
+                    let shut_down = outcome == report(Reason::Shutdown);
+                    let watchdog = outcome == Outcome::Ran(Err(error(Kind::ControllerForcedHalt)));
+                    let expected = match (&outcome, cause) {
+                        (Outcome::NotRun, _) => Next::End,
+                        (Outcome::NotCreated(_), _) => failed,
+                        (_, Some(Again::Panicked)) if restart == RestartPolicy::Never => again(false, true),
+                        (_, Some(Again::Panicked)) => failed,
+                        (_, Some(Again::Asked)) if !shut_down => again(false, false),
+                        _ if resets && on_reset != OnReset::Stop => again(on_reset == OnReset::Pause, true),
+                        _ if resets || shut_down => done,
+                        _ if watchdog => Next::End,
+                        _ => failed,
+                    };
+                    assert_eq!(outcome.next(run, rules), expected, "{outcome:?} {cause:?} {rules:?}");
+                    let stopped = Run {
+                        stop: Some(&stop),
+                        ..run
+                    };
+                    assert_eq!(outcome.next(stopped, rules), Next::End);
+                }
             }
+        }
+    }
+
+    #[test]
+    fn who_begins_a_guest_that_never_runs_is_told_and_nothing_is_tried_again() {
+        for (outcome, restart) in outcomes().into_iter().flat_map(|o| POLICIES.map(|p| (o.clone(), p))) {
+            let rules = Rules {
+                on_reset: OnReset::Stop,
+                restart,
+            };
+            let fresh = Run {
+                fresh: true,
+                ..run(None, false)
+            };
+            let ended_by_itself = matches!(outcome, Outcome::Ran(Ok(_)));
+            assert_eq!(outcome.next(fresh, rules) == Next::End, !ended_by_itself, "{outcome:?}");
+        }
+    }
+
+    #[test]
+    fn a_guest_that_was_asked_to_turn_itself_off_stays_off() {
+        let asked = Run {
+            asked: true,
+            ..run(None, true)
+        };
+        for restart in POLICIES {
+            let rules = Rules {
+                on_reset: OnReset::Stop,
+                restart,
+            };
+            assert_eq!(report(Reason::Shutdown).next(asked, rules), Next::End);
+            let crashed = Outcome::Ran(Err(error(Kind::VcpuRuntimeFailure)));
+            assert_eq!(crashed.next(asked, rules), Next::Policy(How::Failed));
         }
     }
 

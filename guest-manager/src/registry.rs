@@ -10,17 +10,18 @@
 //!     |                              |         |                       |               | stopping (from any of the four)
 //!     |                              |         |                       |               v
 //!     |                              |         v   ended               v            Stopping
-//!     +------------------------- Stopped, Died <--------------------------------------'
+//!     +--------------------- Stopped, Died, GivenUp <---------------------------------'
 //! ```
 //!
-//! To the outside, Creating, Created and Launching are `starting`, and Died is `vmmUnexpectedTermination`. Whatever concerns a generation
-//! carries its number; what comes late for an older one, or for one that has ended, changes nothing. A name that `launch` took is
+//! To the outside, Creating, Created and Launching are `starting`, Died is `vmmUnexpectedTermination`, and GivenUp, which failed again and
+//! again, is `crashLoop`. Whatever concerns a generation carries its number; what comes late for an older one, or for one that has ended, changes nothing. A name that `launch` took is
 //! remembered after the end, until it is removed, launched again, or 64 others have ended since. A name that a client drives itself
 //! (`newGuest`) is held until that client lets go of it.
 //!
 //! A guest that begins again goes from any of the live phases but Stopping to Restarting, and from there, when its time has come, to Creating
 //! with the next generation, without its name or anything else having been let go of.
 
+mod crashes;
 mod entry;
 
 use std::{
@@ -39,7 +40,10 @@ use sepal_schema::{
 use uuid::Uuid;
 
 pub use self::entry::Vitals;
-use self::entry::{Entry, Phase, taken};
+use self::{
+    crashes::Crashes,
+    entry::{Entry, Phase, taken},
+};
 use crate::{
     events::{EventLog, KEPT},
     model::{Ending, EventKind, GuestId, Moment, cut},
@@ -132,12 +136,12 @@ impl Registry {
         if !name.is_empty() {
             check_name(name)?;
         }
-        let mut generation = 0;
+        let (mut generation, mut crashes) = (0, Crashes::default());
         if let Some(entry) = self.names.get(name).and_then(|id| self.entries.get(id)) {
             if !entry.remembered() {
                 return Err(taken(entry));
             }
-            generation = entry.generation;
+            (generation, crashes) = (entry.generation, entry.crashes.clone());
         }
         let unended = self.entries.values().filter(|entry| !entry.remembered()).count();
         if unended >= self.limits.guests {
@@ -167,6 +171,7 @@ impl Registry {
             paused: false,
             detached: false,
             upkeep: Upkeep::default(),
+            crashes,
             descriptor: None,
             stop: None,
             ended_as: 0,
@@ -188,8 +193,8 @@ impl Registry {
         let mut replaced = None;
         match entry.phase {
             // What launch started is only remembered now, and does not count among the guests any more.
-            Phase::Stopped | Phase::Died if entry.remembered() => return Err(gone()),
-            Phase::NotStarted | Phase::Stopped | Phase::Died => {}
+            Phase::Stopped | Phase::Died | Phase::GivenUp if entry.remembered() => return Err(gone()),
+            Phase::NotStarted | Phase::Stopped | Phase::Died | Phase::GivenUp => {}
             Phase::Created => {
                 let detail = "it was created and never run, and a new creation took its place";
                 replaced = self.ended(id, entry.generation, Ending::new(Reason::Killed, detail), 0, now);
@@ -202,6 +207,7 @@ impl Registry {
         let generation = entry.begin();
         entry.descriptor = Some(descriptor);
         entry.stop = None;
+        (entry.upkeep.failures, entry.upkeep.restarts) = (0, 0);
         self.tell(id, now, EventKind::Starting);
         Ok(Creation { generation, replaced })
     }
@@ -218,7 +224,7 @@ impl Registry {
     ) -> Option<StopReport> {
         let going_on = |entry: &&mut Entry| !matches!(entry.phase, Phase::Stopping | Phase::Restarting);
         let entry = self.live(id, generation).filter(going_on)?;
-        let (crashed, report) = (ending.crashed(), entry.report(ending, uptime_ns, now));
+        let (crashed, report) = (ending.crashed(), entry.end(ending, uptime_ns, now));
         entry.phase = Phase::Restarting;
         entry.started_at = None;
         entry.paused = false;
@@ -272,7 +278,7 @@ impl Registry {
                 Ok(())
             }
             Phase::Launching | Phase::Running | Phase::Restarting | Phase::Stopping => Err(taken(entry)),
-            Phase::NotStarted | Phase::Stopped | Phase::Died | Phase::Creating | Phase::Created => {
+            Phase::NotStarted | Phase::Stopped | Phase::Died | Phase::GivenUp | Phase::Creating | Phase::Created => {
                 let message = format!(
                     "guest \"{}\" has not been created: run needs a create that worked",
                     entry.name
@@ -357,9 +363,12 @@ impl Registry {
         self.endings += 1;
         let endings = self.endings;
         let entry = self.live(id, generation)?;
-        let died = ending.reason == Reason::VmmTerminated;
-        let (crashed, report) = (ending.crashed(), entry.report(ending, uptime_ns, now));
-        entry.phase = if died { Phase::Died } else { Phase::Stopped };
+        entry.phase = match (ending.gave_up, ending.reason) {
+            (true, _) => Phase::GivenUp,
+            (false, Reason::VmmTerminated) => Phase::Died,
+            (false, _) => Phase::Stopped,
+        };
+        let (crashed, report) = (ending.crashed(), entry.end(ending, uptime_ns, now));
         entry.paused = false;
         entry.ended_as = endings;
         entry.stop = Some(report.clone());

@@ -82,6 +82,12 @@ impl Port {
         self.history.look(History::end)
     }
 
+    /// The last bytes of output, at most `most`, as far as they are kept.
+    pub fn tail(&self, most: usize) -> Vec<u8> {
+        self.history
+            .look(|history| history.read(history.end().saturating_sub(most as u64), most).bytes)
+    }
+
     /// Bytes of output that are no longer kept.
     pub fn lost(&self) -> u64 {
         self.history.look(History::start)

@@ -8,7 +8,7 @@ use sepal_schema::{
     report::StopReport,
 };
 
-use super::Origin;
+use super::{Origin, crashes::Crashes};
 use crate::model::{Ending, GuestId, Moment};
 
 /// Where a guest is in its life; the registry's head draws it.
@@ -23,15 +23,17 @@ pub(super) enum Phase {
     Stopping,
     Stopped,
     Died,
+    /// It failed too often.
+    GivenUp,
 }
 
 impl Phase {
     pub(super) fn live(self) -> bool {
-        !matches!(self, Self::NotStarted | Self::Stopped | Self::Died)
+        !matches!(self, Self::NotStarted | Self::Stopped | Self::Died | Self::GivenUp)
     }
 
     pub(super) fn ended(self) -> bool {
-        matches!(self, Self::Stopped | Self::Died)
+        matches!(self, Self::Stopped | Self::Died | Self::GivenUp)
     }
 
     fn status(self) -> GuestStatus {
@@ -42,6 +44,7 @@ impl Phase {
             Self::Stopping => GuestStatus::Stopping,
             Self::Stopped => GuestStatus::Stopped,
             Self::Died => GuestStatus::VmmUnexpectedTermination,
+            Self::GivenUp => GuestStatus::CrashLoop,
         }
     }
 }
@@ -70,6 +73,7 @@ pub(super) struct Entry {
     pub(super) paused: bool,
     pub(super) detached: bool,
     pub(super) upkeep: Upkeep,
+    pub(super) crashes: Crashes,
     pub(super) descriptor: Option<GuestDescriptor>,
     pub(super) stop: Option<StopReport>,
     pub(super) ended_as: u64,
@@ -95,12 +99,17 @@ impl Entry {
         self.generation
     }
 
-    /// How a generation ended. An uptime of 0 is measured.
-    pub(super) fn report(&self, ending: Ending, uptime_ns: u64, now: Moment) -> StopReport {
+    /// How a generation ended, which is remembered if it failed. An uptime of 0 is measured.
+    pub(super) fn end(&mut self, mut ending: Ending, uptime_ns: u64, now: Moment) -> StopReport {
+        let trace = ending.trace.take();
         let measured = self
             .started_at
             .map_or(0, |start| now.monotonic_ns.saturating_sub(start));
-        ending.report(if uptime_ns == 0 { measured } else { uptime_ns }, now)
+        let report = ending.report(if uptime_ns == 0 { measured } else { uptime_ns }, now);
+        if let Some(trace) = trace {
+            self.crashes.add(&report, self.generation, *trace);
+        }
+        report
     }
 
     /// Nanoseconds since its vCPUs started, if they did and have not ended.
@@ -143,7 +152,7 @@ impl Entry {
 /// The refusal of a name that somebody has.
 pub(super) fn taken(entry: &Entry) -> Error {
     let what = match entry.phase {
-        Phase::NotStarted | Phase::Stopped | Phase::Died => "is held by the client that drives it",
+        Phase::NotStarted | Phase::Stopped | Phase::Died | Phase::GivenUp => "is held by the client that drives it",
         Phase::Creating | Phase::Created | Phase::Launching => "is starting",
         Phase::Running => "is running",
         Phase::Restarting => "is restarting",
