@@ -11,11 +11,11 @@ use std::{
 };
 
 use capnp::capability::FromClientHook;
-use futures::future::LocalBoxFuture;
+use futures::future::{LocalBoxFuture, ready};
 use sepal_schema::{
     config::{GuestConfig, Limits as ResourceLimits},
     crash::MAX_LAST_LINES,
-    error::Error,
+    error::{Error, Kind},
     lifecycle_capnp::{component, guest_lifecycle},
     report::ComponentEnd,
     transport::{
@@ -76,6 +76,13 @@ pub trait ComponentStarter {
     ///
     /// The error is `START_FAILURE` as a rule, and names what is missing.
     fn start(&self, request: StartRequest) -> LocalBoxFuture<'static, Result<Started, Error>>;
+
+    /// Changes what the host lets a component use, by its process id; resolves when that holds. `NOT_SUPPORTED` where the host cannot do it, saying what
+    /// is lacking.
+    fn set_limits(&self, _pid: u32, _limits: ResourceLimits) -> LocalBoxFuture<'static, Result<(), Error>> {
+        let message = "limits cannot be changed here while a component runs";
+        Box::pin(ready(Err(Error::new(Kind::NotSupported, message))))
+    }
 
     /// Whether one could be started, as far as that can be told without doing so.
     ///
@@ -151,7 +158,7 @@ pub struct Component {
     pub pid: u32,
     client: component::Client,
     connection: Connection,
-    started_with: StartRequest,
+    started_with: RefCell<StartRequest>,
     kill: Box<dyn Fn()>,
     killed: Cell<bool>,
     exit: Changed<Option<Exit>>,
@@ -188,7 +195,7 @@ impl Component {
             pid,
             client,
             connection,
-            started_with: request,
+            started_with: RefCell::new(request),
             kill,
             killed: Cell::new(false),
             exit: Changed::default(),
@@ -202,7 +209,7 @@ impl Component {
                 if let Some(stderr) = &component.stderr {
                     stderr.read_rest();
                 }
-                tracing::debug!(guest = &*component.started_with.name, pid, %exit, "component ended");
+                tracing::debug!(guest = &*component.started_with.borrow().name, pid, %exit, "component ended");
                 component.exit.change(|slot| *slot = Some(exit));
             }
         });
@@ -231,7 +238,17 @@ impl Component {
 
     /// Whether it can serve what `request` asks for: it lives, and was started with the same limits and layers.
     pub fn serves(&self, request: &StartRequest) -> bool {
-        self.exit().is_none() && !self.killed.get() && self.started_with == *request
+        self.exit().is_none() && !self.killed.get() && *self.started_with.borrow() == *request
+    }
+
+    /// What the host lets it use.
+    pub fn limits(&self) -> ResourceLimits {
+        self.started_with.borrow().limits
+    }
+
+    /// What the host lets it use has been changed.
+    pub(crate) fn has_limits(&self, limits: ResourceLimits) {
+        self.started_with.borrow_mut().limits = limits;
     }
 
     /// Kills the process. [`Component::exited`] tells when it is gone.

@@ -34,6 +34,7 @@ use self::state::{Ended, Run, State};
 use crate::{
     access::Access,
     changed::Changed,
+    cpu::Cpus,
     host,
     manager::Manager,
     model::{self, Ending, EventKind, GuestId},
@@ -50,7 +51,7 @@ struct Remote {
 }
 
 /// What a guest is created with.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub struct Creation {
     /// Which creation under its name.
     pub generation: u64,
@@ -62,6 +63,8 @@ pub struct Creation {
     pub agent: bool,
     /// What happens when its kernel has panicked.
     pub on_panic: OnPanic,
+    /// What is wanted for its vCPUs.
+    pub cpus: Cpus,
 }
 
 /// A guest.
@@ -82,6 +85,8 @@ pub struct Guest {
     pub access: Access,
     /// What happens when its kernel has panicked.
     pub on_panic: OnPanic,
+    /// What is wanted for its vCPUs.
+    pub cpus: Cpus,
     /// Who listens for it on ports of the host.
     pub(crate) listeners: Listeners,
     only_once: RefCell<Option<Error>>,
@@ -117,6 +122,7 @@ impl Guest {
             has_agent: creation.agent,
             access: Access::default(),
             on_panic: creation.on_panic,
+            cpus: creation.cpus,
             listeners: Listeners::default(),
             only_once: RefCell::default(),
             insists: Cell::default(),

@@ -168,6 +168,15 @@ impl guest::Server for GuestServer {
         reply(self.plain(Thing::Debug).map(|debug| results.get().set_debug(debug)))
     }
 
+    fn cpu_controller(
+        self: Rc<Self>,
+        _: guest::CpuControllerParams,
+        mut results: guest::CpuControllerResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        answer!(results, set_controller, self.part(Thing::Cpus));
+        reply(Ok(()))
+    }
+
     fn shares(
         self: Rc<Self>,
         _: guest::SharesParams,

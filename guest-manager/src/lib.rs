@@ -30,6 +30,7 @@ pub mod cids;
 pub mod client;
 pub mod component;
 mod course;
+pub mod cpu;
 pub mod events;
 mod facets;
 pub mod files;

@@ -44,6 +44,7 @@ use crate::{
     client::Client,
     component::{Component, Exit, StartRequest},
     course::Course,
+    cpu,
     guest::Guest,
     model::{EventKind, Trace, read_event},
     outcome::Outcome,
@@ -134,7 +135,11 @@ async fn conversation(
         }
     });
     // Not interrupted by a stop: a component that is half started would have to be waited for all the same.
-    let component = match slot.component(request.clone()).await {
+    let request = StartRequest {
+        limits: guest.cpus.limits(request.limits),
+        ..request.clone()
+    };
+    let component = match slot.component(request).await {
         Ok(component) => component,
         Err(error) => return Some(Outcome::NotCreated(error)),
     };
@@ -311,9 +316,9 @@ impl Talk {
         let observer = remote.observer_request().send().pipeline.get_observer();
         let info = observer.info_request().send().promise;
         guest.set_remote(remote, fds);
-        // Who listens is to be there before the guest runs.
+        // Who listens is to be there before the guest runs, and its vCPUs where they belong.
         let nobody_listens = held.resources.listening.is_none() && guest.listeners.is_empty();
-        let at_once = guest.run_is_wanted() && nobody_listens;
+        let at_once = guest.run_is_wanted() && nobody_listens && !guest.cpus.has_pins();
         let run = at_once.then(|| lifecycle.run_request().send().promise);
         Ok(Self {
             lifecycle,
@@ -344,6 +349,9 @@ impl Talk {
             }
         };
         if let Err(error) = listen.await {
+            return Said::Outcome(Outcome::NotCreated(error));
+        }
+        if let Err(error) = cpu::pin_all(guest).await {
             return Said::Outcome(Outcome::NotCreated(error));
         }
         guest.set_created();

@@ -123,6 +123,10 @@ impl ComponentStarter for Pool {
     fn check(&self, request: &StartRequest) -> Result<(), Error> {
         self.0.starter.check(request)
     }
+
+    fn set_limits(&self, pid: u32, limits: ResourceLimits) -> LocalBoxFuture<'static, Result<(), Error>> {
+        self.0.starter.set_limits(pid, limits)
+    }
 }
 
 /// Whether a component that knows nothing of the request can serve it.

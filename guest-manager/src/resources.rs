@@ -27,6 +27,7 @@ use crate::{
     cids::Cid,
     client::Client,
     component::StartRequest,
+    cpu,
     files::{self, ImageUse, no_paths},
     guest::Guest,
     macs,
@@ -74,6 +75,7 @@ pub(crate) struct Listening {
 pub(crate) async fn prepare(guest: &Guest, config: GuestConfig, client: &Client) -> Result<Resources, Error> {
     let manager = &guest.manager;
     check_protection(&config)?;
+    cpu::check(&config.pins)?;
     guest.set_only_once(check_only_once(&config)?);
     let files::Opened {
         mut config,
@@ -113,6 +115,7 @@ pub(crate) async fn prepare(guest: &Guest, config: GuestConfig, client: &Client)
 /// What [`prepare`] and the component's start would fail with.
 pub(crate) async fn check(manager: &Manager, config: GuestConfig, client: &Client) -> Result<(), Error> {
     check_protection(&config)?;
+    cpu::check(&config.pins)?;
     check_only_once(&config)?;
     manager.starter.check(&StartRequest::new("".into(), &config))?;
     let mut config = files::look(manager, config, client.trusted).await?;

@@ -19,6 +19,7 @@ use sepal_schema::{
 use crate::{
     client::Client,
     component::{Component, StartRequest},
+    cpu::Cpus,
     guest::{Creation, Guest, StopCause},
     life,
     manager::Manager,
@@ -68,6 +69,11 @@ impl Slot {
         self.current.borrow().clone()
     }
 
+    /// The component that is there at the moment.
+    pub(crate) fn component_there(&self) -> Option<Rc<Component>> {
+        self.component.borrow().clone()
+    }
+
     /// Begins to create a guest, and with `run` to run it as soon as it is created. `client` sent the configuration.
     ///
     /// # Errors
@@ -85,10 +91,11 @@ impl Slot {
             consoles: config.console.map_or(0, |console| console.ports()),
             agent: config.agent,
             on_panic: config.on_panic,
+            cpus: Cpus::of(&config),
         };
         let guest = Guest::new(manager.clone(), self.id, self.name.clone(), creation);
         *self.current.borrow_mut() = Some(guest.clone());
-        tracing::info!(guest = &*self.name, generation = creation.generation, "creating");
+        tracing::info!(guest = &*self.name, generation = guest.generation(), "creating");
         manager
             .handle
             .spawn(life::live(guest.clone(), self.clone(), config, client.clone()));

@@ -31,6 +31,7 @@ pub(crate) enum Thing {
     Observer,
     Statistics,
     Debug,
+    Cpus,
 }
 
 impl Thing {
@@ -50,13 +51,14 @@ impl Thing {
             Self::Observer => FacetKind::Observer,
             Self::Statistics => FacetKind::Statistics,
             Self::Debug => FacetKind::Debug,
+            Self::Cpus => FacetKind::CpuController,
         }
     }
 
     /// The rights that mean something for it.
     pub(crate) fn rights(self) -> Rights {
         use Right::{
-            Agent, Balloon, Connect, Debug, Disk, Input, Kill, Listen, Memory, Network, Nmi, Observe, Output, Pause,
+            Agent, Balloon, Connect, Cpu, Debug, Disk, Input, Kill, Listen, Memory, Network, Nmi, Observe, Output, Pause,
             Reset, Share, Shutdown,
         };
         let own: &[Right] = match self {
@@ -73,6 +75,7 @@ impl Thing {
             Self::Observer => &[Observe, Output],
             Self::Statistics => &[Observe],
             Self::Debug => &[Debug],
+            Self::Cpus => &[Observe, Cpu],
         };
         own.iter().copied().chain([Share]).collect()
     }
@@ -95,7 +98,8 @@ fn facet<C: FromClientHook>(client: C) -> facet::Client {
 /// Makes a client's capability of what it holds.
 pub(crate) fn serve(holder: Holder) -> facet::Client {
     use sepal_schema::{
-        agent_capnp::agent, debug_capnp::debug, device_capnp, guest_capnp, vsock_capnp::host_vsock_endpoint,
+        agent_capnp::agent, cpu_capnp::cpu_controller, debug_capnp::debug, device_capnp, guest_capnp,
+        vsock_capnp::host_vsock_endpoint,
     };
     match holder.thing {
         Thing::Guest => facet::<guest_capnp::guest::Client>(guard::new_client(GuestServer(holder))),
@@ -118,6 +122,7 @@ pub(crate) fn serve(holder: Holder) -> facet::Client {
             facet::<guest_capnp::statistics::Client>(guard::new_client(facets::StatisticsServer(holder)))
         }
         Thing::Debug => facet::<debug::Client>(guard::new_client(facets::DebugServer(holder))),
+        Thing::Cpus => facet::<cpu_controller::Client>(guard::new_client(facets::CpuServer(holder))),
     }
 }
 

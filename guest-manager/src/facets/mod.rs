@@ -3,13 +3,15 @@
 //! ```text
 //!   ports      serial port, console, output       observer   info, events, statistics
 //!   power      whether it runs                    debug      registers and memory
-//!   devices    balloon, memory, disks, networks   (vsock and the agent have modules of their own)
+//!   devices    balloon, memory, disks, networks   cpu        vCPUs and their share of the host
+//!   (vsock and the agent have modules of their own)
 //! ```
 //!
 //! Every call goes through its [`Holder`](crate::access::holder::Holder). The component's own capabilities never reach a client: they are asked
 //! for with each call, so that a facet lives on when the guest is created again, that calls can be given up, that the end of the guest is told in
 //! words, and that texts of the component are fit to be shown.
 
+mod cpu;
 mod debug;
 mod devices;
 mod observer;
@@ -29,6 +31,7 @@ use sepal_schema::{
 use crate::{guest::Guest, model::bounded_error};
 
 pub(crate) use self::{
+    cpu::CpuServer,
     debug::DebugServer,
     devices::{BalloonServer, DiskServer, MemoryServer, NetworkServer, check_device},
     observer::{ObserverServer, StatisticsServer},

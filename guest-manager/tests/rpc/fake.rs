@@ -14,7 +14,7 @@ use sepal_guest_manager::{
     component::{ComponentStarter, Exit, StartRequest, Started},
 };
 use sepal_schema::{
-    config::{File, GuestConfig},
+    config::{self, File, GuestConfig},
     error::{Error, Kind, write_completion},
     guest_capnp::{event_sink, guest, observer, power},
     info::{GuestDescriptor, LayerInfo, LayerState, write_layers},
@@ -50,6 +50,10 @@ pub(crate) struct Behaviour {
     pub(crate) stop: Does,
     /// Works: the guest shuts down. Hangs: it ignores the button. Fails: there is none.
     pub(crate) button: Does,
+    /// Whether its limits can be changed.
+    pub(crate) limit: Does,
+    /// It says that it is the test's own process, in which the test can have threads.
+    pub(crate) is_the_test: bool,
     /// What it writes to standard error when it starts.
     pub(crate) words: &'static str,
 }
@@ -60,6 +64,8 @@ pub(crate) struct Fake {
     pub(crate) behaviour: Cell<Behaviour>,
     pub(crate) processes: RefCell<Vec<Rc<Process>>>,
     pub(crate) requests: RefCell<Vec<StartRequest>>,
+    /// Limits that were changed, and of which process.
+    pub(crate) limited: RefCell<Vec<(u32, config::Limits)>>,
 }
 
 impl Fake {
@@ -69,6 +75,7 @@ impl Fake {
             behaviour: Cell::default(),
             processes: RefCell::default(),
             requests: RefCell::default(),
+            limited: RefCell::default(),
         })
     }
 
@@ -106,7 +113,10 @@ impl ComponentStarter for Starter {
             let (ours, theirs) = UnixStream::pair().unwrap();
             let (exit, exited) = oneshot::channel();
             let process = Rc::new(Process {
-                pid: 1000 + u32::try_from(fake.count()).unwrap(),
+                pid: match behaviour.is_the_test {
+                    true => std::process::id(),
+                    false => 1000 + u32::try_from(fake.count()).unwrap(),
+                },
                 behaviour,
                 exit: RefCell::new(Some(exit)),
                 connection: RefCell::default(),
@@ -143,6 +153,14 @@ impl ComponentStarter for Starter {
                 exit: Box::pin(async move { exited.await.unwrap_or(Exit::Unknown("the test is over".into())) }),
             })
         })
+    }
+
+    fn set_limits(&self, pid: u32, limits: config::Limits) -> LocalBoxFuture<'static, Result<(), Error>> {
+        self.0.limited.borrow_mut().push((pid, limits));
+        Box::pin(futures::future::ready(match self.0.behaviour.get().limit {
+            Does::Fails(kind) => Err(Error::new(kind, "the fake has no limits")),
+            Does::Works | Does::Hangs => Ok(()),
+        }))
     }
 
     fn check(&self, _: &StartRequest) -> Result<(), Error> {

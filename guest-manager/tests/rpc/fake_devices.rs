@@ -124,6 +124,30 @@ impl debug::Server for Devices {
         Ok(())
     }
 
+    async fn read_virtual(
+        self: Rc<Self>,
+        params: debug::ReadVirtualParams,
+        mut results: debug::ReadVirtualResults,
+    ) -> Reply {
+        let params = params.get()?;
+        let bytes = vec![params.get_vcpu(); params.get_length() as usize];
+        results.get().set_bytes(&bytes);
+        Ok(())
+    }
+
+    async fn translate(self: Rc<Self>, params: debug::TranslateParams, mut results: debug::TranslateResults) -> Reply {
+        let address = params.get()?.get_address();
+        results.get().init_translation().set_physical(address % 4096);
+        Ok(())
+    }
+
+    async fn stack(self: Rc<Self>, params: debug::StackParams, mut results: debug::StackResults) -> Reply {
+        let most = params.get()?.get_most();
+        results.get().set_end("ends\x1b[2J here");
+        results.get().init_frames(most.into());
+        Ok(())
+    }
+
     async fn read_physical(
         self: Rc<Self>,
         params: debug::ReadPhysicalParams,

@@ -5,6 +5,7 @@
 mod access;
 mod audit;
 mod check;
+mod cpu;
 mod devices;
 mod events;
 mod fake;

@@ -4,6 +4,7 @@ use capnp::capability::{FromClientHook, Promise, RemotePromise, Response};
 use futures::{FutureExt, future::LocalBoxFuture};
 use sepal_schema::{
     agent_capnp::agent,
+    cpu_capnp::cpu_controller,
     debug_capnp::debug,
     device_capnp::{balloon_controller, disk_controller, mem_controller, net_controller},
     error::{Error, Kind, Outcome, kind_name, read_completion},
@@ -35,9 +36,10 @@ pub(crate) enum Part {
     Observer,
     Statistics,
     Debug,
+    Cpus,
 }
 
-pub(crate) const PARTS: [Part; 14] = [
+pub(crate) const PARTS: [Part; 15] = [
     Part::Guest,
     Part::Serial,
     Part::Console,
@@ -52,6 +54,7 @@ pub(crate) const PARTS: [Part; 14] = [
     Part::Observer,
     Part::Statistics,
     Part::Debug,
+    Part::Cpus,
 ];
 
 impl Part {
@@ -72,6 +75,7 @@ impl Part {
             Self::Observer => &["Facet", "Observer"],
             Self::Statistics => &["Facet", "Statistics"],
             Self::Debug => &["Facet", "Debug"],
+            Self::Cpus => &["Facet", "CpuController"],
         }
     }
 
@@ -95,6 +99,7 @@ impl Part {
             Self::Observer => cast(guest.observer_request().send().pipeline.get_observer()),
             Self::Statistics => cast(guest.statistics_request().send().pipeline.get_statistics()),
             Self::Debug => cast(guest.debug_request().send().pipeline.get_debug()),
+            Self::Cpus => cast(guest.cpu_controller_request().send().pipeline.get_controller()),
         }
     }
 }
@@ -239,6 +244,7 @@ pub(crate) const METHODS: &[Method] = methods! {
     "Guest.agent" Nothing Soon |c: guest::Client| beside!(c.agent_request().send());
     "Guest.statistics" Nothing Soon |c: guest::Client| plain(c.statistics_request().send().promise).await;
     "Guest.debug" Nothing Soon |c: guest::Client| plain(c.debug_request().send().promise).await;
+    "Guest.cpuController" Nothing Soon |c: guest::Client| beside!(c.cpu_controller_request().send());
     "Guest.shares" Share Soon |c: guest::Client| union!(c.shares_request().send(), guest::shares_result);
     // One that there is not: the shares of the test stay.
     "Guest.revokeShare" Share Soon |c: guest::Client| {
@@ -278,6 +284,20 @@ pub(crate) const METHODS: &[Method] = methods! {
     "Statistics.get" Observe Soon |c: statistics::Client| union!(c.get_request().send(), statistics::stats_result);
     "Debug.registers" Debug Soon |c: debug::Client| union!(c.registers_request().send(), debug::registers_result);
     "Debug.readPhysical" Debug Soon |c: debug::Client| union!(c.read_physical_request().send(), debug::memory_result);
+    "Debug.readVirtual" Debug Soon |c: debug::Client| union!(c.read_virtual_request().send(), debug::memory_result);
+    "Debug.translate" Debug Soon |c: debug::Client| union!(c.translate_request().send(), debug::translate_result);
+    "Debug.stack" Debug Soon |c: debug::Client| union!(c.stack_request().send(), debug::stack_result);
+
+    "CpuController.list" Observe Soon |c: cpu_controller::Client| {
+        union!(c.list_request().send(), cpu_controller::list_result)
+    };
+    "CpuController.pin" Cpu Soon |c: cpu_controller::Client| complete(c.pin_request().send()).await;
+    "CpuController.scheduler" Observe Soon |c: cpu_controller::Client| {
+        union!(c.scheduler_request().send(), cpu_controller::scheduler_result)
+    };
+    "CpuController.setScheduler" Cpu Soon |c: cpu_controller::Client| {
+        complete(c.set_scheduler_request().send()).await
+    };
 
     "BalloonController.getBalloonSize" Observe Soon |c: balloon_controller::Client| {
         union!(c.get_balloon_size_request().send(), balloon_controller::size_result)
