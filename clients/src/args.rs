@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   launch, options, devices, sharing   what the commands with much to say can be told
+//!   watching                   what is told to those that watch
 //!   units                      sizes, times, ranges
 //!   help                       the commands in groups, examples, exit statuses
 //! ```
@@ -12,6 +13,7 @@ mod launch;
 mod options;
 mod sharing;
 pub(crate) mod units;
+mod watching;
 
 use std::{ffi::OsString, path::PathBuf, time::Duration};
 
@@ -27,6 +29,7 @@ pub(crate) use self::{
     launch::{Autostart, Define, Launch, Start, Switch},
     options::GuestOptions,
     sharing::{Action, Limits, Redeem, Revoke, Share},
+    watching::{Metrics, Sort, Stats, Top},
 };
 use crate::place::Address;
 
@@ -106,8 +109,18 @@ pub(crate) enum Command {
     ///
     /// One line an event, cut at 80 columns; --json has all of it. Goes on until the guest has ended.
     Events(Events),
-    /// Show what a guest's vCPUs and devices have done so far
-    Stats(Named),
+    /// Show what a guest's vCPUs and devices did so far, or all guests'
+    Stats(Stats),
+    /// Show what the guests that run use, as it changes
+    ///
+    /// On a terminal it is live: the keys c, m, d, n, x and a sort (CPU, memory, disks, networks, exits, name), arrows sort and scroll, q
+    /// ends. Otherwise it prints a block of text every interval. CPU% is of one host CPU; figures are of the interval before, and a state with
+    /// an asterisk is one whose component has not told anything since.
+    Top(Top),
+    /// Print figures for monitoring (OpenMetrics), or serve them
+    ///
+    /// With --listen it answers `GET /metrics` on a Unix socket or a port of this machine, until it is ended.
+    Metrics(Metrics),
     /// Show the registers of a guest's vCPU
     Registers(Registers),
     /// Ask a guest to shut down, and wait until it has

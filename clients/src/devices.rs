@@ -22,7 +22,7 @@ use crate::{
 };
 
 /// Bytes of a balloon's page.
-const PAGE: u64 = 4096;
+pub(crate) const PAGE: u64 = 4096;
 
 /// A facet out of an answer that has it or an error.
 macro_rules! facet {

@@ -4,7 +4,7 @@
 //!   args                      what can be said
 //!   place, local, manager     finds the guest manager here or on another machine, or starts one; relay is the other machine's side
 //!   calls                     the protocol's calls, as Rust functions
-//!   launch, session, show, events, stats, registers, control, devices, vsock, agent, sharing, redeem      the commands
+//!   launch, session, show, events, stats, top, metrics, registers, control, devices, vsock, agent, sharing, redeem      the commands
 //!   streams, uploads          what stands in for descriptors on connections that carry none
 //!   specs, assemble           what the options for devices mean, and the configuration that all of them make
 //!   say, terminal, status, table, users   what the user sees
@@ -22,9 +22,11 @@ mod control;
 mod define;
 mod devices;
 mod events;
+mod figures;
 mod launch;
 mod local;
 mod manager;
+mod metrics;
 mod place;
 mod recreate;
 mod redeem;
@@ -39,6 +41,7 @@ mod status;
 mod streams;
 mod table;
 mod terminal;
+mod top;
 mod uploads;
 mod users;
 mod vsock;
@@ -93,6 +96,8 @@ fn run(cli: &Cli, place: &Place) -> Result<u8> {
         Command::Version(args) => reactor.run_until(show::version(&handle, place, args)),
         Command::Events(args) => reactor.run_until(events::events(&handle, place, args)),
         Command::Stats(args) => reactor.run_until(stats::stats(&handle, place, args)),
+        Command::Top(args) => reactor.run_until(top::top(&handle, place, args)),
+        Command::Metrics(args) => reactor.run_until(metrics::metrics(&handle, place, args)),
         Command::Registers(args) => reactor.run_until(registers::registers(&handle, place, args)),
         Command::Pause(args) => reactor.run_until(control::press(&handle, place, &args.name, Press::Pause)),
         Command::Resume(args) => reactor.run_until(control::press(&handle, place, &args.name, Press::Resume)),

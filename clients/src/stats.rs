@@ -1,86 +1,32 @@
-//! `guest stats`, `disk stats` and `net stats`: what a guest's vCPUs and devices have counted.
+//! `guest stats`, `disk stats` and `net stats`: what the vCPUs and devices of a guest, or of all, have counted.
 
 use std::time::Duration;
 
 use anyhow::Result;
 use sepal_schema::{
-    device_capnp::device_stats,
-    error::Error,
-    guest_capnp::{guest, observer, statistics, stats},
+    guest_capnp::{guest, observer, statistics},
     transport::Handle,
 };
 use serde::Serialize;
 
-use crate::{args::Named, calls, devices::fit, manager::Manager, place::Place, show, status, table};
-
-/// Bytes of a balloon's page.
-const PAGE: u64 = 4096;
-
-/// The figures of a guest, as JSON; the names are the protocol's.
-#[derive(Serialize)]
-#[serde(rename_all = "camelCase")]
-struct Stats {
-    /// How long ago the component told them.
-    age_seconds: f64,
-    vcpus: Vec<Vcpu>,
-    serial_dropped: u64,
-    disks: Vec<Disk>,
-    networks: Vec<Network>,
-    balloon: Option<Balloon>,
-}
-
-#[derive(Serialize)]
-#[serde(rename_all = "camelCase")]
-struct Vcpu {
-    index: u8,
-    exits: u64,
-    io_exits: u64,
-    mmio_exits: u64,
-    other_exits: u64,
-    assists: u64,
-    cpu_time_seconds: f64,
-}
-
-#[derive(Serialize)]
-#[serde(rename_all = "camelCase")]
-struct Disk {
-    name: String,
-    read_operations: u64,
-    write_operations: u64,
-    other_operations: u64,
-    read_bytes: u64,
-    written_bytes: u64,
-    errors: u64,
-}
-
-#[derive(Serialize)]
-struct Network {
-    name: String,
-    received: Direction,
-    sent: Direction,
-}
-
-#[derive(Serialize)]
-struct Direction {
-    frames: u64,
-    bytes: u64,
-    dropped: u64,
-    errors: u64,
-}
-
-#[derive(Serialize)]
-#[serde(rename_all = "camelCase")]
-struct Balloon {
-    current_bytes: u64,
-    requested_bytes: u64,
-    reported_bytes: u64,
-}
+use crate::{
+    args, calls,
+    figures::{self, Balloon, Direction, Disk, Figures, GuestMemory, Network, Stats, Vcpu},
+    manager::Manager,
+    place::Place,
+    show, status, table,
+};
 
 /// `guest stats`.
-pub(crate) async fn stats(handle: &Handle, place: &Place, args: &Named) -> Result<u8> {
+pub(crate) async fn stats(handle: &Handle, place: &Place, args: &args::Stats) -> Result<u8> {
     let manager = Manager::running(handle, place)?;
-    let guest = calls::lookup(&manager.client, &args.name).await?;
-    show(&of_guest(&guest), args.json).await
+    match &args.name {
+        Some(name) => {
+            let guest = calls::lookup(&manager.client, name).await?;
+            show(&of_guest(&guest), args.json).await
+        }
+        None => show_guests(&figures::of_all(&manager.client).await?, args.json),
+    }
 }
 
 /// The facet with the figures.
@@ -90,13 +36,13 @@ fn of_guest(guest: &guest::Client) -> statistics::Client {
 
 /// Shows all figures.
 pub(crate) async fn show(statistics: &statistics::Client, json: bool) -> Result<u8> {
-    show_all(&get(statistics).await?, json)
+    show_all(&figures::of(statistics).await?, json)
 }
 
 /// Shows what an observer sees of them.
 pub(crate) async fn show_seen(observer: &observer::Client, json: bool) -> Result<u8> {
     let response = observer.stats_request().send().promise.await?;
-    show_all(&read_result(response.get()?)?, json)
+    show_all(&Stats::read_result(response.get()?)?, json)
 }
 
 fn show_all(stats: &Stats, json: bool) -> Result<u8> {
@@ -104,46 +50,9 @@ fn show_all(stats: &Stats, json: bool) -> Result<u8> {
         show::print_json(stats)?;
         return Ok(status::SUCCESS);
     }
-    let mut facts = Vec::new();
-    if stats.age_seconds > 0.0 {
-        let age = table::duration(ns(stats.age_seconds));
-        facts.push(("age", format!("{age}: the component has not answered since")));
-    }
-    if let Some(balloon) = &stats.balloon {
-        let of = |bytes| table::size(bytes);
-        facts.push((
-            "balloon",
-            format!(
-                "{} of {} requested",
-                of(balloon.current_bytes),
-                of(balloon.requested_bytes)
-            ),
-        ));
-        facts.push(("pages given back", of(balloon.reported_bytes)));
-    }
-    facts.push(("serial output lost", format!("{} bytes", stats.serial_dropped)));
-    let vcpus = stats.vcpus.iter().map(|vcpu| {
-        let counts = [
-            vcpu.exits,
-            vcpu.io_exits,
-            vcpu.mmio_exits,
-            vcpu.other_exits,
-            vcpu.assists,
-        ];
-        let [a, b, c, d, e] = counts.map(|count| count.to_string());
-        [
-            vcpu.index.to_string(),
-            a,
-            b,
-            c,
-            d,
-            e,
-            table::duration(ns(vcpu.cpu_time_seconds)),
-        ]
-    });
-    let headings = ["VCPU", "EXITS", "I/O", "MMIO", "OTHERS", "ASSISTS", "CPU TIME"];
-    let mut text = table::facts(&facts);
-    text.push_str(&table::table(&headings, vcpus));
+    let mut text = table::facts(&facts(stats));
+    text.push_str(&vcpu_table(&stats.vcpus));
+    text.push_str(&reason_table(&stats.vcpus));
     if !stats.disks.is_empty() {
         text.push_str(&disk_table(&stats.disks));
     }
@@ -154,6 +63,159 @@ fn show_all(stats: &Stats, json: bool) -> Result<u8> {
     Ok(status::SUCCESS)
 }
 
+fn facts(stats: &Stats) -> Vec<(&'static str, String)> {
+    let mut facts = Vec::new();
+    if stats.age_seconds > 0.0 {
+        let age = table::duration(ns(stats.age_seconds));
+        facts.push(("age", format!("{age}: the component has not answered since")));
+    }
+    facts.push(("uptime", table::duration(ns(stats.uptime_seconds))));
+    let memory = &stats.memory;
+    let resident = match memory.resident_bytes {
+        0 => String::new(),
+        bytes => format!(
+            ", {} resident on the host, {} of it shared",
+            table::short(bytes),
+            table::short(memory.shared_bytes)
+        ),
+    };
+    facts.push(("memory", format!("{}{resident}", table::short(memory.guest_bytes))));
+    if let Some(balloon) = &stats.balloon {
+        balloon_facts(balloon, &mut facts);
+    }
+    facts.push(("serial output lost", format!("{} bytes", stats.serial_dropped)));
+    facts
+}
+
+fn balloon_facts(balloon: &Balloon, facts: &mut Vec<(&'static str, String)>) {
+    let size = format!(
+        "{} of {} requested",
+        table::size(balloon.current_bytes),
+        table::size(balloon.requested_bytes)
+    );
+    facts.push(("balloon", size));
+    facts.push(("pages given back", table::size(balloon.reported_bytes)));
+    if let Some(memory) = &balloon.memory {
+        facts.push(("memory in the guest", guest_memory(memory)));
+    }
+}
+
+fn guest_memory(memory: &GuestMemory) -> String {
+    let sizes = [
+        ("total", memory.total_bytes),
+        ("free", memory.free_bytes),
+        ("available", memory.available_bytes),
+        ("in disk caches", memory.disk_caches_bytes),
+        ("swapped in", memory.swapped_in_bytes),
+        ("swapped out", memory.swapped_out_bytes),
+    ];
+    let size = |(name, bytes): (&str, Option<u64>)| Some(format!("{} {name}", table::short(bytes?)));
+    let mut parts: Vec<_> = sizes.into_iter().filter_map(size).collect();
+    let faults = [
+        ("major faults", memory.major_faults),
+        ("minor faults", memory.minor_faults),
+    ];
+    parts.extend(
+        faults
+            .into_iter()
+            .filter_map(|(name, count)| Some(format!("{} {name}", count?))),
+    );
+    let age = table::duration(ns(memory.age_seconds));
+    format!("{} ({age} before)", parts.join(", "))
+}
+
+fn vcpu_table(vcpus: &[Vcpu]) -> String {
+    let rows = vcpus.iter().map(|vcpu| {
+        let counts = [
+            vcpu.exits,
+            vcpu.io_exits,
+            vcpu.mmio_exits,
+            vcpu.other_exits,
+            vcpu.assists,
+        ];
+        let [a, b, c, d, e] = counts.map(|count| count.to_string());
+        let time = table::duration(ns(vcpu.cpu_time_seconds));
+        [vcpu.index.to_string(), vcpu.state.to_owned(), a, b, c, d, e, time]
+    });
+    let headings = ["VCPU", "STATE", "EXITS", "I/O", "MMIO", "OTHERS", "ASSISTS", "CPU TIME"];
+    table::table(&headings, rows)
+}
+
+fn reason_table(vcpus: &[Vcpu]) -> String {
+    let rows = vcpus.iter().flat_map(|vcpu| {
+        let row = |(reason, count): (&String, &u64)| [vcpu.index.to_string(), reason.clone(), count.to_string()];
+        vcpu.reasons.iter().map(row)
+    });
+    let mut rows = rows.peekable();
+    match rows.peek() {
+        Some(_) => table::table(&["VCPU", "REASON", "EXITS"], rows),
+        None => String::new(),
+    }
+}
+
+/// The figures of a guest among others, as JSON.
+#[derive(Serialize)]
+struct Named<'a> {
+    name: &'a str,
+    uuid: &'a str,
+    #[serde(flatten)]
+    stats: Option<&'a Stats>,
+    error: Option<String>,
+}
+
+impl<'a> From<&'a Figures> for Named<'a> {
+    fn from(figures: &'a Figures) -> Self {
+        Self {
+            name: &figures.name,
+            uuid: &figures.uuid,
+            stats: figures.stats.as_ref().ok(),
+            error: figures.stats.as_ref().err().map(|error| error.message.clone()),
+        }
+    }
+}
+
+fn show_guests(guests: &[Figures], json: bool) -> Result<u8> {
+    if json {
+        show::print_json(&guests.iter().map(Named::from).collect::<Vec<_>>())?;
+    } else {
+        show::print(guest_table(guests).as_bytes())?;
+    }
+    Ok(status::SUCCESS)
+}
+
+fn guest_table(guests: &[Figures]) -> String {
+    let rows = guests.iter().map(|figures| {
+        let name = figures.name.clone();
+        let Ok(stats) = &figures.stats else {
+            let [a, b, c, d, e, f, g, h] = std::array::from_fn(|_| "-".to_owned());
+            return [name, a, b, c, d, e, f, g, h];
+        };
+        let bytes = [
+            stats.memory.resident_bytes,
+            stats.disk_bytes(|disk| disk.read_bytes),
+            stats.disk_bytes(|disk| disk.written_bytes),
+            stats.network_bytes(|network| network.received),
+            stats.network_bytes(|network| network.sent),
+        ];
+        let [resident, read, written, received, sent] = bytes.map(table::short);
+        [
+            name,
+            table::duration(ns(stats.cpu_seconds())),
+            resident,
+            read,
+            written,
+            received,
+            sent,
+            stats.exits().to_string(),
+            table::duration(ns(stats.uptime_seconds)),
+        ]
+    });
+    let headings = [
+        "NAME", "CPU TIME", "MEMORY", "READ", "WRITTEN", "RECEIVED", "SENT", "EXITS", "UPTIME",
+    ];
+    table::table(&headings, rows)
+}
+
 fn ns(seconds: f64) -> u64 {
     let duration = Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX);
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
@@ -161,7 +223,7 @@ fn ns(seconds: f64) -> u64 {
 
 /// `guest disk stats`.
 pub(crate) async fn disks(guest: &guest::Client, json: bool) -> Result<()> {
-    let disks = get(&of_guest(guest)).await?.disks;
+    let disks = figures::of(&of_guest(guest)).await?.disks;
     match json {
         true => show::print_json(&disks),
         false => show::print(disk_table(&disks).as_bytes()).map(drop),
@@ -170,7 +232,7 @@ pub(crate) async fn disks(guest: &guest::Client, json: bool) -> Result<()> {
 
 /// `guest net stats`.
 pub(crate) async fn networks(guest: &guest::Client, json: bool) -> Result<()> {
-    let networks = get(&of_guest(guest)).await?.networks;
+    let networks = figures::of(&of_guest(guest)).await?.networks;
     match json {
         true => show::print_json(&networks),
         false => show::print(network_table(&networks).as_bytes()).map(drop),
@@ -213,76 +275,4 @@ fn network_table(networks: &[Network]) -> String {
     });
     let headings = ["NETWORK", "DIRECTION", "FRAMES", "BYTES", "DROPPED", "ERRORS"];
     table::table(&headings, rows)
-}
-
-async fn get(statistics: &statistics::Client) -> Result<Stats> {
-    let response = statistics.get_request().send().promise.await?;
-    read_result(response.get()?)
-}
-
-fn read_result(result: statistics::stats_result::Reader<'_>) -> Result<Stats> {
-    use statistics::stats_result::Which;
-    match result.which()? {
-        Which::Stats(stats) => read(stats?),
-        Which::Error(error) => Err(Error::read(error?)?.into()),
-    }
-}
-
-fn read(from: stats::Reader<'_>) -> Result<Stats> {
-    let devices = from.get_devices()?;
-    let vcpu = |vcpu: stats::vcpu::Reader<'_>| Vcpu {
-        index: vcpu.get_index(),
-        exits: vcpu.get_exits(),
-        io_exits: vcpu.get_io_exits(),
-        mmio_exits: vcpu.get_mmio_exits(),
-        other_exits: vcpu.get_other_exits(),
-        assists: vcpu.get_assists(),
-        cpu_time_seconds: show::seconds(vcpu.get_cpu_time_ns()),
-    };
-    let balloon = |balloon: device_stats::balloon::Reader<'_>| Balloon {
-        current_bytes: u64::from(balloon.get_current_pages()) * PAGE,
-        requested_bytes: u64::from(balloon.get_requested_pages()) * PAGE,
-        reported_bytes: balloon.get_reported_bytes(),
-    };
-    Ok(Stats {
-        age_seconds: show::seconds(from.get_age_ns()),
-        vcpus: from.get_vcpus()?.iter().map(vcpu).collect(),
-        serial_dropped: from.get_serial_dropped(),
-        disks: devices.get_disks()?.iter().map(disk).collect::<Result<_>>()?,
-        networks: devices.get_networks()?.iter().map(network).collect::<Result<_>>()?,
-        balloon: match devices.has_balloon() {
-            true => Some(balloon(devices.get_balloon()?)),
-            false => None,
-        },
-    })
-}
-
-fn disk(from: device_stats::disk::Reader<'_>) -> Result<Disk> {
-    Ok(Disk {
-        name: fit(from.get_name()?)?,
-        read_operations: from.get_read_operations(),
-        write_operations: from.get_write_operations(),
-        other_operations: from.get_other_operations(),
-        read_bytes: from.get_read_bytes(),
-        written_bytes: from.get_written_bytes(),
-        errors: from.get_errors(),
-    })
-}
-
-fn network(from: device_stats::network::Reader<'_>) -> Result<Network> {
-    Ok(Network {
-        name: fit(from.get_name()?)?,
-        received: Direction {
-            frames: from.get_received_frames(),
-            bytes: from.get_received_bytes(),
-            dropped: from.get_received_dropped(),
-            errors: from.get_received_errors(),
-        },
-        sent: Direction {
-            frames: from.get_sent_frames(),
-            bytes: from.get_sent_bytes(),
-            dropped: from.get_sent_dropped(),
-            errors: from.get_sent_errors(),
-        },
-    })
 }

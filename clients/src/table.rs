@@ -98,6 +98,27 @@ pub(crate) fn size(bytes: u64) -> String {
     }
 }
 
+/// Bytes in at most six characters, rounded down: "0", "1023", "1.5K", "16M", "1023G".
+pub(crate) fn short(bytes: u64) -> String {
+    const UNITS: [&str; 6] = ["K", "M", "G", "T", "P", "E"];
+    if bytes < 1024 {
+        return bytes.to_string();
+    }
+    // Ends: 64 bits are less than 16 of the last unit.
+    let mut unit = 0;
+    while unit + 1 < UNITS.len() && bytes >> (10 * (unit + 2)) > 0 {
+        unit += 1;
+    }
+    let shift = 10 * (unit + 1);
+    let (whole, part) = (bytes >> shift, bytes & ((1 << shift) - 1));
+    // Of a unit of 2^60, ten times the part does not fit into 64 bits.
+    let tenth = u128::from(part) * 10 >> shift;
+    match (whole, tenth) {
+        (0..10, 1..) => format!("{whole}.{tenth}{}", UNITS[unit]),
+        _ => format!("{whole}{}", UNITS[unit]),
+    }
+}
+
 /// The time of day here, of a time in nanoseconds since 1970: "15:04:05.678".
 pub(crate) fn clock(ns: u64) -> String {
     let seconds = libc::time_t::try_from(ns / 1_000_000_000).unwrap_or(libc::time_t::MAX);
@@ -158,6 +179,23 @@ mod tests {
     fn sizes_are_readable() {
         assert_eq!(size(3 << 20), "3 MiB");
         assert_eq!(size(4096), "4096 bytes");
+    }
+
+    #[test]
+    fn short_sizes_are_short() {
+        for (bytes, text) in [
+            (0, "0"),
+            (1023, "1023"),
+            (1024, "1K"),
+            (1536, "1.5K"),
+            (10 * 1024 + 512, "10K"),
+            ((1 << 20) - 1, "1023K"),
+            (16 << 20, "16M"),
+            (5 << 29, "2.5G"),
+            (u64::MAX, "15E"),
+        ] {
+            assert_eq!(short(bytes), text);
+        }
     }
 
     #[test]

@@ -3,7 +3,10 @@
 use std::{
     io::{self, BufRead, IsTerminal, Write},
     os::fd::{AsFd, FromRawFd, OwnedFd},
-    sync::Mutex,
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     thread::{self, JoinHandle},
 };
 
@@ -44,8 +47,41 @@ impl Drop for Raw {
     }
 }
 
-/// Makes the terminal what it was before [`Raw::enter`].
+/// While it lives, standard output is the terminal's alternate screen, without a cursor.
+pub(crate) struct Screen(());
+
+/// Whether there is a [`Screen`].
+static SCREEN: AtomicBool = AtomicBool::new(false);
+
+impl Screen {
+    /// Switches to the alternate screen.
+    pub(crate) fn enter() -> io::Result<Self> {
+        let screen = Self(());
+        SCREEN.store(true, Ordering::SeqCst);
+        let mut out = io::stdout().lock();
+        out.write_all(b"\x1b[?1049h\x1b[?25l")?;
+        out.flush()?;
+        Ok(screen)
+    }
+}
+
+impl Drop for Screen {
+    fn drop(&mut self) {
+        leave_screen();
+    }
+}
+
+/// Switches back from the alternate screen. Written past what this program buffers: whoever holds that may have been stopped in the middle.
+fn leave_screen() {
+    if SCREEN.swap(false, Ordering::SeqCst) {
+        // There is nobody left to tell if the terminal is gone.
+        let _ = rustix::io::write(io::stdout().as_fd(), b"\x1b[?25h\x1b[?1049l");
+    }
+}
+
+/// Makes the terminal what it was before [`Raw::enter`] and [`Screen::enter`].
 pub(crate) fn restore() {
+    leave_screen();
     if let Some(before) = BEFORE.lock().ok().and_then(|mut slot| slot.take()) {
         // There is nobody left to tell if the terminal is gone.
         let _ = tcsetattr(io::stdin().as_fd(), OptionalActions::Now, &before);
@@ -97,10 +133,10 @@ pub(crate) fn size() -> Option<(u16, u16)> {
     Some((size.ws_col, size.ws_row))
 }
 
-/// Changes of the terminal's size.
-pub(crate) struct SizeChanges(AsyncFd<OwnedFd>);
+/// Signals that arrive, one at a time.
+pub(crate) struct Signals(AsyncFd<OwnedFd>);
 
-impl SizeChanges {
+impl Signals {
     /// Waits for the next one.
     ///
     /// # Errors
@@ -109,37 +145,51 @@ impl SizeChanges {
         let take = |fd: &OwnedFd| Ok(rustix::io::read(fd, &mut [0; size_of::<libc::signalfd_siginfo>()])?);
         self.0.io(Direction::Read, take).await.map(drop)
     }
+
+    /// Takes these from now on. Threads that are started later leave them alone.
+    fn of(handle: &Handle, set: &libc::sigset_t) -> io::Result<Self> {
+        // SAFETY: the set is valid; the mask concerns this thread and those that it will make.
+        let fd = unsafe {
+            libc::pthread_sigmask(libc::SIG_BLOCK, set, std::ptr::null_mut());
+            libc::signalfd(-1, set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK)
+        };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: fresh, and owned by nothing else.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        Ok(Self(handle.register(fd)?))
+    }
 }
 
-/// Watches for changes of the terminal's size from now on. Threads that are started later leave the signal alone.
+/// Watches for changes of the terminal's size from now on.
 ///
 /// # Errors
 /// The system gives no descriptor.
-pub(crate) fn size_changes(handle: &Handle) -> io::Result<SizeChanges> {
-    // SAFETY: the set is a local that the calls fill; the mask concerns this thread and those that it will make.
-    let fd = unsafe {
-        let mut set: libc::sigset_t = std::mem::zeroed();
-        libc::sigemptyset(&raw mut set);
-        libc::sigaddset(&raw mut set, libc::SIGWINCH);
-        libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut());
-        libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK)
-    };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: fresh, and owned by nothing else.
-    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-    Ok(SizeChanges(handle.register(fd)?))
+pub(crate) fn size_changes(handle: &Handle) -> io::Result<Signals> {
+    Signals::of(handle, &set_of(&[libc::SIGWINCH]))
+}
+
+/// Takes the signals that would end the program from now on.
+///
+/// # Errors
+/// The system gives no descriptor.
+pub(crate) fn endings(handle: &Handle) -> io::Result<Signals> {
+    Signals::of(handle, &ending_signals())
 }
 
 /// The signals that would end the program.
 fn ending_signals() -> libc::sigset_t {
+    set_of(&[libc::SIGTERM, libc::SIGHUP, libc::SIGINT, libc::SIGQUIT])
+}
+
+fn set_of(signals: &[libc::c_int]) -> libc::sigset_t {
     let mut set = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
     // SAFETY: sigemptyset initializes the set that the other calls then use.
     unsafe {
         libc::sigemptyset(set.as_mut_ptr());
         let mut set = set.assume_init();
-        for signal in [libc::SIGTERM, libc::SIGHUP, libc::SIGINT, libc::SIGQUIT] {
+        for &signal in signals {
             libc::sigaddset(&mut set, signal);
         }
         set

@@ -11,7 +11,7 @@ const GROUPS: [(&str, &[&str]); 7] = [
     ),
     ("Power", &["stop", "pause", "resume", "reset", "nmi"]),
     ("Talk to a guest", &["attach", "console", "logs", "vsock", "exec", "cp"]),
-    ("Look into a guest", &["events", "stats", "registers"]),
+    ("Look into a guest", &["events", "stats", "top", "metrics", "registers"]),
     ("Devices", &["balloon", "mem", "disk", "net"]),
     ("Share", &["share", "shares", "revoke", "redeem", "whoami"]),
 ];

@@ -1,0 +1,195 @@
+//! `guest metrics`: what there is to know about guests in the OpenMetrics text format, printed once or served over HTTP.
+//!
+//! ```text
+//!   guests: the metrics, their names and units --> text: the format --> standard output
+//!   listen: where                                               '----> http, to whoever asks on this machine
+//! ```
+//!
+//! A server goes on while there is no guest manager, and says so (`sepal_up 0`); it finds the next one by itself.
+
+mod guests;
+mod http;
+pub(crate) mod listen;
+mod text;
+
+use std::{
+    cell::RefCell,
+    io,
+    os::fd::{AsFd, OwnedFd},
+    rc::Rc,
+    time::Duration,
+};
+
+use anyhow::{Context, Result};
+use futures::{AsyncReadExt, AsyncWriteExt, FutureExt, StreamExt, pin_mut, select, stream::FuturesUnordered};
+use sepal_schema::{
+    info::GuestInfo,
+    transport::{AsyncFd, Handle, reactor::Direction},
+};
+
+use self::{
+    guests::Snapshot,
+    http::{Refusal, Request},
+    listen::{Listen, Socket},
+};
+use crate::{args, figures, manager::Manager, place::Place, show, status, terminal};
+
+/// Scrapers at a time; others wait until one has gone.
+const MOST_SCRAPERS: usize = 64;
+/// How long a scraper may take to ask, and then to listen.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How long the guest manager may take.
+const MANAGER_PATIENCE: Duration = Duration::from_secs(5);
+/// How long to wait when a connection cannot be taken, as where there are no more descriptors.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// `guest metrics`.
+pub(crate) async fn metrics(handle: &Handle, place: &Place, args: &args::Metrics) -> Result<u8> {
+    match &args.listen {
+        None => {
+            let manager = Manager::running(handle, place)?;
+            let text = guests::write(&snapshot(&manager).await?);
+            show::print(text.as_bytes())?;
+        }
+        Some(at) => serve(handle, place, at).await?,
+    }
+    Ok(status::SUCCESS)
+}
+
+/// What the guest manager knows now.
+async fn snapshot(manager: &Manager) -> Result<Snapshot> {
+    let version = manager.client.version_request().send().promise;
+    let list = manager.client.list_request().send().promise;
+    let figures = figures::of_all(&manager.client).await?;
+    let (version, list) = (version.await?, list.await?);
+    let guests = list.get()?.get_guests()?.iter().map(GuestInfo::read);
+    Ok(Snapshot {
+        version: Some(version.get()?.get_version()?.to_string()?),
+        guests: guests.collect::<Result<_, _>>()?,
+        figures,
+    })
+}
+
+/// Where a server's metrics come from: the connection to the guest manager, made again when it has ended.
+struct Source<'a> {
+    handle: &'a Handle,
+    place: &'a Place,
+    manager: RefCell<Option<Rc<Manager>>>,
+}
+
+impl Source<'_> {
+    /// The text for a scraper.
+    async fn text(&self) -> Result<String, Refusal> {
+        let known = self.manager.borrow().clone();
+        let snapshot = self.handle.timeout(MANAGER_PATIENCE, async {
+            if let Some(manager) = known
+                && let Ok(snapshot) = snapshot(&manager).await
+            {
+                return Ok(snapshot);
+            }
+            let manager = Rc::new(Manager::running(self.handle, self.place)?);
+            self.manager.replace(Some(manager.clone()));
+            snapshot(&manager).await
+        });
+        match snapshot.await {
+            Ok(Ok(snapshot)) => Ok(guests::write(&snapshot)),
+            Ok(Err(error)) => {
+                self.manager.replace(None);
+                say!("guest: {error:#}");
+                Ok(guests::write(&Snapshot {
+                    version: None,
+                    guests: Vec::new(),
+                    figures: Vec::new(),
+                }))
+            }
+            Err(_) => Err(Refusal::Unavailable),
+        }
+    }
+}
+
+/// Serves metrics until a signal ends it.
+async fn serve(handle: &Handle, place: &Place, at: &Listen) -> Result<()> {
+    let ending = terminal::endings(handle)?;
+    let socket = Socket::bind(at).with_context(|| format!("listening on {at}"))?;
+    let on_port = matches!(socket.at, Listen::Tcp(_));
+    let listener = handle.register(socket.fd.try_clone()?)?;
+    let source = Source {
+        handle,
+        place,
+        manager: RefCell::default(),
+    };
+    say!("metrics are served on {}", socket.at);
+    let mut scrapers = FuturesUnordered::new();
+    let ended = ending.next().fuse();
+    pin_mut!(ended);
+    loop {
+        let full = scrapers.len() >= MOST_SCRAPERS;
+        let next = async {
+            match full {
+                true => std::future::pending().await,
+                false => accept(&listener).await,
+            }
+        }
+        .fuse();
+        pin_mut!(next);
+        select! {
+            stream = next => match stream.and_then(|stream| handle.register(stream)) {
+                Ok(stream) => scrapers.push(scrape(&source, stream, on_port)),
+                Err(error) => {
+                    say!("guest: a connection could not be taken: {error}");
+                    handle.sleep(PAUSE).await;
+                }
+            },
+            () = scrapers.select_next_some() => {}
+            ended = ended => return ended.context("waiting for signals"),
+        }
+    }
+}
+
+async fn accept(listener: &AsyncFd<OwnedFd>) -> io::Result<OwnedFd> {
+    use rustix::net::{SocketFlags, accept_with};
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let accept = |fd: &OwnedFd| Ok(accept_with(fd.as_fd(), flags)?);
+    listener.io(Direction::Read, accept).await
+}
+
+/// Answers one scraper, whatever becomes of it.
+async fn scrape(source: &Source<'_>, mut stream: AsyncFd<OwnedFd>, on_port: bool) {
+    let handle = source.handle;
+    let answer = match handle.timeout(PATIENCE, read(&mut stream, on_port)).await {
+        Ok(Some(Request::Metrics { head })) => match source.text().await {
+            Ok(text) => http::metrics(&text, head),
+            Err(refusal) => http::refusal(refusal),
+        },
+        Ok(Some(Request::Refused(refusal))) => http::refusal(refusal),
+        Ok(None) => return,
+        Err(_) => http::refusal(Refusal::TooLate),
+    };
+    let tell = async {
+        stream.write_all(&answer).await?;
+        stream.close().await?;
+        // Until the other side has read it all: ending before that would take what is still on its way. What it says meanwhile is nobody's.
+        let mut rest = [0; 512];
+        while stream.read(&mut rest).await? > 0 {}
+        io::Result::Ok(())
+    };
+    // A scraper that has gone is not missed.
+    let _ = handle.timeout(PATIENCE, tell).await;
+}
+
+/// Reads a request; none if the scraper has gone before it was complete.
+async fn read(stream: &mut AsyncFd<OwnedFd>, on_port: bool) -> Option<Request> {
+    let mut bytes = Vec::with_capacity(1024);
+    loop {
+        let mut buffer = [0; 1024];
+        let room = (http::MOST - bytes.len()).min(buffer.len());
+        match stream.read(&mut buffer[..room]).await {
+            Ok(0) | Err(_) => return None,
+            Ok(length) => bytes.extend_from_slice(&buffer[..length]),
+        }
+        // At the longest it is answered, whatever it is: there is always room here.
+        if let Some(request) = http::read(&bytes, on_port) {
+            return Some(request);
+        }
+    }
+}
