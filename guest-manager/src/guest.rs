@@ -38,6 +38,7 @@ use crate::{
     host,
     manager::Manager,
     model::{self, Ending, EventKind, GuestId},
+    pressure::{self, Ballast},
     serial::Port,
     statistics::Figures,
     vsock::listeners::Listeners,
@@ -94,6 +95,7 @@ pub struct Guest {
     cid: Cell<u32>,
     notes: RefCell<Vec<String>>,
     pub(crate) figures: Figures,
+    pub(crate) ballast: Ballast,
     agent_ready: Changed<bool>,
     remote: RefCell<Option<Remote>>,
     state: Changed<State>,
@@ -129,6 +131,7 @@ impl Guest {
             cid: Cell::new(0),
             notes: RefCell::default(),
             figures: Figures::default(),
+            ballast: Ballast::default(),
             agent_ready: Changed::default(),
             remote: RefCell::default(),
             state: Changed::new(state),
@@ -491,6 +494,7 @@ impl Guest {
             .manager
             .registry(|registry, now| registry.again(self.id, before, now));
         let Some(generation) = again else { return false };
+        self.ballast.begin_again();
         self.state.change(|state| {
             let hold = hold && !state.run.wanted;
             state.run = Run {
@@ -539,6 +543,7 @@ impl Guest {
                 self.manager
                     .registry(|registry, now| registry.started(id, generation, now));
                 self.state.change(|state| state.run.started = true);
+                pressure::started(self);
             }
             EventKind::Paused => self.set_paused(true),
             EventKind::Resumed => self.set_paused(false),

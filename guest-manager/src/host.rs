@@ -5,6 +5,8 @@ use std::fs::File;
 use rustix::fs::{Mode, OFlags};
 use sepal_schema::error::{Error, Kind};
 
+use crate::node;
+
 /// The device through which virtual machines are made.
 const KVM: &str = "/dev/kvm";
 
@@ -26,14 +28,12 @@ impl Host {
 
 /// Memory that the host can give away without swapping, in MiB; none where it does not say.
 pub fn available_mib() -> Option<u64> {
-    parse_available(&std::fs::read_to_string("/proc/meminfo").ok()?)
+    Some(available_bytes()? >> 20)
 }
 
-/// The `MemAvailable` line of `/proc/meminfo` (proc_meminfo(5)), in MiB.
-fn parse_available(meminfo: &str) -> Option<u64> {
-    let value = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let kib: u64 = value.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kib / 1024)
+/// Memory that the host can give away without swapping, in bytes; none where it does not say.
+pub fn available_bytes() -> Option<u64> {
+    node::memory_line(&std::fs::read_to_string("/proc/meminfo").ok()?, "MemAvailable")
 }
 
 /// Opens the KVM device for a component.
@@ -41,13 +41,19 @@ fn parse_available(meminfo: &str) -> Option<u64> {
 /// # Errors
 /// `START_FAILURE`, saying what the host or the user lacks.
 pub fn open_kvm() -> Result<File, Error> {
+    try_open_kvm()
+        .map_err(|(why, remedy)| Error::new(Kind::StartFailure, format!("{why}; {remedy}")).about(KVM))
+}
+
+/// Opens the KVM device.
+///
+/// # Errors
+/// Why it does not open, and how to get it.
+pub(crate) fn try_open_kvm() -> Result<File, (String, String)> {
     let opened = rustix::fs::open(KVM, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty());
     opened.map(File::from).map_err(|errno| {
-        let message = format!(
-            "{KVM} cannot be opened ({errno}); {}",
-            sepal_runner::host::kvm_remedy(errno)
-        );
-        Error::new(Kind::StartFailure, message).about(KVM)
+        let remedy = sepal_runner::host::kvm_remedy(errno);
+        (format!("{KVM} cannot be opened ({errno})"), remedy.to_owned())
     })
 }
 
@@ -59,17 +65,4 @@ pub fn supported_cpuid() -> Vec<u8> {
         .ok()
         .and_then(|kvm| sepal_runner::host::supported_cpuid(kvm).ok());
     supported.unwrap_or_default()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn available_memory_is_read() {
-        let meminfo = "MemTotal:       24684084 kB\nMemFree: 1 kB\nMemAvailable:   2097152 kB\n";
-        assert_eq!(parse_available(meminfo), Some(2048));
-        assert_eq!(parse_available("MemTotal: 1 kB\n"), None);
-        assert_eq!(parse_available("MemAvailable: many kB\n"), None);
-    }
 }

@@ -135,11 +135,12 @@ pub fn closed_folder(path: &Path) -> Option<(PathBuf, u32)> {
     })
 }
 
-/// A socket that this manager alone listens on. Removed when dropped.
+/// A socket that this manager alone listens on. Removed when dropped, unless it is somebody else's.
 pub struct Listening {
     socket: UnixListener,
     path: PathBuf,
-    lock: Lock,
+    /// None for a socket that a service manager made, which has it for the next manager, too.
+    lock: Option<Lock>,
 }
 
 impl fmt::Debug for Listening {
@@ -176,8 +177,17 @@ impl Listening {
         Ok(Self {
             socket,
             path: path.to_owned(),
-            lock,
+            lock: Some(lock),
         })
+    }
+
+    /// Listens on a socket that a service manager made at `path`, and keeps.
+    pub fn passed(socket: UnixListener, path: PathBuf) -> Self {
+        Self {
+            socket,
+            path,
+            lock: None,
+        }
     }
 
     /// The listening socket.
@@ -192,14 +202,19 @@ impl Listening {
 
     /// Files that a killed manager leaves.
     pub fn files(&self) -> Vec<PathBuf> {
-        vec![self.path.clone(), self.lock.path().to_owned()]
+        match &self.lock {
+            Some(lock) => vec![self.path.clone(), lock.path().to_owned()],
+            None => Vec::new(),
+        }
     }
 }
 
 impl Drop for Listening {
     fn drop(&mut self) {
-        // Nothing can be done about a failure; the next start removes what is left.
-        let _ = fs::remove_file(&self.path);
+        if self.lock.is_some() {
+            // Nothing can be done about a failure; the next start removes what is left.
+            let _ = fs::remove_file(&self.path);
+        }
     }
 }
 

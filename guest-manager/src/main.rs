@@ -1,8 +1,8 @@
 //! The guest manager's process: command line, log, signals, and the order in which things begin and end.
 //!
 //! ```text
-//!   signals blocked -> log started -> sockets and state folder taken -> keeper started -> listening ("ready") -> serve
-//!     -> SIGTERM, SIGINT, SIGHUP (with --audit that reopens its file), shutdown(), or the end of the connection given with --fd
+//!   sockets of a service manager taken -> signals blocked -> log started -> sockets and state folder taken -> keeper started -> listening ("ready") -> serve
+//!     -> SIGTERM, SIGINT, SIGHUP (with --audit that reopens its file; a service manager may mean that), shutdown(), or the end of the connection given with --fd
 //!     -> guests stopped by force -> socket removed -> keeper ended
 //! ```
 
@@ -25,12 +25,15 @@ use futures::future::{LocalBoxFuture, select_all};
 use sepal_guest_manager::{
     audit::Audit,
     host::{self, Host},
+    journal::{self, Prefixed},
     listener::{self, Listening, Reach},
     log::{self, Writer},
     manager::{Manager, Settings},
     pool::{self, Pool},
+    registry::{Limits, MAX_GUESTS},
     roles::{Allowance, Roles},
     server::{self, Connections, Door},
+    service::{self, Notifier, Passed, Purpose},
     starter::{KeeperStarter, Programs},
     state::{State, StateFolder},
 };
@@ -38,13 +41,13 @@ use sepal_schema::transport::{
     Reactor,
     reactor::{self, Direction},
 };
-use tracing_subscriber::{EnvFilter, filter::LevelFilter};
+use tracing_subscriber::{EnvFilter, filter::LevelFilter, fmt::format};
 
 /// Runs guests, each in a jailed process of its own, for clients that connect to its socket.
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Arguments {
-    /// Listen at this path. Default: sepal/manager.sock in the user's runtime folder, or /run/sepal/manager.sock
+    /// Listen at this path. Default: what a service manager passes, or sepal/manager.sock in the user's runtime folder, or /run/sepal/manager.sock
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
 
@@ -61,13 +64,22 @@ struct Arguments {
     libexec: Option<PathBuf>,
 
     /// Folder of what the manager keeps across its own restarts and the host's: definitions of guests, settings. Nobody else may reach it. Default:
-    /// $XDG_STATE_HOME/sepal, ~/.local/state/sepal, or /var/lib/sepal for root; none with --socket or --fd
+    /// $XDG_STATE_HOME/sepal, ~/.local/state/sepal, or /var/lib/sepal for root; none with --socket or --fd, or where a service manager passes the socket
     #[arg(long, value_name = "DIR")]
     state: Option<PathBuf>,
 
     /// Folder that keeps what guests write to volatile disks, in files without names. Default: $TMPDIR, or /var/tmp
     #[arg(long, value_name = "DIR")]
     scratch: Option<PathBuf>,
+
+    /// Most guests at a time that have not ended, 1 to 65535
+    #[arg(long, value_name = "N", default_value_t = MAX_GUESTS as u16, value_parser = clap::value_parser!(u16).range(1..))]
+    max_guests: u16,
+
+    /// Most memory that guests may be promised in all, in MiB, or with a unit (64G); a guest that would exceed it is refused. Default: each guest may have
+    /// what the host has left when it is created
+    #[arg(long, value_name = "SIZE", value_parser = parse_memory)]
+    max_memory: Option<u64>,
 
     /// Let others use the manager: SUBJECT is uid:NUMBER, gid:NUMBER, user:NAME, group:NAME or everyone; ROLE is none (only redeem tokens),
     /// observe, operate or admin. May be repeated; the highest role counts. Needs --socket, in a folder that they can reach
@@ -91,7 +103,7 @@ struct Arguments {
     #[arg(long, value_name = "MICROSECONDS", default_value_t = LINGER, value_parser = clap::value_parser!(u16).range(..=1000))]
     linger: u16,
 
-    /// How to write the log, to standard error; RUST_LOG says how much
+    /// How to write the log, to standard error; RUST_LOG says how much. Where that is systemd's journal, lines have a priority and no time
     #[arg(long, value_name = "FORMAT", default_value = "text")]
     log_format: LogFormat,
 
@@ -115,19 +127,60 @@ const LINGER: u16 = reactor::LINGER.as_micros() as u16;
 /// Descriptors that there is room for from the start: what 256 guests with some devices each take.
 const DESCRIPTORS: u32 = 4096;
 
+/// Where the manager listens.
+#[derive(Debug)]
+struct Places {
+    /// A path to listen at.
+    socket: Option<PathBuf>,
+    /// Sockets that listen already.
+    passed: Vec<Passed>,
+}
+
+impl Places {
+    /// Whether there is a client whose business alone it is what the manager does.
+    fn is_private(&self) -> bool {
+        self.socket.is_none() && self.passed.is_empty()
+    }
+
+    /// Begins to listen.
+    fn listen(self, arguments: &Arguments, reach: Reach) -> Result<Vec<(Listening, Door)>> {
+        let mut listening = Vec::new();
+        if let Some(path) = &self.socket {
+            listening.push((Listening::new(path, reach)?, Door::Main));
+        }
+        if let Some(path) = &arguments.read_only_socket {
+            listening.push((Listening::new(path, Reach::Everyone)?, Door::ReadOnly));
+        }
+        let passed = self.passed.into_iter().map(|Passed { socket, path, purpose }| {
+            let door = match purpose {
+                Purpose::Main => Door::Main,
+                Purpose::ReadOnly => Door::ReadOnly,
+            };
+            (Listening::passed(socket, path), door)
+        });
+        listening.extend(passed);
+        Ok(listening)
+    }
+}
+
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    // Before anything else is opened under their numbers.
+    let passed = service::passed().context("taking sockets");
     // Before any thread is made, the log's included, so that none takes them.
     let signals = block_signals().context("taking signals");
     raise_descriptor_limit();
-    if let Err(error) = sepal_runner::descriptors::reserve(DESCRIPTORS) {
+    let descriptors = DESCRIPTORS.max(u32::from(arguments.max_guests) * 16);
+    if let Err(error) = sepal_runner::descriptors::reserve(descriptors) {
         eprintln!("guest-manager: making room for descriptors: {error}");
     }
-    let started = socket_path(&arguments).and_then(|socket| {
-        let (log, caller) = start_log(&arguments, socket.as_deref())?;
-        Ok((socket, log, caller))
+    let started = passed.and_then(|passed| {
+        let socket = socket_path(&arguments, !passed.is_empty())?;
+        let places = Places { socket, passed };
+        let (log, caller) = start_log(&arguments, &places)?;
+        Ok((places, log, caller))
     });
-    let (socket, log, mut caller) = match started {
+    let (places, log, mut caller) = match started {
         Ok(started) => started,
         Err(error) => {
             eprintln!("guest-manager: {error:#}");
@@ -135,7 +188,7 @@ fn main() -> ExitCode {
         }
     };
     let outcome = open_audit(&arguments).and_then(|(audit, writer)| {
-        let outcome = signals.and_then(|signals| run(&arguments, signals, socket.as_deref(), audit, &mut caller));
+        let outcome = signals.and_then(|signals| run(&arguments, signals, places, audit, &mut caller));
         if let Some(writer) = writer {
             writer.finish();
         }
@@ -157,13 +210,7 @@ fn main() -> ExitCode {
 }
 
 /// Serves until the end. `caller` is where whoever started the manager hears why it does not start; taken when it has.
-fn run(
-    arguments: &Arguments,
-    signals: OwnedFd,
-    socket: Option<&Path>,
-    audit: Audit,
-    caller: &mut Option<File>,
-) -> Result<()> {
+fn run(arguments: &Arguments, signals: OwnedFd, places: Places, audit: Audit, caller: &mut Option<File>) -> Result<()> {
     let inherited = |number: Option<RawFd>, what| number.map(|number| inherit(number).context(what)).transpose();
     let connection = inherited(arguments.fd, "--fd")?.map(UnixStream::from);
     let ready = inherited(arguments.ready_fd, "--ready-fd")?;
@@ -175,14 +222,9 @@ fn run(
     } else {
         Reach::Owner
     };
-    let mut listening = Vec::new();
-    if let Some(path) = socket {
-        listening.push((Listening::new(path, reach)?, Door::Main));
-    }
-    if let Some(path) = &arguments.read_only_socket {
-        listening.push((Listening::new(path, Reach::Everyone)?, Door::ReadOnly));
-    }
-    let state = open_state(arguments)?;
+    let state = open_state(arguments, &places)?;
+    let listening = places.listen(arguments, reach)?;
+    let notifier = Notifier::from_environment();
 
     let linger = Duration::from_micros(arguments.linger.into());
     let mut reactor = Reactor::new().context("making the event loop")?.lingering(linger);
@@ -205,6 +247,11 @@ fn run(
         audit: audit.clone(),
         roles,
         state,
+        max_memory: arguments.max_memory,
+        limits: Limits {
+            guests: arguments.max_guests.into(),
+            ..defaults.limits
+        },
         ..defaults
     };
     let manager = Manager::new(handle.clone(), settings, Box::new(pool.clone()))?;
@@ -215,15 +262,17 @@ fn run(
         "a client asked for it"
     })];
     let signals = handle.register(signals).context("waiting for signals")?;
-    let reopens = arguments.audit.is_some();
+    let (reloads, reloaded) = (arguments.audit.is_some() || notifier.is_heard(), &notifier);
     ends.push(Box::pin(async move {
         while signals
             .io(Direction::Read, next_signal)
             .await
             .is_ok_and(|signal| signal == libc::SIGHUP)
-            && reopens
+            && reloads
         {
+            reloaded.reloading();
             audit.reopen();
+            reloaded.ready(SERVING);
         }
         "a signal asked for it"
     }));
@@ -247,9 +296,11 @@ fn run(
     if let Some(ready) = ready {
         File::from(ready).write_all(b"\n").context("--ready-fd")?;
     }
+    notifier.ready(SERVING);
 
     let why = reactor.run_until(select_all(ends))?.0;
     tracing::info!("ending: {why}");
+    notifier.stopping(why);
     reactor.run_until(async {
         manager.stop_all("the manager ended").await;
         connections.end().await;
@@ -258,6 +309,9 @@ fn run(
     starter.close();
     Ok(())
 }
+
+/// What a service manager is told of a manager that serves.
+const SERVING: &str = "serving guests; `guest list` shows them";
 
 /// Logs where the manager listens, and what keeps those out that it listens for.
 fn tell_listening(listening: &Listening, door: Door, reach: Reach) {
@@ -284,12 +338,12 @@ fn next_signal(signals: &OwnedFd) -> std::io::Result<i32> {
 
 /// Where what is to outlive the manager is kept. The user's own folder is used where that can be: a manager runs without it, and says so to whoever
 /// needs it.
-fn open_state(arguments: &Arguments) -> Result<State> {
+fn open_state(arguments: &Arguments, places: &Places) -> Result<State> {
     if let Some(path) = &arguments.state {
         let folder = StateFolder::open(path).with_context(|| format!("--state {}", path.display()))?;
         return Ok(State::Kept(Rc::new(folder)));
     }
-    if arguments.socket.is_some() || arguments.fd.is_some() {
+    if arguments.socket.is_some() || arguments.fd.is_some() || !places.passed.is_empty() {
         return Ok(State::default());
     }
     Ok(match StateFolder::open_default() {
@@ -311,7 +365,10 @@ fn open_audit(arguments: &Arguments) -> Result<(Audit, Option<Writer>)> {
 }
 
 /// Where to listen, if at all; the folder is there, and ours alone unless it was chosen by whoever started the manager.
-fn socket_path(arguments: &Arguments) -> Result<Option<PathBuf>> {
+fn socket_path(arguments: &Arguments, passed: bool) -> Result<Option<PathBuf>> {
+    if passed {
+        return Ok(arguments.socket.clone());
+    }
     if arguments.socket.is_some() || arguments.fd.is_some() {
         if arguments.socket.is_none() && !arguments.allow.is_empty() {
             bail!("--allow: nobody else can reach a manager that does not listen: --socket says where it is to");
@@ -336,6 +393,25 @@ fn libexec(given: Option<&Path>) -> Result<PathBuf> {
     let own = std::env::current_exe().context("finding this program's own file")?;
     let folder = own.parent().context("finding this program's own folder")?;
     Ok(folder.to_owned())
+}
+
+/// Reads a size of memory as bytes: MiB, or a number with M, G or T.
+fn parse_memory(text: &str) -> Result<u64, String> {
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let shift = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "m" | "mib" => 20,
+        "g" | "gib" => 30,
+        "t" | "tib" => 40,
+        _ => return Err(format!("'{unit}' is no unit of memory; M, G and T are")),
+    };
+    let number: u64 = number
+        .parse()
+        .map_err(|_| "a size starts with a number: 512M, 64G".to_owned())?;
+    match number.checked_mul(1 << shift) {
+        Some(0) | None => Err(format!("{text} is no memory that guests could be promised")),
+        Some(bytes) => Ok(bytes),
+    }
 }
 
 /// Takes over a descriptor that was inherited under this number.
@@ -389,8 +465,8 @@ fn raise_descriptor_limit() {
 }
 
 /// Starts the log. Where it goes to a file, standard error does from now on; returned is what it was before.
-fn start_log(arguments: &Arguments, socket: Option<&Path>) -> Result<(Writer, Option<File>)> {
-    let caller = match (arguments.log_to_file, socket) {
+fn start_log(arguments: &Arguments, places: &Places) -> Result<(Writer, Option<File>)> {
+    let caller = match (arguments.log_to_file, &places.socket) {
         (false, _) => None,
         (true, Some(socket)) => {
             let file = listener::open_log(socket)?;
@@ -403,7 +479,7 @@ fn start_log(arguments: &Arguments, socket: Option<&Path>) -> Result<(Writer, Op
     };
     let (lines, writer) = log::start(std::io::stderr()).context("starting the log's thread")?;
     // What a private manager does is the business of its only client, which is told; its log may well go to the client's terminal.
-    let level = if socket.is_none() {
+    let level = if places.is_private() {
         LevelFilter::WARN
     } else {
         LevelFilter::INFO
@@ -411,12 +487,22 @@ fn start_log(arguments: &Arguments, socket: Option<&Path>) -> Result<(Writer, Op
     let filter = EnvFilter::builder()
         .with_default_directive(level.into())
         .from_env_lossy();
+    let journal = journal::takes(std::io::stderr());
     let subscriber = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(move || lines.clone());
-    match arguments.log_format {
-        LogFormat::Text => subscriber.with_ansi(false).with_target(false).init(),
-        LogFormat::Json => subscriber.json().flatten_event(true).init(),
+    let text = format().with_ansi(false).with_target(false);
+    match (arguments.log_format, journal) {
+        (LogFormat::Text, false) => subscriber.with_ansi(false).event_format(text).init(),
+        (LogFormat::Text, true) => subscriber
+            .with_ansi(false)
+            .event_format(Prefixed(text.without_time()))
+            .init(),
+        (LogFormat::Json, false) => subscriber.json().flatten_event(true).init(),
+        (LogFormat::Json, true) => {
+            let json = subscriber.json().flatten_event(true).without_time();
+            json.map_event_format(Prefixed).init();
+        }
     }
     Ok((writer, caller))
 }

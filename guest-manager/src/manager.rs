@@ -7,6 +7,7 @@ use sepal_schema::{error::Error, info::GuestInfo, transport::Handle};
 
 use crate::{
     audit::Audit,
+    capacity::{Capacity, Room, Used},
     changed::Changed,
     cids::Cids,
     component::ComponentStarter,
@@ -16,6 +17,8 @@ use crate::{
     history,
     host::{self, Host},
     model::{self, GuestId, Moment},
+    node::{Node, limits},
+    pressure::Pressure,
     problems::{Facts, problems},
     registry::{Limits, Registry},
     roles::Roles,
@@ -49,12 +52,14 @@ pub struct Settings {
     pub roles: Roles,
     /// Where is kept what is to outlive the manager.
     pub state: State,
+    /// How much memory guests may be promised in all, in bytes; none: each whatever the host has when it is created.
+    pub max_memory: Option<u64>,
 }
 
 impl Default for Settings {
     /// An ordinary host; 256 KiB of history; 5 s to stop by force; 30 s to shut down; 100 ms to 5 s between restarts; `$TMPDIR`, or
     /// /var/tmp, for what is written to volatile disks; the audit goes to the log; nobody may connect but
-    /// this process's own user and root; nothing is kept.
+    /// this process's own user and root; nothing is kept; no bound for the memory of all guests.
     fn default() -> Self {
         Self {
             host: Host::default(),
@@ -68,6 +73,7 @@ impl Default for Settings {
             audit: Audit::to_log(),
             roles: Roles::new(rustix::process::geteuid().as_raw(), []),
             state: State::default(),
+            max_memory: None,
         }
     }
 }
@@ -88,6 +94,13 @@ pub struct Manager {
     pub images: files::Images,
     /// Context ids that guests have.
     pub cids: Cids,
+    /// What guests were promised.
+    pub capacity: Capacity,
+    /// What is done when the host runs short of memory.
+    pub pressure: Pressure,
+    /// What was found out about the host.
+    pub node: Node,
+    tasks: limits::Tasks,
     /// The kernel for configurations without one: sealed memory.
     pub default_kernel: OwnedFd,
     registry: RefCell<Registry>,
@@ -112,6 +125,10 @@ impl Manager {
             uploads: Uploads::default(),
             images: files::Images::default(),
             cids: Cids::default(),
+            capacity: Capacity::default(),
+            pressure: Pressure::default(),
+            node: Node::default(),
+            tasks: limits::Tasks::find(),
             default_kernel,
             logged: Event::new(),
             slots: RefCell::default(),
@@ -189,6 +206,19 @@ impl Manager {
         let available_mib = host::available_mib();
         let ids = self.registry.borrow().ids();
         ids.into_iter().filter_map(|id| self.info(id, available_mib)).collect()
+    }
+
+    /// What the host and the manager's own limits leave for guests.
+    pub fn room(&self) -> Room {
+        Room {
+            memory: Used {
+                used: self.capacity.promised(),
+                most: self.settings.max_memory,
+            },
+            available: host::available_bytes(),
+            descriptors: limits::descriptors(),
+            tasks: self.tasks.look(),
+        }
     }
 
     /// Asks for the manager's end.

@@ -24,6 +24,8 @@ use crate::{
     lifecycle_server::LifecycleServer,
     list,
     manager::Manager,
+    node,
+    pressure::{self, policy::Policy},
     registry::Origin,
     resources,
     roles::Role,
@@ -382,5 +384,48 @@ impl guest_manager::Server for ManagerServer {
         to.set_role(self.client.role.into());
         to.set_read_only(self.client.read_only);
         reply(Ok(()))
+    }
+
+    async fn node(
+        self: Rc<Self>,
+        _: guest_manager::NodeParams,
+        mut results: guest_manager::NodeResults,
+    ) -> Reply {
+        let checked = self.client.check(Role::Observe, "node");
+        checked.map_err(|error| error.exception())?;
+        let answered = node::answer(&self.manager, results.get().init_node()).await;
+        answered.map_err(|error| error.exception())
+    }
+
+    async fn pressure(
+        self: Rc<Self>,
+        _: guest_manager::PressureParams,
+        mut results: guest_manager::PressureResults,
+    ) -> Reply {
+        let checked = self.client.check(Role::Observe, "pressure");
+        checked.map_err(|error| error.exception())?;
+        let answered = pressure::answer(&self.manager, results.get().init_state()).await;
+        answered.map_err(|error| error.exception())
+    }
+
+    async fn set_pressure_policy(
+        self: Rc<Self>,
+        params: guest_manager::SetPressurePolicyParams,
+        mut results: guest_manager::SetPressurePolicyResults,
+    ) -> Reply {
+        let mut call = self.call("GuestManager.setPressurePolicy");
+        let mut read = || {
+            self.client.check(Role::Admin, "setPressurePolicy")?;
+            let policy = Policy::read(params.get()?.get_policy()?)?;
+            call.detail(policy.in_words());
+            Ok(policy)
+        };
+        let outcome = match read() {
+            Ok(policy) => pressure::change(&self.manager, policy).await,
+            Err(error) => Err(error),
+        };
+        call.done(outcome.as_ref().copied());
+        write_completion(&outcome, results.get());
+        Ok(())
     }
 }

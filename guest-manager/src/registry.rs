@@ -45,6 +45,7 @@ use self::{
     entry::{Entry, Phase, taken},
 };
 use crate::{
+    capacity::Used,
     events::{EventLog, KEPT},
     model::{Ending, EventKind, GuestId, Moment, cut},
 };
@@ -143,9 +144,9 @@ impl Registry {
             }
             (generation, crashes) = (entry.generation, entry.crashes.clone());
         }
-        let unended = self.entries.values().filter(|entry| !entry.remembered()).count();
-        if unended >= self.limits.guests {
-            let message = format!("there are {unended} guests, and no more are allowed at a time");
+        let Used { used, most } = self.occupancy();
+        if most.is_some_and(|most| used >= most) {
+            let message = format!("there are {used} guests, and no more are allowed at a time (--max-guests)");
             return Err(Error::new(Kind::NoResources, message));
         }
         let name: Rc<str> = if name.is_empty() {
@@ -480,6 +481,15 @@ impl Registry {
     /// What changes all the time about a guest.
     pub fn vitals(&self, id: GuestId, now: Moment) -> Option<Vitals> {
         self.entries.get(&id).map(|entry| entry.vitals(now))
+    }
+
+    /// How many guests there are that have not ended, and how many there may be.
+    pub fn occupancy(&self) -> Used {
+        let unended = self.entries.values().filter(|entry| !entry.remembered()).count();
+        Used {
+            used: unended as u64,
+            most: Some(self.limits.guests as u64),
+        }
     }
 
     /// The guests that were forgotten since the last call; what is kept for them elsewhere can go.

@@ -24,6 +24,7 @@ use sepal_schema::{
 use crate::{
     agent,
     backends::{self, Paths},
+    capacity::{self, Need, Promise},
     cids::Cid,
     client::Client,
     component::StartRequest,
@@ -49,6 +50,7 @@ pub(crate) struct Resources {
     /// How often it was used.
     runs: u64,
     trusted: bool,
+    _promise: Promise,
     _images: Vec<ImageUse>,
     _cid: Option<Cid>,
     networks: Networks,
@@ -77,6 +79,10 @@ pub(crate) async fn prepare(guest: &Guest, config: GuestConfig, client: &Client)
     check_protection(&config)?;
     cpu::check(&config.pins)?;
     guest.set_only_once(check_only_once(&config)?);
+    let need = Need::of(&config);
+    capacity::admit(&need, &manager.room())?;
+    let promise = manager.capacity.promise(&need);
+    guest.ballast.fit(config.balloon.is_some().then_some(need.at_once));
     let files::Opened {
         mut config,
         images,
@@ -100,6 +106,7 @@ pub(crate) async fn prepare(guest: &Guest, config: GuestConfig, client: &Client)
         template: config,
         runs: 0,
         trusted: client.trusted,
+        _promise: promise,
         _images: images,
         _cid: held_cid,
         networks: Networks::default(),
@@ -117,6 +124,7 @@ pub(crate) async fn check(manager: &Manager, config: GuestConfig, client: &Clien
     check_protection(&config)?;
     cpu::check(&config.pins)?;
     check_only_once(&config)?;
+    capacity::admit(&Need::of(&config), &manager.room())?;
     manager.starter.check(&StartRequest::new("".into(), &config))?;
     let mut config = files::look(manager, config, client.trusted).await?;
     let vsock = config.vsock.take().unwrap_or_default();

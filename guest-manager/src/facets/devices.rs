@@ -78,6 +78,17 @@ pub(crate) async fn check_device(guest: &Guest, thing: Thing) -> Result<(), Erro
     }
 }
 
+/// Asks a guest's component for a balloon of so many pages.
+///
+/// # Errors
+/// As [`check_device`], or what the component answers.
+pub(crate) async fn set_balloon(guest: &Guest, pages: u32) -> Result<(), Error> {
+    let remote = balloon(guest).await?;
+    let mut call = remote.request_balloon_size_request();
+    call.get().set_pages(pages);
+    complete(guest, call.send().promise).await
+}
+
 impl balloon_controller::Server for BalloonServer {
     async fn get_balloon_size(
         self: Rc<Self>,
@@ -105,10 +116,9 @@ impl balloon_controller::Server for BalloonServer {
         let guest = &self.0.guest;
         let ask = async {
             self.0.grant.check_balloon(pages.into())?;
-            let remote = balloon(guest).await?;
-            let mut call = remote.request_balloon_size_request();
-            call.get().set_pages(pages);
-            complete(guest, call.send().promise).await
+            // Before the component knows, so that nothing is asked of it after this that nobody asked for.
+            guest.ballast.set_by_hand(pages);
+            set_balloon(guest, pages).await
         };
         let outcome = self
             .0

@@ -33,7 +33,7 @@ use crate::{guest::Guest, model::bounded_error};
 pub(crate) use self::{
     cpu::CpuServer,
     debug::DebugServer,
-    devices::{BalloonServer, DiskServer, MemoryServer, NetworkServer, check_device},
+    devices::{BalloonServer, DiskServer, MemoryServer, NetworkServer, check_device, set_balloon},
     observer::{ObserverServer, StatisticsServer},
     ports::{OutputServer, PortServer, console_port},
     power::PowerServer,

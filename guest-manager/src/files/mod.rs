@@ -3,6 +3,7 @@
 //! Whatever may block (opening a path on dead storage, asking about a file) happens on worker threads. `disks` knows what an image must be,
 //! `images` which guest uses which, `scratch` where volatile disks keep what is written.
 
+mod again;
 mod disks;
 mod images;
 mod scratch;
@@ -22,10 +23,11 @@ use sepal_schema::{
 
 use self::disks::DiskJob;
 use self::images::Claims;
+pub(crate) use self::again::take_again;
 pub use self::images::{ImageUse, Images};
 use self::scratch::Scratch;
 pub(crate) use self::scratch::default_folder as default_scratch;
-use crate::{host, manager::Manager};
+use crate::manager::Manager;
 
 /// What became of a configuration's files.
 pub struct Opened {
@@ -61,7 +63,6 @@ async fn open_for(
     mut config: GuestConfig,
     may_name_paths: bool,
 ) -> Result<Opened, Error> {
-    let memory_mib = config.memory_mib();
     let way = |field: &str, file| way(manager, field.to_owned(), file, may_name_paths);
     let kernel = match std::mem::take(&mut config.kernel) {
         File::None => Way::Ready(copy("kernel", &manager.default_kernel)?),
@@ -91,7 +92,6 @@ async fn open_for(
     let ready = |way: &Way| matches!(way, Way::Ready(_));
     let at_once = ready(&kernel) && initrd.iter().all(ready) && jobs.is_empty() && custom_memory.is_empty();
     let work = move || {
-        check_memory(memory_mib.into(), &custom_memory, host::available_mib())?;
         let kernel = kernel.open("kernel", Requirements::READ)?;
         let initrd = initrd.map(|way| way.open("initrd", Requirements::READ)).transpose()?;
         for (i, range) in custom_memory.iter().enumerate() {
@@ -210,19 +210,6 @@ fn check_backing(index: usize, range: &MemoryBacking) -> Result<(), Error> {
     }
 }
 
-/// A guest gets at most what the host has; memory that clients bring is theirs.
-fn check_memory(memory_mib: u64, brought: &[MemoryBacking], available_mib: Option<u64>) -> Result<(), Error> {
-    let brought_mib: u64 = brought.iter().map(|range| (range.end - range.start) >> 20).sum();
-    let needed = memory_mib.saturating_sub(brought_mib);
-    match available_mib {
-        Some(available) if needed > available => {
-            let message = format!("the guest needs {needed} MiB of memory, and the host has {available} MiB left");
-            Err(Error::new(Kind::GuestInitializationFailure, message).about("memoryMib"))
-        }
-        _ => Ok(()),
-    }
-}
-
 /// Another descriptor for the same file.
 pub(crate) fn copy(field: &str, fd: &OwnedFd) -> Result<OwnedFd, Error> {
     fd.try_clone().map_err(|error| no_resources(field, &error))
@@ -334,26 +321,5 @@ mod tests {
         check_backing(0, &backing).unwrap();
         rustix::fs::fcntl_add_seals(&memory, SealFlags::SHRINK).unwrap();
         check_backing(0, &backing).unwrap();
-    }
-
-    #[test]
-    fn no_guest_gets_more_memory_than_the_host_has() {
-        assert_eq!(
-            kind(check_memory(2048, &[], Some(1024))).0,
-            Kind::GuestInitializationFailure
-        );
-        check_memory(1024, &[], Some(1024)).unwrap();
-        check_memory(1 << 40, &[], None).unwrap();
-        let memfd = new_memory("m").unwrap().into();
-        check_memory(
-            2048,
-            &[MemoryBacking {
-                memfd,
-                start: 0,
-                end: 1 << 30,
-            }],
-            Some(1024),
-        )
-        .unwrap();
     }
 }

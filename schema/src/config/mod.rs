@@ -234,7 +234,7 @@ impl GuestConfig {
 
     /// The least limit of threads that a component of such a guest works under: those of vCPUs and devices, of the serial port and the clock, its control thread,
     /// and two that create the guest and load its kernel, in whose place KVM has one by the time the guest runs (`kvm-nx-lpage-recovery`).
-    pub(crate) fn least_tasks(&self) -> u64 {
+    pub fn least_tasks(&self) -> u64 {
         5 + self.loops()
     }
 

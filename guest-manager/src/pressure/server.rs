@@ -1,0 +1,45 @@
+//! `GuestManager.pressure` and `setPressurePolicy`.
+
+use std::rc::Rc;
+
+use sepal_schema::{
+    error::{Error, Kind},
+    node_capnp::pressure_state,
+};
+
+use super::{policy::Policy, psi::Trigger};
+use crate::manager::Manager;
+
+/// Answers `pressure`.
+///
+/// # Errors
+/// `NO_RESOURCES`: no thread could ask the kernel.
+pub(crate) async fn answer(manager: &Rc<Manager>, mut to: pressure_state::Builder<'_>) -> Result<(), Error> {
+    let pressure = &manager.pressure;
+    let watched = pressure.watching.borrow().is_some();
+    let supported = match watched {
+        true => Ok(()),
+        false => {
+            let asked = manager.handle.spawn_blocking(Trigger::try_out).await;
+            asked.map_err(|error| Error::new(Kind::NoResources, error.to_string()))?
+        }
+    };
+    let (policy, now) = (pressure.policy(), pressure.now());
+    to.set_supported(supported.is_ok());
+    to.set_detail(supported.err().unwrap_or_default());
+    policy.write(to.reborrow().init_policy());
+    to.set_under_pressure(pressure.calm.get().is_pressed(now, &policy));
+    to.set_taken_bytes(super::taken(manager));
+    to.set_inflations(pressure.inflations.get());
+    to.set_deflations(pressure.deflations.get());
+    Ok(())
+}
+
+/// Carries out `setPressurePolicy`: the policy is kept, where the manager keeps anything, before it is used.
+///
+/// # Errors
+/// As [`Policy::read`], or that it cannot be kept.
+pub(crate) async fn change(manager: &Rc<Manager>, policy: Policy) -> Result<(), Error> {
+    super::set_policy(manager, policy);
+    Ok(())
+}
