@@ -9,6 +9,7 @@
 
 mod devices;
 mod help;
+mod host;
 mod launch;
 mod options;
 mod sharing;
@@ -26,6 +27,7 @@ use clap_complete::Shell;
 use self::units::parse_time;
 pub(crate) use self::{
     devices::{BalloonCommand, ConsoleAt, DiskCommand, LinkState, MemCommand, NetCommand, VsockCommand},
+    host::{Doctor, Pressure, PressureCommand, PressureSet},
     launch::{Autostart, Define, Launch, Start, Switch},
     options::GuestOptions,
     sharing::{Action, Limits, Redeem, Revoke, Share},
@@ -185,6 +187,14 @@ pub(crate) enum Command {
     Whoami(Json),
     /// Stop all guests by force and end the guest manager
     EndManager(EndManager),
+    /// Say what the host is and offers, what is missing, and how to get it
+    ///
+    /// The exit status is 1 if something keeps guests from being started. Where no guest manager runs, one is started for the look.
+    Doctor(Doctor),
+    /// Show or change what is done when the host runs short of memory
+    ///
+    /// Guests with a balloon that nobody has set by hand lend some of their memory then, and get it back later.
+    Pressure(Pressure),
     /// Print the versions of this program and of the guest manager
     Version(Json),
     /// Connect standard input and output to the guest manager of this machine, for a `guest` on another

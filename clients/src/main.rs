@@ -21,6 +21,7 @@ mod configuration;
 mod control;
 mod define;
 mod devices;
+mod doctor;
 mod events;
 mod figures;
 mod launch;
@@ -28,6 +29,7 @@ mod local;
 mod manager;
 mod metrics;
 mod place;
+mod pressure;
 mod recreate;
 mod redeem;
 mod registers;
@@ -112,6 +114,8 @@ fn run(cli: &Cli, place: &Place) -> Result<u8> {
         Command::Wait(args) => reactor.run_until(control::wait(&handle, place, args)),
         Command::Remove(args) => reactor.run_until(control::remove(&handle, place, &args.name)),
         Command::EndManager(args) => reactor.run_until(control::end_manager(&handle, place, args.keep)),
+        Command::Doctor(args) => reactor.run_until(doctor::doctor(&handle, place, args)),
+        Command::Pressure(args) => reactor.run_until(pressure::pressure(&handle, place, args)),
         Command::Relay(args) => return relay::relay(args),
         Command::Completions { shell } => {
             let mut script = Vec::new();

@@ -60,6 +60,11 @@ impl Manager {
         self.connection.fds()
     }
 
+    /// Whether it was started for this command, and ends with it.
+    pub(crate) fn is_private(&self) -> bool {
+        self.child.is_some()
+    }
+
     /// Whether open files can be handed over; otherwise their bytes are.
     pub(crate) fn carries_fds(&self) -> bool {
         self.connection.fds().can_carry()

@@ -3,7 +3,7 @@
 use clap::Command;
 
 /// The groups of commands, each with what belongs to it.
-const GROUPS: [(&str, &[&str]); 7] = [
+const GROUPS: [(&str, &[&str]); 8] = [
     ("Guests", &["launch", "list", "info", "wait", "remove"]),
     (
         "Definitions",
@@ -13,6 +13,7 @@ const GROUPS: [(&str, &[&str]); 7] = [
     ("Talk to a guest", &["attach", "console", "logs", "vsock", "exec", "cp"]),
     ("Look into a guest", &["events", "stats", "top", "metrics", "registers"]),
     ("Devices", &["balloon", "mem", "disk", "net"]),
+    ("Host", &["doctor", "pressure"]),
     ("Share", &["share", "shares", "revoke", "redeem", "whoami"]),
 ];
 /// Whatever is in no other group.
