@@ -4,9 +4,10 @@
 //!   args                      what can be said
 //!   place, local, manager     finds the guest manager here or on another machine, or starts one; relay is the other machine's side
 //!   calls                     the protocol's calls, as Rust functions
-//!   launch, session, show, events, stats, top, metrics, registers, control, devices, vsock, agent, sharing, redeem      the commands
+//!   launch, define, session, show, events, stats, top, metrics, registers, control, devices, vsock, agent, sharing, redeem      the commands
 //!   streams, uploads          what stands in for descriptors on connections that carry none
-//!   specs, assemble           what the options for devices mean, and the configuration that all of them make
+//!   specs, configuration      what the options for devices mean, and configuration files
+//!   assemble, recreate        the configuration that all of that makes, and the file that would make a guest again
 //!   say, terminal, status, table, users   what the user sees
 //! ```
 

@@ -56,6 +56,11 @@ fn typed(error: &anyhow::Error) -> Option<Error> {
 /// Tells an error on standard error, and what to do next where that is known.
 pub(crate) fn fail(error: &anyhow::Error) -> ExitCode {
     let Some(typed) = typed(error) else {
+        let unknown = |error: &capnp::Error| error.kind == capnp::ErrorKind::Unimplemented;
+        if error.downcast_ref().is_some_and(unknown) {
+            say!("guest: the guest manager is of a version that cannot do this; `guest version` tells both");
+            return FAILED.into();
+        }
         let gone = |error: &capnp::Error| error.kind == capnp::ErrorKind::Disconnected;
         if error.downcast_ref().is_some_and(gone) {
             // The kind's own name tells people nothing.

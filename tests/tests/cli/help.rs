@@ -4,12 +4,17 @@ use std::process::Command;
 
 use sepal_tests::World;
 
-const COMMANDS: [&str; 31] = [
+const COMMANDS: [&str; 36] = [
     "launch",
     "list",
     "info",
     "wait",
     "remove",
+    "define",
+    "undefine",
+    "start",
+    "autostart",
+    "definition",
     "stop",
     "pause",
     "resume",

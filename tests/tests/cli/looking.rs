@@ -60,7 +60,7 @@ fn list_and_info_show_the_guests() {
     let world = World::with_manager();
     assert_eq!(
         world.guest(&["list"]).expect_code(0).out(),
-        "NAME  STATUS  CPUS  MEMORY  UPTIME  PID\n"
+        "NAME  STATUS  CPUS  MEMORY  UPTIME  PID  DEFINED\n"
     );
     let add = ["--cmdline", "quiet", "--cmdline-add", "one=1", "--cmdline-add", "two=2"];
     let first: Vec<&str> = ["launch", "bee", "-d", "--memory", "64M", "--cpus", "2"]

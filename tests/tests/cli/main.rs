@@ -6,6 +6,7 @@
 )]
 
 mod checked;
+mod configuration;
 mod devices;
 mod endings;
 mod far;
