@@ -3,6 +3,7 @@
 //! ```text
 //!   launch, options, devices, sharing   what the commands with much to say can be told
 //!   watching                   what is told to those that watch
+//!   looking                    and to those that look into a guest
 //!   units                      sizes, times, ranges
 //!   help                       the commands in groups, examples, exit statuses
 //! ```
@@ -11,6 +12,7 @@ mod devices;
 mod help;
 mod host;
 mod launch;
+mod looking;
 mod options;
 mod sharing;
 pub(crate) mod units;
@@ -29,6 +31,7 @@ pub(crate) use self::{
     devices::{BalloonCommand, ConsoleAt, DiskCommand, LinkState, MemCommand, NetCommand, VsockCommand},
     host::{Doctor, Pressure, PressureCommand, PressureSet},
     launch::{Autostart, Define, Launch, Start, Switch},
+    looking::{Cpu, CpuOptions, Peek, PeekOptions, PinOptions, PinVcpus, Pinned, Stack, StackOptions},
     options::GuestOptions,
     sharing::{Action, Limits, Redeem, Revoke, Share},
     watching::{Metrics, Sort, Stats, Top},
@@ -125,6 +128,18 @@ pub(crate) enum Command {
     Metrics(Metrics),
     /// Show the registers of a guest's vCPU
     Registers(Registers),
+    /// Print a guest's memory, as it is at this moment
+    Peek(Peek),
+    /// Show the calls that a vCPU is in, as far as they can be read
+    ///
+    /// By frame pointers while these lead on, then by what looks like a return address on the stack: marked with a question mark.
+    Stack(Stack),
+    /// Show a guest's vCPUs, or change its share of the host
+    Cpu(Cpu),
+    /// Say on which of the host's processors a guest's vCPUs may run
+    ///
+    /// Holds at once, and when the guest begins again, until it has ended.
+    Pin(PinVcpus),
     /// Ask a guest to shut down, and wait until it has
     ///
     /// Says which rung of the ladder it took: asked, forced (its component stopped it), killed (its component did not, and was killed).

@@ -4,7 +4,7 @@
 //!   args                      what can be said
 //!   place, local, manager     finds the guest manager here or on another machine, or starts one; relay is the other machine's side
 //!   calls                     the protocol's calls, as Rust functions
-//!   launch, define, session, show, events, stats, top, metrics, registers, control, devices, vsock, agent, sharing, redeem      the commands
+//!   launch, define, session, show, events, stats, top, metrics, registers, inspect, cpu, control, devices, vsock, agent, sharing, redeem      the commands
 //!   streams, uploads          what stands in for descriptors on connections that carry none
 //!   specs, configuration      what the options for devices mean, and configuration files
 //!   assemble, recreate        the configuration that all of that makes, and the file that would make a guest again
@@ -20,11 +20,13 @@ mod assemble;
 mod calls;
 mod configuration;
 mod control;
+mod cpu;
 mod define;
 mod devices;
 mod doctor;
 mod events;
 mod figures;
+mod inspect;
 mod launch;
 mod local;
 mod manager;
@@ -42,6 +44,7 @@ mod specs;
 mod stats;
 mod status;
 mod streams;
+mod symbols;
 mod table;
 mod terminal;
 mod top;
@@ -102,6 +105,10 @@ fn run(cli: &Cli, place: &Place) -> Result<u8> {
         Command::Top(args) => reactor.run_until(top::top(&handle, place, args)),
         Command::Metrics(args) => reactor.run_until(metrics::metrics(&handle, place, args)),
         Command::Registers(args) => reactor.run_until(registers::registers(&handle, place, args)),
+        Command::Peek(args) => reactor.run_until(inspect::peek(&handle, place, args)),
+        Command::Stack(args) => reactor.run_until(inspect::stack(&handle, place, args)),
+        Command::Cpu(args) => reactor.run_until(cpu::cpu(&handle, place, args)),
+        Command::Pin(args) => reactor.run_until(cpu::pin(&handle, place, args)),
         Command::Pause(args) => reactor.run_until(control::press(&handle, place, &args.name, Press::Pause)),
         Command::Resume(args) => reactor.run_until(control::press(&handle, place, &args.name, Press::Resume)),
         Command::Reset(args) => reactor.run_until(control::press(&handle, place, &args.name, Press::Reset)),

@@ -25,7 +25,7 @@ use crate::{
     args::{Action, Redeem},
     calls,
     control::{self, Press},
-    devices, events,
+    cpu, devices, events, inspect,
     manager::Manager,
     place::Place,
     registers,
@@ -105,7 +105,21 @@ fn needed(kind: FacetKind, action: Option<&Action>) -> &'static [Right] {
         (Some(Action::Connect { .. }), _) => &[Right::Connect],
         (Some(Action::Listen { .. }), _) => &[Right::Listen],
         (Some(Action::Exec(_)), _) => &[Right::Agent],
-        (Some(Action::Registers(_)), _) => &[Right::Debug],
+        (Some(Action::Registers(_) | Action::Peek(_) | Action::Stack(_)), _) => &[Right::Debug],
+        (Some(Action::Cpus(options)), _) => match (options.weight, options.limit) {
+            (None, None) => &[Right::Observe],
+            (Some(_), Some(_)) => &[Right::Cpu],
+            // The other one is asked for.
+            _ => &[Right::Observe, Right::Cpu],
+        },
+        (Some(Action::Pin(options)), _) => {
+            let all = options.pins.iter().any(|pin| pin.vcpu.is_none());
+            match (options.pins.is_empty(), all) {
+                (true, _) => &[Right::Observe],
+                (false, true) => &[Right::Observe, Right::Cpu],
+                (false, false) => &[Right::Cpu],
+            }
+        }
     }
 }
 
@@ -151,6 +165,10 @@ fn actions(kind: FacetKind) -> &'static [&'static str] {
             "listen",
             "exec",
             "registers",
+            "peek",
+            "stack",
+            "cpus",
+            "pin",
         ],
         FacetKind::Serial | FacetKind::Console => &["attach", "read"],
         FacetKind::Power => &["shutdown", "stop", "kill", "pause", "resume", "reset", "nmi"],
@@ -161,8 +179,8 @@ fn actions(kind: FacetKind) -> &'static [&'static str] {
         FacetKind::Agent => &["exec"],
         FacetKind::Observer => &["info", "read", "wait", "events", "stats"],
         FacetKind::Statistics => &["stats"],
-        FacetKind::Debug => &["registers"],
-        FacetKind::CpuController => &[],
+        FacetKind::Debug => &["registers", "peek", "stack"],
+        FacetKind::CpuController => &["cpus", "pin"],
     }
 }
 
@@ -201,6 +219,10 @@ fn name_of(action: &Action) -> &'static str {
         Action::Listen { .. } => "listen",
         Action::Exec(_) => "exec",
         Action::Registers(_) => "registers",
+        Action::Peek(_) => "peek",
+        Action::Stack(_) => "stack",
+        Action::Cpus(_) => "cpus",
+        Action::Pin(_) => "pin",
     }
 }
 
@@ -300,6 +322,10 @@ impl Redeemed<'_> {
                 agent::run(self.handle, self.manager, &self.of(FacetKind::Agent).await?, options).await
             }
             Some(Action::Registers(options)) => registers::show(&self.of(FacetKind::Debug).await?, options).await,
+            Some(Action::Peek(options)) => inspect::memory(&self.of(FacetKind::Debug).await?, options).await,
+            Some(Action::Stack(options)) => inspect::calls_of(&self.of(FacetKind::Debug).await?, options).await,
+            Some(Action::Cpus(options)) => cpu::share(&self.of(FacetKind::CpuController).await?, options).await,
+            Some(Action::Pin(options)) => cpu::pin_vcpus(&self.of(FacetKind::CpuController).await?, options).await,
         }
     }
 

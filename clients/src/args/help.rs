@@ -11,8 +11,20 @@ const GROUPS: [(&str, &[&str]); 8] = [
     ),
     ("Power", &["stop", "pause", "resume", "reset", "nmi"]),
     ("Talk to a guest", &["attach", "console", "logs", "vsock", "exec", "cp"]),
-    ("Look into a guest", &["events", "stats", "top", "metrics", "registers"]),
-    ("Devices", &["balloon", "mem", "disk", "net"]),
+    (
+        "Look into a guest",
+        &[
+            "events",
+            "stats",
+            "top",
+            "metrics",
+            "cpu",
+            "registers",
+            "stack",
+            "peek",
+        ],
+    ),
+    ("Devices", &["pin", "balloon", "mem", "disk", "net"]),
     ("Host", &["doctor", "pressure"]),
     ("Share", &["share", "shares", "revoke", "redeem", "whoami"]),
 ];

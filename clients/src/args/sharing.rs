@@ -6,7 +6,8 @@ use clap::{Args, Subcommand};
 use sepal_schema::facet::{self, CallRate, FacetKind, Range, Right};
 
 use super::{
-    EventOptions, ExecOptions, LinkState, RegisterOptions, StopOptions, WaitOptions,
+    CpuOptions, EventOptions, ExecOptions, LinkState, PeekOptions, PinOptions, RegisterOptions, StackOptions,
+    StopOptions, WaitOptions,
     units::{parse_lifetime, parse_range, parse_rate},
 };
 use crate::specs;
@@ -15,7 +16,7 @@ use crate::specs;
 pub(crate) struct Share {
     /// Name of the guest
     pub(crate) name: String,
-    /// What of it: guest, serial, console, power, balloon, memory, disk, network, vsock, agent, observer, stats or debug
+    /// What of it: guest, serial, console, power, balloon, memory, disk, network, vsock, agent, observer, stats, debug or cpu
     #[arg(value_name = "FACET", value_parser = parse_kind)]
     pub(crate) kind: FacetKind,
     /// The console's port
@@ -185,6 +186,14 @@ pub(crate) enum Action {
     Exec(ExecOptions),
     /// Show a vCPU's registers (debug, guest)
     Registers(RegisterOptions),
+    /// Print memory (debug, guest)
+    Peek(PeekOptions),
+    /// Show the calls that a vCPU is in (debug, guest)
+    Stack(StackOptions),
+    /// Show what the vCPUs do, or change their share of the host (cpu, guest)
+    Cpus(CpuOptions),
+    /// Say where vCPUs may run (cpu, guest)
+    Pin(PinOptions),
 }
 
 fn parse_kind(text: &str) -> Result<FacetKind, String> {
