@@ -34,6 +34,7 @@ use self::state::{Ended, Run, State};
 use crate::{
     access::Access,
     changed::Changed,
+    configuration::Configuration,
     cpu::Cpus,
     host,
     manager::Manager,
@@ -92,6 +93,7 @@ pub struct Guest {
     pub(crate) listeners: Listeners,
     only_once: RefCell<Option<Error>>,
     insists: Cell<bool>,
+    configuration: RefCell<Option<Result<Configuration, Error>>>,
     cid: Cell<u32>,
     notes: RefCell<Vec<String>>,
     pub(crate) figures: Figures,
@@ -128,6 +130,7 @@ impl Guest {
             listeners: Listeners::default(),
             only_once: RefCell::default(),
             insists: Cell::default(),
+            configuration: RefCell::default(),
             cid: Cell::new(0),
             notes: RefCell::default(),
             figures: Figures::default(),

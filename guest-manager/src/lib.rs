@@ -30,6 +30,7 @@ pub mod changed;
 pub mod cids;
 pub mod client;
 pub mod component;
+mod configuration;
 mod course;
 pub mod cpu;
 pub mod events;

@@ -12,7 +12,7 @@ use std::{rc::Rc, time::Duration};
 
 use sepal_schema::{
     config::{
-        File, GuestConfig, OnPanic, OnReset,
+        File, GuestConfig, OnPanic, OnReset, RestartPolicy,
         device::{AGENT_PORT, Backend, Link, Listener, Vsock},
     },
     error::{Error, Kind},
@@ -157,7 +157,9 @@ fn check_protection(config: &GuestConfig) -> Result<(), Error> {
 
 /// Why a guest with this configuration cannot begin again, if it cannot; refuses one that is to do so all the same.
 fn check_only_once(config: &GuestConfig) -> Result<Option<Error>, Error> {
-    let may_begin_again = config.on_reset != OnReset::Stop || config.on_panic == OnPanic::Restart;
+    let may_begin_again = config.on_reset != OnReset::Stop
+        || config.on_panic == OnPanic::Restart
+        || config.restart.policy != RestartPolicy::Never;
     match only_once(config) {
         Some(error) if may_begin_again => Err(error),
         only_once => Ok(only_once),

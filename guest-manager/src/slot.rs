@@ -5,7 +5,6 @@
 
 use std::{
     cell::{Cell, RefCell},
-    os::fd::{AsRawFd, OwnedFd},
     rc::Rc,
 };
 
@@ -19,6 +18,7 @@ use sepal_schema::{
 use crate::{
     client::Client,
     component::{Component, StartRequest},
+    configuration::path_of,
     cpu::Cpus,
     guest::{Creation, Guest, StopCause},
     life,
@@ -94,6 +94,7 @@ impl Slot {
             cpus: Cpus::of(&config),
         };
         let guest = Guest::new(manager.clone(), self.id, self.name.clone(), creation);
+        guest.note(&config);
         *self.current.borrow_mut() = Some(guest.clone());
         tracing::info!(guest = &*self.name, generation = guest.generation(), "creating");
         manager
@@ -214,7 +215,7 @@ impl Slot {
 fn describe(config: &GuestConfig) -> GuestDescriptor {
     let kernel = match &config.kernel {
         File::None => "embedded".to_owned(),
-        File::Fd(fd) => path_of(fd).unwrap_or_else(|| "fd".to_owned()),
+        File::Fd(fd) => path_of(fd).map_or_else(|| "fd".to_owned(), |path| cut(&path, MAX_PATH)),
         File::Bytes(_) => "bytes".to_owned(),
         File::Upload(_) => "upload".to_owned(),
         File::Path(path) => path.clone(),
@@ -228,14 +229,5 @@ fn describe(config: &GuestConfig) -> GuestDescriptor {
     }
 }
 
-/// Longest path that is told of a file that came as a descriptor, in bytes.
+/// Longest path that is told of a kernel, in bytes.
 const MAX_PATH: usize = 1024;
-
-/// The path of a file that came as a descriptor, for people; none if it has none (any more). Only asks the kernel, never the file system.
-fn path_of(fd: &OwnedFd) -> Option<String> {
-    let path = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).ok()?;
-    let path = path.to_str()?;
-    // Memory and deleted files have paths that lead nowhere (proc_pid_fd(5)), pipes and sockets have none.
-    let leads_there = path.starts_with('/') && !path.starts_with("/memfd:") && !path.ends_with(" (deleted)");
-    leads_there.then(|| cut(path, MAX_PATH))
-}

@@ -23,6 +23,8 @@ const WAIT: Deed = Deed::new("Observer.wait", &[Right::Observe]);
 const OUTPUT: Deed = Deed::new("Observer.output", &[Right::Observe]);
 const SUBSCRIBE: Deed = Deed::new("Observer.subscribe", &[Right::Observe]);
 const STATS: Deed = Deed::new("Observer.stats", &[Right::Observe]);
+const CRASHES: Deed = Deed::new("Observer.crashes", &[Right::Observe]);
+const CONFIGURATION: Deed = Deed::new("Observer.configuration", &[Right::Observe]);
 const GET: Deed = Deed::new("Statistics.get", &[Right::Observe]);
 
 /// See `guest.capnp`.
@@ -103,6 +105,39 @@ impl observer::Server for ObserverServer {
         results: observer::StatsResults,
     ) -> impl Future<Output = Reply> + 'static {
         stats(self.0.clone(), STATS, results)
+    }
+
+    fn crashes(
+        self: Rc<Self>,
+        _: observer::CrashesParams,
+        mut results: observer::CrashesResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        match self.0.admit(CRASHES) {
+            Ok(()) => {
+                let crashes = self.0.guest.crashes();
+                // At most four.
+                let mut list = results.get().init_crashes(u32::try_from(crashes.len()).unwrap_or(0));
+                for (i, crash) in (0..).zip(&crashes) {
+                    crash.write(list.reborrow().get(i));
+                }
+            }
+            Err(error) => error.write(results.get().init_error()),
+        }
+        reply(Ok(()))
+    }
+
+    fn configuration(
+        self: Rc<Self>,
+        _: observer::ConfigurationParams,
+        mut results: observer::ConfigurationResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        reply(match self.0.admit(CONFIGURATION) {
+            Ok(()) => self.0.guest.write_configuration(results.get()),
+            Err(error) => {
+                error.write(results.get().init_error());
+                Ok(())
+            }
+        })
     }
 }
 

@@ -1,11 +1,16 @@
-//! What is known of a guest's runs beyond the last one: how many failed in a row, and how they did.
+//! What is known of a guest beyond its last run: how many failed in a row, and how they did; what it is made of.
 
 use std::rc::Rc;
 
-use sepal_schema::crash::CrashReport;
+use sepal_schema::{
+    config::GuestConfig,
+    crash::CrashReport,
+    error::{Error, Kind},
+    guest_capnp::observer::configuration_result,
+};
 
 use super::Guest;
-use crate::restart::Row;
+use crate::{configuration::Configuration, restart::Row};
 
 impl Guest {
     /// Whoever begins it does not wait to hear how that went: it is tried again by its restart policy also if it never runs.
@@ -16,6 +21,33 @@ impl Guest {
     /// Whether it is tried again also if it never runs.
     pub(crate) fn insists(&self) -> bool {
         self.insists.get()
+    }
+
+    /// It is made from this; to be told before the descriptors in it go elsewhere.
+    pub fn note(&self, config: &GuestConfig) {
+        *self.configuration.borrow_mut() = Some(Configuration::of(config));
+    }
+
+    /// Tells what would create it again.
+    ///
+    /// # Errors
+    /// The message is full.
+    pub(crate) fn write_configuration(&self, mut to: configuration_result::Builder<'_>) -> Result<(), capnp::Error> {
+        let unknown = || Error::new(Kind::NotCreated, "it is not known what the guest is made of");
+        match &*self.configuration.borrow() {
+            Some(Ok(configuration)) => {
+                let uuid = self.info().upkeep.uuid;
+                configuration.write(to, &self.name, uuid.as_ref().map(|uuid| &uuid.as_bytes()[..]))
+            }
+            Some(Err(error)) => {
+                error.write(to.reborrow().init_error());
+                Ok(())
+            }
+            None => {
+                unknown().write(to.reborrow().init_error());
+                Ok(())
+            }
+        }
     }
 
     /// The last runs under its name that failed, newest first.

@@ -15,6 +15,7 @@ use sepal_guest_manager::{
 };
 use sepal_schema::{
     config::{self, File, GuestConfig},
+    crash::{Registers, write_vcpus},
     error::{Error, Kind, write_completion},
     guest_capnp::{event_sink, guest, observer, power},
     info::{GuestDescriptor, LayerInfo, LayerState, write_layers},
@@ -125,6 +126,7 @@ impl ComponentStarter for Starter {
                 serial: RefCell::default(),
                 consoles: RefCell::default(),
                 config: RefCell::default(),
+                registers: RefCell::default(),
                 figures: Figures::default(),
                 sockets: Rc::default(),
                 told: Rc::default(),
@@ -206,6 +208,8 @@ pub(crate) struct Process {
     /// Its ends of the console's ports.
     pub(crate) consoles: RefCell<Vec<UnixStream>>,
     pub(crate) config: RefCell<Option<GuestConfig>>,
+    /// Where its vCPUs were, told with the end of the run.
+    pub(crate) registers: RefCell<Vec<(u8, Registers)>>,
     /// What it tells of its figures.
     pub(crate) figures: Figures,
     /// Its guest's.
@@ -395,7 +399,10 @@ impl guest_lifecycle::Server for Server {
             } else {
                 process.tell(|mut event| event.set_started(())).await;
             }
-            match process.state.until(|state| state.result.take()).await {
+            let result = process.state.until(|state| state.result.take()).await;
+            let registers = process.registers.borrow();
+            write_vcpus(&registers, results.get().init_registers(registers.len() as u32));
+            match result {
                 Ok(report) => report.write(results.get().init_ended()),
                 Err(error) => error.write(results.get().init_error()),
             }

@@ -17,6 +17,7 @@ mod pool;
 mod power;
 mod power_ends;
 mod queries;
+mod restarts;
 mod roles;
 mod stopping;
 mod vsock;

@@ -281,6 +281,8 @@ pub(crate) const METHODS: &[Method] = methods! {
         union!(call.send(), observer::subscribe_result)
     };
     "Observer.stats" Observe Soon |c: observer::Client| union!(c.stats_request().send(), statistics::stats_result);
+    "Observer.crashes" Observe Soon |c: observer::Client| union!(c.crashes_request().send(), observer::crashes_result);
+    "Observer.configuration" Observe Soon |c: observer::Client| beside!(c.configuration_request().send());
     "Statistics.get" Observe Soon |c: statistics::Client| union!(c.get_request().send(), statistics::stats_result);
     "Debug.registers" Debug Soon |c: debug::Client| union!(c.registers_request().send(), debug::registers_result);
     "Debug.readPhysical" Debug Soon |c: debug::Client| union!(c.read_physical_request().send(), debug::memory_result);
