@@ -43,6 +43,8 @@ pub struct Client {
     pub trusted: bool,
     /// How many uploads it has.
     pub uploads: Rc<Cell<usize>>,
+    /// How many listings it reads.
+    pub listings: Rc<Cell<usize>>,
 }
 
 impl Client {
@@ -55,7 +57,19 @@ impl Client {
             read_only: false,
             trusted: role == Role::Admin,
             uploads: Rc::default(),
+            listings: Rc::default(),
         }
+    }
+
+    /// The manager itself, which does some things that nobody asks for at the moment.
+    pub fn of_the_manager() -> Self {
+        let who = Who {
+            uid: rustix::process::geteuid().as_raw(),
+            gid: rustix::process::getegid().as_raw(),
+            pid: Some(std::process::id()),
+            share: None,
+        };
+        Self::new(FdTable::none(), who, Role::Admin)
     }
 
     /// A client that came by the read-only socket.

@@ -8,6 +8,7 @@
 //!                                 |      ladder (stopping), power (resets, pauses), subscription, uploads, list, facets, vsock (devices)
 //!                                 |      access: the grant that each capability goes through: narrowed, shared, revoked
 //!                                 v
+//!   definitions  what guests are started from, kept by store (files, written as a whole)
 //!   manager    what all share: registry (names and statuses, pure), events and history (rings, pure), host, protection, problems
 //!     slot     who holds a name: one guest after the other, and a component
 //!       guest  one guest, from its creation to its end; serial is its port
@@ -30,6 +31,7 @@ pub mod changed;
 pub mod cids;
 pub mod client;
 pub mod component;
+pub mod definitions;
 mod configuration;
 mod course;
 pub mod cpu;
@@ -75,6 +77,7 @@ pub mod slot;
 pub mod starter;
 pub mod state;
 mod statistics;
+mod store;
 mod subscription;
 pub mod uploads;
 mod vsock;

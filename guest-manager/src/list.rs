@@ -1,7 +1,10 @@
-//! Makes the answer to `list` fit into one message, however many guests there are: with many of them, what nobody reads in a list goes first.
+//! Makes the answer to `list` fit into one message, also with many guests: what nobody reads in a list goes first. And reads them page by page.
 
 use capnp::message::{Builder, HeapAllocator};
-use sepal_schema::info::GuestInfo;
+use sepal_schema::{
+    error::{Error, Kind},
+    info::GuestInfo,
+};
 
 /// Room for the answer, in bytes: a message has at most 128 KiB, and needs some for itself.
 const ROOM: usize = 120 * 1024;
@@ -11,9 +14,12 @@ const WORDS: u32 = 128;
 const SHORT: usize = 40;
 
 /// Leaves out as little as possible: first the layers of the jails, then command lines and devices, then the problems and what explains
-/// the ends.
-pub(crate) fn fit(mut infos: Vec<GuestInfo>) -> Vec<GuestInfo> {
-    let steps: [fn(&mut GuestInfo); 3] = [
+/// the ends, then what the guests are made of, and how they ended.
+///
+/// # Errors
+/// `NO_RESOURCES`: even so they do not fit.
+pub(crate) fn fit(mut infos: Vec<GuestInfo>) -> Result<Vec<GuestInfo>, Error> {
+    let steps: [fn(&mut GuestInfo); 5] = [
         |info| info.layers.clear(),
         |info| {
             if let Some(descriptor) = &mut info.descriptor {
@@ -29,14 +35,47 @@ pub(crate) fn fit(mut infos: Vec<GuestInfo>) -> Vec<GuestInfo> {
                 shorten(&mut stop.detail);
             }
         },
+        |info| info.descriptor = None,
+        |info| info.stop = None,
     ];
     for step in steps {
-        if infos.iter().map(size).sum::<usize>() <= ROOM {
-            break;
+        if room_for(&infos) {
+            return Ok(infos);
         }
         infos.iter_mut().for_each(step);
     }
-    infos
+    if room_for(&infos) {
+        return Ok(infos);
+    }
+    let message = format!(
+        "there are {} guests, more than fit into a list: browse them",
+        infos.len()
+    );
+    Err(Error::new(Kind::NoResources, message))
+}
+
+fn room_for(infos: &[GuestInfo]) -> bool {
+    infos.iter().map(size).sum::<usize>() <= ROOM
+}
+
+/// The next ones of `infos`, at most `most` (0: any number), that fit into one message. What does not even fit alone is told as [`fit`] does.
+pub(crate) fn page(infos: &mut std::vec::IntoIter<GuestInfo>, most: u32) -> Vec<GuestInfo> {
+    let most = match usize::try_from(most) {
+        Ok(0) | Err(_) => usize::MAX,
+        Ok(most) => most,
+    };
+    let (mut room, mut count) = (ROOM, 0);
+    for info in infos.as_slice().iter().take(most) {
+        match room.checked_sub(size(info)) {
+            Some(left) => room = left,
+            None => break,
+        }
+        count += 1;
+    }
+    if count == 0 {
+        return infos.next().and_then(|info| fit(vec![info]).ok()).unwrap_or_default();
+    }
+    infos.take(count).collect()
 }
 
 fn shorten(text: &mut String) {
@@ -98,19 +137,22 @@ mod tests {
             component_pid: 1,
             paused: false,
             detached: false,
-            upkeep: Upkeep::default(),
+            upkeep: Upkeep {
+                uuid: Some(sepal_schema::config::Uuid::from_bytes([7; 16])),
+                ..Upkeep::default()
+            },
         }
     }
 
     #[test]
     fn a_few_guests_are_told_completely() {
         let infos = vec![info(40); 20];
-        assert_eq!(fit(infos.clone()), infos);
+        assert_eq!(fit(infos.clone()).unwrap(), infos);
     }
 
     #[test]
     fn the_most_guests_with_the_longest_texts_fit() {
-        let infos = fit(vec![info(2048); MAX_GUESTS + MAX_REMEMBERED]);
+        let infos = fit(vec![info(2048); MAX_GUESTS + MAX_REMEMBERED]).unwrap();
         assert_eq!(infos.len(), MAX_GUESTS + MAX_REMEMBERED);
         assert!(infos.iter().map(size).sum::<usize>() <= ROOM);
         assert!(
@@ -121,8 +163,36 @@ mod tests {
     }
 
     #[test]
+    fn more_than_fit_are_told_page_by_page() {
+        let mut all: Vec<_> = (0..1500)
+            .map(|i| GuestInfo {
+                name: format!("guest-{i}"),
+                ..info(200)
+            })
+            .collect();
+        all[700] = GuestInfo {
+            name: "guest-700".into(),
+            problems: vec!["x".repeat(ROOM); 8],
+            ..info(40)
+        };
+        assert_eq!(fit(all.clone()).unwrap_err().kind, Kind::NoResources);
+        let (mut infos, mut names) = (all.into_iter(), Vec::new());
+        for most in [7, 1].into_iter().chain(std::iter::repeat(0)) {
+            let page = page(&mut infos, most);
+            assert!(!page.is_empty() && room_for(&page));
+            assert!(most == 0 || page.len() <= most as usize);
+            names.extend(page.into_iter().map(|info| info.name));
+            if infos.as_slice().is_empty() {
+                break;
+            }
+        }
+        assert!(names.iter().enumerate().all(|(i, name)| *name == format!("guest-{i}")));
+        assert_eq!(names.len(), 1500);
+    }
+
+    #[test]
     fn layers_go_first() {
-        let infos = fit(vec![info(40); 100]);
+        let infos = fit(vec![info(40); 100]).unwrap();
         assert!(infos[0].layers.is_empty() && !infos[0].problems.is_empty());
     }
 }

@@ -24,6 +24,7 @@ use clap::{Parser, ValueEnum};
 use futures::future::{LocalBoxFuture, select_all};
 use sepal_guest_manager::{
     audit::Audit,
+    definitions::autostart,
     host::{self, Host},
     journal::{self, Prefixed},
     listener::{self, Listening, Reach},
@@ -283,6 +284,7 @@ fn run(arguments: &Arguments, signals: OwnedFd, places: Places, audit: Audit, ca
         handle.spawn(async move { server::accept(&manager, &connections, listener, door).await });
         tell_listening(listening, door, reach);
     }
+    handle.spawn(autostart::start_all(manager.clone()));
     if let Some(socket) = connection {
         let Some(connection) = server::serve(&manager, socket).context("--fd")? else {
             bail!("--fd: the other end belongs to another user");

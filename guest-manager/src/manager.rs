@@ -11,6 +11,7 @@ use crate::{
     changed::Changed,
     cids::Cids,
     component::ComponentStarter,
+    definitions::Definitions,
     events::Cursor,
     files,
     guest::Guest,
@@ -103,6 +104,7 @@ pub struct Manager {
     tasks: limits::Tasks,
     /// The kernel for configurations without one: sealed memory.
     pub default_kernel: OwnedFd,
+    pub(crate) definitions: Definitions,
     registry: RefCell<Registry>,
     logged: Event,
     slots: RefCell<HashMap<GuestId, Rc<Slot>>>,
@@ -110,15 +112,21 @@ pub struct Manager {
 }
 
 impl Manager {
-    /// A manager without guests.
+    /// A manager without guests but those that are defined.
     ///
     /// # Errors
-    /// `NO_RESOURCES`: there is no memory for the embedded kernel.
+    /// `NO_RESOURCES`: there is no memory for the embedded kernel; `NO_STORAGE`: the state folder cannot be used.
     pub fn new(handle: Handle, settings: Settings, starter: Box<dyn ComponentStarter>) -> Result<Rc<Self>, Error> {
         let default_kernel = files::sealed_memory("kernel", sepal_default_guest::IMAGE)?;
+        let definitions = Definitions::open(&handle, &settings.state)?;
+        let mut registry = Registry::new(settings.limits);
+        for (name, kept) in definitions.kept() {
+            registry.keep(&name, kept, None, Moment::now());
+        }
         Ok(Rc::new(Self {
             handle,
-            registry: RefCell::new(Registry::new(settings.limits)),
+            definitions,
+            registry: RefCell::new(registry),
             audit: settings.audit.clone(),
             settings,
             starter,

@@ -17,6 +17,7 @@ use crate::{
     },
     audit::Call,
     client::Client,
+    definitions::server as definitions,
     guest::Guest,
     guest_server::GuestServer,
     ladder,
@@ -91,10 +92,15 @@ impl ManagerServer {
 
     /// The guest that was created last under a name.
     fn find(&self, name: &str) -> Result<Rc<Guest>, Error> {
-        let id = self.manager.registry(|registry, _| registry.lookup(name))?;
+        let (id, defined) = self
+            .manager
+            .registry(|registry, _| Ok::<_, Error>((registry.lookup(name)?, registry.is_defined(name))))?;
         let guest = self.manager.slot(id).and_then(|slot| slot.current());
         guest.ok_or_else(|| {
-            let message = format!("the name \"{name}\" is taken, but no guest has been created yet");
+            let message = match defined {
+                true => format!("guest \"{name}\" is defined, and does not run"),
+                false => format!("the name \"{name}\" is taken, but no guest has been created yet"),
+            };
             Error::new(Kind::NotFound, message).about("name")
         })
     }
@@ -177,6 +183,50 @@ impl guest_manager::Server for ManagerServer {
         }
     }
 
+    async fn define(
+        self: Rc<Self>,
+        params: guest_manager::DefineParams,
+        results: guest_manager::DefineResults,
+    ) -> Reply {
+        definitions::define(self.manager.clone(), self.client.clone(), params, results).await
+    }
+
+    async fn undefine(
+        self: Rc<Self>,
+        params: guest_manager::UndefineParams,
+        results: guest_manager::UndefineResults,
+    ) -> Reply {
+        definitions::undefine(self.manager.clone(), self.client.clone(), params, results).await
+    }
+
+    async fn definition(
+        self: Rc<Self>,
+        params: guest_manager::DefinitionParams,
+        results: guest_manager::DefinitionResults,
+    ) -> Reply {
+        definitions::definition(&self.manager, &self.client, &params, results)
+    }
+
+    fn start(
+        self: Rc<Self>,
+        params: guest_manager::StartParams,
+        results: guest_manager::StartResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        definitions::start(&self.manager, &self.client, &params, results)
+    }
+
+    async fn set_autostart(
+        self: Rc<Self>,
+        params: guest_manager::SetAutostartParams,
+        results: guest_manager::SetAutostartResults,
+    ) -> Reply {
+        definitions::set_autostart(self.manager.clone(), self.client.clone(), params, results).await
+    }
+
+    async fn browse(self: Rc<Self>, _: guest_manager::BrowseParams, results: guest_manager::BrowseResults) -> Reply {
+        definitions::browse(&self.manager, &self.client, results)
+    }
+
     fn lookup(
         self: Rc<Self>,
         params: guest_manager::LookupParams,
@@ -199,7 +249,10 @@ impl guest_manager::Server for ManagerServer {
         if let Err(error) = self.client.check(Role::Observe, "list") {
             return reply(Err(error.exception()));
         }
-        let infos = list::fit(self.manager.infos());
+        let infos = match list::fit(self.manager.infos()) {
+            Ok(infos) => infos,
+            Err(error) => return reply(Err(error.exception())),
+        };
         let mut to = results
             .get()
             .init_guests(u32::try_from(infos.len()).unwrap_or(u32::MAX));
@@ -386,11 +439,7 @@ impl guest_manager::Server for ManagerServer {
         reply(Ok(()))
     }
 
-    async fn node(
-        self: Rc<Self>,
-        _: guest_manager::NodeParams,
-        mut results: guest_manager::NodeResults,
-    ) -> Reply {
+    async fn node(self: Rc<Self>, _: guest_manager::NodeParams, mut results: guest_manager::NodeResults) -> Reply {
         let checked = self.client.check(Role::Observe, "node");
         checked.map_err(|error| error.exception())?;
         let answered = node::answer(&self.manager, results.get().init_node()).await;

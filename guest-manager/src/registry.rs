@@ -18,11 +18,14 @@
 //! remembered after the end, until it is removed, launched again, or 64 others have ended since. A name that a client drives itself
 //! (`newGuest`) is held until that client lets go of it.
 //!
+//! A name that is defined (`kept`) is Defined where it is not held or remembered otherwise; it is not forgotten, and `start` alone takes it.
+//!
 //! A guest that begins again goes from any of the live phases but Stopping to Restarting, and from there, when its time has come, to Creating
 //! with the next generation, without its name or anything else having been let go of.
 
 mod crashes;
 mod entry;
+mod kept;
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -39,10 +42,13 @@ use sepal_schema::{
 };
 use uuid::Uuid;
 
-pub use self::entry::Vitals;
 use self::{
     crashes::Crashes,
     entry::{Entry, Phase, taken},
+};
+pub use self::{
+    entry::Vitals,
+    kept::{Claim, Kept, MAX_DEFINITIONS},
 };
 use crate::{
     capacity::Used,
@@ -64,6 +70,8 @@ pub enum Origin {
     Lifecycle,
     /// `launch`: remembered after the end.
     Launch,
+    /// `start`: remembered after the end, too, and the name stays its own as long as it is defined.
+    Definition,
 }
 
 /// How many there may be.
@@ -132,16 +140,19 @@ impl Registry {
     /// Takes a name; an empty one is chosen.
     ///
     /// # Errors
-    /// `BAD_CONFIG` for a name that is not valid, `ALREADY_RUNNING` for one that is taken, `NO_RESOURCES` when there are too many guests.
+    /// `BAD_CONFIG` for a name that is not valid, `ALREADY_RUNNING` for one that is taken, `ALREADY_BOUND` for one that is defined, where that is not to be
+    /// started, `NO_RESOURCES` when there are too many guests.
     pub fn reserve(&mut self, name: &str, origin: Origin, now: Moment) -> Result<GuestId, Error> {
         if !name.is_empty() {
             check_name(name)?;
         }
+        let mut upkeep = Upkeep::default();
         let (mut generation, mut crashes) = (0, Crashes::default());
         if let Some(entry) = self.names.get(name).and_then(|id| self.entries.get(id)) {
             if !entry.remembered() {
                 return Err(taken(entry));
             }
+            upkeep = entry.kept_for(origin)?;
             (generation, crashes) = (entry.generation, entry.crashes.clone());
         }
         let Used { used, most } = self.occupancy();
@@ -171,7 +182,7 @@ impl Registry {
             shutdown_told: false,
             paused: false,
             detached: false,
-            upkeep: Upkeep::default(),
+            upkeep,
             crashes,
             descriptor: None,
             stop: None,
@@ -180,8 +191,11 @@ impl Registry {
             layers: Vec::new(),
             failures: Vec::new(),
         };
+        let defined = entry.upkeep.defined;
         self.entries.insert(id, entry);
-        self.log.append(now.unix_ns, id, &name, generation, EventKind::Defined);
+        if !defined {
+            self.tell(id, now, EventKind::Defined);
+        }
         Ok(id)
     }
 
@@ -193,6 +207,7 @@ impl Registry {
         let entry = self.entries.get(&id).ok_or_else(gone)?;
         let mut replaced = None;
         match entry.phase {
+            Phase::Defined => return Err(gone()),
             // What launch started is only remembered now, and does not count among the guests any more.
             Phase::Stopped | Phase::Died | Phase::GivenUp if entry.remembered() => return Err(gone()),
             Phase::NotStarted | Phase::Stopped | Phase::Died | Phase::GivenUp => {}
@@ -279,7 +294,13 @@ impl Registry {
                 Ok(())
             }
             Phase::Launching | Phase::Running | Phase::Restarting | Phase::Stopping => Err(taken(entry)),
-            Phase::NotStarted | Phase::Stopped | Phase::Died | Phase::GivenUp | Phase::Creating | Phase::Created => {
+            Phase::Defined
+            | Phase::NotStarted
+            | Phase::Stopped
+            | Phase::Died
+            | Phase::GivenUp
+            | Phase::Creating
+            | Phase::Created => {
                 let message = format!(
                     "guest \"{}\" has not been created: run needs a create that worked",
                     entry.name
@@ -392,13 +413,14 @@ impl Registry {
     /// Forgets a guest that has ended.
     ///
     /// # Errors
-    /// `NOT_FOUND`, `ALREADY_RUNNING`.
+    /// `NOT_FOUND`, `ALREADY_RUNNING`, `ALREADY_BOUND` for one that is defined.
     pub fn remove(&mut self, name: &str, now: Moment) -> Result<(), Error> {
         let id = self.lookup(name)?;
         let entry = self.entries.get(&id).ok_or_else(gone)?;
         if !entry.remembered() {
             return Err(taken(entry));
         }
+        entry.kept_for(Origin::Launch)?;
         self.forget(id, now);
         Ok(())
     }
@@ -520,7 +542,11 @@ impl Registry {
     }
 
     fn forget_oldest(&mut self, now: Moment) {
-        let remembered = || self.entries.values().filter(|entry| entry.remembered());
+        let remembered = || {
+            self.entries
+                .values()
+                .filter(|entry| entry.remembered() && entry.ended_as != 0)
+        };
         if remembered().count() > self.limits.remembered
             && let Some(oldest) = remembered().min_by_key(|entry| entry.ended_as)
         {
@@ -529,6 +555,9 @@ impl Registry {
     }
 
     fn forget(&mut self, id: GuestId, now: Moment) {
+        if self.fall_back(id) {
+            return;
+        }
         self.tell(id, now, EventKind::Removed);
         if let Some(entry) = self.entries.remove(&id) {
             self.names.remove(&entry.name);

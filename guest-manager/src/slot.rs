@@ -20,6 +20,7 @@ use crate::{
     component::{Component, StartRequest},
     configuration::path_of,
     cpu::Cpus,
+    definitions::fresh_uuid,
     guest::{Creation, Guest, StopCause},
     life,
     manager::Manager,
@@ -45,7 +46,7 @@ impl Slot {
     /// Takes a name; an empty one is chosen.
     ///
     /// # Errors
-    /// `BAD_CONFIG`, `ALREADY_RUNNING`, `NO_RESOURCES`.
+    /// `BAD_CONFIG`, `ALREADY_RUNNING`, `ALREADY_BOUND`, `NO_RESOURCES`.
     pub fn new(manager: &Rc<Manager>, name: &str, origin: Origin) -> Result<Rc<Self>, Error> {
         let (id, name) = manager.registry(|registry, now| {
             let id = registry.reserve(name, origin, now)?;
@@ -77,11 +78,17 @@ impl Slot {
     /// Begins to create a guest, and with `run` to run it as soon as it is created. `client` sent the configuration.
     ///
     /// # Errors
-    /// `ALREADY_RUNNING`. What goes wrong later is told by [`Guest::created`].
+    /// `ALREADY_RUNNING`, `ALREADY_BOUND` about `uuid`. What goes wrong later is told by [`Guest::created`].
     pub fn create(self: &Rc<Self>, config: GuestConfig, client: &Client, run: bool) -> Result<Rc<Guest>, Error> {
         let descriptor = describe(&config);
         let manager = &self.manager;
-        let creation = manager.registry(|registry, now| registry.create(self.id, descriptor, now))?;
+        let (wanted, fresh) = (config.uuid, fresh_uuid()?);
+        let creation = manager.registry(|registry, now| {
+            registry.check_identity(self.id, wanted)?;
+            let creation = registry.create(self.id, descriptor, now)?;
+            registry.identify(self.id, wanted, fresh);
+            Ok::<_, Error>(creation)
+        })?;
         if let (Some(report), Some(before)) = (creation.replaced, self.current()) {
             before.set_superseded(report);
         }
@@ -212,7 +219,7 @@ impl Slot {
 }
 
 /// What is known of a guest before its component says more.
-fn describe(config: &GuestConfig) -> GuestDescriptor {
+pub(crate) fn describe(config: &GuestConfig) -> GuestDescriptor {
     let kernel = match &config.kernel {
         File::None => "embedded".to_owned(),
         File::Fd(fd) => path_of(fd).map_or_else(|| "fd".to_owned(), |path| cut(&path, MAX_PATH)),

@@ -14,6 +14,8 @@ use crate::model::{Ending, GuestId, Moment};
 /// Where a guest is in its life; the registry's head draws it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Phase {
+    /// There is a definition of the name, and nothing else.
+    Defined,
     NotStarted,
     Creating,
     Created,
@@ -29,7 +31,10 @@ pub(super) enum Phase {
 
 impl Phase {
     pub(super) fn live(self) -> bool {
-        !matches!(self, Self::NotStarted | Self::Stopped | Self::Died | Self::GivenUp)
+        !matches!(
+            self,
+            Self::Defined | Self::NotStarted | Self::Stopped | Self::Died | Self::GivenUp
+        )
     }
 
     pub(super) fn ended(self) -> bool {
@@ -38,7 +43,7 @@ impl Phase {
 
     fn status(self) -> GuestStatus {
         match self {
-            Self::NotStarted => GuestStatus::NotStarted,
+            Self::Defined | Self::NotStarted => GuestStatus::NotStarted,
             Self::Creating | Self::Created | Self::Launching | Self::Restarting => GuestStatus::Starting,
             Self::Running => GuestStatus::Running,
             Self::Stopping => GuestStatus::Stopping,
@@ -83,9 +88,9 @@ pub(super) struct Entry {
 }
 
 impl Entry {
-    /// Whether it has ended, and is only remembered.
+    /// Whether it has ended, and is only remembered, or is only defined.
     pub(super) fn remembered(&self) -> bool {
-        self.origin == Origin::Launch && self.phase.ended()
+        self.phase == Phase::Defined || (self.origin != Origin::Lifecycle && self.phase.ended())
     }
 
     /// Its next generation.
@@ -152,6 +157,7 @@ impl Entry {
 /// The refusal of a name that somebody has.
 pub(super) fn taken(entry: &Entry) -> Error {
     let what = match entry.phase {
+        Phase::Defined => "is defined",
         Phase::NotStarted | Phase::Stopped | Phase::Died | Phase::GivenUp => "is held by the client that drives it",
         Phase::Creating | Phase::Created | Phase::Launching => "is starting",
         Phase::Running => "is running",

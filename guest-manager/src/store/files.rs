@@ -1,0 +1,157 @@
+//! Files that are the old ones or the new ones, whole, whenever the power goes.
+//!
+//! ```text
+//!   put      write NAME.sepal.new, on the disk for good --> rename to NAME.sepal --> names on the disk for good
+//!   delete   remove NAME.sepal --> names on the disk for good
+//!   recover  NAME.sepal.new: what a put did not come to the end of: removed
+//!            NAME.sepal:     its content; broken: kept aside as NAME.sepal.broken, and told
+//!                            of a later version, or it cannot be read: left where it is, and told; its name cannot be had
+//! ```
+//!
+//! That a rename is one step, and that what was synced before it is what is found under the new name, is what POSIX promises, and file systems keep.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+};
+
+use super::{
+    disk::Disk,
+    envelope::{Broken, Content, MAX_FILE, unwrap, wrap},
+};
+
+/// How the names of files end.
+const ENDING: &str = ".sepal";
+/// How the names of files end that are not finished.
+const UNFINISHED: &str = ".sepal.new";
+/// How the names of files end that are broken.
+const BROKEN: &str = ".sepal.broken";
+/// How many broken files of one name are kept aside.
+const MAX_BROKEN: u32 = 100;
+
+/// Files of one kind in a folder, each with a name.
+#[derive(Debug)]
+pub(crate) struct Files<D> {
+    disk: D,
+    kind: Content,
+}
+
+/// What was found in a folder.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Found {
+    /// The contents, by the files' names.
+    pub(crate) contents: BTreeMap<String, Vec<u8>>,
+    /// Names that cannot be had: there is a file that this version must leave alone.
+    pub(crate) untouchable: BTreeSet<String>,
+    /// A sentence for each file that is not as it should be.
+    pub(crate) problems: Vec<String>,
+}
+
+impl<D: Disk> Files<D> {
+    /// Files on `disk`.
+    pub(crate) fn new(disk: D, kind: Content) -> Self {
+        Self { disk, kind }
+    }
+
+    /// Puts a file there, in place of one that has its name. It is on the disk for good on return. After an error there is the old file or the new one.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub(crate) fn put(&self, name: &str, content: &[u8]) -> io::Result<()> {
+        let unfinished = format!("{name}{UNFINISHED}");
+        let written = self.disk.write(&unfinished, &wrap(self.kind, content));
+        let renamed = written.and_then(|()| self.disk.rename(&unfinished, &format!("{name}{ENDING}")));
+        if let Err(error) = renamed {
+            // Where not even that works, the next start does it.
+            let _ = self.disk.remove(&unfinished);
+            return Err(error);
+        }
+        self.disk.sync()
+    }
+
+    /// Takes a file away. It is gone for good on return. After an error it is there, or not.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub(crate) fn delete(&self, name: &str) -> io::Result<()> {
+        match self.disk.remove(&format!("{name}{ENDING}")) {
+            // Somebody has taken it away by hand.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            removed => removed?,
+        }
+        self.disk.sync()
+    }
+
+    /// Looks what is there, and puts it in order. `check` says what is wrong with a content, if anything is.
+    ///
+    /// # Errors
+    /// The folder cannot be read, or what was put in order does not stay so.
+    pub(crate) fn recover(&self, mut check: impl FnMut(&str, &[u8]) -> Result<(), String>) -> io::Result<Found> {
+        let mut names = self.disk.names()?;
+        names.sort();
+        let (mut found, mut changed) = (Found::default(), false);
+        for file in &names {
+            if file.ends_with(UNFINISHED) {
+                self.disk.remove(file)?;
+                changed = true;
+                continue;
+            }
+            let Some(name) = file.strip_suffix(ENDING) else {
+                continue;
+            };
+            let content = match self.disk.read(file) {
+                Ok(bytes) if bytes.len() > MAX_FILE => Err(format!("it has more than {MAX_FILE} bytes")),
+                Ok(bytes) => match unwrap(self.kind, &bytes) {
+                    Err(newer @ Broken::Newer(_)) => {
+                        found.leave(name, &newer.to_string());
+                        continue;
+                    }
+                    unwrapped => unwrapped.map(<[u8]>::to_vec).map_err(|error| error.to_string()),
+                },
+                Err(error) => {
+                    found.leave(name, &format!("it cannot be read: {error}"));
+                    continue;
+                }
+            };
+            match content.and_then(|content| check(name, &content).map(|()| content)) {
+                Ok(content) => {
+                    found.contents.insert(name.to_owned(), content);
+                }
+                Err(why) => {
+                    let aside = aside(name, &names);
+                    match &aside {
+                        Some(aside) => {
+                            self.disk.rename(file, aside)?;
+                            changed = true;
+                            let problem = format!("{file} is broken, and is kept as {aside}: {why}");
+                            found.problems.push(problem);
+                        }
+                        None => found.leave(name, &why),
+                    }
+                }
+            }
+        }
+        if changed {
+            self.disk.sync()?;
+        }
+        Ok(found)
+    }
+}
+
+impl Found {
+    fn leave(&mut self, name: &str, why: &str) {
+        self.untouchable.insert(name.to_owned());
+        self.problems
+            .push(format!("{name}{ENDING} is left alone, and not used: {why}"));
+    }
+}
+
+/// What a broken file is called from now on; none if there are too many already.
+fn aside(name: &str, names: &[String]) -> Option<String> {
+    let free = |aside: &String| names.binary_search(aside).is_err();
+    let numbered = (2..=MAX_BROKEN).map(|number| format!("{name}{BROKEN}-{number}"));
+    std::iter::once(format!("{name}{BROKEN}")).chain(numbered).find(free)
+}
+
+#[cfg(test)]
+mod tests;

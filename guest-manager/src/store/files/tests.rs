@@ -1,0 +1,212 @@
+//! The files against a disk that is cut off at every step, and against real folders.
+
+use std::{collections::BTreeMap, fs, path::Path};
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::store::{
+    disk::Folder,
+    simulated::{Failure, Simulated},
+};
+
+type Model = BTreeMap<String, Vec<u8>>;
+
+#[derive(Debug, Clone)]
+enum Work {
+    Put(String, Vec<u8>),
+    Delete(String),
+}
+
+impl Work {
+    fn on_disk(&self, files: &Files<Simulated>) -> io::Result<()> {
+        match self {
+            Self::Put(name, content) => files.put(name, content),
+            Self::Delete(name) => files.delete(name),
+        }
+    }
+
+    fn on_model(&self, model: &mut Model) {
+        match self {
+            Self::Put(name, content) => {
+                model.insert(name.clone(), content.clone());
+            }
+            Self::Delete(name) => {
+                model.remove(name);
+            }
+        }
+    }
+}
+
+fn work() -> impl Strategy<Value = Work> {
+    let name = || prop::sample::select(vec!["web", "db"]).prop_map(str::to_owned);
+    let content = prop::collection::vec(any::<u8>(), 0..40);
+    prop_oneof![
+        3 => (name(), content).prop_map(|(name, content)| Work::Put(name, content)),
+        1 => name().prop_map(Work::Delete),
+    ]
+}
+
+fn files(disk: &Simulated) -> Files<Simulated> {
+    Files::new(disk.clone(), Content::Definition)
+}
+
+fn recovered(disk: &Simulated) -> Found {
+    files(disk).recover(|_, _| Ok(())).unwrap()
+}
+
+/// What is there is `before` or `after`, whole, and nothing else.
+fn check(disk: &Simulated, before: &Model, after: &Model) {
+    let either = |found: &Found| {
+        let contents = &found.contents;
+        assert!(
+            contents == before || contents == after,
+            "{found:?}\nis neither {before:?}\nnor {after:?}"
+        );
+    };
+    let found = recovered(disk);
+    either(&found);
+    assert_eq!((&found.problems[..], found.untouchable.len()), (&[][..], 0));
+    let names = disk.names().unwrap();
+    assert_eq!(names.len(), found.contents.len(), "something is left: {names:?}");
+    // Nor does the next cut change that.
+    disk.survivors().iter().for_each(|disk| either(&recovered(disk)));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn a_cut_at_any_step_leaves_the_old_or_the_new(works in prop::collection::vec(work(), 1..5)) {
+        let whole = Simulated::default();
+        for work in &works {
+            work.on_disk(&files(&whole)).unwrap();
+        }
+        for cut in 0..=whole.steps() {
+            let disk = Simulated::default();
+            disk.fail_at(cut, Failure::Cut);
+            let mut before = Model::new();
+            let mut after = Model::new();
+            for work in &works {
+                work.on_model(&mut after);
+                if work.on_disk(&files(&disk)).is_err() {
+                    break;
+                }
+                work.on_model(&mut before);
+            }
+            for disk in disk.survivors() {
+                // A start that is cut off, too, at each of its steps.
+                let again = disk.survivors().remove(0);
+                recovered(&again);
+                for cut in 0..again.steps() {
+                    let again = disk.survivors().remove(0);
+                    again.fail_at(cut, Failure::Cut);
+                    let _ = files(&again).recover(|_, _| Ok(()));
+                    again.survivors().iter().for_each(|disk| check(disk, &before, &after));
+                }
+                check(&disk, &before, &after);
+            }
+        }
+    }
+
+    #[test]
+    fn a_step_that_fails_is_told_and_leaves_the_old_or_the_new(works in prop::collection::vec(work(), 1..4), last in work()) {
+        let whole = Simulated::default();
+        let mut before = Model::new();
+        for work in &works {
+            work.on_disk(&files(&whole)).unwrap();
+            work.on_model(&mut before);
+        }
+        let mut after = before.clone();
+        last.on_model(&mut after);
+        let steps = whole.steps();
+        last.on_disk(&files(&whole)).unwrap();
+        for step in 0..whole.steps() - steps {
+            let disk = Simulated::default();
+            works.iter().for_each(|work| work.on_disk(&files(&disk)).unwrap());
+            disk.fail_at(step, Failure::Once);
+            assert!(last.on_disk(&files(&disk)).is_err());
+            check(&disk, &before, &after);
+            last.on_disk(&files(&disk)).unwrap();
+            check(&disk, &after, &after);
+        }
+    }
+}
+
+fn folder(path: &Path) -> Files<Folder> {
+    Files::new(Folder::open(path).unwrap(), Content::Definition)
+}
+
+#[test]
+fn a_folder_keeps_what_was_put_into_it() {
+    let above = tempfile::tempdir().unwrap();
+    let path = above.path().join("definitions");
+    let files = folder(&path);
+    files.put("web", b"one").unwrap();
+    files.put("web", b"two").unwrap();
+    files.put("db", b"three").unwrap();
+    files.put("gone", b"four").unwrap();
+    files.delete("gone").unwrap();
+    files.delete("never-there").unwrap();
+    let found = folder(&path).recover(|_, _| Ok(())).unwrap();
+    let contents: Vec<_> = found
+        .contents
+        .iter()
+        .map(|(name, content)| (&name[..], &content[..]))
+        .collect();
+    assert_eq!(contents, [("db", &b"three"[..]), ("web", b"two")]);
+    let mut names = files.disk.names().unwrap();
+    names.retain(|name| !matches!(&name[..], "." | ".."));
+    assert_eq!(names.len(), 2, "{names:?}");
+}
+
+#[test]
+fn what_is_broken_is_kept_aside_and_told() {
+    let above = tempfile::tempdir().unwrap();
+    let path = above.path().join("definitions");
+    let files = folder(&path);
+    let there = |name: &str| path.join(name);
+    for name in ["good", "torn", "twice", "newer", "refused"] {
+        files.put(name, name.as_bytes()).unwrap();
+    }
+    let tear = |name: &str, keep: usize| {
+        let bytes = fs::read(there(name)).unwrap();
+        fs::write(there(name), &bytes[..keep]).unwrap();
+    };
+    tear("torn.sepal", 26);
+    tear("twice.sepal", 0);
+    fs::write(there("twice.sepal.broken"), "an earlier one").unwrap();
+    let mut newer = fs::read(there("newer.sepal")).unwrap();
+    newer[8] = 9;
+    fs::write(there("newer.sepal"), &newer).unwrap();
+    fs::write(there("half.sepal.new"), "half").unwrap();
+    fs::write(there("README"), "somebody's").unwrap();
+    fs::create_dir(there("folder.sepal")).unwrap();
+    let check = |name: &str, _: &[u8]| {
+        if name == "refused" {
+            Err("no".to_owned())
+        } else {
+            Ok(())
+        }
+    };
+    let found = folder(&path).recover(check).unwrap();
+    assert_eq!(found.contents.keys().collect::<Vec<_>>(), ["good"]);
+    assert_eq!(found.untouchable.iter().collect::<Vec<_>>(), ["folder", "newer"]);
+    let told = found.problems.join("\n");
+    for words in [
+        "torn.sepal is broken, and is kept as torn.sepal.broken: it has 26 bytes",
+        "twice.sepal is broken, and is kept as twice.sepal.broken-2: it does not begin",
+        "refused.sepal is broken, and is kept as refused.sepal.broken: no",
+        "newer.sepal is left alone, and not used: it was written in version 9",
+        "folder.sepal is left alone, and not used: it cannot be read: it is not a regular file",
+    ] {
+        assert!(told.contains(words), "{words} is not in {told}");
+    }
+    assert_eq!(fs::read(there("twice.sepal.broken")).unwrap(), b"an earlier one");
+    assert_eq!(fs::read(there("newer.sepal")).unwrap(), newer);
+    assert_eq!(fs::read(there("README")).unwrap(), b"somebody's");
+    assert!(!there("half.sepal.new").exists());
+    // What is aside stays there, and is told once.
+    let again = folder(&path).recover(check).unwrap();
+    assert_eq!(again.problems.len(), 2, "{:?}", again.problems);
+}
