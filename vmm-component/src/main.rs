@@ -1,7 +1,8 @@
 //! The component: one jailed process for one virtual machine, started by the guest manager's keeper.
 //!
 //! ```text
-//!   take the startup handles -> close the jail -> serve the lifecycle on the control socket -> end with the connection
+//!   take the startup handles -> close the jail -> serve the lifecycle on the control socket -> end with the connection, or, with a durable
+//!                                                                                              guest, when nobody can come after it
 //! ```
 //!
 //! Exit status: 0 after the connection has closed and everything is torn down, 1 if the component could not start, 3 if a machine's threads would
@@ -30,9 +31,9 @@ use sepal_runner::{
 };
 use sepal_schema::{
     info::{LayerInfo, LayerState as State},
-    transport::{Limits, Reactor, serve_with},
+    transport::Reactor,
 };
-use sepal_vmm_component::server::{ComponentServer, Controller, vm};
+use sepal_vmm_component::server::{Controller, vm};
 
 // SAFETY: the name is the C library's for this very function, and nobody else's.
 #[unsafe(no_mangle)]
@@ -65,20 +66,10 @@ fn run() -> Result<()> {
 
     let mut reactor = Reactor::single_threaded().context("making the control loop")?;
     let handle = reactor.handle();
-    let (controller, exited) = Controller::new(&handle, vm::builder(kvm));
     let layers = layers.iter().map(layer_info).collect();
-    let connection = serve_with(&handle, control, Limits::default(), |fds| {
-        ComponentServer::client(controller.clone(), fds, layers).client
-    })
-    .context("serving the control socket")?;
-    handle.spawn({
-        let controller = controller.clone();
-        async move {
-            let reason = connection.await;
-            tracing::debug!("the guest manager's connection ended: {reason}");
-            controller.disconnected();
-        }
-    });
+    let (controller, exited) = Controller::new(&handle, layers, vm::builder(kvm));
+    controller.serve(control).context("serving the control socket")?;
+    drop(controller);
     // Resolves after the last machine is gone, or fails if nobody is left who could say so.
     let _ = reactor.run_until(exited).context("running the control loop")?;
     Ok(())

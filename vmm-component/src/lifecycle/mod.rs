@@ -11,7 +11,7 @@
 //!        |  |              +-----------------------------------------------------------+
 //!        |  +------------- |                         Stopping                          |
 //!        |     torn down   +-----------------------------------------------------------+
-//!        +-- then, if the connection has closed: exit
+//!        +-- then, if nobody can come any more: exit
 //! ```
 //!
 //! | request | Idle | Creating | Created | Running | Stopping |
@@ -20,6 +20,10 @@
 //! | bind | refused | with create | the guest | the guest | refused |
 //! | run | NOT_CREATED | after create | -> Running | ALREADY_RUNNING | ALREADY_RUNNING |
 //! | stop | replies | cancels create, -> Stopping | -> Stopping | -> Stopping, run = CONTROLLER_FORCED_HALT | waits for the same end |
+//! | nobody can come any more | exit | cancels create, exit | -> Stopping, exit | -> Stopping, exit | exit after it |
+//! | the manager left, another may come | exit, or lingers after a guest that ran | cancels create, exit | goes on | goes on | lingers after a guest that ran, otherwise exit |
+//!
+//! Lingering is for the next manager, who may want to know how the guest ended; after a while it is an exit, too.
 //!
 //! Every creation has a generation of its own; what an older one reports is ignored. A stop, and the run that it ends, is answered only after
 //! the machine is gone, so that create may follow at once.
@@ -81,7 +85,16 @@ pub enum Input {
     TornDown(Generation),
     /// Nobody is left who could ask for anything.
     Disconnected,
+    /// The manager has gone, but its successor may come.
+    Left,
+    /// It has come.
+    Attended,
+    /// The time of [`Effect::Linger`] is over.
+    Lingered(Absence),
 }
+
+/// Counts how often the manager has left.
+pub type Absence = u64;
 
 /// What is to be done.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -105,6 +118,8 @@ pub enum Effect {
     Gone(Generation, Result<Ending, Error>),
     /// Answer a request.
     Reply(Token, Reply),
+    /// Nothing is left to go on, but a successor might ask how it ended: wait a while for one, then [`Input::Lingered`].
+    Linger(Absence),
     /// End the process.
     Exit,
 }
@@ -138,6 +153,11 @@ pub struct Lifecycle {
     state: State,
     last_generation: Generation,
     leaving: bool,
+    /// A manager is there.
+    attended: bool,
+    absences: Absence,
+    /// The latest guest ran and is no more.
+    has_run: bool,
 }
 
 impl Default for Lifecycle {
@@ -146,6 +166,9 @@ impl Default for Lifecycle {
             state: State::Idle,
             last_generation: 0,
             leaving: false,
+            attended: true,
+            absences: 0,
+            has_run: false,
         }
     }
 }
@@ -163,6 +186,12 @@ impl Lifecycle {
             Input::Ended(generation, ending) => self.ended(generation, ending),
             Input::TornDown(generation) => self.torn_down(generation),
             Input::Disconnected => self.disconnected(),
+            Input::Left => self.left(),
+            Input::Attended => {
+                self.attended = true;
+                Vec::new()
+            }
+            Input::Lingered(absence) => self.lingered(absence),
         }
     }
 
@@ -174,6 +203,11 @@ impl Lifecycle {
         }
     }
 
+    /// A guest is being stopped.
+    pub fn is_stopping(&self) -> bool {
+        matches!(self.state, State::Stopping { .. })
+    }
+
     fn create(&mut self, token: Token) -> Vec<Effect> {
         let replaces = match self.state {
             State::Idle => None,
@@ -183,6 +217,7 @@ impl Lifecycle {
             State::Stopping { .. } => return completed(token, Err(already_running("a guest is still being stopped"))),
         };
         self.last_generation += 1;
+        self.has_run = false;
         let generation = self.last_generation;
         self.state = State::Creating {
             generation,
@@ -369,12 +404,11 @@ impl Lifecycle {
                     Some((_, ending)) => ending.clone(),
                     None => Err(halted("the guest was stopped before it ran")),
                 };
+                self.has_run = run.is_some();
                 let mut effects = vec![Effect::Gone(generation, ending)];
                 effects.extend(run.map(|(run, ending)| Effect::Reply(run, Reply::Ended(ending))));
                 effects.extend(stops.into_iter().flat_map(|stop| completed(stop, Ok(()))));
-                if self.leaving {
-                    effects.push(Effect::Exit);
-                }
+                effects.extend(self.rest());
                 effects
             }
             state => {
@@ -390,6 +424,33 @@ impl Lifecycle {
             State::Idle => vec![Effect::Exit],
             State::Stopping { .. } => Vec::new(),
             _ => self.begin_stop(Vec::new()),
+        }
+    }
+
+    fn left(&mut self) -> Vec<Effect> {
+        self.attended = false;
+        self.absences += 1;
+        match &self.state {
+            State::Idle if self.has_run => self.rest().into_iter().collect(),
+            // What would come of it can be made anew by whoever wants it.
+            State::Idle | State::Creating { .. } | State::Stopping { run: None, .. } => self.disconnected(),
+            State::Created(_) | State::Running { .. } | State::Stopping { run: Some(_), .. } => Vec::new(),
+        }
+    }
+
+    fn lingered(&mut self, absence: Absence) -> Vec<Effect> {
+        match self.state {
+            State::Idle if !self.attended && absence == self.absences => self.disconnected(),
+            _ => Vec::new(),
+        }
+    }
+
+    /// What follows when there is no guest any more.
+    fn rest(&self) -> Option<Effect> {
+        match (self.leaving, self.attended) {
+            (true, _) => Some(Effect::Exit),
+            (false, true) => None,
+            (false, false) => Some(Effect::Linger(self.absences)),
         }
     }
 }

@@ -21,6 +21,7 @@ struct World {
     started: bool,
     tearing_down: bool,
     gone: BTreeMap<Generation, Result<Ending, Error>>,
+    lingering: Option<Absence>,
     exited: bool,
 }
 
@@ -70,6 +71,11 @@ impl World {
                         assert_eq!(self.machine, None, "run is answered before the machine is gone");
                     }
                     assert_eq!(self.replies.insert(token, reply), None, "answered twice");
+                }
+                Effect::Linger(absence) => {
+                    assert_eq!((self.machine, self.building), (None, None));
+                    assert!(!self.lifecycle.attended, "lingers for nobody");
+                    self.lingering = Some(absence);
                 }
                 Effect::Exit => {
                     assert_eq!(
@@ -150,6 +156,86 @@ fn disconnect_exits_only_after_everything_is_gone() {
     assert!(!world.exited && world.cancelled);
     world.finish_build(Err(failure(Kind::Cancelled)));
     assert!(world.exited);
+}
+
+#[test]
+fn a_guest_goes_on_without_its_manager() {
+    for run in [false, true] {
+        let mut world = World::default();
+        world.created();
+        if run {
+            world.ask(Input::Run);
+        }
+        world.feed(Input::Left);
+        assert!(world.machine.is_some() && !world.tearing_down && !world.exited);
+        world.feed(Input::Attended);
+        if !run {
+            world.ask(Input::Run);
+        }
+        assert!(world.started);
+        // The next one, too; then nobody can come any more.
+        world.feed(Input::Left);
+        world.feed(Input::Disconnected);
+        world.finish_tear_down();
+        assert!(world.exited);
+    }
+}
+
+#[test]
+fn a_manager_that_leaves_takes_with_it_what_did_not_begin() {
+    let mut world = World::default();
+    world.feed(Input::Left);
+    assert!(world.exited);
+
+    let mut world = World::default();
+    world.ask(Input::Create);
+    world.ask(Input::Run);
+    world.feed(Input::Left);
+    assert!(world.cancelled);
+    world.finish_build(Err(failure(Kind::Cancelled)));
+    assert!(world.exited);
+
+    let mut world = World::default();
+    world.created();
+    world.ask(Input::Stop);
+    world.feed(Input::Left);
+    world.finish_tear_down();
+    assert!(world.exited, "it never ran");
+}
+
+#[test]
+fn how_a_guest_ended_waits_a_while_for_the_next_manager() {
+    let ends = |leaves_first: bool| {
+        let mut world = World::default();
+        world.created();
+        world.ask(Input::Run);
+        if leaves_first {
+            world.feed(Input::Left);
+        }
+        world.feed(Input::Ended(1, Ok(Ending::Shutdown)));
+        world.finish_tear_down();
+        if !leaves_first {
+            world.feed(Input::Left);
+        }
+        assert!(!world.exited);
+        world
+    };
+    for leaves_first in [false, true] {
+        let mut world = ends(leaves_first);
+        assert_eq!(world.lingering, Some(1));
+        world.feed(Input::Lingered(1));
+        assert!(world.exited);
+
+        let mut world = ends(leaves_first);
+        world.feed(Input::Attended);
+        world.feed(Input::Lingered(1));
+        assert!(!world.exited, "somebody came");
+        world.feed(Input::Left);
+        world.feed(Input::Lingered(1));
+        assert!(!world.exited, "that was the time before");
+        world.feed(Input::Lingered(2));
+        assert!(world.exited);
+    }
 }
 
 #[test]
@@ -326,6 +412,9 @@ enum Step {
     StartFails,
     TearDownFinishes,
     Disconnect,
+    Leave,
+    Attend,
+    Linger,
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -339,6 +428,9 @@ fn step() -> impl Strategy<Value = Step> {
         1 => Just(Step::StartFails),
         6 => Just(Step::TearDownFinishes),
         1 => Just(Step::Disconnect),
+        2 => Just(Step::Leave),
+        2 => Just(Step::Attend),
+        1 => Just(Step::Linger),
     ]
 }
 
@@ -349,6 +441,11 @@ proptest! {
         let mut world = World::default();
         for step in steps {
             let latest = world.lifecycle.last_generation;
+            let asks = matches!(step, Step::Create | Step::Bind | Step::Run | Step::Stop);
+            if asks && !world.lifecycle.attended {
+                // There is nobody.
+                continue;
+            }
             match step {
                 Step::Create => { world.ask(Input::Create); }
                 Step::Bind => { world.ask(Input::Bind); }
@@ -361,10 +458,22 @@ proptest! {
                 Step::StartFails => world.feed(Input::StartFailed(latest, failure(Kind::VcpuStartFailure))),
                 Step::TearDownFinishes => world.finish_tear_down(),
                 Step::Disconnect => world.feed(Input::Disconnected),
+                Step::Leave => {
+                    let goes_on = world.machine.is_some() && !world.tearing_down && !world.lifecycle.leaving;
+                    world.feed(Input::Left);
+                    prop_assert!(!goes_on || !world.tearing_down, "a guest is torn down with its manager");
+                }
+                Step::Attend => world.feed(Input::Attended),
+                Step::Linger => if let Some(absence) = world.lingering {
+                    world.feed(Input::Lingered(absence));
+                },
             }
             if world.exited {
                 break;
             }
+            // Without a guest and a manager it waits for its end.
+            let idle = matches!(world.lifecycle.state, State::Idle);
+            prop_assert!(world.lifecycle.attended || !idle || world.lingering == Some(world.lifecycle.absences));
         }
         if !world.exited {
             let stop = world.ask(Input::Stop);

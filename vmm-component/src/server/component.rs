@@ -1,27 +1,23 @@
 //! The component's bootstrap capability: decodes requests, asks the controller in the order in which they arrive, and answers.
 
-use std::{os::fd::OwnedFd, rc::Rc};
+use std::rc::Rc;
 
 use capnp::capability::Rc as ServerRc;
-use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use sepal_schema::{
-    config::{
-        GuestConfig, Handles,
-        device::{MAX_CONSOLE_PORTS, WatchdogAction},
-    },
+    config::{GuestConfig, device::WatchdogAction},
     error::{Error, write_completion},
-    file_capnp::fd_ref,
-    guest_capnp::event_sink,
-    info::{GuestDescriptor, LayerInfo, write_layers},
-    lifecycle_capnp::{backends, component, guest_lifecycle, host_setup},
+    info::{GuestDescriptor, write_layers},
+    lifecycle_capnp::{component, guest_lifecycle},
     transport::{FdTable, guard},
 };
 
 use super::{
-    controller::{Controller, Creation},
+    controller::{Attached, Controller, Creation},
     devices::{Requests, descriptor},
     guest,
-    state::Lent,
+    host_setup::{self, Host},
+    state::Nature,
+    successors::Visit,
     vm::VmSpec,
 };
 use crate::machine::unassisted_cmdline;
@@ -29,28 +25,24 @@ use crate::machine::unassisted_cmdline;
 /// Names of the devices that every machine has.
 const DEVICES: [&str; 4] = ["serial", "rtc", "i8042", "power-button"];
 
-/// Serves `Component`. Dropping it (the connection has closed, or the last holder has let go) ends everything.
-pub struct ComponentServer {
+/// Serves `Component` to one manager. Dropping it (the connection has closed, or the last holder has let go) is that manager's leaving.
+pub(super) struct ComponentServer {
     controller: Rc<Controller>,
     fds: FdTable,
-    layers: Vec<LayerInfo>,
+    visit: Visit,
 }
 
 impl ComponentServer {
     /// A server for one connection, whose descriptors arrive by `fds`.
-    pub fn client(controller: Rc<Controller>, fds: FdTable, layers: Vec<LayerInfo>) -> component::Client {
-        guard::new_client(Self {
-            controller,
-            fds,
-            layers,
-        })
+    pub(super) fn client(controller: Rc<Controller>, fds: FdTable, visit: Visit) -> component::Client {
+        guard::new_client(Self { controller, fds, visit })
     }
 
     fn decode(&self, params: &guest_lifecycle::CreateParams) -> Result<Creation, Error> {
         let params = params.get()?;
         // Both first: whichever is refused, the descriptors of the other must not stay behind.
         let config = GuestConfig::decode(params.get_config()?, &self.fds);
-        let host = self.host(params.get_host()?);
+        let host = Host::read(params.get_host()?, &self.fds);
         let (mut config, host) = (config?, host?);
         if config.protected_vm {
             let message = "the guest's memory cannot be hidden from the host (field protectedVm)";
@@ -90,102 +82,24 @@ impl ComponentServer {
                 serial: host.serial,
                 devices,
             },
-            descriptor,
-            host: Lent {
-                events: host.events,
-                backends: host.backends,
-                fds: self.fds.clone(),
+            nature: Nature {
+                descriptor,
                 watchdog: match config.watchdog {
                     Some(WatchdogAction::Reset) => "reset",
                     Some(WatchdogAction::Stop) => "stop",
                     Some(WatchdogAction::None) | None => "none",
                 },
+                durable: host.successors.is_some(),
             },
+            host: host.lent,
+            successors: host.successors,
         })
     }
-
-    fn host(&self, from: host_setup::Reader<'_>) -> Result<Host, Error> {
-        use host_setup::serial::Which;
-        let ports = from.get_consoles()?;
-        if ports.len() > MAX_CONSOLE_PORTS.into() {
-            let message = format!(
-                "host.consoles has {} entries; a console has at most {MAX_CONSOLE_PORTS} ports",
-                ports.len()
-            );
-            return Err(Error::bad_config("host.consoles", message));
-        }
-        let take = |fd: fd_ref::Reader<'_>| Handles::take(&self.fds, fd.get_number());
-        let consoles: Vec<_> = ports.iter().map(take).collect();
-        let serial = match from.get_serial().which().map_err(capnp::Error::from)? {
-            Which::None(()) => None,
-            Which::Stream(fd) => {
-                Some(Handles::take(&self.fds, fd?.get_number()).map_err(|error| error.about("host.serial"))?)
-            }
-        };
-        let events = if from.has_events() {
-            Some(from.get_events()?)
-        } else {
-            None
-        };
-        let backends = match from.has_backends() {
-            true => Some(from.get_backends()?),
-            false => None,
-        };
-        let consoles = consoles.into_iter().collect::<Result<_, Error>>();
-        Ok(Host {
-            unassisted: from.get_unassisted(),
-            cpuid: cpuid(from.get_cpuid()?)?,
-            serial,
-            events,
-            consoles: consoles.map_err(|error| error.about("host.consoles"))?,
-            backends,
-        })
-    }
-}
-
-/// Bytes of a `kvm_cpuid_entry2`.
-const CPUID_ENTRY: usize = size_of::<kvm_cpuid_entry2>();
-
-/// What the guest manager says that KVM offers of the processor.
-fn cpuid(bytes: &[u8]) -> Result<Option<Vec<kvm_cpuid_entry2>>, Error> {
-    if bytes.is_empty() {
-        return Ok(None);
-    }
-    if !bytes.len().is_multiple_of(CPUID_ENTRY) || bytes.len() > KVM_MAX_CPUID_ENTRIES * CPUID_ENTRY {
-        let message = format!("host.cpuid has {} bytes, which is no table of KVM's", bytes.len());
-        return Err(Error::bad_config("host.cpuid", message));
-    }
-    let entry = |bytes: &[u8]| {
-        let mut words = bytes
-            .chunks_exact(4)
-            .map(|word| u32::from_ne_bytes(word.try_into().unwrap_or_default()));
-        let mut next = || words.next().unwrap_or_default();
-        kvm_cpuid_entry2 {
-            function: next(),
-            index: next(),
-            flags: next(),
-            eax: next(),
-            ebx: next(),
-            ecx: next(),
-            edx: next(),
-            ..Default::default()
-        }
-    };
-    Ok(Some(bytes.chunks_exact(CPUID_ENTRY).map(entry).collect()))
-}
-
-struct Host {
-    unassisted: bool,
-    cpuid: Option<Vec<kvm_cpuid_entry2>>,
-    serial: Option<OwnedFd>,
-    events: Option<event_sink::Client>,
-    consoles: Vec<OwnedFd>,
-    backends: Option<backends::Client>,
 }
 
 impl Drop for ComponentServer {
     fn drop(&mut self) {
-        self.controller.disconnected();
+        self.controller.left(self.visit);
     }
 }
 
@@ -252,35 +166,57 @@ impl component::Server for ComponentServer {
         _: component::LayersParams,
         mut results: component::LayersResults,
     ) -> Result<(), capnp::Error> {
-        let layers = results.get().init_layers(self.layers.len() as u32);
-        write_layers(&self.layers, layers);
+        let known = self.controller.layers();
+        let layers = results.get().init_layers(known.len() as u32);
+        write_layers(known, layers);
         Ok(())
     }
-}
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_the_processor_offers_is_a_table_of_kvms_or_nothing() {
-        assert!(cpuid(&[]).unwrap().is_none());
-        let words: Vec<u8> = (1_u32..=20).flat_map(u32::to_ne_bytes).collect();
-        let table = cpuid(&words).unwrap().unwrap();
-        let [first, second] = table[..] else {
-            panic!("{table:?}")
-        };
-        assert_eq!((first.function, first.index, first.flags), (1, 2, 3));
-        assert_eq!((first.eax, first.ebx, first.ecx, first.edx), (4, 5, 6, 7));
-        assert_eq!(second.function, 11);
-        for wrong in [
-            1,
-            CPUID_ENTRY - 1,
-            CPUID_ENTRY + 1,
-            (KVM_MAX_CPUID_ENTRIES + 1) * CPUID_ENTRY,
-        ] {
-            let error = cpuid(&vec![0; wrong]).unwrap_err();
-            assert_eq!(error.about, "host.cpuid");
+    async fn attach(
+        self: ServerRc<Self>,
+        params: component::AttachParams,
+        mut results: component::AttachResults,
+    ) -> Result<(), capnp::Error> {
+        let lent = host_setup::lent_only(params.get()?.get_host()?, &self.fds);
+        match lent.and_then(|lent| self.controller.attach(lent)) {
+            Ok(Attached { guest, status, missed }) => {
+                let info = guest.info();
+                let mut results = results.get();
+                results.set_status(status);
+                results.set_paused(info.paused);
+                results.set_uptime_ns(info.stop.map_or(info.uptime_ns, |report| report.uptime_ns));
+                results.set_missed_events(missed);
+                results.set_guest(guest::client(guest, self.controller.clone(), self.fds.clone()));
+            }
+            Err(error) => error.write(results.get().init_error()),
         }
+        Ok(())
+    }
+
+    fn ended(
+        self: ServerRc<Self>,
+        _: component::EndedParams,
+        mut results: component::EndedResults,
+    ) -> impl Future<Output = Result<(), capnp::Error>> + 'static {
+        let ended = self.controller.ended();
+        async move {
+            ended.await.write(results.get());
+            Ok(())
+        }
+    }
+
+    async fn sent(
+        self: ServerRc<Self>,
+        _: component::SentParams,
+        mut results: component::SentResults,
+    ) -> Result<(), capnp::Error> {
+        let output = self.controller.output();
+        let mut results = results.get();
+        results.set_serial(output.serial.get());
+        let mut consoles = results.init_consoles(output.consoles.len() as u32);
+        for (i, sent) in output.consoles.iter().enumerate() {
+            consoles.set(i as u32, sent.get());
+        }
+        Ok(())
     }
 }

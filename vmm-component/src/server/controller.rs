@@ -4,11 +4,13 @@
 use std::{
     cell::RefCell,
     collections::{HashMap, VecDeque},
-    rc::Rc,
+    os::fd::OwnedFd,
+    rc::{Rc, Weak},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
+    time::Duration,
 };
 
 use futures::{
@@ -19,7 +21,7 @@ use sepal_devices::dispatch::DeviceEvent;
 use sepal_schema::{
     crash::{Registers, write_vcpus},
     error::{Error, Kind},
-    info::GuestDescriptor,
+    info::{GuestStatus, LayerInfo},
     lifecycle_capnp::guest_lifecycle::run_result,
     report::StopReport,
 };
@@ -29,13 +31,18 @@ use sepal_schema::transport::Handle;
 use super::{
     devices::Handles,
     jobs, news, settle,
-    state::{GuestState, Lent},
-    vm::{Builder, LastRegisters, Vm, VmSpec},
+    state::{GuestState, Nature},
+    successors::Attendance,
+    teller::Lent,
+    vm::{Builder, LastRegisters, Output, Vm, VmSpec},
 };
 use crate::{
-    lifecycle::{Effect, Ending, Generation, Input, Lifecycle, Reply, Token},
+    lifecycle::{Absence, Effect, Ending, Generation, Input, Lifecycle, Reply, Token},
     machine::{Happening, MachineEvent, ResetCause},
 };
+
+/// How long a guest that has ended without its manager is remembered for the next one.
+const LINGER: Duration = Duration::from_secs(600);
 
 /// What other threads tell the control loop.
 pub(super) enum News {
@@ -45,13 +52,25 @@ pub(super) enum News {
     TornDown(Generation, LastRegisters),
     /// A machine's thread reports.
     Machine(MachineEvent),
+    /// No successor has come for a while.
+    Lingered(Absence),
 }
 
 /// A create request, decoded.
 pub(super) struct Creation {
     pub(super) spec: VmSpec,
-    pub(super) descriptor: GuestDescriptor,
+    pub(super) nature: Nature,
     pub(super) host: Lent,
+    /// Where managers to come arrive.
+    pub(super) successors: Option<OwnedFd>,
+}
+
+/// What a manager finds that takes a guest over.
+pub(super) struct Attached {
+    pub(super) guest: Rc<GuestState>,
+    pub(super) status: GuestStatus,
+    /// Events that nobody will hear of.
+    pub(super) missed: u64,
 }
 
 /// What came of a run.
@@ -63,6 +82,14 @@ pub(super) struct Ended {
 }
 
 impl Ended {
+    /// Nothing ran.
+    fn without_guest(error: Error) -> Self {
+        Self {
+            report: Err(error),
+            registers: Vec::new(),
+        }
+    }
+
     /// Writes it into an answer.
     pub(super) fn write(&self, mut to: run_result::Builder<'_>) {
         let registers = to
@@ -78,42 +105,57 @@ impl Ended {
 
 /// Owns the lifecycle and the machine. Lives on the control loop.
 pub struct Controller {
-    inner: RefCell<Inner>,
+    pub(super) inner: RefCell<Inner>,
+    pub(super) spawner: Handle,
     builder: Builder,
+    layers: Vec<LayerInfo>,
     news: mpsc::UnboundedSender<News>,
-    spawner: Handle,
+    me: Weak<Self>,
 }
 
 #[derive(Default)]
-struct Inner {
-    lifecycle: Lifecycle,
+pub(super) struct Inner {
+    pub(super) lifecycle: Lifecycle,
     last_token: Token,
     asked: HashMap<Token, oneshot::Sender<Reply>>,
     creations: HashMap<Token, Result<Creation, Error>>,
     /// The machine, from built until it is being torn down.
     vm: Option<Box<dyn Vm>>,
     /// The guest of the latest creation.
-    guest: Option<Rc<GuestState>>,
+    pub(super) guest: Option<Rc<GuestState>>,
+    /// The guest before it that ran to its end, for a manager that was not there then.
+    pub(super) last: Option<Rc<GuestState>>,
+    /// Who the manager is, and who may come after it.
+    pub(super) attendance: Attendance,
     /// Interrupts the build that is under way.
     cancel: Arc<AtomicBool>,
     exit: Option<oneshot::Sender<()>>,
 }
 
+impl Inner {
+    /// The guest, or the one that was there last.
+    fn known(&self) -> Option<&Rc<GuestState>> {
+        self.guest.as_ref().or(self.last.as_ref())
+    }
+}
+
 impl Controller {
-    /// A controller on the loop of `spawner`, whose machines `builder` makes; and what resolves when the process should exit, which follows
-    /// [`disconnected`](Self::disconnected).
-    pub fn new(spawner: &Handle, builder: Builder) -> (Rc<Self>, oneshot::Receiver<()>) {
+    /// A controller on the loop of `spawner`, whose machines `builder` makes; and what resolves when the process should exit, which is when
+    /// the manager that is [served](Self::serve) has gone and nobody can come after it. `layers` are those of the process's jail.
+    pub fn new(spawner: &Handle, layers: Vec<LayerInfo>, builder: Builder) -> (Rc<Self>, oneshot::Receiver<()>) {
         let (news, mut arrivals) = mpsc::unbounded();
         let (exit, exited) = oneshot::channel();
         let inner = Inner {
             exit: Some(exit),
             ..Inner::default()
         };
-        let controller = Rc::new(Self {
+        let controller = Rc::new_cyclic(|me| Self {
             inner: RefCell::new(inner),
-            builder,
-            news,
             spawner: spawner.clone(),
+            builder,
+            layers,
+            news,
+            me: me.clone(),
         });
         // Keeps the controller until everything has ended, also when nobody else does any more.
         let carrier = controller.clone();
@@ -128,9 +170,49 @@ impl Controller {
         (controller, exited)
     }
 
-    /// Nobody is left who could ask for anything: everything ends, then the process should exit.
-    pub fn disconnected(&self) {
-        self.feed(Input::Disconnected);
+    /// The layers of the process's jail.
+    pub(super) fn layers(&self) -> &[LayerInfo] {
+        &self.layers
+    }
+
+    /// The guest that there is, or was, for another manager.
+    ///
+    /// # Errors
+    /// `NOT_CREATED`.
+    pub(super) fn attach(&self, host: Lent) -> Result<Attached, Error> {
+        let (guest, is_stopping) = {
+            let inner = self.inner.borrow();
+            (inner.known().cloned(), inner.lifecycle.is_stopping())
+        };
+        let guest = guest.ok_or_else(|| Error::new(Kind::NotCreated, "there is no guest"))?;
+        let missed = guest.attach(host);
+        let status = match guest.info().status {
+            GuestStatus::Running if is_stopping => GuestStatus::Stopping,
+            status => status,
+        };
+        Ok(Attached { guest, status, missed })
+    }
+
+    /// What the call of run was answered, or will be.
+    pub(super) fn ended(&self) -> impl Future<Output = Ended> + use<> {
+        let none = || Error::new(Kind::NotCreated, "there is no guest");
+        let guest = self.inner.borrow().known().cloned();
+        let ended = guest.ok_or_else(none).and_then(|guest| guest.ended());
+        async move {
+            match ended {
+                Ok(ended) => ended.await.unwrap_or_else(|| Ended::without_guest(lost())),
+                Err(error) => Ended::without_guest(error),
+            }
+        }
+    }
+
+    /// Counts the guest's output.
+    pub(super) fn output(&self) -> Output {
+        self.inner
+            .borrow()
+            .known()
+            .map(|guest| guest.output())
+            .unwrap_or_default()
     }
 
     /// Asks for a machine. `creation` is an error if the request could not even be read; that counts as a create that failed.
@@ -223,7 +305,13 @@ impl Controller {
     fn learn(&self, news: News) {
         match news {
             News::Built(generation, Ok(vm)) => {
-                self.inner.borrow_mut().vm = Some(vm);
+                {
+                    let inner = &mut *self.inner.borrow_mut();
+                    if let Some(guest) = &inner.guest {
+                        guest.counts(vm.output());
+                    }
+                    inner.vm = Some(vm);
+                }
                 self.feed(Input::Built(generation, Ok(())));
             }
             News::Built(generation, Err(error)) => self.feed(Input::Built(generation, Err(error))),
@@ -234,6 +322,7 @@ impl Controller {
                 self.feed(Input::TornDown(generation));
             }
             News::Machine(event) => self.machine_reports(event),
+            News::Lingered(absence) => self.feed(Input::Lingered(absence)),
         }
     }
 
@@ -306,7 +395,7 @@ impl Controller {
     }
 
     /// Feeds the lifecycle, and what its effects lead to, until there is nothing left to do.
-    fn feed(&self, input: Input) {
+    pub(super) fn feed(&self, input: Input) {
         let mut inputs = VecDeque::from([input]);
         while let Some(input) = inputs.pop_front() {
             let effects = self.inner.borrow_mut().lifecycle.handle(input);
@@ -323,10 +412,13 @@ impl Controller {
                 generation, request, ..
             } => {
                 let replaced = inner.vm.take();
+                inner.last = None;
                 let creation = inner.creations.remove(&request).unwrap_or_else(|| Err(lost()));
-                let spec = creation.map(|Creation { spec, descriptor, host }| {
-                    inner.guest = Some(GuestState::new(generation, descriptor, host, self.spawner.clone()));
-                    spec
+                let spec = creation.and_then(|creation| {
+                    inner.attendance.expect(creation.successors, &self.me, &self.spawner)?;
+                    let guest = GuestState::new(generation, creation.nature, creation.host, self.spawner.clone());
+                    inner.guest = Some(guest);
+                    Ok(creation.spec)
                 });
                 inner.cancel = Arc::default();
                 let cancel = inner.cancel.clone();
@@ -340,15 +432,19 @@ impl Controller {
                 );
             }
             Effect::CancelBuild(_) => inner.cancel.store(true, Ordering::SeqCst),
-            Effect::Start(generation) => match inner.vm.as_mut().map_or_else(|| Err(lost()), |vm| vm.start()) {
-                Ok(()) => {
-                    if let Some(guest) = &inner.guest {
-                        guest.started();
-                    }
-                    self.spawner.spawn(settle::after_start(self.spawner.clone()));
+            Effect::Start(generation) => {
+                if let Some(guest) = &inner.guest {
+                    guest.run_called();
                 }
-                Err(error) => return Some(Input::StartFailed(generation, error)),
-            },
+                let started = inner.vm.as_mut().map_or_else(|| Err(lost()), |vm| vm.start());
+                if let Err(error) = started {
+                    return Some(Input::StartFailed(generation, error));
+                }
+                if let Some(guest) = &inner.guest {
+                    guest.started();
+                }
+                self.spawner.spawn(settle::after_start(self.spawner.clone()));
+            }
             Effect::TearDown(generation) => {
                 if let Some(vm) = inner.vm.take() {
                     jobs::tear_down(generation, vm, self.news.clone());
@@ -357,6 +453,7 @@ impl Controller {
             Effect::Gone(generation, ending) => {
                 if let Some(guest) = inner.guest.take_if(|guest| guest.generation() == generation) {
                     guest.gone(&ending);
+                    inner.last = guest.outlives_itself().then_some(guest);
                 }
             }
             Effect::Reply(token, reply) => {
@@ -366,6 +463,13 @@ impl Controller {
                     // Nobody listens any more if the call was dropped.
                     let _ = asker.send(reply);
                 }
+            }
+            Effect::Linger(absence) => {
+                let (news, time) = (self.news.clone(), self.spawner.sleep(LINGER));
+                self.spawner.spawn(async move {
+                    time.await;
+                    let _ = news.unbounded_send(News::Lingered(absence));
+                });
             }
             Effect::Exit => {
                 if let Some(exit) = inner.exit.take() {

@@ -1,9 +1,10 @@
 //! The component's server: the protocol on one side, the lifecycle and the machine on the other.
 //!
 //! ```text
-//!   component.rs   GuestLifecycle: decodes, asks the controller, answers
+//!   successors.rs  who the manager is, and who may come after it
+//!   component.rs   GuestLifecycle: decodes (host_setup.rs), asks the controller, answers
 //!   guest.rs       Guest, for one generation; power.rs, observer.rs, debug.rs: its facets; facets.rs, vsock.rs: those of devices
-//!   state.rs       what is known about it, and who is told
+//!   state.rs       what is known about it; teller.rs, journal.rs: who is told, and what nobody may have heard
 //!        |  requests, in the order in which they arrived
 //!   controller.rs  feeds the lifecycle, carries out its effects on the control loop
 //!        |  build, tear down: a thread each (jobs.rs), so that no request waits behind them
@@ -18,17 +19,20 @@ mod debug;
 pub mod devices;
 mod facets;
 mod guest;
+mod host_setup;
 mod jobs;
+mod journal;
 mod memory_news;
 mod news;
 mod observer;
 mod power;
 mod settle;
 mod state;
+mod successors;
+mod teller;
 #[cfg(test)]
 mod tests;
 pub mod vm;
 mod vsock;
 
-pub use component::ComponentServer;
 pub use controller::Controller;

@@ -9,11 +9,11 @@ use std::{
 };
 
 use futures::channel::oneshot;
+use sepal_devices::vhost_user::VhostUserHandle;
 use sepal_schema::{
     config,
     crash::Registers,
     error::{Error, Kind},
-    guest_capnp::{event, event_sink},
     info::{GuestDescriptor, GuestInfo, GuestStatus, Upkeep},
     lifecycle_capnp::backends,
     news::DeviceNews,
@@ -21,7 +21,15 @@ use sepal_schema::{
     transport::{FdTable, Handle},
 };
 
-use super::{debug, devices::Handles, memory_news::MemoryNews, news::Pacer, vm::LastRegisters};
+use super::{
+    controller::Ended,
+    debug,
+    devices::Handles,
+    memory_news::MemoryNews,
+    news::Pacer,
+    teller::{Lent, Teller},
+    vm::{LastRegisters, Output},
+};
 use crate::{
     lifecycle::{Ending, Generation},
     memory::MIB,
@@ -33,29 +41,28 @@ const PACE: Duration = Duration::from_secs(1);
 /// What is known about one guest. Outlives the machine for as long as somebody holds the guest.
 pub(super) struct GuestState {
     generation: Generation,
-    descriptor: GuestDescriptor,
-    host: Lent,
+    nature: Nature,
+    teller: Rc<Teller>,
     spawner: Handle,
     memory_news: MemoryNews,
     inner: RefCell<Inner>,
 }
 
-/// What the guest manager lends to a guest.
-pub(super) struct Lent {
-    /// Told what happens.
-    pub(super) events: Option<event_sink::Client>,
-    /// Asked for other processes behind vhost-user devices.
-    pub(super) backends: Option<backends::Client>,
-    /// The descriptors that travel with the messages.
-    pub(super) fds: FdTable,
+/// What a guest is from its creation on.
+pub(super) struct Nature {
+    pub(super) descriptor: GuestDescriptor,
     /// What is done when a watchdog expires.
     pub(super) watchdog: &'static str,
+    /// It may outlive its manager.
+    pub(super) durable: bool,
 }
 
 #[derive(Default)]
 struct Inner {
+    run_called: bool,
     started: Option<Instant>,
     paused: bool,
+    output: Output,
     report: Option<StopReport>,
     /// Where its vCPUs were when one of them failed.
     registers: LastRegisters,
@@ -66,15 +73,17 @@ struct Inner {
     pacer: Pacer,
     /// Devices for which another process is awaited.
     reconnecting: HashSet<String>,
+    /// Devices for which none was to be had.
+    bereft: Vec<(String, VhostUserHandle)>,
 }
 
 impl GuestState {
     /// A guest that is being created.
-    pub(super) fn new(generation: Generation, descriptor: GuestDescriptor, host: Lent, spawner: Handle) -> Rc<Self> {
+    pub(super) fn new(generation: Generation, nature: Nature, host: Lent, spawner: Handle) -> Rc<Self> {
         Rc::new(Self {
             generation,
-            descriptor,
-            host,
+            teller: Teller::new(generation, host, nature.durable, spawner.clone()),
+            nature,
             spawner,
             memory_news: MemoryNews::default(),
             inner: RefCell::default(),
@@ -93,7 +102,7 @@ impl GuestState {
 
     /// The memory that it was configured with, in bytes.
     pub(super) fn memory_bytes(&self) -> u64 {
-        self.descriptor.memory_mib.saturating_mul(MIB)
+        self.nature.descriptor.memory_mib.saturating_mul(MIB)
     }
 
     /// When it was asked about its memory.
@@ -109,7 +118,7 @@ impl GuestState {
     /// The vCPUs run.
     pub(super) fn started(&self) {
         self.inner.borrow_mut().started = Some(Instant::now());
-        self.emit(|mut event| event.set_started(()));
+        self.teller.tell(|mut event| event.set_started(()));
     }
 
     /// The last vCPU has left the guest after a pause.
@@ -122,7 +131,7 @@ impl GuestState {
         for waiter in pausing {
             let _ = waiter.send(());
         }
-        self.emit(|mut event| event.set_paused(()));
+        self.teller.tell(|mut event| event.set_paused(()));
     }
 
     /// The vCPUs go on after a pause.
@@ -132,18 +141,18 @@ impl GuestState {
             inner.paused = false;
             inner.pausing.clear();
         }
-        self.emit(|mut event| event.set_resumed(()));
+        self.teller.tell(|mut event| event.set_resumed(()));
     }
 
     /// A device reports: told at once, or kept for a second where it reports too often.
     pub(super) fn device_news(self: &Rc<Self>, mut news: DeviceNews) {
         if let DeviceNews::WatchdogExpired { action } = &mut news {
-            *action = self.host.watchdog.to_owned();
+            *action = self.nature.watchdog.to_owned();
         }
         let Some((topic, news)) = self.inner.borrow_mut().pacer.report(news) else {
             return;
         };
-        self.emit(|event| news.write(event));
+        self.teller.tell(|event| news.write(event));
         let (state, handle) = (Rc::downgrade(self), self.spawner.clone());
         self.spawner.spawn(async move {
             loop {
@@ -152,34 +161,93 @@ impl GuestState {
                 let Some(news) = state.inner.borrow_mut().pacer.due(&topic) else {
                     return;
                 };
-                state.emit(|event| news.write(event));
+                state.teller.tell(|event| news.write(event));
             }
         });
     }
 
     /// The process behind a device is gone: asks the guest manager for another, once at a time.
     pub(super) fn reconnect(self: &Rc<Self>, device: &str, devices: &Handles) {
-        let found = devices.vhost_user.iter().find(|(name, _)| name == device);
-        let (Some(backends), Some((name, handle))) = (&self.host.backends, found) else {
+        if let Some((name, handle)) = devices.vhost_user.iter().find(|(name, _)| name == device) {
+            self.ask_for_backend(name.clone(), handle.clone());
+        }
+    }
+
+    fn ask_for_backend(self: &Rc<Self>, name: String, handle: VhostUserHandle) {
+        let Some((backends, fds)) = self.teller.backends() else {
             return;
         };
         if !self.inner.borrow_mut().reconnecting.insert(name.clone()) {
             return;
         }
         let mut request = backends.reconnect_request();
-        request.get().set_device(name);
-        let (name, handle, fds) = (name.clone(), handle.clone(), self.host.fds.clone());
+        request.get().set_device(&name);
         let state = Rc::downgrade(self);
         self.spawner.spawn(async move {
             let socket = backend(request.send().promise, &fds).await;
-            if let Some(state) = state.upgrade() {
+            let state = state.upgrade();
+            if let Some(state) = &state {
                 state.inner.borrow_mut().reconnecting.remove(&name);
             }
-            match socket {
-                Ok(socket) => handle.reconnect(socket),
-                Err(error) => tracing::warn!("device {name} stays without its process: {error}"),
+            match (socket, state) {
+                (Ok(socket), _) => handle.reconnect(socket),
+                (Err(error), state) => {
+                    tracing::warn!("device {name} stays without its process: {error}");
+                    if let Some(state) = state {
+                        state.inner.borrow_mut().bereft.push((name, handle));
+                    }
+                }
             }
         });
+    }
+
+    /// Another manager takes the place of the one before: it is told what that may not have heard, and asked for what that did not
+    /// give. Returns how many events were not kept.
+    pub(super) fn attach(self: &Rc<Self>, host: Lent) -> u64 {
+        let missed = self.teller.attach(host);
+        let bereft = std::mem::take(&mut self.inner.borrow_mut().bereft);
+        for (name, handle) in bereft {
+            self.ask_for_backend(name, handle);
+        }
+        missed
+    }
+
+    /// Another manager may want to know how it ended.
+    pub(super) fn outlives_itself(&self) -> bool {
+        self.nature.durable && self.inner.borrow().run_called
+    }
+
+    /// The machine was built: its output is counted here.
+    pub(super) fn counts(&self, output: Output) {
+        self.inner.borrow_mut().output = output;
+    }
+
+    /// Bytes of output that have gone to the manager's sockets.
+    pub(super) fn output(&self) -> Output {
+        self.inner.borrow().output.clone()
+    }
+
+    /// `run` was called.
+    pub(super) fn run_called(&self) {
+        self.inner.borrow_mut().run_called = true;
+    }
+
+    /// Waits for what the call of `run` was answered, or will be.
+    ///
+    /// # Errors
+    /// `NOT_CREATED`: it was not called.
+    pub(super) fn ended(self: &Rc<Self>) -> Result<impl Future<Output = Option<Ended>> + use<>, Error> {
+        if !self.inner.borrow().run_called {
+            return Err(Error::new(Kind::NotCreated, "the guest was not started"));
+        }
+        let (state, over) = (self.clone(), self.wait());
+        Ok(async move {
+            let report = over.await?;
+            Some(Ended {
+                report: report.error.clone().map_or(Ok(report), Err),
+                registers: state.registers(),
+            })
+        })
     }
 
     /// One of its vCPUs failed, and they were there.
@@ -210,20 +278,6 @@ impl GuestState {
         }
     }
 
-    fn emit(&self, fill: impl FnOnce(event::Builder<'_>)) {
-        let Some(sink) = &self.host.events else { return };
-        let mut request = sink.event_request();
-        let mut event = request.get().init_event();
-        event.set_time_ns(now_ns());
-        event.set_generation(self.generation);
-        fill(event);
-        let sent = request.send();
-        self.spawner.spawn(async move {
-            // Events are few, and the manager that cannot be reached any more is about to end this process.
-            let _ = sent.await;
-        });
-    }
-
     /// What the component knows of it; the guest manager adds the rest.
     pub(super) fn info(&self) -> GuestInfo {
         let inner = self.inner.borrow();
@@ -237,7 +291,7 @@ impl GuestState {
             },
             generation: self.generation,
             uptime_ns: running.map_or(0, |started| nanoseconds(started.elapsed())),
-            descriptor: Some(self.descriptor.clone()),
+            descriptor: Some(self.nature.descriptor.clone()),
             stop: inner.report.clone(),
             problems: Vec::new(),
             layers: Vec::new(),

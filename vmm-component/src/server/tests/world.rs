@@ -26,7 +26,7 @@ use sepal_schema::{
     info::{LayerInfo, LayerState},
     lifecycle_capnp::{component, guest_lifecycle},
     report::StopReport,
-    transport::{Connection, Limits, Reactor, connect, serve_with},
+    transport::{Connection, Limits, Reactor, connect},
 };
 
 use crate::{
@@ -36,9 +36,9 @@ use crate::{
         VcpuStats,
     },
     server::{
-        ComponentServer, Controller,
+        Controller,
         devices::Handles,
-        vm::{Builder, Events, LastRegisters, ShowAnswer, ShowRegisters, Vm},
+        vm::{Builder, Events, LastRegisters, Output, ShowAnswer, ShowRegisters, Vm},
     },
 };
 
@@ -168,6 +168,9 @@ impl Vm for PretendedVm {
     fn devices(&self) -> Handles {
         Handles::default()
     }
+    fn output(&self) -> Output {
+        Output::default()
+    }
     fn tear_down(self: Box<Self>) -> Result<LastRegisters, String> {
         let held = self.world.hold_tear_down.lock().unwrap().take();
         if let Some(held) = held {
@@ -231,16 +234,13 @@ pub(super) fn bench<F: Future<Output = ()>>(test: impl FnOnce(Bench) -> F) {
     let handle = reactor.handle();
     let world = Arc::<World>::default();
     let (ours, theirs) = UnixStream::pair().unwrap();
-    let (controller, exited) = Controller::new(&handle, world.builder());
     let layers = vec![LayerInfo {
         name: "seccomp".into(),
         state: LayerState::Holds,
         detail: "pretended".into(),
     }];
-    let server = serve_with(&handle, theirs, Limits::default(), |fds| {
-        ComponentServer::client(controller.clone(), fds, layers).client
-    });
-    server.unwrap().detach();
+    let (controller, exited) = Controller::new(&handle, layers, world.builder());
+    controller.serve(theirs).unwrap();
     drop(controller);
     let (component, connection) = connect::<component::Client>(&handle, ours, Limits::default()).unwrap();
     let lifecycle = component.clone().cast_to::<guest_lifecycle::Client>();
