@@ -10,6 +10,7 @@ mod devices;
 mod events;
 mod fake;
 mod fake_devices;
+mod figures;
 mod files;
 mod launch;
 mod lifecycle;

@@ -99,6 +99,7 @@ fn without_a_role_there_are_only_tokens() {
 
         assert_refused(nobody.lookup("web").await, "observe", "none");
         assert_exception(nobody.manager.list_request().send().promise.await, "observe", "none");
+        assert_exception(nobody.manager.stats_request().send().promise.await, "observe", "none");
         assert_exception(
             nobody.manager.subscribe_request().send().promise.await,
             "observe",
