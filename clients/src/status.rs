@@ -101,6 +101,9 @@ fn hint(error: &Error) -> Option<&'static str> {
         Kind::AlreadyRunning if error.about == "name" => {
             Some("`guest stop NAME` ends a guest; `guest launch` without a name chooses a free one")
         }
+        Kind::AlreadyBound if error.about == "name" => {
+            Some("`guest define --replace` puts a definition in the place of the one that there is")
+        }
         Kind::NotRunning => Some("`guest info NAME` tells how it ended, `guest logs NAME` what it printed"),
         _ => None,
     }

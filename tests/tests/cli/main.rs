@@ -7,6 +7,7 @@
 
 mod checked;
 mod configuration;
+mod definitions;
 mod devices;
 mod endings;
 mod far;
@@ -15,6 +16,7 @@ mod looking;
 mod refused;
 mod sharing;
 mod terminal;
+mod top;
 mod watching;
 
 /// What the embedded guest prints when it waits for a command.
