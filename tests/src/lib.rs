@@ -9,6 +9,7 @@
 //!   spawn      programs with captured output; pty: programs on a terminal
 //!   world      a folder, a guest manager, and everything that descends from them
 //!   rpc        the protocol, call by call
+//!   python     programs in another language
 //! ```
 //!
 //! Nothing here sleeps to be right: output and ends of processes are waited for as events, and what the kernel tells nobody (a process of somebody
@@ -25,6 +26,7 @@ pub mod patience;
 pub mod process;
 pub mod programs;
 pub mod pty;
+pub mod python;
 pub mod rpc;
 pub mod spawn;
 pub mod world;

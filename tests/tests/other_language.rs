@@ -9,57 +9,15 @@
 )]
 
 use std::{
-    env, fs,
+    fs,
     path::{Path, PathBuf},
     process::Command,
 };
 
-use rustix::fs::FlockOperation;
 use sepal_tests::{World, kvm_missing};
 
 /// The version that the client is written for; it brings its own Cap'n Proto.
 const PYCAPNP: &str = "2.2.4";
-
-/// The interpreter of an environment with pycapnp, which is made the first time.
-fn python() -> PathBuf {
-    let home = || PathBuf::from(env::var_os("HOME").expect("HOME")).join(".cache");
-    let cache = env::var_os("XDG_CACHE_HOME")
-        .map_or_else(home, PathBuf::from)
-        .join("sepal");
-    fs::create_dir_all(&cache).unwrap();
-    let lock = fs::File::create(cache.join("pycapnp.lock")).unwrap();
-    rustix::fs::flock(&lock, FlockOperation::LockExclusive).unwrap();
-    let folder = cache.join(format!("pycapnp-{PYCAPNP}"));
-    let complete = folder.join("complete");
-    if !complete.exists() {
-        let _ = fs::remove_dir_all(&folder);
-        must(
-            Command::new("python3").args(["-m", "venv"]).arg(&folder),
-            "python3 with its module venv is needed: on Debian, apt-get install python3-venv",
-        );
-        must(
-            Command::new(folder.join("bin/python"))
-                .args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"])
-                .arg(format!("pycapnp=={PYCAPNP}")),
-            "pycapnp comes from PyPI, the first time: is there a network?",
-        );
-        fs::write(complete, "").unwrap();
-    }
-    folder.join("bin/python")
-}
-
-/// Runs a command that has to work.
-fn must(command: &mut Command, hint: &str) {
-    let output = command
-        .output()
-        .unwrap_or_else(|error| panic!("{command:?}: {error}; {hint}"));
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(
-        output.status.success(),
-        "{command:?}: {}\n{said}\n{hint}",
-        output.status
-    );
-}
 
 /// Copies the schema files, as somebody would who has only them.
 fn schemas(world: &World) -> PathBuf {
@@ -82,7 +40,7 @@ fn run(scenario: &str) -> Option<Vec<String>> {
     if kvm_missing() {
         return None;
     }
-    let python = python();
+    let python = sepal_tests::python::with("pycapnp", PYCAPNP);
     let world = World::with_manager();
     let mut command = Command::new(python);
     command

@@ -12,6 +12,9 @@ use serde::Serialize;
 
 use crate::figures::{Figures, Stats};
 
+/// How exactly it is known when a component told its figures: by how old they were when they were sent, and when they came.
+const JITTER: Duration = Duration::from_millis(50);
+
 /// What happens a second.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -139,17 +142,15 @@ fn next(before: Option<&Seen>, now: Duration, stats: &Stats) -> (Seen, bool) {
     let counters = Counters::of(stats);
     let told = |rates| Seen { at, counters, rates };
     let Some(before) = before else {
-        return (told(None), !age.is_zero());
+        return (told(None), false);
     };
+    let time = at.saturating_sub(before.at);
     // The uptime is the manager's, and goes on while a component tells nothing.
     let same = (before.counters.cpu_seconds, before.counters.counts) == (counters.cpu_seconds, counters.counts);
-    if same && !age.is_zero() {
+    if same && time < JITTER {
         return (*before, true);
     }
-    let rates = at
-        .checked_sub(before.at)
-        .and_then(|time| counters.since(&before.counters, time));
-    (told(rates), !age.is_zero())
+    (told(counters.since(&before.counters, time)), false)
 }
 
 fn unknown(name: &str) -> Row {
@@ -251,7 +252,7 @@ mod tests {
         let row = between(stats(1.0, [0; 5], 5.0, 0.0), stats(1.25, [0, 0, 0, 0, 50], 6.0, 0.5));
         let rates = row.per_second.unwrap();
         assert_eq!((rates.cpu_percent, rates.exits), (50.0, 100.0));
-        assert!(row.stale);
+        assert!(!row.stale, "it told something since");
     }
 
     #[test]
@@ -273,6 +274,9 @@ mod tests {
         let row = between(stats(1.0, [7; 5], 1.0, 0.0), stats(1.0, [7; 5], 2.0, 0.0));
         assert_eq!(row.per_second, Some(Rates::default()));
         assert!(!row.stale);
+        // Its answer to the first question came after that was over, and was told when the second was put.
+        let row = between(stats(1.0, [7; 5], 1.0, 1.0), stats(1.0, [7; 5], 2.0, 0.9));
+        assert_eq!((row.per_second, row.stale), (Some(Rates::default()), false));
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::process::Command;
 
 use sepal_tests::World;
 
-const COMMANDS: [&str; 36] = [
+const COMMANDS: [&str; 38] = [
     "launch",
     "list",
     "info",
@@ -28,6 +28,8 @@ const COMMANDS: [&str; 36] = [
     "cp",
     "events",
     "stats",
+    "top",
+    "metrics",
     "registers",
     "balloon",
     "mem",

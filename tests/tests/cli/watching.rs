@@ -91,7 +91,17 @@ fn figures_and_registers() {
     let mut guest = world.start(&["launch", "bee", "--cpus=2", &disk, "--balloon"]);
     guest.stdout.expect(PROMPT);
     let text = world.guest(&["stats", "bee"]).expect_code(0).out();
-    for words in ["VCPU", "EXITS", "DISK", "disk0", "balloon", "serial output lost"] {
+    for words in [
+        "VCPU",
+        "EXITS",
+        "REASON",
+        "DISK",
+        "disk0",
+        "balloon",
+        "uptime",
+        "resident",
+        "serial output lost",
+    ] {
         assert!(text.contains(words), "{words} in {text}");
     }
     let json = world.guest(&["stats", "bee", "--json"]).expect_code(0).out();
@@ -99,6 +109,16 @@ fn figures_and_registers() {
     assert_eq!(stats["vcpus"].as_array().unwrap().len(), 2, "{stats}");
     assert!(
         stats["vcpus"][0]["exits"].as_u64().unwrap() > 0 && stats["ageSeconds"].is_number(),
+        "{stats}"
+    );
+    let reasons = stats["vcpus"][0]["reasons"].as_object().unwrap();
+    let sum: u64 = reasons.values().map(|count| count.as_u64().unwrap()).sum();
+    assert_eq!(sum, stats["vcpus"][0]["exits"].as_u64().unwrap(), "{stats}");
+    assert!(stats["uptimeSeconds"].as_f64().unwrap() > 0.0, "{stats}");
+    let memory = |key: &str| stats["memory"][key].as_u64().unwrap();
+    assert_eq!(memory("guestBytes"), 256 << 20, "{stats}");
+    assert!(
+        memory("residentBytes") > memory("sharedBytes") && memory("sharedBytes") > 1 << 20,
         "{stats}"
     );
 
