@@ -21,6 +21,7 @@ mod calls;
 mod configuration;
 mod control;
 mod cpu;
+mod crashes;
 mod define;
 mod devices;
 mod doctor;

@@ -18,6 +18,7 @@ use serde::Serialize;
 use crate::{
     args::{Info, Json, Logs},
     calls,
+    crashes::{self, Crash},
     manager::Manager,
     place::Place,
     recreate, status, table,
@@ -49,6 +50,14 @@ struct Guest<'a> {
     restarts: u32,
     failures: u32,
     lease_ends_seconds: Option<f64>,
+}
+
+/// All about one guest as JSON.
+#[derive(Serialize)]
+struct Whole<'a> {
+    #[serde(flatten)]
+    guest: Guest<'a>,
+    crashes: Vec<Crash<'a>>,
 }
 
 /// A layer of the jail as JSON.
@@ -184,8 +193,12 @@ pub(crate) async fn info(handle: &Handle, place: &Place, args: &Info) -> Result<
 /// Shows what an observer sees.
 pub(crate) async fn info_of(observer: &observer::Client, json: bool) -> Result<u8> {
     let info = calls::info(observer).await?;
+    let crashes = crashes::of(observer).await?;
     if json {
-        print_json(&Guest::from(&info))?;
+        print_json(&Whole {
+            guest: Guest::from(&info),
+            crashes: crashes.iter().map(Crash::from).collect(),
+        })?;
         return Ok(status::SUCCESS);
     }
     let mut facts = vec![("name", info.name.clone()), ("status", condition(&info))];
@@ -234,6 +247,7 @@ pub(crate) async fn info_of(observer: &observer::Client, json: bool) -> Result<u
     for problem in &info.problems {
         text.push_str(&format!("problem: {problem}\n"));
     }
+    text.push_str(&crashes::show(&crashes));
     print(text.as_bytes())?;
     Ok(status::SUCCESS)
 }
@@ -342,8 +356,10 @@ fn upkeep(info: &GuestInfo) -> Vec<(&'static str, String)> {
         facts.push(("lease", format!("stops in {left} unless it is redeemed")));
     }
     if upkeep.restarts != 0 || upkeep.failures != 0 {
-        let counts = format!("{}, with {} failures in a row", upkeep.restarts, upkeep.failures);
-        facts.push(("restarts", counts));
+        facts.push((
+            "restarts",
+            format!("{}, with {} in a row", upkeep.restarts, failures(info)),
+        ));
     }
     facts
 }
@@ -369,8 +385,18 @@ fn kept_in_words(info: &GuestInfo) -> &'static str {
 fn condition(info: &GuestInfo) -> String {
     match (&info.stop, info.status) {
         (_, GuestStatus::Starting | GuestStatus::Running) if info.paused => "paused".into(),
+        (_, GuestStatus::CrashLoop) => format!("crash-loop ({})", failures(info)),
+        (Some(_), GuestStatus::Starting) if info.upkeep.failures != 0 => format!("starting (after {})", failures(info)),
         (Some(stop), GuestStatus::Stopped) => format!("stopped ({})", reason_name(stop.reason)),
         (_, status) => status_name(status).into(),
+    }
+}
+
+/// How many runs in a row have failed, in words.
+fn failures(info: &GuestInfo) -> String {
+    match info.upkeep.failures {
+        1 => "1 failure".to_owned(),
+        failures => format!("{failures} failures"),
     }
 }
 
