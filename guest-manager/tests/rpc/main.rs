@@ -6,6 +6,7 @@ mod access;
 mod audit;
 mod check;
 mod cpu;
+mod definitions;
 mod devices;
 mod events;
 mod fake;
