@@ -17,8 +17,7 @@ use serde::Serialize;
 
 use crate::{
     args::{Info, Json, Logs},
-    calls,
-    crashes::{self, Crash},
+    calls, define,
     manager::Manager,
     place::Place,
     recreate, status, table,
@@ -183,25 +182,33 @@ pub(crate) async fn list(handle: &Handle, place: &Place, args: &Json) -> Result<
 /// Shows one guest.
 pub(crate) async fn info(handle: &Handle, place: &Place, args: &Info) -> Result<u8> {
     let manager = Manager::running(handle, place)?;
-    let guest = calls::lookup(&manager.client, &args.name).await?;
-    match args.toml {
-        true => recreate::print(&calls::observer(&guest), !place.is_here()).await,
-        false => info_of(&calls::observer(&guest), args.json).await,
+    match (calls::lookup(&manager.client, &args.name).await, args.toml) {
+        (Ok(guest), true) => recreate::print(&calls::observer(&guest), !place.is_here()).await,
+        (Ok(guest), false) => info_of(&calls::observer(&guest), args.json).await,
+        (Err(error), toml) => {
+            // One that only is defined has nobody who observes it.
+            let all = calls::browse(&manager.client).await?;
+            match (all.iter().find(|info| info.name == args.name), toml) {
+                (None, _) => Err(error),
+                (Some(_), true) => define::definition(handle, place, &args.name).await,
+                (Some(info), false) => tell(info, args.json),
+            }
+        }
     }
 }
 
 /// Shows what an observer sees.
 pub(crate) async fn info_of(observer: &observer::Client, json: bool) -> Result<u8> {
-    let info = calls::info(observer).await?;
-    let crashes = crashes::of(observer).await?;
+    tell(&calls::info(observer).await?, json)
+}
+
+/// Shows what there is to know about a guest.
+fn tell(info: &GuestInfo, json: bool) -> Result<u8> {
     if json {
-        print_json(&Whole {
-            guest: Guest::from(&info),
-            crashes: crashes.iter().map(Crash::from).collect(),
-        })?;
+        print_json(&Guest::from(info))?;
         return Ok(status::SUCCESS);
     }
-    let mut facts = vec![("name", info.name.clone()), ("status", condition(&info))];
+    let mut facts = vec![("name", info.name.clone()), ("status", condition(info))];
     if let Some(descriptor) = &info.descriptor {
         facts.push(("vCPUs", descriptor.cpus.to_string()));
         facts.push(("memory", format!("{} MiB", descriptor.memory_mib)));
@@ -222,16 +229,12 @@ pub(crate) async fn info_of(observer: &observer::Client, json: bool) -> Result<u
     if info.component_pid != 0 {
         facts.push(("component", format!("process {}", info.component_pid)));
     }
-    facts.push((
-        "owner",
-        if info.detached {
-            "none (detached)"
-        } else {
-            "the client that launched it"
-        }
-        .into(),
-    ));
-    facts.extend(upkeep(&info));
+    match (info.status, info.detached) {
+        (GuestStatus::NotStarted, _) => {}
+        (_, true) => facts.push(("owner", "none (detached)".into())),
+        (_, false) => facts.push(("owner", "the client that launched it".into())),
+    }
+    facts.extend(upkeep(info));
     let mut text = table::facts(&facts);
     if !info.layers.is_empty() {
         let rows = info.layers.iter().map(|layer| {

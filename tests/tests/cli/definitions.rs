@@ -47,6 +47,15 @@ fn a_definition_is_kept_shown_changed_and_forgotten() {
     let row: Vec<&str> = list.lines().nth(1).unwrap().split_whitespace().collect();
     assert_eq!((row[0], row.last()), ("bee", Some(&"yes")), "{list}");
 
+    let info = json(&world, &["info", "bee"]);
+    assert_eq!(
+        (&info["uuid"], &info["componentPid"]),
+        (&UUID.into(), &Value::Null),
+        "{info}"
+    );
+    assert!(world.guest(&["info", "bee"]).expect_code(0).out().contains("defined"));
+    let toml = world.guest(&["info", "bee", "--toml"]).expect_code(0).out();
+
     // What is printed defines the same, also under another name.
     let printed = world.guest(&["definition", "bee"]).expect_code(0).out();
     let image = world.folder().join("root.img");
@@ -55,6 +64,7 @@ fn a_definition_is_kept_shown_changed_and_forgotten() {
         "{printed}"
     );
     assert!(printed.contains(UUID), "{printed}");
+    assert_eq!(printed, toml);
     let copy = write(&world, &printed);
     let again = world.guest(&["define", "-f", &copy]).expect_code(1);
     says(&again, &["ALREADY_BOUND", "bee.toml:", "--replace"]);
