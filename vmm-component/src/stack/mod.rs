@@ -8,9 +8,10 @@
 //!        each word of the stack from there on: does it look like a return address? --> a frame that can not
 //! ```
 //!
-//! What looks like one: it points into a page that can be executed at the privilege that the vCPU is at, and right behind an instruction that calls. Or it
-//! is where an interrupt left off, as the processor pushes that (Intel SDM volume 3, "64-Bit Mode Stack Frame"); the search goes on at the stack pointer
-//! that was pushed with it.
+//! What looks like one: it points into a page that can be executed, and that programs can get at if they can get at the page where the vCPU is, and right
+//! behind an instruction that calls. Or it is where an interrupt left off, as the processor pushes that (Intel SDM volume 3, "64-Bit Mode Stack Frame");
+//! the search goes on at the stack pointer that was pushed with it. Where a stack ends, it goes on with the one that the kernel left for it, as Linux
+//! notes that in the last word of its stacks for interrupts.
 //!
 //! Kernels are compiled without frame pointers as a rule. Then the search finds all calls that have not returned, and some that have: what they left on
 //! the stack has not been written over. The stack of a kernel is taken to end where those of Linux on x86-64 do, at a multiple of 16 KiB.
@@ -102,7 +103,7 @@ impl Start {
 pub(crate) trait View {
     /// Fills `to` from `address` on; false if any of it is not there.
     fn read(&self, address: u64, to: &mut [u8]) -> bool;
-    /// Whether instructions can be fetched from there: at CPL 3 if `user`, else by the kernel from what is its own.
+    /// Whether instructions can be fetched from there: from a page that programs can get at if `user`, else from one that they cannot.
     fn is_text(&self, address: u64, user: bool) -> bool;
 }
 
@@ -123,6 +124,8 @@ pub(crate) fn unwind(view: &impl View, start: &Start, most: usize) -> Stack {
         view,
         start,
         word: start.word.unwrap_or(8),
+        // Small kernels make no difference between what is theirs and what is not.
+        user_text: start.user || (view.is_text(start.instruction, true) && !view.is_text(start.instruction, false)),
         most: most.min(MOST_FRAMES),
         frames: Vec::new(),
     };
@@ -140,6 +143,8 @@ struct Unwinder<'a, V> {
     view: &'a V,
     start: &'a Start,
     word: u64,
+    /// Whether programs can get at the text.
+    user_text: bool,
     most: usize,
     frames: Vec<Frame>,
 }
@@ -266,7 +271,7 @@ impl<V: View> Unwinder<'_, V> {
             return false;
         };
         // Most words are no addresses of text at all.
-        if !self.view.is_text(address, self.start.user) {
+        if !self.view.is_text(address, self.user_text) {
             return false;
         }
         let mut before = [0; LONGEST_CALL];
@@ -275,7 +280,7 @@ impl<V: View> Unwinder<'_, V> {
 
     /// The stack pointer that an interrupt left, if `address`, which is at `at`, is where it left off at the same privilege.
     fn interrupted(&self, at: u64, address: u64) -> Option<u64> {
-        if self.word != 8 || self.start.user || !self.view.is_text(address, false) {
+        if self.word != 8 || self.start.user || !self.view.is_text(address, self.user_text) {
             return None;
         }
         let pushed = |n: u64| self.read(at.checked_add(8 * n)?);

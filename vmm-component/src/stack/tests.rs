@@ -195,7 +195,13 @@ fn programs_have_their_own_text() {
     assert_eq!(unwind(&fake, &user, 64).frames.len(), 1);
     fake.user = true;
     assert_eq!(unwind(&fake, &user, 64).frames.len(), 2);
-    assert_eq!(unwind(&fake, &start(0), 64).frames.len(), 1);
+    // A kernel that lets programs get at its text.
+    assert_eq!(unwind(&fake, &start(0), 64).frames.len(), 2);
+    let elsewhere = Start {
+        instruction: STACK,
+        ..start(0)
+    };
+    assert_eq!(unwind(&fake, &elsewhere, 64).frames.len(), 1);
 }
 
 #[test]
@@ -283,6 +289,9 @@ fn word() -> impl Strategy<Value = u64> {
 }
 
 proptest! {
+    // Each looks at some thousands of words.
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
     #[test]
     fn whatever_is_on_the_stack_it_ends_soon(
         words in proptest::collection::vec(word(), 1..600),
@@ -308,7 +317,7 @@ proptest! {
         // A word, and what may be around it, for each place that is looked at.
         prop_assert!(fake.reads.get() <= 10 * (MOST_STACKS * 2048 * 8 + MOST_FRAMES));
         for frame in stack.frames.iter().skip(1) {
-            prop_assert!(fake.is_text(frame.address, user));
+            prop_assert!(fake.is_text(frame.address, fake.user));
             let (mut there, word) = ([0; 8], if narrow { 4 } else { 8 });
             let read = fake.read(frame.stack_pointer, &mut there[..word]);
             prop_assert!(read);
