@@ -54,7 +54,8 @@ struct DurableGuest {
   agentReady @19 :Bool;
   # The agent in it has said that it is there.
   held @20 :Bool;
-  # It waits, paused, before its first instruction.
+  # It waits before its first instruction.
+  paused @21 :Bool;
 
   enum Phase {
     creating @0;
