@@ -13,16 +13,7 @@ const GROUPS: [(&str, &[&str]); 8] = [
     ("Talk to a guest", &["attach", "console", "logs", "vsock", "exec", "cp"]),
     (
         "Look into a guest",
-        &[
-            "events",
-            "stats",
-            "top",
-            "metrics",
-            "cpu",
-            "registers",
-            "stack",
-            "peek",
-        ],
+        &["events", "stats", "top", "metrics", "cpu", "registers", "stack", "peek"],
     ),
     ("Devices", &["pin", "balloon", "mem", "disk", "net"]),
     ("Host", &["doctor", "pressure"]),

@@ -17,7 +17,6 @@ mod refused;
 mod sharing;
 mod terminal;
 mod top;
-mod top;
 mod watching;
 
 /// What the embedded guest prints when it waits for a command.
