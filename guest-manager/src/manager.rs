@@ -125,6 +125,7 @@ impl Manager {
         }
         Ok(Rc::new(Self {
             handle,
+            pressure: Pressure::restored(&definitions),
             definitions,
             registry: RefCell::new(registry),
             audit: settings.audit.clone(),
@@ -134,7 +135,6 @@ impl Manager {
             images: files::Images::default(),
             cids: Cids::default(),
             capacity: Capacity::default(),
-            pressure: Pressure::default(),
             node: Node::default(),
             tasks: limits::Tasks::find(),
             default_kernel,

@@ -24,7 +24,7 @@ use self::{
     policy::{Calm, Policy},
     psi::{Notices, Trigger},
 };
-use crate::{facets, guest::Guest, manager::Manager};
+use crate::{definitions::Definitions, facets, guest::Guest, manager::Manager};
 
 /// Bytes of a balloon's page (virtio 1.2, section 5.5.6).
 const PAGE: u64 = 4096;
@@ -93,6 +93,13 @@ impl Default for Pressure {
 }
 
 impl Pressure {
+    /// With the policy that an earlier manager kept.
+    pub(crate) fn restored(definitions: &Definitions) -> Self {
+        let pressure = Self::default();
+        pressure.policy.set(server::kept(definitions));
+        pressure
+    }
+
     fn now(&self) -> Duration {
         self.since.elapsed()
     }

@@ -5,10 +5,11 @@ use std::rc::Rc;
 use sepal_schema::{
     error::{Error, Kind},
     node_capnp::pressure_state,
+    store_capnp::stored_settings,
 };
 
 use super::{policy::Policy, psi::Trigger};
-use crate::manager::Manager;
+use crate::{definitions::Definitions, manager::Manager};
 
 /// Answers `pressure`.
 ///
@@ -40,6 +41,35 @@ pub(crate) async fn answer(manager: &Rc<Manager>, mut to: pressure_state::Builde
 /// # Errors
 /// As [`Policy::read`], or that it cannot be kept.
 pub(crate) async fn change(manager: &Rc<Manager>, policy: Policy) -> Result<(), Error> {
+    if let Ok(store) = manager.definitions.store() {
+        let write = |mut settings: stored_settings::Builder<'_>| {
+            policy.write(settings.reborrow().init_pressure());
+            Ok(())
+        };
+        store.set_settings(write).await?;
+    }
     super::set_policy(manager, policy);
     Ok(())
+}
+
+/// The policy that was set last, as far as the manager keeps it; the default one where none was set, or it cannot be read.
+pub(super) fn kept(definitions: &Definitions) -> Policy {
+    let Ok(store) = definitions.store() else {
+        return Policy::default();
+    };
+    let kept = store.settings(|settings| {
+        let kept = settings.has_pressure().then(|| settings.get_pressure()).transpose()?;
+        Ok(kept.map(Policy::read))
+    });
+    match kept {
+        Ok(None) => Policy::default(),
+        Ok(Some(Ok(policy))) => policy,
+        Ok(Some(Err(error))) => not_fit(&error),
+        Err(error) => not_fit(&error),
+    }
+}
+
+fn not_fit(error: &dyn std::fmt::Display) -> Policy {
+    tracing::warn!("the policy for memory pressure that was kept cannot be used, the default is: {error}");
+    Policy::default()
 }

@@ -13,6 +13,7 @@ mod fake;
 mod fake_devices;
 mod figures;
 mod files;
+mod host;
 mod launch;
 mod lifecycle;
 mod pool;
