@@ -52,6 +52,15 @@ pub(crate) async fn connect(
     Ok(Rc::new(paths))
 }
 
+/// Where the back ends are that `config` names by path; nobody is connected to.
+pub(crate) fn paths(config: &mut GuestConfig) -> Paths {
+    let path = |(device, _, backend): (String, String, &mut Backend)| match backend {
+        Backend::Path(path) => Some((device, path.clone())),
+        Backend::Socket(_) => None,
+    };
+    Rc::new(all(config).filter_map(path).collect())
+}
+
 /// Every back end of a configuration: its device's name, its field, and itself.
 fn all(config: &mut GuestConfig) -> impl Iterator<Item = (String, String, &mut Backend)> {
     let shares = config.shares.iter_mut().enumerate();

@@ -4,7 +4,7 @@
 
 use std::{
     cell::{Cell, RefCell},
-    collections::VecDeque,
+    collections::{BTreeMap, VecDeque},
     fmt, io,
     os::{fd::OwnedFd, unix::net::UnixStream},
     rc::Rc,
@@ -68,6 +68,29 @@ pub struct Started {
     pub kill: Box<dyn Fn()>,
     /// Resolves when the process is gone and reaped.
     pub exit: LocalBoxFuture<'static, Exit>,
+    /// Where what belongs to it can be kept for the next manager; none: nowhere.
+    pub custody: Option<Rc<dyn Custody>>,
+}
+
+/// Where the keeper holds what belongs to a component, so that the next manager can take it over.
+pub trait Custody {
+    /// Holds descriptors under a label, at most 64 of them, in place of those that it held under it before.
+    ///
+    /// # Errors
+    /// There is no keeper any more.
+    fn keep(&self, label: &str, fds: Vec<OwnedFd>) -> Result<(), Error>;
+
+    /// From now on the component outlives this manager, and what is held outlives the component.
+    ///
+    /// # Errors
+    /// As [`Custody::keep`].
+    fn set_durable(&self) -> Result<(), Error>;
+
+    /// Nothing is held any more, and the component ends with this manager at the latest.
+    fn release(&self);
+
+    /// Resolves when all that was said has been sent: from then on it counts, whatever becomes of this process.
+    fn sent(&self) -> LocalBoxFuture<'static, ()>;
 }
 
 /// Starts components.
@@ -89,6 +112,23 @@ pub trait ComponentStarter {
     /// # Errors
     /// What [`ComponentStarter::start`] would fail with.
     fn check(&self, request: &StartRequest) -> Result<(), Error>;
+
+    /// Whether what it starts can outlive this manager.
+    ///
+    /// # Errors
+    /// Why not.
+    fn outlived(&self) -> Result<(), Error> {
+        let message = "nothing that this manager starts can go on without it";
+        Err(Error::not_supported("durable", message))
+    }
+
+    /// Has this kept for the next manager, beside no component, and says how that one comes.
+    ///
+    /// # Errors
+    /// As [`ComponentStarter::outlived`], or the keeper is gone.
+    fn keep_for_successor(&self, _: BTreeMap<String, OwnedFd>) -> Result<(), Error> {
+        self.outlived()
+    }
 }
 
 /// How a process ended.
@@ -152,7 +192,7 @@ fn signal_name(signal: i32) -> Option<&'static str> {
     })
 }
 
-/// A component. Dropping it kills it.
+/// A component. Dropping it kills it, unless it is left to the next manager.
 pub struct Component {
     /// Its process id on the host.
     pub pid: u32,
@@ -161,6 +201,9 @@ pub struct Component {
     started_with: RefCell<StartRequest>,
     kill: Box<dyn Fn()>,
     killed: Cell<bool>,
+    /// It goes on when this is dropped.
+    left: Cell<bool>,
+    custody: Option<Rc<dyn Custody>>,
     exit: Changed<Option<Exit>>,
     stderr: Option<Rc<Stderr>>,
     _reader: Option<Task>,
@@ -178,6 +221,7 @@ impl Component {
             stderr,
             kill,
             exit,
+            custody,
         } = started;
         let (client, connection) = sepal_schema::transport::connect(handle, socket, Limits::default())?;
         let stderr = match stderr {
@@ -198,6 +242,8 @@ impl Component {
             started_with: RefCell::new(request),
             kill,
             killed: Cell::new(false),
+            left: Cell::new(false),
+            custody,
             exit: Changed::default(),
             stderr,
             _reader: reader,
@@ -257,6 +303,25 @@ impl Component {
         (self.kill)();
     }
 
+    /// Where what belongs to it can be kept for the next manager.
+    pub(crate) fn custody(&self) -> Option<&Rc<dyn Custody>> {
+        self.custody.as_ref()
+    }
+
+    /// Another descriptor of the reading end of its standard error.
+    ///
+    /// # Errors
+    /// There are no descriptors left.
+    pub(crate) fn words(&self) -> io::Result<Option<OwnedFd>> {
+        let copy = |stderr: &Rc<Stderr>| stderr.pipe.get_ref().try_clone();
+        self.stderr.as_ref().map(copy).transpose()
+    }
+
+    /// From now on dropping it does not end it.
+    pub(crate) fn leave(&self) {
+        self.left.set(true);
+    }
+
     /// Whether [`Component::kill`] was called.
     pub fn killed(&self) -> bool {
         self.killed.get()
@@ -292,7 +357,7 @@ impl Component {
 
 impl Drop for Component {
     fn drop(&mut self) {
-        if self.exit().is_none() {
+        if self.exit().is_none() && !self.left.get() {
             (self.kill)();
         }
     }

@@ -14,7 +14,10 @@ use std::{
     rc::Rc,
 };
 
-use crate::model::{Event, EventKind, GuestId};
+use crate::{
+    durable::chronicle::Past,
+    model::{Event, EventKind, GuestId},
+};
 
 /// How many events are kept.
 pub const KEPT: usize = 1024;
@@ -91,6 +94,32 @@ impl EventLog {
     #[cfg(test)]
     pub(crate) fn counted(&self) -> usize {
         self.ordinals.len()
+    }
+
+    /// The events that are kept and came after the one of this number.
+    pub fn after(&self, sequence: u64) -> impl Iterator<Item = &Event> {
+        let newer = self.last_sequence.saturating_sub(sequence);
+        let skip = self
+            .kept
+            .len()
+            .saturating_sub(usize::try_from(newer).unwrap_or(usize::MAX));
+        self.kept.iter().skip(skip).map(|event| &**event)
+    }
+
+    /// Goes on where the log of an earlier manager ended, whose last events these are, numbered without gaps; before anything is appended. Each of them is told
+    /// to be of the guest that `id` says.
+    pub(crate) fn restore(&mut self, past: Vec<Past>, mut id: impl FnMut(&Past) -> GuestId) {
+        for past in past {
+            let id = id(&past);
+            self.last_sequence = past.sequence - 1;
+            self.append(
+                past.time_ns,
+                id,
+                &past.guest.as_str().into(),
+                past.generation,
+                past.kind,
+            );
+        }
     }
 
     /// A cursor over all events from now on, after the last `replay` that are kept.

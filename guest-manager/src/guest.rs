@@ -11,6 +11,7 @@
 //! ```
 
 mod cause;
+mod lasting;
 mod state;
 mod upkeep;
 
@@ -21,7 +22,7 @@ use std::{
 };
 
 use sepal_schema::{
-    config::OnPanic,
+    config::{GuestConfig, OnPanic},
     error::{Error, Kind},
     guest_capnp::{guest as component_guest, power},
     info::{GuestDescriptor, GuestInfo, GuestStatus, Upkeep},
@@ -36,7 +37,9 @@ use crate::{
     changed::Changed,
     configuration::Configuration,
     cpu::Cpus,
+    durable::Durable,
     host,
+    lease::Leased,
     manager::Manager,
     model::{self, Ending, EventKind, GuestId},
     pressure::{self, Ballast},
@@ -69,6 +72,20 @@ pub struct Creation {
     pub cpus: Cpus,
 }
 
+impl Creation {
+    /// Of a guest of this configuration.
+    pub(crate) fn of(config: &GuestConfig, generation: u64, run_wanted: bool) -> Self {
+        Self {
+            generation,
+            run_wanted,
+            consoles: config.console.map_or(0, |console| console.ports()),
+            agent: config.agent,
+            on_panic: config.on_panic,
+            cpus: Cpus::of(config),
+        }
+    }
+}
+
 /// A guest.
 pub struct Guest {
     /// The shared state.
@@ -98,6 +115,9 @@ pub struct Guest {
     notes: RefCell<Vec<String>>,
     pub(crate) figures: Figures,
     pub(crate) ballast: Ballast,
+    /// What keeps it.
+    pub(crate) lease: Leased,
+    durable: RefCell<Option<Rc<Durable>>>,
     agent_ready: Changed<bool>,
     remote: RefCell<Option<Remote>>,
     state: Changed<State>,
@@ -135,6 +155,8 @@ impl Guest {
             notes: RefCell::default(),
             figures: Figures::default(),
             ballast: Ballast::default(),
+            lease: Leased::default(),
+            durable: RefCell::default(),
             agent_ready: Changed::default(),
             remote: RefCell::default(),
             state: Changed::new(state),
@@ -345,8 +367,11 @@ impl Guest {
 
     /// The agent in it is there, or is no more; whether that is news.
     pub(crate) fn set_agent_ready(&self, ready: bool) -> bool {
-        self.agent_ready
-            .change(|known| std::mem::replace(known, ready) != ready)
+        let news = self
+            .agent_ready
+            .change(|known| std::mem::replace(known, ready) != ready);
+        self.save();
+        news
     }
 
     /// It has a context id.
@@ -469,6 +494,7 @@ impl Guest {
             state.run.created = true;
             state.created.get_or_insert(Ok(())).is_ok()
         });
+        self.save();
     }
 
     /// The run is over, and another is to follow; its report, or none if nothing is to follow after all.
@@ -486,6 +512,7 @@ impl Guest {
                 ..Run::default()
             };
         });
+        self.save();
         Some(report)
     }
 
@@ -507,6 +534,7 @@ impl Guest {
                 ..Run::default()
             };
         });
+        self.save();
         true
     }
 
@@ -523,6 +551,7 @@ impl Guest {
             .info(self.id, None)
             .filter(|info| info.generation == generation);
         *self.remote.borrow_mut() = None;
+        let durable = self.durable.take();
         self.state.change(|state| {
             let error = report.error.clone();
             let error = error.unwrap_or_else(|| Error::new(Kind::NotCreated, report.detail.clone()));
@@ -532,6 +561,11 @@ impl Guest {
                 info,
             });
         });
+        if let Some(durable) = durable {
+            // First that it has ended, so that it is not told again if this process is killed now.
+            durable.save(self);
+            durable.release();
+        }
         report
     }
 
@@ -546,6 +580,7 @@ impl Guest {
                 self.manager
                     .registry(|registry, now| registry.started(id, generation, now));
                 self.state.change(|state| state.run.started = true);
+                self.save();
                 pressure::started(self);
             }
             EventKind::Paused => self.set_paused(true),
@@ -571,6 +606,7 @@ impl Guest {
         let generation = self.generation();
         self.manager
             .registry(|registry, now| registry.paused(self.id, generation, paused, now));
+        self.save();
     }
 
     /// It was asked to shut down.

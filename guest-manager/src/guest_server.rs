@@ -212,6 +212,7 @@ impl guest::Server for GuestServer {
             id => format!("share {id}"),
         };
         let outcome = self.0.perform(REVOKE_SHARE, detail, revoke).await;
+        self.0.guest.save();
         closed().await;
         write_completion(&outcome, results.get());
         Ok(())

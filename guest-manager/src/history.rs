@@ -48,6 +48,17 @@ impl History {
         }
     }
 
+    /// What an earlier manager has kept: these bytes, the last of them before position `end`.
+    pub fn restored(capacity: usize, end: u64, bytes: &[u8]) -> Self {
+        let bytes = &bytes[bytes.len().saturating_sub(capacity)..];
+        Self {
+            kept: bytes.iter().copied().collect(),
+            capacity,
+            end: end.max(bytes.len() as u64),
+            ended: false,
+        }
+    }
+
     /// Appends output, forgetting the oldest where there is no room. After [`History::finish`] nothing is added.
     pub fn push(&mut self, bytes: &[u8]) {
         if self.ended {
@@ -69,6 +80,11 @@ impl History {
     /// Whether nothing more will come.
     pub fn ended(&self) -> bool {
         self.ended
+    }
+
+    /// How much is kept at most.
+    pub(crate) fn capacity(&self) -> usize {
+        self.capacity
     }
 
     /// Position of the oldest byte that is kept.

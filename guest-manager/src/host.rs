@@ -41,8 +41,7 @@ pub fn available_bytes() -> Option<u64> {
 /// # Errors
 /// `START_FAILURE`, saying what the host or the user lacks.
 pub fn open_kvm() -> Result<File, Error> {
-    try_open_kvm()
-        .map_err(|(why, remedy)| Error::new(Kind::StartFailure, format!("{why}; {remedy}")).about(KVM))
+    try_open_kvm().map_err(|(why, remedy)| Error::new(Kind::StartFailure, format!("{why}; {remedy}")).about(KVM))
 }
 
 /// Opens the KVM device.

@@ -1,23 +1,116 @@
-//! Leases: the guest that a client launched or started is stopped when the client lets go of it, unless it was detached.
+//! Leases: what keeps a guest that somebody launched or started, until that is dropped.
+//!
+//! ```text
+//!   held --dropped--> (no token was given out) ----------------------------------> the guest is stopped
+//!     ^ |     '-----> (there are tokens) --------> waited for, 30 s ---over------> the guest is stopped
+//!     | |                                           |         ^
+//!     | '-------------------------------------------'         '--- the manager ended, and the guest did not
+//!     '---- redeemed, by whoever has a token; what held it before keeps nothing any more
+//! ```
 
 use std::{
-    cell::Cell,
+    cell::{Cell, RefCell},
     future::{Future, ready},
     rc::Rc,
+    time::{Duration, Instant},
 };
 
-use sepal_schema::{error::write_completion, manager_capnp::guest_manager};
+use sepal_schema::{
+    error::{Error, Kind, write_completion},
+    manager_capnp::guest_manager::lease::{self, token_result},
+    transport::reactor::Task,
+};
 
 use crate::{
+    access::secret::{self, Digest},
     audit::Call,
-    client::Who,
+    client::{Client, Who},
     guest::{Guest, StopCause},
+    manager::Manager,
+    roles::Role,
 };
+
+/// How long a lease is waited for, unless the settings say something else.
+pub(crate) const GRACE: Duration = Duration::from_secs(30);
+/// How a lease's token begins.
+const PREFIX: &str = "lease.";
+/// Tokens of a guest's lease at a time; a further one takes the place of the oldest.
+const MAX_TOKENS: usize = 16;
+
+/// What is known of a guest's lease.
+#[derive(Default)]
+pub(crate) struct Leased {
+    /// Counts who had it.
+    turn: Cell<u64>,
+    tokens: RefCell<Vec<Digest>>,
+    waiting: RefCell<Option<Waiting>>,
+}
+
+/// The lease is waited for.
+struct Waiting {
+    until: Instant,
+    _timer: Task,
+}
+
+impl Leased {
+    /// How much longer the lease is waited for; zero: it is not.
+    pub(crate) fn ends_in(&self, now: Instant) -> Duration {
+        let waiting = self.waiting.borrow();
+        waiting.as_ref().map_or(Duration::ZERO, |waiting| {
+            // Whoever looks at the last moment is not told that nothing is waited for.
+            let left = waiting.until.saturating_duration_since(now);
+            left.max(Duration::from_millis(1))
+        })
+    }
+
+    /// The digests of its tokens, oldest first.
+    pub(crate) fn tokens(&self) -> Vec<Digest> {
+        self.tokens.borrow().clone()
+    }
+
+    /// The tokens that an earlier manager gave out.
+    pub(crate) fn restore(&self, tokens: Vec<Digest>) {
+        self.tokens.replace(tokens);
+    }
+
+    fn add(&self, token: Digest) {
+        let mut tokens = self.tokens.borrow_mut();
+        if tokens.len() >= MAX_TOKENS {
+            tokens.remove(0);
+        }
+        tokens.push(token);
+    }
+
+    /// Somebody has it now, and nobody else.
+    fn take(&self) -> u64 {
+        drop(self.waiting.take());
+        self.turn.set(self.turn.get() + 1);
+        self.turn.get()
+    }
+}
+
+/// Nobody has the guest's lease: it is waited for, and the guest is stopped if nobody redeems it.
+pub(crate) fn wait(guest: &Rc<Guest>) {
+    let manager = &guest.manager;
+    let grace = manager.settings.lease_grace;
+    let (weak, sleep) = (Rc::downgrade(guest), manager.handle.sleep(grace));
+    let timer = manager.handle.spawn_owned(async move {
+        sleep.await;
+        if let Some(guest) = weak.upgrade() {
+            let why = format!("its lease was not redeemed within {} s", grace.as_secs_f64());
+            guest.want_stop(StopCause::Killed(why));
+        }
+    });
+    let until = Instant::now() + grace;
+    guest.lease.waiting.replace(Some(Waiting { until, _timer: timer }));
+}
 
 /// A launched guest's life line.
 pub(crate) struct Lease {
     who: Who,
     guest: Rc<Guest>,
+    turn: u64,
+    /// The guest lives on without it.
     released: Cell<bool>,
 }
 
@@ -27,8 +120,14 @@ impl Lease {
         Rc::new(Self {
             who,
             guest: guest.clone(),
+            turn: guest.lease.take(),
             released: Cell::new(detached),
         })
+    }
+
+    /// The guest that it keeps.
+    pub(crate) fn guest(&self) -> &Rc<Guest> {
+        &self.guest
     }
 
     fn call(&self, deed: &'static str) -> Call {
@@ -36,26 +135,48 @@ impl Lease {
         call.guest(&self.guest.name);
         call
     }
+
+    /// Whether the guest depends on it.
+    fn counts(&self) -> bool {
+        !self.released.get() && self.guest.lease.turn.get() == self.turn
+    }
+
+    fn give_token(&self) -> Result<String, Error> {
+        self.guest.check_live()?;
+        if !self.counts() {
+            let message = "the guest does not depend on this lease: it was detached, or the lease was redeemed";
+            return Err(Error::new(Kind::NotSupported, message));
+        }
+        let secret = secret::fresh()?;
+        self.guest.lease.add(secret::digest(&secret));
+        self.guest.save();
+        Ok(format!("{PREFIX}{}", secret::hex(&secret)))
+    }
 }
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        if !self.released.get() {
-            if self.guest.live() {
-                self.call("Lease.drop").done(Ok(()));
-            }
+        // What goes on without the manager is not stopped because the manager hangs up.
+        let stays = self.guest.manager.is_leaving() && self.guest.is_durable();
+        if !self.counts() || !self.guest.live() || stays {
+            return;
+        }
+        self.call("Lease.drop").done(Ok(()));
+        if self.guest.lease.tokens.borrow().is_empty() {
             self.guest.want_stop(StopCause::Killed(
                 "the lease of the client that launched it was dropped".to_owned(),
             ));
+        } else {
+            wait(&self.guest);
         }
     }
 }
 
-impl guest_manager::lease::Server for Lease {
+impl lease::Server for Lease {
     fn detach(
         self: Rc<Self>,
-        _: guest_manager::lease::DetachParams,
-        mut results: guest_manager::lease::DetachResults,
+        _: lease::DetachParams,
+        mut results: lease::DetachResults,
     ) -> impl Future<Output = Result<(), capnp::Error>> + 'static {
         let call = self.call("Lease.detach");
         let outcome = self.guest.check_live();
@@ -65,8 +186,46 @@ impl guest_manager::lease::Server for Lease {
             self.guest
                 .manager
                 .registry(|registry, _| registry.detach(self.guest.id));
+            self.guest.save();
         }
         write_completion(&outcome, results.get());
         ready(Ok(()))
     }
+
+    fn token(
+        self: Rc<Self>,
+        _: lease::TokenParams,
+        mut results: lease::TokenResults,
+    ) -> impl Future<Output = Result<(), capnp::Error>> + 'static {
+        let call = self.call("Lease.token");
+        let token = self.give_token();
+        call.done(token.as_ref().map(drop));
+        let mut to: token_result::Builder<'_> = results.get();
+        match token {
+            Ok(token) => to.set_token(&*token),
+            Err(error) => error.write(to.init_error()),
+        }
+        ready(Ok(()))
+    }
+}
+
+/// The lease that a token stands for; whoever had it before has it no more.
+///
+/// # Errors
+/// `PERMISSION_DENIED` for a role that may not launch, `NOT_FOUND`.
+pub(crate) fn redeem(manager: &Rc<Manager>, client: &Client, token: &str) -> Result<Rc<Lease>, Error> {
+    client.check(Role::Operate, "redeemLease")?;
+    let unknown = || {
+        let message = "there is no such lease: its guest has ended or was detached, or it never was";
+        Error::new(Kind::NotFound, message).about("token")
+    };
+    let secret = token.trim().strip_prefix(PREFIX).and_then(secret::of_hex);
+    let digest = secret::digest(&secret.ok_or_else(unknown)?);
+    let found = |guest: &Rc<Guest>| {
+        let detached = manager.registry(|registry, _| registry.detached(guest.id));
+        let lost = detached || !guest.live() || guest.stop_cause().is_some();
+        !lost && guest.lease.tokens.borrow().contains(&digest)
+    };
+    let guest = manager.guests().into_iter().find(found).ok_or_else(unknown)?;
+    Ok(Lease::new(client.who, &guest, false))
 }

@@ -8,6 +8,7 @@
 //!                                 |      ladder (stopping), power (resets, pauses), subscription, uploads, list, facets, vsock (devices)
 //!                                 |      access: the grant that each capability goes through: narrowed, shared, revoked
 //!                                 v
+//!   durable    guests that go on without their manager: what the next one needs is kept with the keeper, and how it takes over
 //!   definitions  what guests are started from, kept by store (files, written as a whole)
 //!   manager    what all share: registry (names and statuses, pure), events and history (rings, pure), host, protection, problems
 //!     slot     who holds a name: one guest after the other, and a component
@@ -31,10 +32,11 @@ pub mod changed;
 pub mod cids;
 pub mod client;
 pub mod component;
-pub mod definitions;
 mod configuration;
 mod course;
 pub mod cpu;
+pub mod definitions;
+pub mod durable;
 pub mod events;
 mod facets;
 pub mod files;

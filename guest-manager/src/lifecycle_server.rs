@@ -52,6 +52,11 @@ impl LifecycleServer {
             let message = format!("the configuration names the guest \"{asked}\", and newGuest was given \"{held}\"");
             return Err(Error::bad_config("name", message));
         }
+        if config.durable {
+            let message = "a guest that its client drives ends with that client's connection, and cannot go on without \
+                           its manager (field durable): launch it";
+            return Err(Error::not_supported("durable", message));
+        }
         self.client.check_config(&config)?;
         self.slot.create(config, &self.client, false)
     }

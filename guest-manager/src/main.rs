@@ -3,7 +3,7 @@
 //! ```text
 //!   sockets of a service manager taken -> signals blocked -> log started -> sockets and state folder taken -> keeper started -> listening ("ready") -> serve
 //!     -> SIGTERM, SIGINT, SIGHUP (with --audit that reopens its file; a service manager may mean that), shutdown(), or the end of the connection given with --fd
-//!     -> guests stopped by force -> socket removed -> keeper ended
+//!     -> guests stopped by force, but for those that go on without a manager -> socket removed -> keeper ended, or left with them
 //! ```
 
 use std::{
@@ -25,6 +25,7 @@ use futures::future::{LocalBoxFuture, select_all};
 use sepal_guest_manager::{
     audit::Audit,
     definitions::autostart,
+    durable,
     host::{self, Host},
     journal::{self, Prefixed},
     listener::{self, Listening, Reach},
@@ -231,7 +232,7 @@ fn run(arguments: &Arguments, signals: OwnedFd, places: Places, audit: Audit, ca
     let mut reactor = Reactor::new().context("making the event loop")?.lingering(linger);
     let handle = reactor.handle();
     let files = listening.iter().flat_map(|(listening, _)| listening.files()).collect();
-    let starter = KeeperStarter::new(&handle, programs, files)?;
+    let starter = KeeperStarter::new(&handle, programs, files, state.clone())?;
     let pool = Pool::new(&handle, Rc::new(starter.clone()), arguments.pool.into());
     if arguments.pool > 0 {
         tracing::info!("keeping {} components waiting for guests", arguments.pool);
@@ -256,6 +257,8 @@ fn run(arguments: &Arguments, signals: OwnedFd, places: Places, audit: Audit, ca
         ..defaults
     };
     let manager = Manager::new(handle.clone(), settings, Box::new(pool.clone()))?;
+
+    durable::take_over(&manager, starter.inherit());
 
     let connections = Rc::new(Connections::default());
     let mut ends: Vec<LocalBoxFuture<'_, &str>> = vec![Box::pin(async {
@@ -304,7 +307,7 @@ fn run(arguments: &Arguments, signals: OwnedFd, places: Places, audit: Audit, ca
     tracing::info!("ending: {why}");
     notifier.stopping(why);
     reactor.run_until(async {
-        manager.stop_all("the manager ended").await;
+        manager.end("the manager ended").await;
         connections.end().await;
     })?;
     drop(listening);

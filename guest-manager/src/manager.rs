@@ -3,6 +3,7 @@
 use std::{cell::RefCell, collections::HashMap, os::fd::OwnedFd, path::PathBuf, rc::Rc, time::Duration};
 
 use event_listener::{Event, EventListener};
+use futures::future::{join, join_all};
 use sepal_schema::{error::Error, info::GuestInfo, transport::Handle};
 
 use crate::{
@@ -12,11 +13,13 @@ use crate::{
     cids::Cids,
     component::ComponentStarter,
     definitions::Definitions,
+    durable::chronicle::Chronicle,
     events::Cursor,
     files,
     guest::Guest,
     history,
     host::{self, Host},
+    lease,
     model::{self, GuestId, Moment},
     node::{Node, limits},
     pressure::Pressure,
@@ -27,6 +30,9 @@ use crate::{
     state::State,
     uploads::Uploads,
 };
+
+/// How long a guest that is being created when the manager leaves is waited for.
+const LEAVE_WITHIN: Duration = Duration::from_secs(10);
 
 /// What can differ from one manager to another.
 #[derive(Debug, Clone)]
@@ -41,6 +47,8 @@ pub struct Settings {
     pub limits: Limits,
     /// How long a component may take to stop its machine before its process is killed.
     pub force_after: Duration,
+    /// How long a lease that nobody has is waited for before its guest is stopped.
+    pub lease_grace: Duration,
     /// How long a power button may take where the caller names no deadline.
     pub default_deadline: Duration,
     /// How long a guest waits, at first, that begins again by itself too often; fifty times as much at most.
@@ -68,6 +76,7 @@ impl Default for Settings {
             history: history::DEFAULT_CAPACITY,
             limits: Limits::default(),
             force_after: Duration::from_secs(5),
+            lease_grace: lease::GRACE,
             default_deadline: Duration::from_secs(30),
             restart_wait: Duration::from_millis(100),
             scratch: files::default_scratch(),
@@ -104,6 +113,8 @@ pub struct Manager {
     tasks: limits::Tasks,
     /// The kernel for configurations without one: sealed memory.
     pub default_kernel: OwnedFd,
+    /// What happens, for the next manager.
+    pub(crate) chronicle: Chronicle,
     pub(crate) definitions: Definitions,
     registry: RefCell<Registry>,
     logged: Event,
@@ -138,10 +149,24 @@ impl Manager {
             node: Node::default(),
             tasks: limits::Tasks::find(),
             default_kernel,
+            chronicle: Chronicle::default(),
             logged: Event::new(),
             slots: RefCell::default(),
             shutdown: Changed::default(),
         }))
+    }
+
+    /// Something is to go on without this manager: from now on what happens is kept for the next one.
+    ///
+    /// # Errors
+    /// `NO_RESOURCES`, or why nothing can go on.
+    pub(crate) fn keep_journal(&self) -> Result<(), Error> {
+        self.chronicle.begin(self.registry.borrow().log(), &*self.starter)
+    }
+
+    /// Whether this manager is about to go, and what can go on without it is to do so.
+    pub(crate) fn is_leaving(&self) -> bool {
+        self.chronicle.is_leaving()
     }
 
     /// Reads or changes what is known about guests, and tells those who read the events along if there are any new ones.
@@ -151,6 +176,10 @@ impl Manager {
             let before = registry.log().last();
             let result = work(&mut registry, Moment::now());
             let news = registry.log().last() != before;
+            if news {
+                // Before anybody is told.
+                self.chronicle.note(registry.log(), before);
+            }
             (result, registry.take_forgotten(), news)
         };
         for id in forgotten {
@@ -194,9 +223,11 @@ impl Manager {
     pub fn info(&self, id: GuestId, available_mib: Option<u64>) -> Option<GuestInfo> {
         let guest = self.slot(id).and_then(|slot| slot.current());
         let output_lost = guest.as_ref().map_or(0, |guest| guest.port.lost());
+        let lease_ends_ms = guest.as_ref().map_or(0, |guest| guest.lease_ends_ms());
         let notes = guest.map_or_else(Vec::new, |guest| guest.notes());
         let registry = self.registry.borrow();
         let mut info = registry.info(id, Moment::now())?;
+        info.upkeep.lease_ends_ms = lease_ends_ms;
         let host = self.settings.host;
         info.problems = problems(&Facts {
             info: &info,
@@ -239,9 +270,42 @@ impl Manager {
         self.shutdown.until(|shutdown| shutdown.then_some(())).await;
     }
 
+    /// This manager gives way to another one: stops the guests that do not go on without it, and returns when they are gone; what is being created of the
+    /// others has some time to get so far.
+    pub async fn leave(&self, why: &str) {
+        self.chronicle.leave();
+        let (durable, others): (Vec<_>, Vec<_>) = {
+            let slots = self.slots.borrow();
+            let stays = |slot: &Rc<Slot>| slot.current().is_some_and(|guest| guest.is_durable());
+            slots.values().cloned().partition(stays)
+        };
+        let created = durable
+            .iter()
+            .filter_map(|slot| slot.current())
+            .map(|guest| async move {
+                // What went wrong is for whoever waits for it.
+                let _ = guest.created().await;
+            });
+        let (created, ended) = (join_all(created), join_all(others.iter().map(|slot| slot.end(why))));
+        let _ = join(self.handle.timeout(LEAVE_WITHIN, created), ended).await;
+        for slot in durable {
+            if let Some(component) = slot.component_there() {
+                component.leave();
+            }
+        }
+    }
+
+    /// Ends as it was asked to: with all guests, or only with those that do not go on without it.
+    pub async fn end(&self, why: &str) {
+        match self.shutdown.look(|asked| *asked) && !self.is_leaving() {
+            true => self.stop_all(why).await,
+            false => self.leave(why).await,
+        }
+    }
+
     /// Stops all guests by force, and returns when they are gone.
     pub async fn stop_all(&self, why: &str) {
         let slots: Vec<_> = self.slots.borrow().values().cloned().collect();
-        futures::future::join_all(slots.iter().map(|slot| slot.end(why))).await;
+        join_all(slots.iter().map(|slot| slot.end(why))).await;
     }
 }

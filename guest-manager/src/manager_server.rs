@@ -21,7 +21,7 @@ use crate::{
     guest::Guest,
     guest_server::GuestServer,
     ladder,
-    lease::Lease,
+    lease::{self, Lease},
     lifecycle_server::LifecycleServer,
     list,
     manager::Manager,
@@ -80,6 +80,17 @@ impl ManagerServer {
         // From here on: a caller that gives up before the answer stops the guest like one that drops the lease.
         let lease = Lease::new(self.client.who, &guest, params.get_detach());
         Ok((guest, lease))
+    }
+
+    /// Ends the manager. The answer goes first: connections are ended when what is to be sent on them is known.
+    fn end_when_answered(&self) {
+        let manager = self.manager.clone();
+        self.manager.handle.spawn(async move {
+            for _ in 0..ROUNDS_TO_ANSWER {
+                yield_now().await;
+            }
+            manager.shut_down();
+        });
     }
 
     /// Reads a configuration that only is to be looked at, while its descriptors are there.
@@ -380,18 +391,55 @@ impl guest_manager::Server for ManagerServer {
         let outcome = self.client.check(Role::Admin, "shutdown");
         if outcome.is_ok() {
             self.manager.stop_all("the manager was shut down").await;
-            // The answer goes first: connections are ended when what is to be sent on them is known.
-            let manager = self.manager.clone();
-            self.manager.handle.spawn(async move {
-                for _ in 0..ROUNDS_TO_ANSWER {
-                    yield_now().await;
-                }
-                manager.shut_down();
-            });
+            self.end_when_answered();
         }
         call.done(outcome.as_ref().copied());
         write_completion(&outcome, results.get());
         Ok(())
+    }
+
+    async fn retire(
+        self: Rc<Self>,
+        _: guest_manager::RetireParams,
+        mut results: guest_manager::RetireResults,
+    ) -> Reply {
+        let call = self.call("GuestManager.retire");
+        let outcome = self.client.check(Role::Admin, "retire");
+        if outcome.is_ok() {
+            self.manager.leave("the manager gives way to another one").await;
+            self.end_when_answered();
+        }
+        call.done(outcome.as_ref().copied());
+        write_completion(&outcome, results.get());
+        Ok(())
+    }
+
+    fn redeem_lease(
+        self: Rc<Self>,
+        params: guest_manager::RedeemLeaseParams,
+        mut results: guest_manager::RedeemLeaseResults,
+    ) -> impl Future<Output = Reply> + 'static {
+        let mut call = self.call("GuestManager.redeemLease");
+        let redeem = || {
+            let token = params.get()?.get_token()?.to_str();
+            lease::redeem(&self.manager, &self.client, token.unwrap_or_default())
+        };
+        let redeemed = redeem().inspect(|lease| call.guest(&lease.guest().name));
+        call.done(redeemed.as_ref().map(drop));
+        let mut to = results.get();
+        match redeemed {
+            Ok(lease) => {
+                let guest = lease.guest().clone();
+                to.set_name(&*guest.name);
+                to.set_guest(GuestServer::new_client(self.client.clone(), guest));
+                to.set_lease(guard::new_client_from_rc(lease));
+            }
+            Err(error) => {
+                to.set_guest(error.broken());
+                error.write(to.init_error());
+            }
+        }
+        reply(Ok(()))
     }
 
     fn check(

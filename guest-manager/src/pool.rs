@@ -18,7 +18,8 @@
 
 use std::{
     cell::RefCell,
-    collections::VecDeque,
+    collections::{BTreeMap, VecDeque},
+    os::fd::OwnedFd,
     rc::{Rc, Weak},
     time::{Duration, Instant},
 };
@@ -126,6 +127,14 @@ impl ComponentStarter for Pool {
 
     fn set_limits(&self, pid: u32, limits: ResourceLimits) -> LocalBoxFuture<'static, Result<(), Error>> {
         self.0.starter.set_limits(pid, limits)
+    }
+
+    fn outlived(&self) -> Result<(), Error> {
+        self.0.starter.outlived()
+    }
+
+    fn keep_for_successor(&self, kept: BTreeMap<String, OwnedFd>) -> Result<(), Error> {
+        self.0.starter.keep_for_successor(kept)
     }
 }
 

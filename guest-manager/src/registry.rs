@@ -26,6 +26,7 @@
 mod crashes;
 mod entry;
 mod kept;
+mod restore;
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -42,6 +43,7 @@ use sepal_schema::{
 };
 use uuid::Uuid;
 
+pub use self::restore::{Restored, RestoredPhase};
 use self::{
     crashes::Crashes,
     entry::{Entry, Phase, taken},
@@ -115,6 +117,8 @@ pub struct Registry {
     last_chosen: u64,
     endings: u64,
     forgotten: Vec<GuestId>,
+    /// Who was behind which name when an earlier manager ended.
+    past_ids: HashMap<String, GuestId>,
 }
 
 impl Registry {
@@ -129,6 +133,7 @@ impl Registry {
             last_chosen: 0,
             endings: 0,
             forgotten: Vec::new(),
+            past_ids: HashMap::new(),
         }
     }
 
@@ -173,23 +178,10 @@ impl Registry {
             self.forgotten.push(old);
         }
         let entry = Entry {
-            id,
-            name: name.clone(),
-            origin,
-            phase: Phase::NotStarted,
             generation,
-            started_at: None,
-            shutdown_told: false,
-            paused: false,
-            detached: false,
-            upkeep,
             crashes,
-            descriptor: None,
-            stop: None,
-            ended_as: 0,
-            component_pid: 0,
-            layers: Vec::new(),
-            failures: Vec::new(),
+            upkeep,
+            ..Entry::new(id, name.clone(), origin)
         };
         let defined = entry.upkeep.defined;
         self.entries.insert(id, entry);

@@ -29,6 +29,7 @@ use crate::{
     client::Client,
     component::StartRequest,
     cpu,
+    durable::{self, Durable, Owner},
     files::{self, ImageUse, no_paths},
     guest::Guest,
     macs,
@@ -77,6 +78,7 @@ pub(crate) struct Listening {
 pub(crate) async fn prepare(guest: &Guest, config: GuestConfig, client: &Client) -> Result<Resources, Error> {
     let manager = &guest.manager;
     check_protection(&config)?;
+    check_durable(manager, &config)?;
     cpu::check(&config.pins)?;
     guest.set_only_once(check_only_once(&config)?);
     let need = Need::of(&config);
@@ -94,13 +96,21 @@ pub(crate) async fn prepare(guest: &Guest, config: GuestConfig, client: &Client)
     }
     let named = std::mem::take(&mut config.networks);
     config.networks = networks::taps(&manager.handle, named, client.trusted).await?;
-    let (mut held_cid, mut listens) = (None, None);
+    let (mut held_cid, mut listens, mut socket_path) = (None, None, String::new());
     if let Some(vsock) = &mut config.vsock {
+        socket_path.clone_from(&vsock.socket_path);
         let cid = manager.cids.take(vsock.cid, &guest.name)?;
         vsock.cid = cid.number();
         guest.set_cid(cid.number());
         held_cid = Some(cid);
-        listens = listening(guest, vsock, client).await?;
+        listens = listening(guest, vsock, client.trusted, client.fds.clone()).await?;
+    }
+    if config.durable {
+        let mut config = config.try_clone().map_err(|error| no_descriptors(&error))?;
+        if let Some(vsock) = &mut config.vsock {
+            vsock.socket_path = socket_path;
+        }
+        guest.set_durable(Durable::new(config, client.into())?)?;
     }
     Ok(Resources {
         template: config,
@@ -115,6 +125,50 @@ pub(crate) async fn prepare(guest: &Guest, config: GuestConfig, client: &Client)
     })
 }
 
+/// Holds again what an earlier manager held for a guest, which goes on whatever becomes of that. `config` is what that one got of the host.
+pub(crate) async fn resume(guest: &Guest, mut config: GuestConfig, owner: Owner) -> Resources {
+    let manager = &guest.manager;
+    let told = |error: Error| tracing::error!(guest = &*guest.name, "not as it was: {error}");
+    let need = Need::of(&config);
+    guest.ballast.fit(config.balloon.is_some().then_some(need.at_once));
+    let (mut held_cid, mut listens) = (None, None);
+    if let Some(vsock) = &mut config.vsock {
+        held_cid = manager.cids.take(vsock.cid, &guest.name).map_err(told).ok();
+        let fds = FdTable::none();
+        listens = listening(guest, vsock, owner.trusted, fds)
+            .await
+            .unwrap_or_else(|error| {
+                told(error);
+                None
+            });
+    }
+    Resources {
+        _promise: manager.capacity.promise(&need),
+        _images: files::take_again(manager, &guest.name, &config).await,
+        _cid: held_cid,
+        networks: Networks::default(),
+        backends: backends::paths(&mut config),
+        listening: listens,
+        template: config,
+        runs: 1,
+        trusted: owner.trusted,
+    }
+}
+
+fn no_descriptors(error: &std::io::Error) -> Error {
+    let message = format!("no descriptors for the guest's files: {error}");
+    Error::new(Kind::NoResources, message)
+}
+
+/// Refuses a guest that is to go on without its manager and could not.
+fn check_durable(manager: &Manager, config: &GuestConfig) -> Result<(), Error> {
+    durable::check(manager, config)?;
+    match only_once(config).filter(|_| config.durable) {
+        Some(error) => Err(Error::not_supported("durable", error.message)),
+        None => Ok(()),
+    }
+}
+
 /// Whether a guest with this configuration could be created, as far as that can be told without making, starting or taking anything. `client`
 /// sent it, and may have what it asks for.
 ///
@@ -122,6 +176,7 @@ pub(crate) async fn prepare(guest: &Guest, config: GuestConfig, client: &Client)
 /// What [`prepare`] and the component's start would fail with.
 pub(crate) async fn check(manager: &Manager, config: GuestConfig, client: &Client) -> Result<(), Error> {
     check_protection(&config)?;
+    check_durable(manager, &config)?;
     cpu::check(&config.pins)?;
     check_only_once(&config)?;
     capacity::admit(&Need::of(&config), &manager.room())?;
@@ -200,12 +255,7 @@ impl Resources {
             Some(error) if again => return Err(error),
             // Nobody else is to keep the other end of a connection from being told that this one has closed.
             Some(_) => std::mem::take(&mut self.template),
-            None => self.template.try_clone().map_err(|error| {
-                Error::new(
-                    Kind::NoResources,
-                    format!("no descriptors for the guest's files: {error}"),
-                )
-            })?,
+            None => self.template.try_clone().map_err(|error| no_descriptors(&error))?,
         };
         if again {
             clear_scratch(handle, &config).await?;
@@ -254,7 +304,7 @@ async fn clear_scratch(handle: &Handle, config: &GuestConfig) -> Result<(), Erro
     cleared.map_err(|error| Error::new(Kind::NoResources, error.to_string()))?
 }
 
-async fn listening(guest: &Guest, vsock: &mut Vsock, client: &Client) -> Result<Option<Listening>, Error> {
+async fn listening(guest: &Guest, vsock: &mut Vsock, trusted: bool, fds: FdTable) -> Result<Option<Listening>, Error> {
     let path = std::mem::take(&mut vsock.socket_path);
     let listeners = std::mem::take(&mut vsock.listeners);
     if path.is_empty() && listeners.is_empty() && !guest.has_agent {
@@ -262,7 +312,7 @@ async fn listening(guest: &Guest, vsock: &mut Vsock, client: &Client) -> Result<
     }
     let path = match path.is_empty() {
         true => None,
-        false if !client.trusted => return Err(no_paths("vsock.socketPath", &path)),
+        false if !trusted => return Err(no_paths("vsock.socketPath", &path)),
         false => {
             let bound = guest
                 .manager
@@ -275,7 +325,7 @@ async fn listening(guest: &Guest, vsock: &mut Vsock, client: &Client) -> Result<
     Ok(Some(Listening {
         listeners,
         path,
-        fds: client.fds.clone(),
+        fds,
         held: None,
     }))
 }

@@ -2,10 +2,13 @@
 //!
 //! ```text
 //!   component --socket--> history (ring) ---> readers, each with a position; streams
+//!                             '---> mirror, of a guest that goes on without its manager: first of all
 //!   component <--socket-- input (64 KiB) <--- writers wait for room;         streams
 //! ```
 //!
 //! Nothing here ever holds up the guest: its output is always read, and who does not keep up loses the oldest.
+
+mod mirror;
 
 use std::{
     cell::{Cell, RefCell},
@@ -27,6 +30,7 @@ use sepal_schema::{
     },
 };
 
+use self::mirror::Mirror;
 use crate::{
     changed::Changed,
     history::{History, Piece},
@@ -47,6 +51,8 @@ const MAX_REST: usize = 4 * 1024 * 1024;
 #[derive(Debug)]
 pub struct Port {
     history: Changed<History>,
+    /// What is kept of the history for the next manager, of a guest that goes on without this one.
+    mirror: Mirror,
     input: Changed<Input>,
     streams: Cell<usize>,
 }
@@ -63,9 +69,28 @@ impl Port {
     pub fn new(capacity: usize) -> Rc<Self> {
         Rc::new(Self {
             history: Changed::new(History::new(capacity)),
+            mirror: Mirror::default(),
             input: Changed::default(),
             streams: Cell::new(0),
         })
+    }
+
+    /// What is kept of the output for the next manager, which it is from now on.
+    pub(crate) fn mirror(&self) -> io::Result<OwnedFd> {
+        self.mirror.descriptor(self.history.look(History::capacity))
+    }
+
+    /// Goes on where an earlier manager stopped reading, whose descriptor this is.
+    pub(crate) fn restore(&self, ring: OwnedFd) -> io::Result<()> {
+        let history = self.mirror.restore(ring, self.history.look(History::capacity))?;
+        self.history.change(|known| *known = history);
+        Ok(())
+    }
+
+    /// Takes output out of the component's socket, and returns how much.
+    fn take(&self, socket: &UnixStream, room: &mut [MaybeUninit<u8>]) -> io::Result<usize> {
+        self.mirror
+            .take(socket, room, |bytes| self.history.change(|history| history.push(bytes)))
     }
 
     /// Reads output; see [`History::read`]. With `wait`, not before there is a byte or the end.
@@ -129,15 +154,14 @@ impl Port {
     /// # Errors
     /// The socket cannot be put on the event loop.
     pub fn attach(self: &Rc<Self>, handle: &Handle, socket: UnixStream) -> io::Result<Wire> {
+        self.mirror.attach(&socket)?;
         let socket = Rc::new(handle.register(socket)?);
         let (port, from) = (self.clone(), socket.clone());
         let output = handle.spawn_owned(async move {
             // Room only while there is something: most guests are silent most of the time, and there are many.
             let mut take = |socket: &UnixStream| {
                 let mut room = [const { MaybeUninit::uninit() }; CHUNK];
-                let ((bytes, _), _) = rustix::net::recv(socket, &mut room, RecvFlags::DONTWAIT)?;
-                port.history.change(|history| history.push(bytes));
-                Ok(bytes.len())
+                port.take(socket, &mut room)
             };
             while let Ok(1..) = from.io(Direction::Read, &mut take).await {
                 yield_now().await;
@@ -274,11 +298,10 @@ impl Wire {
     /// A run of the guest has ended, and another is to follow: takes what it wrote before. The port stays open.
     pub fn end_run(&self) {
         drop(self.tasks.take());
-        let mut buffer = vec![0; CHUNK];
+        let mut room = [const { MaybeUninit::uninit() }; CHUNK];
         for _ in 0..MAX_REST / CHUNK {
-            match rustix::net::recv(&*self.socket, &mut buffer, RecvFlags::DONTWAIT) {
-                Ok((_, count @ 1..)) => self.port.history.change(|history| history.push(&buffer[..count])),
-                _ => break,
+            if !matches!(self.port.take(self.socket.get_ref(), &mut room), Ok(1..)) {
+                break;
             }
         }
     }

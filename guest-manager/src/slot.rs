@@ -17,9 +17,8 @@ use sepal_schema::{
 
 use crate::{
     client::Client,
-    component::{Component, StartRequest},
+    component::{Component, StartRequest, Started},
     configuration::path_of,
-    cpu::Cpus,
     definitions::fresh_uuid,
     guest::{Creation, Guest, StopCause},
     life,
@@ -48,6 +47,10 @@ impl Slot {
     /// # Errors
     /// `BAD_CONFIG`, `ALREADY_RUNNING`, `ALREADY_BOUND`, `NO_RESOURCES`.
     pub fn new(manager: &Rc<Manager>, name: &str, origin: Origin) -> Result<Rc<Self>, Error> {
+        if manager.is_leaving() {
+            let message = "this guest manager gives way to another one, and begins nothing any more";
+            return Err(Error::new(Kind::NoResources, message));
+        }
         let (id, name) = manager.registry(|registry, now| {
             let id = registry.reserve(name, origin, now)?;
             Ok::<_, Error>((id, registry.name(id).unwrap_or_else(|| name.into())))
@@ -63,6 +66,26 @@ impl Slot {
         });
         manager.add_slot(slot.clone());
         Ok(slot)
+    }
+
+    /// The name of a guest that an earlier manager launched; the registry knows it already.
+    pub(crate) fn restored(manager: &Rc<Manager>, id: GuestId, name: Rc<str>) -> Rc<Self> {
+        let slot = Rc::new(Self {
+            manager: manager.clone(),
+            id,
+            name,
+            origin: Origin::Launch,
+            released: Cell::new(false),
+            component: RefCell::default(),
+            current: RefCell::default(),
+        });
+        manager.add_slot(slot.clone());
+        slot
+    }
+
+    /// Takes over the guest that an earlier manager created.
+    pub(crate) fn take_over(&self, guest: Rc<Guest>) {
+        *self.current.borrow_mut() = Some(guest);
     }
 
     /// The guest that was created last.
@@ -92,14 +115,7 @@ impl Slot {
         if let (Some(report), Some(before)) = (creation.replaced, self.current()) {
             before.set_superseded(report);
         }
-        let creation = Creation {
-            generation: creation.generation,
-            run_wanted: run,
-            consoles: config.console.map_or(0, |console| console.ports()),
-            agent: config.agent,
-            on_panic: config.on_panic,
-            cpus: Cpus::of(&config),
-        };
+        let creation = Creation::of(&config, creation.generation, run);
         let guest = Guest::new(manager.clone(), self.id, self.name.clone(), creation);
         guest.note(&config);
         *self.current.borrow_mut() = Some(guest.clone());
@@ -169,10 +185,19 @@ impl Slot {
             None => {}
         }
         let started = self.manager.starter.start(request.clone()).await?;
+        let component = self.adopt(request, started)?;
+        tracing::debug!(guest = &*self.name, pid = component.pid, "component started");
+        Ok(component)
+    }
+
+    /// Connects to the component that is to run the guest from now on.
+    ///
+    /// # Errors
+    /// `START_FAILURE`: there are no descriptors left.
+    pub(crate) fn adopt(self: &Rc<Self>, request: StartRequest, started: Started) -> Result<Rc<Component>, Error> {
         let handle = &self.manager.handle;
         let component = Component::new(handle, request, started)
             .map_err(|error| Error::new(Kind::StartFailure, format!("the component's connection: {error}")))?;
-        tracing::debug!(guest = &*self.name, pid = component.pid, "component started");
         *self.component.borrow_mut() = Some(component.clone());
         self.manager
             .registry(|registry, _| registry.component(self.id, component.pid));

@@ -1,47 +1,46 @@
 //! Starts components through the keeper, which is their parent: it jails them, reaps them, and cleans up behind a manager that is killed.
 //!
 //! ```text
-//!   no keeper --(first start, or one after the keeper's death)--> keeper --(its connection closes)--> no keeper
-//!
-//!   a component:  spawn --> Started --> Exited          each told to whoever waits for it
-//!                    '----> Failed
-//!                    '----------------> the keeper is gone, and every component with it
+//!   own keeper:        none --(first start, or one after its death)--> there --(its connection closes)--> none
+//!   inherited keepers: those of managers before this one, as long as anything lives there
 //! ```
+//!
+//! `link` is the connection with one of them; `succession` is how the next manager finds them.
+
+mod link;
+mod succession;
 
 use std::{
     cell::{Cell, RefCell},
-    collections::HashMap,
-    os::{
-        fd::{AsFd, OwnedFd},
-        unix::net::UnixStream,
-    },
+    collections::BTreeMap,
+    os::{fd::OwnedFd, unix::net::UnixStream},
     path::{Path, PathBuf},
     rc::Rc,
     time::Duration,
 };
 
-use event_listener::Event;
-use futures::{
-    FutureExt,
-    channel::oneshot,
-    future::{LocalBoxFuture, pending, select_all},
-};
+use futures::{channel::oneshot, future::LocalBoxFuture};
 use sepal_runner::{
     cgroup::Limits,
-    keeper::{KeeperClient, KeeperError, KeeperEvent},
+    keeper::{Inherited, InheritedState, KeeperClient, KeeperError, OWN},
     layer::Layer,
-    outer::{ComponentSpec, ExitStatus, JailSpec, Program, SpawnError},
+    outer::{ComponentSpec, JailSpec, Program, SpawnError},
     startup::{CONTROL, HandleKind, KVM},
 };
 use sepal_schema::{
     config::Limits as ResourceLimits,
     error::{Error, Kind},
-    transport::{AsyncFd, Handle, reactor::Direction},
+    transport::Handle,
 };
 
+use self::{
+    link::{Beside, Link, Waiters, exit, failure as start_failure},
+    succession::Keepers,
+};
 use crate::{
-    component::{ComponentStarter, Exit, StartRequest, Started},
+    component::{ComponentStarter, Custody, Exit, StartRequest, Started},
     host,
+    state::State,
 };
 
 /// The component's program and the keeper's, beside the manager's own unless another folder is given.
@@ -83,11 +82,8 @@ impl Programs {
     }
 }
 
-/// Whoever waits for what the keeper says about a component.
-struct Waiting {
-    started: Option<oneshot::Sender<Result<u32, Error>>>,
-    exited: Option<oneshot::Sender<Exit>>,
-}
+/// How long a keeper that no manager follows remembers what has ended, once nothing of it lives any more.
+const LINGER: Duration = Duration::from_secs(3600);
 
 /// Starts components. Clones share one keeper.
 #[derive(Clone)]
@@ -98,155 +94,207 @@ struct Shared {
     programs: Programs,
     /// Files that the keeper removes when the manager is killed.
     files: Vec<PathBuf>,
-    keeper: RefCell<Option<KeeperClient>>,
-    asked: Event,
-    waiting: RefCell<HashMap<u64, Waiting>>,
+    /// Where the next manager finds the keepers.
+    state: State,
+    own: RefCell<Option<Rc<Link>>>,
+    inherited: RefCell<Vec<Rc<Link>>>,
+    /// What is kept for the next manager beside no component; none as long as there is to be no next one.
+    for_successor: RefCell<Option<BTreeMap<String, OwnedFd>>>,
     last_id: Cell<u64>,
 }
 
+/// What an earlier manager left with one of its keepers.
+pub struct Inheritance {
+    /// What it kept beside no component, by label.
+    pub own: BTreeMap<String, Vec<OwnedFd>>,
+    /// What it kept beside components.
+    pub orphans: Vec<Orphan>,
+}
+
+/// What an earlier manager kept beside a component.
+pub struct Orphan {
+    /// By label.
+    pub kept: BTreeMap<String, Vec<OwnedFd>>,
+    /// Where it is kept.
+    pub custody: Rc<dyn Custody>,
+    /// What has become of the component.
+    pub fate: Fate,
+}
+
+/// What has become of a component whose manager has gone.
+pub enum Fate {
+    /// It lives.
+    Lives {
+        /// Its process id on the host.
+        pid: u32,
+        /// Kills the process; may be called again, and after the end.
+        kill: Box<dyn Fn()>,
+        /// Resolves when the process is gone and reaped.
+        exit: LocalBoxFuture<'static, Exit>,
+    },
+    /// It has ended.
+    Ended(Exit),
+}
+
 impl KeeperStarter {
-    /// Starts the keeper, which removes `files` if this process is killed.
+    /// Starts the keeper, which removes `files` if this process is killed. With `state` there can be components that outlive this process.
     ///
     /// # Errors
     /// The keeper does not start.
-    pub fn new(handle: &Handle, programs: Programs, files: Vec<PathBuf>) -> Result<Self, KeeperError> {
+    pub fn new(handle: &Handle, programs: Programs, files: Vec<PathBuf>, state: State) -> Result<Self, KeeperError> {
         let shared = Rc::new(Shared {
             handle: handle.clone(),
             programs,
             files,
-            keeper: RefCell::default(),
-            asked: Event::new(),
-            waiting: RefCell::default(),
+            state,
+            own: RefCell::default(),
+            inherited: RefCell::default(),
+            for_successor: RefCell::default(),
             last_id: Cell::new(0),
         });
-        shared.ensure_keeper()?;
+        shared.own_keeper()?;
         Ok(Self(shared))
     }
 
-    /// Ends the keeper and what still runs below it, and waits until it is done.
-    pub fn close(&self) {
-        let Some(keeper) = self.0.keeper.borrow_mut().take() else {
-            return;
+    /// Takes over from the keepers that earlier managers have left, and removes what is left of those that have ended. Waits for each of them.
+    #[must_use]
+    pub fn inherit(&self) -> Vec<Inheritance> {
+        let Ok(state) = self.0.state.folder() else {
+            return Vec::new();
         };
-        // The event loop has a descriptor of the connection, too, so that closing ours alone would not end it.
-        let ended = rustix::net::shutdown(&keeper, rustix::net::Shutdown::Both).map_err(|errno| errno.to_string());
-        if let Err(error) = ended.and_then(|()| keeper.close().map_err(|error| error.to_string())) {
+        let keepers = match Keepers::open(&state.keepers(), false) {
+            Ok(Some(keepers)) => keepers,
+            Ok(None) => return Vec::new(),
+            Err(error) => {
+                tracing::error!("{}: {error}", state.keepers().display());
+                return Vec::new();
+            }
+        };
+        let left = keepers.left().unwrap_or_else(|error| {
+            tracing::error!("{}: {error}", state.keepers().display());
+            Vec::new()
+        });
+        let mut inherited = Vec::new();
+        for left in left {
+            let Some(key) = &left.key else { continue };
+            match KeeperClient::succeed(&left.socket, key) {
+                Ok((keeper, all)) => {
+                    tracing::info!(pid = keeper.pid(), "took over from the keeper {}", left.name());
+                    match Link::new(&self.0.handle, keeper) {
+                        Ok(link) => inherited.push(self.0.inheritance(link, all)),
+                        Err(error) => tracing::error!("{error}"),
+                    }
+                }
+                Err(error @ KeeperError::Ended { .. }) => {
+                    tracing::debug!("{error}");
+                    keepers.remove(&left);
+                }
+                // Left as it is, for whoever finds out what is wrong.
+                Err(error) => tracing::error!("{error}"),
+            }
+        }
+        keepers.sweep();
+        inherited
+    }
+
+    /// Lets go of the keepers. What outlives the manager goes on, everything else is ended, and waited for.
+    pub fn close(&self) {
+        for link in self.0.inherited.take() {
+            if let Some(Err(error)) = link.take().map(KeeperClient::leave) {
+                tracing::warn!("{error}");
+            }
+        }
+        let Some(link) = self.0.own.take() else { return };
+        let stays = link.has_durable();
+        let closed = link.take().map(|keeper| match stays {
+            true => keeper.leave(),
+            false => keeper.close(),
+        });
+        if let Some(Err(error)) = closed {
             tracing::warn!("{error}");
         }
     }
 }
 
 impl Shared {
-    fn ensure_keeper(self: &Rc<Self>) -> Result<(), KeeperError> {
-        if self.keeper.borrow().is_some() {
-            return Ok(());
+    fn inheritance(&self, link: Rc<Link>, all: Vec<Inherited>) -> Inheritance {
+        let mut inheritance = Inheritance {
+            own: BTreeMap::new(),
+            orphans: Vec::new(),
+        };
+        for Inherited { id, state, kept, .. } in all {
+            if id == OWN {
+                inheritance.own = kept;
+                continue;
+            }
+            let fate = match state {
+                InheritedState::None => Fate::Ended(Exit::Unknown("it was never started".to_owned())),
+                InheritedState::Failed(message) => Fate::Ended(Exit::Unknown(message)),
+                InheritedState::Exited(status) => Fate::Ended(exit(status)),
+                InheritedState::Starting => Self::lives(&link, id, 0),
+                InheritedState::Running { pid, .. } => Self::lives(&link, id, pid),
+            };
+            let custody: Rc<dyn Custody> = Rc::new(Beside { link: link.clone(), id });
+            // Until it is released: whatever becomes of this manager, the next one is to find it.
+            if let Err(error) = custody.set_durable() {
+                tracing::error!("{error}");
+            }
+            inheritance.orphans.push(Orphan { kept, custody, fate });
+        }
+        self.inherited.borrow_mut().push(link);
+        inheritance
+    }
+
+    fn lives(link: &Rc<Link>, id: u64, pid: u32) -> Fate {
+        let (killed, waiters) = (link.clone(), link.expect(id));
+        link.runs(id, pid);
+        Fate::Lives {
+            pid,
+            kill: Box::new(move || killed.kill(id)),
+            exit: told(waiters.has_exited),
+        }
+    }
+
+    /// The keeper for what is started from now on.
+    fn own_keeper(&self) -> Result<Rc<Link>, KeeperError> {
+        if let Some(link) = self.own.borrow().as_ref().filter(|link| link.is_there()) {
+            return Ok(link.clone());
         }
         let mut keeper = KeeperClient::start(&self.programs.keeper)?;
         for file in &self.files {
             keeper.remove_at_end(file)?;
         }
-        let system = |action| move |source| KeeperError::System { action, source };
-        let watched = keeper
-            .as_fd()
-            .try_clone_to_owned()
-            .map_err(system("watching the connection"))?;
-        let watched = self
-            .handle
-            .register(watched)
-            .map_err(system("watching the connection"))?;
         tracing::debug!(pid = keeper.pid(), "keeper started");
-        *self.keeper.borrow_mut() = Some(keeper);
-        let shared = self.clone();
-        self.handle.spawn(async move { shared.listen(watched).await });
-        Ok(())
-    }
-
-    /// Hears what the keeper says, until it is gone.
-    async fn listen(&self, watched: AsyncFd<OwnedFd>) {
-        loop {
-            let asked = self.asked.listen();
-            // None: the manager itself has ended it.
-            let Some(unsent) = self.take_events() else { return };
-            watched.exhausted(Direction::Read);
-            let room: LocalBoxFuture<'_, ()> = if unsent {
-                watched.exhausted(Direction::Write);
-                Box::pin(watched.writable())
-            } else {
-                Box::pin(pending())
-            };
-            select_all([
-                Box::pin(watched.readable()) as LocalBoxFuture<'_, ()>,
-                room,
-                Box::pin(asked.map(drop)),
-            ])
-            .await;
-        }
-    }
-
-    /// Sends what waits and takes what has come. Returns whether something still waits for room; none when the keeper is gone.
-    fn take_events(&self) -> Option<bool> {
-        let mut slot = self.keeper.borrow_mut();
-        let keeper = slot.as_mut()?;
-        loop {
-            match keeper.try_recv() {
-                Ok(Some(event)) => self.heard(event),
-                Ok(None) => return Some(keeper.has_unsent()),
-                Err(error) => {
-                    tracing::error!("{error}; every component ended with it");
-                    let keeper = slot.take();
-                    drop(slot);
-                    self.gone(keeper, &error.to_string());
-                    return None;
-                }
+        let link = Link::new(&self.handle, keeper)?;
+        *self.own.borrow_mut() = Some(link.clone());
+        if let Some(kept) = &*self.for_successor.borrow() {
+            // What it can be told later still, nothing depends on yet.
+            if let Err(error) = self.offer(&link).and_then(|()| keep_own(&link, kept)) {
+                tracing::error!("{}", error.message);
             }
         }
+        Ok(link)
     }
 
-    fn heard(&self, event: KeeperEvent) {
-        let mut waiting = self.waiting.borrow_mut();
-        match event {
-            KeeperEvent::Started { id, pid, .. } => {
-                if let Some(started) = waiting.get_mut(&id).and_then(|waiting| waiting.started.take()) {
-                    let _ = started.send(Ok(pid));
-                }
-            }
-            KeeperEvent::Failed { id, layer, message } => {
-                if let Some(started) = waiting.remove(&id).and_then(|waiting| waiting.started) {
-                    let error = start_failure(message).about(layer.map_or("", Layer::name));
-                    let _ = started.send(Err(error));
-                }
-            }
-            KeeperEvent::Exited { id, status } => {
-                if let Some(exited) = waiting.remove(&id).and_then(|waiting| waiting.exited) {
-                    let _ = exited.send(match status {
-                        ExitStatus::Code(code) => Exit::Code(code),
-                        ExitStatus::Signal(signal) => Exit::Signal(signal),
-                    });
-                }
-            }
-        }
+    /// Says to a keeper how the next manager comes.
+    fn offer(&self, link: &Link) -> Result<(), Error> {
+        let failed = |error: std::io::Error| {
+            let message = format!("no guest can outlive this manager: {error}");
+            Error::new(Kind::NoStorage, message).about("durable")
+        };
+        let keepers = Keepers::open(&self.state.folder()?.keepers(), true).map_err(failed)?;
+        let keepers = keepers.ok_or_else(|| failed(std::io::ErrorKind::NotFound.into()))?;
+        let offer = keepers.offer().map_err(failed)?;
+        link.ask(|keeper| {
+            keeper.remove_with_keeper(&offer.socket_path)?;
+            keeper.remove_with_keeper(&offer.key_path)?;
+            keeper.offer_succession(offer.listener, &offer.key, LINGER)
+        })
     }
 
-    fn gone(&self, keeper: Option<KeeperClient>, why: &str) {
-        for (_, waiting) in self.waiting.take() {
-            if let Some(started) = waiting.started {
-                let _ = started.send(Err(start_failure(why.to_owned())));
-            }
-            if let Some(exited) = waiting.exited {
-                let _ = exited.send(Exit::Unknown(format!("it ended with the keeper: {why}")));
-            }
-        }
-        // Reaped away from the loop: it has closed its connection, but may not have ended yet.
-        let reaping = self.handle.spawn_blocking(|| keeper.map(KeeperClient::close));
-        self.handle.spawn(async move {
-            // How it ended has been told, and work that nobody awaits is not done.
-            let _ = reaping.await;
-        });
-    }
-
-    fn spawn(self: &Rc<Self>, request: &StartRequest) -> Result<(u64, Waiters, UnixStream, OwnedFd), Error> {
+    fn spawn(self: &Rc<Self>, request: &StartRequest) -> Result<Spawned, Error> {
         let failed = |what: &str, error: &dyn std::fmt::Display| start_failure(format!("{what}: {error}"));
-        let (ours, theirs) = UnixStream::pair().map_err(|error| failed("no socket for the component", &error))?;
+        let (socket, theirs) = UnixStream::pair().map_err(|error| failed("no socket for the component", &error))?;
         let (words, stderr) = std::io::pipe().map_err(|error| failed("no pipe for the component's log", &error))?;
         let kvm = host::open_kvm()?;
         let mut spec = ComponentSpec::new(self.programs.component()?, c"vmm-component".to_owned());
@@ -260,67 +308,60 @@ impl Shared {
             .add(KVM, HandleKind::Kvm, kvm.into())
             .map_err(spec_failed)?;
 
-        self.ensure_keeper().map_err(|error| start_failure(error.to_string()))?;
+        let link = self.own_keeper().map_err(|error| start_failure(error.to_string()))?;
         let id = self.last_id.get() + 1;
         self.last_id.set(id);
-        let (started, has_started) = oneshot::channel();
-        let (exited, has_exited) = oneshot::channel();
-        self.waiting.borrow_mut().insert(
-            id,
-            Waiting {
-                started: Some(started),
-                exited: Some(exited),
-            },
-        );
-        let sent = match self.keeper.borrow_mut().as_mut() {
-            Some(keeper) => keeper.spawn(id, spec).map_err(|error| start_failure(error.to_string())),
-            None => Err(start_failure("the keeper is gone".to_owned())),
-        };
-        if let Err(error) = sent {
-            self.waiting.borrow_mut().remove(&id);
+        let waiters = link.expect(id);
+        if let Err(error) = link.ask(|keeper| keeper.spawn(id, spec)) {
+            link.forget(id);
             return Err(error);
         }
-        self.asked.notify(usize::MAX);
-        Ok((
+        Ok(Spawned {
+            link,
             id,
-            Waiters {
-                has_started,
-                has_exited,
-            },
-            ours,
-            words.into(),
-        ))
-    }
-
-    fn kill(&self, id: u64) {
-        if !self.waiting.borrow().contains_key(&id) {
-            return;
-        }
-        if let Some(keeper) = self.keeper.borrow_mut().as_mut()
-            && let Err(error) = keeper.kill(id)
-        {
-            // What comes of it is heard by the listener.
-            tracing::debug!("{error}");
-        }
-        self.asked.notify(usize::MAX);
+            waiters,
+            socket,
+            stderr: words.into(),
+        })
     }
 }
 
-struct Waiters {
-    has_started: oneshot::Receiver<Result<u32, Error>>,
-    has_exited: oneshot::Receiver<Exit>,
+/// A component that was asked for.
+struct Spawned {
+    link: Rc<Link>,
+    id: u64,
+    waiters: Waiters,
+    socket: UnixStream,
+    stderr: OwnedFd,
+}
+
+fn told(has_exited: oneshot::Receiver<Exit>) -> LocalBoxFuture<'static, Exit> {
+    Box::pin(async move {
+        let exited = has_exited.await;
+        exited.unwrap_or_else(|_| Exit::Unknown("the keeper does not say how it ended".to_owned()))
+    })
+}
+
+fn keep_own(link: &Link, kept: &BTreeMap<String, OwnedFd>) -> Result<(), Error> {
+    for (label, fd) in kept {
+        let fd = fd
+            .try_clone()
+            .map_err(|error| Error::new(Kind::NoResources, error.to_string()))?;
+        link.ask(|keeper| keeper.keep_descriptors(OWN, label, vec![fd]))?;
+    }
+    Ok(())
 }
 
 /// Kills a component that nobody waits for any more before it has started.
 struct Unwanted {
-    shared: Rc<Shared>,
+    link: Rc<Link>,
     id: Option<u64>,
 }
 
 impl Drop for Unwanted {
     fn drop(&mut self) {
         if let Some(id) = self.id {
-            self.shared.kill(id);
+            self.link.kill(id);
         }
     }
 }
@@ -329,12 +370,22 @@ impl ComponentStarter for KeeperStarter {
     fn start(&self, request: StartRequest) -> LocalBoxFuture<'static, Result<Started, Error>> {
         let shared = self.0.clone();
         Box::pin(async move {
-            let (id, waiters, socket, stderr) = shared.spawn(&request)?;
+            let Spawned {
+                link,
+                id,
+                waiters,
+                socket,
+                stderr,
+            } = shared.spawn(&request)?;
             let mut unwanted = Unwanted {
-                shared: shared.clone(),
+                link: link.clone(),
                 id: Some(id),
             };
-            let pid = match shared.handle.timeout(START_TIMEOUT, waiters.has_started).await {
+            let Waiters {
+                has_started,
+                has_exited,
+            } = waiters;
+            let pid = match shared.handle.timeout(START_TIMEOUT, has_started).await {
                 Ok(Ok(started)) => started?,
                 Ok(Err(_)) => return Err(start_failure("the keeper is gone".to_owned())),
                 Err(_) => {
@@ -343,17 +394,14 @@ impl ComponentStarter for KeeperStarter {
                 }
             };
             unwanted.id = None;
-            let exited = waiters.has_exited;
+            let killed = link.clone();
             Ok(Started {
                 pid,
                 socket,
                 stderr: Some(stderr),
-                kill: Box::new(move || shared.kill(id)),
-                exit: Box::pin(async move {
-                    exited
-                        .await
-                        .unwrap_or_else(|_| Exit::Unknown("the keeper does not say how it ended".to_owned()))
-                }),
+                kill: Box::new(move || killed.kill(id)),
+                exit: told(has_exited),
+                custody: Some(Rc::new(Beside { link, id })),
             })
         })
     }
@@ -362,10 +410,42 @@ impl ComponentStarter for KeeperStarter {
         jail(&request.limits, &request.waived_layers)?;
         host::open_kvm().map(drop)
     }
-}
 
-fn start_failure(message: String) -> Error {
-    Error::new(Kind::StartFailure, message)
+    fn set_limits(&self, pid: u32, limits: ResourceLimits) -> LocalBoxFuture<'static, Result<(), Error>> {
+        let (own, inherited) = (self.0.own.borrow(), self.0.inherited.borrow());
+        let mut links = inherited.iter().chain(own.iter());
+        let found = links.find_map(|link| Some((link.clone(), link.id_of(pid)?)));
+        Box::pin(async move {
+            match found {
+                Some((link, id)) => link.set_limits(id, cgroup_limits(&limits)).await,
+                None => Err(Error::new(Kind::NotRunning, "its component has ended")),
+            }
+        })
+    }
+
+    fn outlived(&self) -> Result<(), Error> {
+        self.0.state.folder().map(drop)
+    }
+
+    fn keep_for_successor(&self, kept: BTreeMap<String, OwnedFd>) -> Result<(), Error> {
+        self.0.state.folder()?;
+        let link = self.0.own_keeper().map_err(|error| start_failure(error.to_string()))?;
+        if self.0.for_successor.borrow().is_none() {
+            self.0.offer(&link)?;
+        }
+        for link in self
+            .0
+            .inherited
+            .borrow()
+            .iter()
+            .chain([&link])
+            .filter(|link| link.is_there())
+        {
+            keep_own(link, &kept)?;
+        }
+        *self.0.for_successor.borrow_mut() = Some(kept);
+        Ok(())
+    }
 }
 
 /// The jail that a configuration asks for.
@@ -383,14 +463,19 @@ fn jail(limits: &ResourceLimits, waived_layers: &[String]) -> Result<JailSpec, E
         })?;
         jail.waived.insert(layer);
     }
+    jail.limits = cgroup_limits(limits);
+    Ok(jail)
+}
+
+/// Limits as control groups have them.
+fn cgroup_limits(limits: &ResourceLimits) -> Limits {
     let some = |value: u32| (value != 0).then_some(value);
-    jail.limits = Limits {
+    Limits {
         memory_bytes: (limits.memory_mib != 0).then_some(limits.memory_mib.saturating_mul(1 << 20)),
         pids: some(limits.tasks),
         cpu_millis: some(limits.cpu_percent.saturating_mul(10)),
         cpu_weight: some(limits.cpu_weight),
-    };
-    Ok(jail)
+    }
 }
 
 #[cfg(test)]

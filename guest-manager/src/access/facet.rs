@@ -3,7 +3,7 @@
 use std::{rc::Rc, time::Instant};
 
 use sepal_schema::{
-    error::{Error, Kind, write_completion},
+    error::{Error, write_completion},
     facet::{Bounds, Right, Rights, Terms, kind_name},
     facet_capnp::{facet, revoker},
     transport::guard,
@@ -12,7 +12,8 @@ use sepal_schema::{
 use super::{
     grant::Grant,
     holder::{Deed, Holder},
-    shares::{Secret, Token},
+    secret,
+    shares::Token,
     thing,
 };
 use crate::serial::yield_now;
@@ -86,13 +87,7 @@ pub(crate) async fn share(holder: &Holder, params: facet::ShareParams, mut resul
     };
     let make = async {
         let (bounds, terms) = (bounds?, terms?);
-        let mut secret = Secret::default();
-        getrandom::fill(&mut secret).map_err(|error| {
-            Error::new(
-                Kind::InternalError,
-                format!("the kernel gives no random bytes: {error}"),
-            )
-        })?;
+        let secret = secret::fresh()?;
         // Nobody could redeem it.
         holder.guest.check_live()?;
         let shared = holder.narrow(&bounds)?;
@@ -105,6 +100,7 @@ pub(crate) async fn share(holder: &Holder, params: facet::ShareParams, mut resul
         Ok::<_, Error>((Token { kind, id, secret }, grant))
     };
     let made = holder.perform(SHARE, holder.thing, make).await;
+    holder.guest.save();
     let mut to = results.get();
     match made {
         Ok((token, grant)) => {
@@ -168,6 +164,7 @@ impl revoker::Server for RevokerServer {
     async fn revoke(self: Rc<Self>, _: revoker::RevokeParams, mut results: revoker::RevokeResults) -> Reply {
         if self.grant.ended(Instant::now()).is_none() {
             self.grant.revoke();
+            self.holder.guest.save();
             self.holder.note(REVOKE, &self.holder.thing.to_string(), Ok(()));
         }
         closed().await;

@@ -78,6 +78,18 @@ pub(crate) struct Holder {
     pub(crate) thing: Thing,
 }
 
+/// Ends a grant when its time is over, not only when it is used next.
+pub(crate) fn expire_in_time(handle: &Handle, grant: &Grant) {
+    if let Some(deadline) = grant.deadline() {
+        let (due, sleep) = (grant.weak(), handle.deadline(deadline));
+        let timer = handle.spawn_owned(async move {
+            sleep.await;
+            due.expire(Instant::now());
+        });
+        grant.keep_timer(timer);
+    }
+}
+
 impl Holder {
     /// All of a guest, for a client that found or made it: what its role permits.
     pub(crate) fn of_role(client: Client, guest: Rc<Guest>) -> Self {
@@ -113,14 +125,7 @@ impl Holder {
             _ => bounds,
         };
         let grant = self.grant.narrow(bounds, Instant::now())?;
-        if let Some(deadline) = grant.deadline() {
-            let (due, sleep) = (grant.weak(), self.handle().deadline(deadline));
-            let timer = self.handle().spawn_owned(async move {
-                sleep.await;
-                due.expire(Instant::now());
-            });
-            grant.keep_timer(timer);
-        }
+        expire_in_time(self.handle(), &grant);
         let thing = match self.thing {
             // What is left of it is no more than output, whatever can be called.
             Thing::Output => Thing::Serial,

@@ -5,7 +5,7 @@
 //!   holder   what each of them holds, and the gate that its calls go through; thing says what it is for
 //!   grant    the tree of what is permitted: rights, bounds, rates, expiry; revoking (pure)
 //!   shares   what was shared of a guest (pure)
-//!   redeem   from a token to a capability
+//!   redeem   from a token to a capability; secret is what makes one
 //! ```
 //!
 //! A capability belongs to the connection that it was made on, whose descriptors travel beside its messages. Between connections there are only
@@ -15,7 +15,8 @@ pub(crate) mod facet;
 pub mod grant;
 pub(crate) mod holder;
 pub(crate) mod redeem;
-mod shares;
+pub(crate) mod secret;
+pub(crate) mod shares;
 pub(crate) mod thing;
 
 use std::{

@@ -25,6 +25,7 @@ pub(crate) fn redeem(manager: &Rc<Manager>, client: &Client, token: &str) -> Res
         call.guest(&holder.guest.name);
         let share = holder.client.who.share.unwrap_or(0);
         holder.guest.access.shares.borrow_mut().redeemed(share);
+        holder.guest.save();
         call.detail(format!("{}, share {share}", holder.thing));
     }
     call.done(redeemed.as_ref().map(drop));

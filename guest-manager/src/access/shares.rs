@@ -6,20 +6,21 @@
 //!                '------ ended --------'-->  gone: the grant was revoked or has expired, or it is used up and nobody holds what it gave
 //! ```
 
-use std::{collections::BTreeMap, fmt::Write, hint::black_box, time::Instant};
+use std::{collections::BTreeMap, time::Instant};
 
 use sepal_schema::{
     error::{Error, Kind},
-    facet::{MAX_TOKEN, Share, Terms, kind_name},
+    facet::{Bounds, MAX_TOKEN, Share, Terms, kind_name},
 };
 
-use super::{grant::Grant, thing::Thing};
+use super::{
+    grant::Grant,
+    secret::{self, Digest, Secret},
+    thing::Thing,
+};
 
 /// Shares of a guest at a time.
 pub(crate) const MAX_SHARES: usize = 256;
-
-/// What a token has to tell: 256 bits from the kernel's generator.
-pub(crate) type Secret = [u8; 32];
 
 /// A token: `console.7.5d...`, the kind, the share's id, and the secret in hexadecimal.
 #[derive(Debug, PartialEq, Eq)]
@@ -40,39 +41,21 @@ impl Token {
         }
         let mut parts = text.trim().splitn(3, '.');
         let (kind, id, hex) = (parts.next()?, parts.next()?, parts.next()?);
-        if hex.len() != 2 * size_of::<Secret>() || !hex.bytes().all(|digit| digit.is_ascii_hexdigit()) {
-            return None;
-        }
-        let mut secret = Secret::default();
-        for (byte, digits) in secret.iter_mut().zip(hex.as_bytes().chunks(2)) {
-            *byte = u8::from_str_radix(str::from_utf8(digits).ok()?, 16).ok()?;
-        }
         Some(Self {
             kind: kind.to_owned(),
             id: id.parse().ok()?,
-            secret,
+            secret: secret::of_hex(hex)?,
         })
     }
 
     /// As it is given out.
     pub(crate) fn write(&self) -> String {
-        let mut text = format!("{}.{}.", self.kind, self.id);
-        for byte in self.secret {
-            // Writing into a text does not fail.
-            let _ = write!(text, "{byte:02x}");
-        }
-        text
+        format!("{}.{}.{}", self.kind, self.id, secret::hex(&self.secret))
     }
 }
 
-/// Compares in a time that does not depend on where they differ.
-fn same(one: &Secret, other: &Secret) -> bool {
-    let difference = one.iter().zip(other).fold(0, |all, (a, b)| black_box(all | (a ^ b)));
-    difference == 0
-}
-
 struct Entry {
-    secret: Secret,
+    digest: Digest,
     thing: Thing,
     terms: Terms,
     grant: Grant,
@@ -88,6 +71,23 @@ impl Entry {
     fn gone(&self, now: Instant) -> bool {
         self.grant.ended(now).is_some() || (self.used_up() && !self.grant.is_shared())
     }
+}
+
+/// A share as the next manager has to know it: the capabilities that it was derived from end with this one, and so do those that came of it.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Kept {
+    pub(crate) id: u64,
+    /// The share by which whoever shared it had come to it; 0: none.
+    pub(crate) parent: u64,
+    pub(crate) thing: Thing,
+    pub(crate) digest: Digest,
+    /// The tightest on the way to the root, without a lifetime.
+    pub(crate) bounds: Bounds,
+    /// When it ends by itself.
+    pub(crate) expires: Option<Instant>,
+    pub(crate) terms: Terms,
+    pub(crate) redeemed: u32,
+    pub(crate) shared_by_uid: u32,
 }
 
 /// The shares of a guest.
@@ -129,7 +129,7 @@ impl Shares {
         }
         self.last += 1;
         let share = Entry {
-            secret,
+            digest: secret::digest(&secret),
             thing,
             terms,
             grant,
@@ -140,6 +140,61 @@ impl Shares {
         Ok(self.last)
     }
 
+    /// All of them, as the next manager has to know them.
+    pub(crate) fn kept(&self, now: Instant) -> Vec<Kept> {
+        let there = || self.all.iter().filter(|(_, share)| share.grant.ended(now).is_none());
+        let kept = |(&id, share): (&u64, &Entry)| Kept {
+            id,
+            parent: there()
+                .filter(|(other, above)| **other < id && above.grant.can_end() && share.grant.is_under(&above.grant))
+                .map(|(other, _)| *other)
+                .last()
+                .unwrap_or(0),
+            thing: share.thing,
+            digest: share.digest,
+            bounds: Bounds {
+                only: Some(share.grant.rights()),
+                lifetime: None,
+                ..share.grant.bounds(now)
+            },
+            expires: share.grant.expires_in(now).map(|left| now + left),
+            terms: share.terms.clone(),
+            redeemed: share.redeemed,
+            shared_by_uid: share.shared_by_uid,
+        };
+        // Nobody could redeem one that is used up.
+        there().filter(|(_, share)| !share.used_up()).map(kept).collect()
+    }
+
+    /// Takes over what an earlier manager had, below `root`; returns the grants.
+    pub(crate) fn restore(&mut self, kept: Vec<Kept>, root: &Grant, now: Instant) -> Vec<Grant> {
+        let mut grants = Vec::new();
+        for share in kept {
+            let lifetime = share.expires.map(|at| at.saturating_duration_since(now));
+            let above = self.all.get(&share.parent).map_or(root, |share| &share.grant);
+            let bounds = Bounds {
+                lifetime,
+                ..share.bounds
+            };
+            // What has nothing in common with its parent any more, there is none of.
+            let Ok(grant) = above.narrow(&bounds, now) else {
+                continue;
+            };
+            self.last = self.last.max(share.id);
+            grants.push(grant.clone());
+            let entry = Entry {
+                digest: share.digest,
+                thing: share.thing,
+                terms: share.terms,
+                grant,
+                redeemed: share.redeemed,
+                shared_by_uid: share.shared_by_uid,
+            };
+            self.all.insert(share.id, entry);
+        }
+        grants
+    }
+
     /// What a token stands for; none if it is none of this guest's, was used up, or was revoked.
     ///
     /// # Errors
@@ -148,7 +203,7 @@ impl Shares {
         let Some(share) = self.all.get(&token.id) else {
             return Ok(None);
         };
-        let known = same(&share.secret, &token.secret) && token.kind == kind_name(share.thing.kind());
+        let known = share.digest == secret::digest(&token.secret) && token.kind == kind_name(share.thing.kind());
         if !known || share.used_up() || share.grant.ended(now).is_some() {
             return Ok(None);
         }

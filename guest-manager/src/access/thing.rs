@@ -55,11 +55,39 @@ impl Thing {
         }
     }
 
+    /// The port, of a console.
+    pub(crate) fn port(self) -> u32 {
+        match self {
+            Self::Console(port) => port,
+            _ => 0,
+        }
+    }
+
+    /// What is told to be of a kind, with this port if it is a console; none if there is no such thing.
+    pub(crate) fn of(kind: FacetKind, port: u32) -> Option<Self> {
+        Some(match kind {
+            FacetKind::Guest => Self::Guest,
+            FacetKind::Serial => Self::Serial,
+            FacetKind::Console => Self::Console(port),
+            FacetKind::Power => Self::Power,
+            FacetKind::BalloonController => Self::Balloon,
+            FacetKind::MemController => Self::Memory,
+            FacetKind::DiskController => Self::Disks,
+            FacetKind::NetController => Self::Networks,
+            FacetKind::HostVsockEndpoint => Self::Vsock,
+            FacetKind::Agent => Self::Agent,
+            FacetKind::Observer => Self::Observer,
+            FacetKind::Statistics => Self::Statistics,
+            FacetKind::Debug => Self::Debug,
+            FacetKind::CpuController => Self::Cpus,
+        })
+    }
+
     /// The rights that mean something for it.
     pub(crate) fn rights(self) -> Rights {
         use Right::{
-            Agent, Balloon, Connect, Cpu, Debug, Disk, Input, Kill, Listen, Memory, Network, Nmi, Observe, Output, Pause,
-            Reset, Share, Shutdown,
+            Agent, Balloon, Connect, Cpu, Debug, Disk, Input, Kill, Listen, Memory, Network, Nmi, Observe, Output,
+            Pause, Reset, Share, Shutdown,
         };
         let own: &[Right] = match self {
             Self::Guest => return Rights::ALL,

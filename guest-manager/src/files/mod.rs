@@ -21,9 +21,9 @@ use sepal_schema::{
     transport::file::{Requirements, check, check_shared_memory},
 };
 
+pub(crate) use self::again::take_again;
 use self::disks::DiskJob;
 use self::images::Claims;
-pub(crate) use self::again::take_again;
 pub use self::images::{ImageUse, Images};
 use self::scratch::Scratch;
 pub(crate) use self::scratch::default_folder as default_scratch;

@@ -88,6 +88,29 @@ pub(super) struct Entry {
 }
 
 impl Entry {
+    /// A name that was just taken.
+    pub(super) fn new(id: GuestId, name: Rc<str>, origin: Origin) -> Self {
+        Self {
+            id,
+            name,
+            origin,
+            phase: Phase::NotStarted,
+            generation: 0,
+            started_at: None,
+            shutdown_told: false,
+            paused: false,
+            detached: false,
+            upkeep: Upkeep::default(),
+            crashes: Crashes::default(),
+            descriptor: None,
+            stop: None,
+            ended_as: 0,
+            component_pid: 0,
+            layers: Vec::new(),
+            failures: Vec::new(),
+        }
+    }
+
     /// Whether it has ended, and is only remembered, or is only defined.
     pub(super) fn remembered(&self) -> bool {
         self.phase == Phase::Defined || (self.origin != Origin::Lifecycle && self.phase.ended())

@@ -153,6 +153,7 @@ impl ComponentStarter for Starter {
                     }
                 }),
                 exit: Box::pin(async move { exited.await.unwrap_or(Exit::Unknown("the test is over".into())) }),
+                custody: None,
             })
         })
     }

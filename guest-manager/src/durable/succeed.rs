@@ -1,0 +1,315 @@
+//! Takes over what an earlier manager left: before this one listens, so that nobody sees it without.
+//!
+//! ```text
+//!   keepers --inherit--> journals: the longest is gone on with        events, and how far they were counted
+//!                        orphans: those of one guest are put together registry, ports, shares, lease; the component gets a connection
+//!                                                                     '--> life: it lives, it died, or it is begun again
+//!   what cannot be taken over is ended, and told of
+//! ```
+
+use std::{
+    collections::BTreeMap,
+    io::{self, IoSlice},
+    mem::MaybeUninit,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::UnixStream,
+    },
+    rc::Rc,
+    time::Instant,
+};
+
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+use sepal_schema::{config::GuestConfig, error::Error, facet::Rights};
+use uuid::Uuid;
+
+use super::{
+    chronicle::past,
+    journal::Journal,
+    keeping::{Durable, Owner, label},
+    memory::Shared,
+    record::{Phase, Record},
+    slots::Slots,
+};
+use crate::{
+    access::holder::expire_in_time,
+    component::{Custody, Exit, Started},
+    guest::{Creation, Guest},
+    lease, life,
+    manager::Manager,
+    model::Moment,
+    registry::{Restored, RestoredPhase},
+    slot::Slot,
+    starter::{Fate, Inheritance, Orphan},
+};
+
+/// What an earlier manager left of a guest's run.
+pub(crate) enum Left {
+    /// The component lives, and is to be asked what became of the guest.
+    Lives {
+        /// The connection with it.
+        started: Started,
+        /// The manager's ends of the ports' sockets.
+        sockets: Vec<UnixStream>,
+    },
+    /// The component has ended.
+    Died {
+        exit: Exit,
+        log: Option<OwnedFd>,
+        sockets: Vec<UnixStream>,
+    },
+    /// The guest was being created.
+    Creating,
+    /// The run before was over, and another was to follow.
+    Restarting,
+}
+
+/// What was kept of a guest, read.
+struct Found {
+    record: Record,
+    config: GuestConfig,
+    slots: Slots<Shared>,
+    orphan: Orphan,
+}
+
+/// Takes over everything that was left.
+pub fn take_over(manager: &Rc<Manager>, inheritances: Vec<Inheritance>) {
+    let mut orphans = Vec::new();
+    let mut journals = Vec::new();
+    for inheritance in inheritances {
+        orphans.extend(inheritance.orphans);
+        let own = inheritance.own.into_iter();
+        let fds = own.filter(|(name, _)| name == label::JOURNAL).flat_map(|(_, fds)| fds);
+        journals.extend(fds.filter_map(|fd| Journal::open(Shared::from(fd)).ok()));
+    }
+    // Those of keepers that were not told of a later one are older.
+    if let Some(journal) = journals.into_iter().max_by_key(Journal::end) {
+        manager.registry(|registry, _| registry.restore_events(past(&journal)));
+        if let Err(error) = manager.chronicle.go_on_with(journal, &*manager.starter) {
+            tracing::error!("what happens is not kept for the next manager: {error}");
+        }
+    }
+    for found in unite(orphans) {
+        let name = found.record.name.clone();
+        if let Err(error) = restore(manager, found) {
+            tracing::error!(guest = name, "the guest cannot be taken over, and ends: {error}");
+        }
+    }
+}
+
+/// One of each guest: where it was moving from one component to the next, what is kept is kept twice.
+fn unite(orphans: Vec<Orphan>) -> Vec<Found> {
+    let mut all: BTreeMap<[u8; 16], Found> = BTreeMap::new();
+    for orphan in orphans {
+        let found = match read(orphan) {
+            Ok(found) => found,
+            Err((orphan, error)) => {
+                tracing::error!("what was kept of a guest cannot be read, and the guest ends: {error}");
+                give_up(orphan);
+                continue;
+            }
+        };
+        let lives = |found: &Found| matches!(found.orphan.fate, Fate::Lives { .. });
+        match all.remove(&found.record.uuid) {
+            Some(other) if lives(&other) => {
+                give_up(found.orphan);
+                all.insert(other.record.uuid, other);
+            }
+            other => {
+                if let Some(other) = other {
+                    give_up(other.orphan);
+                }
+                all.insert(found.record.uuid, found);
+            }
+        }
+    }
+    all.into_values().collect()
+}
+
+fn read(mut orphan: Orphan) -> Result<Found, (Orphan, String)> {
+    let mut reading = || {
+        let mut first = |name| {
+            orphan
+                .kept
+                .remove(name)
+                .and_then(|fds: Vec<OwnedFd>| fds.into_iter().next())
+        };
+        let memory = first(label::RECORD).ok_or("there is no record")?;
+        let (slots, bytes) = Slots::open(Shared::from(memory)).map_err(|error| error.to_string())?;
+        let bytes = bytes.ok_or("nothing was recorded")?;
+        let mut fds = Vec::new();
+        for i in 0.. {
+            match orphan.kept.remove(&format!("{}{i}", label::CONFIG)) {
+                Some(more) => fds.extend(more),
+                None => break,
+            }
+        }
+        let read = Record::read(&bytes, fds, (Moment::now(), Instant::now()));
+        let (record, config) = read.map_err(|error| error.to_string())?;
+        Ok::<_, String>((record, config, slots))
+    };
+    match reading() {
+        Ok((record, config, slots)) => Ok(Found {
+            record,
+            config,
+            slots,
+            orphan,
+        }),
+        Err(error) => Err((orphan, error)),
+    }
+}
+
+/// Ends what an earlier manager left, and what is kept of it.
+fn give_up(orphan: Orphan) {
+    if let Fate::Lives { kill, .. } = &orphan.fate {
+        kill();
+    }
+    orphan.custody.release();
+}
+
+fn restore(manager: &Rc<Manager>, found: Found) -> Result<(), Error> {
+    let Found {
+        record,
+        config,
+        slots,
+        mut orphan,
+    } = found;
+    if record.phase == Phase::Ended {
+        // All that there was to tell of it has been told.
+        give_up(orphan);
+        return Ok(());
+    }
+    let id = match manager.registry(|registry, _| registry.restore(restored(&record))) {
+        Ok(id) => id,
+        Err(error) => {
+            give_up(orphan);
+            return Err(error);
+        }
+    };
+    manager.registry(|registry, _| registry.restore_crashes(id, record.crashes.clone()));
+    let slot = Slot::restored(manager, id, record.name.as_str().into());
+    let runs = !record.held;
+    let guest = Guest::new(
+        manager.clone(),
+        id,
+        slot.name.clone(),
+        Creation::of(&config, record.generation, runs),
+    );
+    slot.take_over(guest.clone());
+    let rings = orphan.kept.remove(label::RINGS).unwrap_or_default();
+    for (port, ring) in std::iter::once(&guest.port).chain(&guest.consoles).zip(rings) {
+        if let Err(error) = port.restore(ring) {
+            tracing::error!(guest = &*guest.name, "what a port printed is lost: {error}");
+        }
+    }
+    let (root, now) = (guest.access.root(Rights::ALL), Instant::now());
+    let grants = guest
+        .access
+        .shares
+        .borrow_mut()
+        .restore(record.shares.clone(), &root, now);
+    grants.iter().for_each(|grant| expire_in_time(&manager.handle, grant));
+    guest.lease.restore(record.lease_tokens.clone());
+    guest.go_on(&record);
+    let owner = Owner {
+        uid: record.uid,
+        gid: record.gid,
+        trusted: record.trusted,
+    };
+    let left = left(&record, orphan.fate, &mut orphan.kept, &orphan.custody);
+    let copy = config.try_clone().map_err(|error| error.to_string());
+    let durable = copy.map_err(|error| Error::new(sepal_schema::error::Kind::NoResources, error));
+    let durable = durable.and_then(|copy| Durable::restored(copy, owner, slots, Some(orphan.custody.clone())));
+    if let Err(error) = durable.and_then(|durable| guest.set_durable(durable)) {
+        // It goes on all the same, as long as this manager does.
+        tracing::error!(guest = &*guest.name, "{error}");
+    }
+    guest.save();
+    if !record.detached {
+        lease::wait(&guest);
+    }
+    tracing::info!(guest = &*guest.name, generation = record.generation, "goes on");
+    manager.handle.spawn(life::live_on(guest, slot, config, owner, left));
+    Ok(())
+}
+
+fn restored(record: &Record) -> Restored {
+    Restored {
+        name: record.name.as_str().into(),
+        uuid: Some(Uuid::from_bytes(record.uuid)),
+        generation: record.generation,
+        phase: match record.phase {
+            Phase::Creating => RestoredPhase::Creating,
+            Phase::Created | Phase::Running => RestoredPhase::Launching,
+            Phase::Restarting => RestoredPhase::Restarting,
+            Phase::Ended => RestoredPhase::Ended,
+        },
+        started_ns: Some(record.started_ns).filter(|ns| *ns > 0),
+        paused: record.paused,
+        detached: record.detached,
+        restarts: record.restarts,
+        failures: record.failures,
+        descriptor: record.descriptor.clone(),
+        layers: record.layers.clone(),
+        stop: record.stop.clone(),
+    }
+}
+
+fn left(record: &Record, fate: Fate, kept: &mut BTreeMap<String, Vec<OwnedFd>>, custody: &Rc<dyn Custody>) -> Left {
+    let mut first = |name| kept.remove(name).and_then(|fds| fds.into_iter().next());
+    let (log, successors) = (first(label::LOG), first(label::SUCCESSORS));
+    let ports = kept.remove(label::PORTS).unwrap_or_default();
+    let sockets: Vec<UnixStream> = ports.into_iter().map(UnixStream::from).collect();
+    let (pid, kill, exit) = match (record.phase, fate) {
+        (Phase::Restarting, fate) => {
+            if let Fate::Lives { kill, .. } = &fate {
+                kill();
+            }
+            return Left::Restarting;
+        }
+        (Phase::Creating, Fate::Ended(_)) => return Left::Creating,
+        (_, Fate::Ended(exit)) => return Left::Died { exit, log, sockets },
+        (_, Fate::Lives { pid, kill, exit }) => (pid, kill, exit),
+    };
+    let connected = successors
+        .ok_or_else(|| io::Error::other("there is no way to it"))
+        .and_then(|successors| connect(&successors));
+    match connected {
+        Ok(socket) => Left::Lives {
+            started: Started {
+                pid,
+                socket,
+                stderr: log,
+                kill,
+                exit,
+                custody: Some(custody.clone()),
+            },
+            sockets,
+        },
+        Err(error) => {
+            tracing::error!(
+                guest = record.name,
+                pid,
+                "the component cannot be connected to, and is killed: {error}"
+            );
+            kill();
+            Left::Died {
+                exit: Exit::Unknown(format!("it could not be connected to again: {error}")),
+                log,
+                sockets,
+            }
+        }
+    }
+}
+
+/// A connection to a component: its end goes there beside one byte.
+fn connect(successors: &OwnedFd) -> io::Result<UnixStream> {
+    let (ours, theirs) = UnixStream::pair()?;
+    let fds = [theirs.as_fd()];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    control.push(SendAncillaryMessage::ScmRights(&fds));
+    let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+    rustix::net::sendmsg(successors, &[IoSlice::new(&[0])], &mut control, flags)?;
+    Ok(ours)
+}

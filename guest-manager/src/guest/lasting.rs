@@ -1,0 +1,70 @@
+//! A guest that goes on without its manager, as far as that concerns the guest.
+
+use std::{rc::Rc, time::Instant};
+
+use sepal_schema::error::{Error, Kind};
+
+use super::Guest;
+use crate::durable::{
+    Durable,
+    record::{Phase, Record},
+};
+
+impl Guest {
+    /// Whether it goes on when its manager ends.
+    pub(crate) fn is_durable(&self) -> bool {
+        self.durable.borrow().is_some()
+    }
+
+    /// What is kept of it for the next manager.
+    pub(crate) fn durable(&self) -> Option<Rc<Durable>> {
+        self.durable.borrow().clone()
+    }
+
+    /// From now on it goes on when its manager ends, once that is kept beside its component.
+    ///
+    /// # Errors
+    /// Nothing can be kept for the next manager.
+    pub(crate) fn set_durable(&self, durable: Rc<Durable>) -> Result<(), Error> {
+        self.manager.keep_journal()?;
+        for port in std::iter::once(&self.port).chain(&self.consoles) {
+            // Before anything is printed.
+            port.mirror().map_err(|error| {
+                let message = format!("what the guest prints cannot be kept: {error}");
+                Error::new(Kind::NoResources, message).about("durable")
+            })?;
+        }
+        *self.durable.borrow_mut() = Some(durable);
+        self.manager.registry(|registry, _| registry.set_durable(self.id));
+        Ok(())
+    }
+
+    /// It goes on where an earlier manager left it.
+    pub(crate) fn go_on(&self, from: &Record) {
+        self.set_cid(from.cid);
+        self.agent_ready.change(|ready| *ready = from.agent_ready);
+        let created = matches!(from.phase, Phase::Created | Phase::Running);
+        self.state.change(|state| {
+            state.run.created = created;
+            state.run.held = from.held;
+            state.run.started = from.phase == Phase::Running;
+            state.run.over = from.phase == Phase::Restarting;
+            if from.generation > 1 || created {
+                state.created = Some(Ok(()));
+            }
+        });
+    }
+
+    /// What there is to know of it has changed.
+    pub(crate) fn save(&self) {
+        if let Some(durable) = self.durable() {
+            durable.save(self);
+        }
+    }
+
+    /// Milliseconds until it is stopped unless its lease is redeemed; 0: that is not waited for.
+    pub(crate) fn lease_ends_ms(&self) -> u32 {
+        let left = self.lease.ends_in(Instant::now());
+        u32::try_from(left.as_millis()).unwrap_or(u32::MAX)
+    }
+}

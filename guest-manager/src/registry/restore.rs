@@ -1,0 +1,140 @@
+//! What an earlier manager knew, taken over by this one.
+
+use std::{collections::HashMap, rc::Rc};
+
+use sepal_schema::{
+    error::Error,
+    info::{GuestDescriptor, LayerInfo, Upkeep},
+    report::StopReport,
+};
+use uuid::Uuid;
+
+use super::{
+    Origin, Registry,
+    entry::{Entry, Phase, taken},
+};
+use crate::{
+    durable::chronicle::Past,
+    model::{EventKind, GuestId},
+};
+
+/// Where a guest was.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RestoredPhase {
+    /// It is created.
+    Creating,
+    /// It was created; its vCPUs start, or have started at `started_ns`.
+    Launching,
+    /// A run is over, and another is to follow.
+    Restarting,
+    /// It has ended, and is only remembered.
+    Ended,
+}
+
+/// What is known of a guest that goes on without the manager that launched it.
+#[derive(Debug, Clone)]
+pub struct Restored {
+    /// Its name.
+    pub name: Rc<str>,
+    /// Tells it from all others.
+    pub uuid: Option<Uuid>,
+    /// Which creation under its name.
+    pub generation: u64,
+    /// Where it was.
+    pub phase: RestoredPhase,
+    /// When its vCPUs started, by the monotonic clock; none: they have not.
+    pub started_ns: Option<u64>,
+    /// Its vCPUs are held.
+    pub paused: bool,
+    /// It lives on without the client that launched it.
+    pub detached: bool,
+    /// How often it was begun again by itself.
+    pub restarts: u32,
+    /// How many runs in a row have failed.
+    pub failures: u32,
+    /// What it is made of.
+    pub descriptor: Option<GuestDescriptor>,
+    /// The jail of its component.
+    pub layers: Vec<LayerInfo>,
+    /// How the run before ended.
+    pub stop: Option<StopReport>,
+}
+
+impl Registry {
+    /// Goes on with the events of an earlier manager, before anything else is done.
+    pub(crate) fn restore_events(&mut self, past: Vec<Past>) {
+        let mut ids: HashMap<String, GuestId> = HashMap::new();
+        let mut last_id = self.last_id;
+        self.log.restore(past, |past| {
+            let mut next = || {
+                last_id += 1;
+                GuestId(last_id)
+            };
+            let id = match (&past.kind, ids.get(&past.guest)) {
+                (EventKind::Defined, _) | (_, None) => next(),
+                (_, Some(id)) => *id,
+            };
+            match past.kind {
+                EventKind::Removed => ids.remove(&past.guest),
+                _ => ids.insert(past.guest.clone(), id),
+            };
+            id
+        });
+        self.last_id = last_id;
+        self.past_ids = ids;
+    }
+
+    /// Takes over a guest. No event tells it: nothing has happened to it.
+    ///
+    /// # Errors
+    /// `ALREADY_RUNNING`: its name is taken.
+    pub fn restore(&mut self, from: Restored) -> Result<GuestId, Error> {
+        let mut upkeep = Upkeep::default();
+        if let Some(entry) = self.names.get(&from.name).and_then(|id| self.entries.get(id)) {
+            if !entry.remembered() {
+                return Err(taken(entry));
+            }
+            upkeep = entry.kept_for(Origin::Definition)?;
+        }
+        // Whose events are known already.
+        let id = self.past_ids.remove(&*from.name).unwrap_or_else(|| {
+            self.last_id += 1;
+            GuestId(self.last_id)
+        });
+        if let Some(old) = self.names.insert(from.name.clone(), id) {
+            self.entries.remove(&old);
+            self.forgotten.push(old);
+        }
+        let mut entry = Entry {
+            generation: from.generation,
+            phase: match (from.phase, from.started_ns) {
+                (RestoredPhase::Creating, _) => Phase::Creating,
+                (RestoredPhase::Launching, None) => Phase::Launching,
+                (RestoredPhase::Launching, Some(_)) => Phase::Running,
+                (RestoredPhase::Restarting, _) => Phase::Restarting,
+                (RestoredPhase::Ended, _) => Phase::Stopped,
+            },
+            started_at: from.started_ns,
+            paused: from.paused,
+            detached: from.detached,
+            descriptor: from.descriptor,
+            layers: from.layers,
+            stop: from.stop,
+            ..Entry::new(id, from.name, Origin::Launch)
+        };
+        entry.upkeep = upkeep;
+        entry.upkeep.uuid = from.uuid.or(entry.upkeep.uuid);
+        entry.upkeep.durable = true;
+        entry.upkeep.restarts = from.restarts;
+        entry.upkeep.failures = from.failures;
+        self.entries.insert(id, entry);
+        Ok(id)
+    }
+
+    /// A guest goes on without this manager.
+    pub(crate) fn set_durable(&mut self, id: GuestId) {
+        if let Some(entry) = self.entries.get_mut(&id) {
+            entry.upkeep.durable = true;
+        }
+    }
+}

@@ -1,0 +1,231 @@
+//! How the next manager finds the keepers of what goes on without this one: a socket and a key for each, in the state folder.
+//!
+//! ```text
+//!   keepers/ID.sock   where the keeper waits once this manager is gone
+//!   keepers/ID.key    32 bytes that prove who comes (mode 0600); both go with the keeper
+//! ```
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, Read, Write},
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
+    },
+    path::{Path, PathBuf},
+};
+
+use rustix::{
+    fs::OFlags,
+    net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType},
+};
+use sepal_runner::keeper::{KEY_BYTES, Key};
+
+/// Successors that may wait.
+const BACKLOG: i32 = 8;
+/// How a keeper's files end.
+const SOCKET: &str = ".sock";
+const KEY: &str = ".key";
+
+/// The folder.
+#[derive(Debug)]
+pub(super) struct Keepers {
+    path: PathBuf,
+    /// By which its files are named, however long its path is: that of a socket has at most 107 bytes (unix(7)).
+    folder: File,
+}
+
+/// What is said to a keeper about its successor.
+pub(super) struct Offer {
+    pub(super) listener: OwnedFd,
+    pub(super) key: Key,
+    pub(super) socket_path: PathBuf,
+    pub(super) key_path: PathBuf,
+}
+
+/// A keeper that an earlier manager has left.
+#[derive(Debug)]
+pub(super) struct Left {
+    name: String,
+    /// By which it is connected to, as long as the folder is open.
+    pub(super) socket: PathBuf,
+    pub(super) key: Option<Key>,
+}
+
+impl Keepers {
+    /// Opens the folder; `make` it where it is not there.
+    pub(super) fn open(path: &Path, make: bool) -> io::Result<Option<Self>> {
+        if make {
+            match fs::DirBuilder::new().mode(0o700).create(path) {
+                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+                _ => {}
+            }
+        }
+        let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW;
+        let opened = OpenOptions::new()
+            .read(true)
+            .custom_flags(flags.bits().cast_signed())
+            .open(path);
+        match opened {
+            Ok(folder) => Ok(Some(Self {
+                path: path.to_owned(),
+                folder,
+            })),
+            Err(error) if error.kind() == io::ErrorKind::NotFound && !make => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn short(&self, name: &str) -> PathBuf {
+        format!("/proc/self/fd/{}/{name}", self.folder.as_raw_fd()).into()
+    }
+
+    /// Makes a socket and a key for a keeper.
+    pub(super) fn offer(&self) -> io::Result<Offer> {
+        let (mut key, mut id) = (Key::default(), [0; 8]);
+        for bytes in [&mut key[..], &mut id[..]] {
+            getrandom::fill(bytes).map_err(io::Error::other)?;
+        }
+        let id = format!("{:016x}", u64::from_le_bytes(id));
+        let (socket_name, key_name) = (format!("{id}{SOCKET}"), format!("{id}{KEY}"));
+        let (socket_path, key_path) = (self.path.join(&socket_name), self.path.join(&key_name));
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&key_path)?;
+        let made = file.write_all(&key).and_then(|()| self.listen(&socket_name));
+        match made {
+            Ok(listener) => Ok(Offer {
+                listener,
+                key,
+                socket_path,
+                key_path,
+            }),
+            Err(error) => {
+                let _ = fs::remove_file(&key_path);
+                Err(error)
+            }
+        }
+    }
+
+    fn listen(&self, name: &str) -> io::Result<OwnedFd> {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+        rustix::net::bind(&socket, &SocketAddrUnix::new(self.short(name))?)?;
+        rustix::net::listen(&socket, BACKLOG)?;
+        Ok(socket)
+    }
+
+    /// The keepers that earlier managers have left, as far as their files tell; those of others are left alone, and told of.
+    pub(super) fn left(&self) -> io::Result<Vec<Left>> {
+        let mut all = Vec::new();
+        for entry in fs::read_dir(&self.path)? {
+            let name = entry?.file_name().to_string_lossy().into_owned();
+            let Some(id) = name.strip_suffix(SOCKET) else { continue };
+            let key = self.key(&format!("{id}{KEY}"));
+            if let Err(error) = &key {
+                tracing::warn!(
+                    "{}: the key of a keeper cannot be used: {error}",
+                    self.path.join(id).display()
+                );
+            }
+            all.push(Left {
+                socket: self.short(&name),
+                key: key.ok(),
+                name: id.to_owned(),
+            });
+        }
+        // Always in the same order.
+        all.sort_by(|one, other| one.name.cmp(&other.name));
+        Ok(all)
+    }
+
+    fn key(&self, name: &str) -> io::Result<Key> {
+        let flags = OFlags::NOFOLLOW.bits().cast_signed();
+        let mut file = OpenOptions::new()
+            .read(true)
+            .custom_flags(flags)
+            .open(self.path.join(name))?;
+        let status = file.metadata()?;
+        if status.uid() != rustix::process::geteuid().as_raw() || status.mode() & 0o077 != 0 {
+            return Err(io::Error::other("others may have written or read it"));
+        }
+        let mut key = [0; KEY_BYTES];
+        file.read_exact(&mut key)?;
+        Ok(key)
+    }
+
+    /// Removes the files of a keeper that is not there any more.
+    pub(super) fn remove(&self, left: &Left) {
+        for end in [SOCKET, KEY] {
+            // May have gone already.
+            let _ = fs::remove_file(self.path.join(format!("{}{end}", left.name)));
+        }
+    }
+
+    /// Removes keys without a socket: of keepers that have ended.
+    pub(super) fn sweep(&self) {
+        for entry in fs::read_dir(&self.path).into_iter().flatten().flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let alone = |id: &str| !self.path.join(format!("{id}{SOCKET}")).exists();
+            if name.strip_suffix(KEY).is_some_and(alone) {
+                let _ = fs::remove_file(entry.path());
+            }
+        }
+    }
+}
+
+impl Left {
+    /// What it is called in the log.
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn what_is_offered_is_found_again() {
+        let above = tempfile::tempdir().unwrap();
+        // Longer than the path of a socket may be.
+        let path = above.path().join("x".repeat(120)).join("keepers");
+        fs::create_dir(path.parent().unwrap()).unwrap();
+        assert!(Keepers::open(&path, false).unwrap().is_none());
+        let keepers = Keepers::open(&path, true).unwrap().unwrap();
+        let offer = keepers.offer().unwrap();
+        let other = keepers.offer().unwrap();
+        assert_ne!(offer.key, other.key);
+        for path in [&offer.key_path, &other.key_path] {
+            assert_eq!(fs::metadata(path).unwrap().permissions().mode() & 0o777, 0o600);
+        }
+        let left = keepers.left().unwrap();
+        assert_eq!(left.len(), 2);
+        for left in &left {
+            assert!([Some(offer.key), Some(other.key)].contains(&left.key));
+            assert!(left.socket.exists());
+            keepers.remove(left);
+        }
+        assert_eq!(fs::read_dir(&path).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_key_that_others_can_read_is_none() {
+        let above = tempfile::tempdir().unwrap();
+        let keepers = Keepers::open(above.path(), true).unwrap().unwrap();
+        let offer = keepers.offer().unwrap();
+        fs::set_permissions(&offer.key_path, fs::Permissions::from_mode(0o644)).unwrap();
+        assert_eq!(keepers.left().unwrap()[0].key, None);
+        fs::remove_file(&offer.key_path).unwrap();
+        assert_eq!(keepers.left().unwrap()[0].key, None);
+        // A key alone is of no use.
+        fs::remove_file(&offer.socket_path).unwrap();
+        fs::write(&offer.key_path, offer.key).unwrap();
+        keepers.sweep();
+        assert_eq!(fs::read_dir(above.path()).unwrap().count(), 0);
+    }
+}
