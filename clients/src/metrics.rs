@@ -22,17 +22,14 @@ use std::{
 
 use anyhow::{Context, Result};
 use futures::{AsyncReadExt, AsyncWriteExt, FutureExt, StreamExt, pin_mut, select, stream::FuturesUnordered};
-use sepal_schema::{
-    info::GuestInfo,
-    transport::{AsyncFd, Handle, reactor::Direction},
-};
+use sepal_schema::transport::{AsyncFd, Handle, reactor::Direction};
 
 use self::{
     guests::Snapshot,
     http::{Refusal, Request},
     listen::{Listen, Socket},
 };
-use crate::{args, figures, manager::Manager, place::Place, show, status, terminal};
+use crate::{args, calls, figures, manager::Manager, place::Place, show, status, terminal};
 
 /// Scrapers at a time; others wait until one has gone.
 const MOST_SCRAPERS: usize = 64;
@@ -59,13 +56,12 @@ pub(crate) async fn metrics(handle: &Handle, place: &Place, args: &args::Metrics
 /// What the guest manager knows now.
 async fn snapshot(manager: &Manager) -> Result<Snapshot> {
     let version = manager.client.version_request().send().promise;
-    let list = manager.client.list_request().send().promise;
     let figures = figures::of_all(&manager.client).await?;
-    let (version, list) = (version.await?, list.await?);
-    let guests = list.get()?.get_guests()?.iter().map(GuestInfo::read);
+    let guests = calls::browse(&manager.client).await?;
+    let version = version.await?;
     Ok(Snapshot {
         version: Some(version.get()?.get_version()?.to_string()?),
-        guests: guests.collect::<Result<_, _>>()?,
+        guests,
         figures,
     })
 }

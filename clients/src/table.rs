@@ -112,7 +112,7 @@ pub(crate) fn short(bytes: u64) -> String {
     let shift = 10 * (unit + 1);
     let (whole, part) = (bytes >> shift, bytes & ((1 << shift) - 1));
     // Of a unit of 2^60, ten times the part does not fit into 64 bits.
-    let tenth = u128::from(part) * 10 >> shift;
+    let tenth = (u128::from(part) * 10) >> shift;
     match (whole, tenth) {
         (0..10, 1..) => format!("{whole}.{tenth}{}", UNITS[unit]),
         _ => format!("{whole}{}", UNITS[unit]),
