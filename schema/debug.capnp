@@ -20,8 +20,8 @@ interface Debug extends (Facet) {
   # Where a virtual address leads.
 
   stack @4 (vcpu :UInt8, most :UInt16 = 64) -> StackResult;
-  # The calls that the vCPU is in, innermost first, as far as they can be read: by frame pointers while these lead on, then by what looks like return
-  # addresses into the kernel's text on the stack. At most 256 frames.
+  # The calls that the vCPU is in, innermost first, as far as they can be read: by frame pointers while these lead on, and by what looks like return
+  # addresses on the stack before the first of them and after the last. At most 256 frames.
 
   struct TranslateResult {
     union {
