@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   where it is --> frame pointers lead on? --yes--> a frame that can be relied on --.
-//!                      ^     | no                                                     |
+//!                      ^     | no        (before the first one: what looks like calls)   |
 //!                      '-----+--------------------------------------------------------'
 //!                            v
 //!        each word of the stack from there on: does it look like a return address? --> a frame that can not
@@ -200,10 +200,27 @@ impl<V: View> Unwinder<'_, V> {
             if !self.follows_call(address) {
                 return Ok(lowest);
             }
+            if self.frames.len() == 1 {
+                self.by_functions_without(frame)?;
+            }
             self.add(address, at, true)?;
             lowest = at.saturating_add(self.word);
             frame = next;
         }
+    }
+
+    /// Looks at what is on the stack before the first frame: the innermost functions may have none.
+    fn by_functions_without(&mut self, frame: u64) -> Result<(), Full> {
+        let Some(mut at) = self.start.stack.checked_next_multiple_of(self.word) else {
+            return Ok(());
+        };
+        while at < frame {
+            if let Some(value) = self.read(at).filter(|value| self.follows_call(*value)) {
+                self.add(value, at, false)?;
+            }
+            at += self.word;
+        }
+        Ok(())
     }
 
     /// Looks at every word from `from` on. Returns why it ends.

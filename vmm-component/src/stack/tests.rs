@@ -99,6 +99,20 @@ fn frame_pointers_are_followed_and_what_comes_after_is_searched() {
 }
 
 #[test]
+fn the_innermost_functions_may_have_no_frames() {
+    let mut words = vec![0; 2048];
+    words[2] = after(2);
+    (words[6], words[7]) = (0, after(3));
+    let stack = unwind(&Fake::new(words), &start(STACK + 6 * 8), 64);
+    let expected = [
+        (TEXT + 0x10, STACK, true),
+        (after(2), STACK + 2 * 8, false),
+        (after(3), STACK + 7 * 8, true),
+    ];
+    assert_eq!(frames(&stack), expected);
+}
+
+#[test]
 fn without_frame_pointers_what_follows_a_call_is_found() {
     let mut words = vec![0; 2048];
     words[1] = after(1);
@@ -315,7 +329,7 @@ proptest! {
         prop_assert!(stack.frames.len() <= most.min(MOST_FRAMES));
         prop_assert!(!stack.end.is_empty());
         // A word, and what may be around it, for each place that is looked at.
-        prop_assert!(fake.reads.get() <= 10 * (MOST_STACKS * 2048 * 8 + MOST_FRAMES));
+        prop_assert!(fake.reads.get() <= 10 * (MOST_STACKS * 2048 * 8 + 8192 * 2 + MOST_FRAMES));
         for frame in stack.frames.iter().skip(1) {
             prop_assert!(fake.is_text(frame.address, fake.user));
             let (mut there, word) = ([0; 8], if narrow { 4 } else { 8 });
