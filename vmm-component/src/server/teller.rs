@@ -5,7 +5,7 @@ use std::{
     rc::Rc,
 };
 
-use capnp::message::TypedBuilder;
+use capnp::{any_pointer, capability::Request, message::TypedBuilder, traits::HasTypeId};
 use sepal_schema::{
     guest_capnp::{event, event_sink},
     lifecycle_capnp::backends,
@@ -27,6 +27,9 @@ pub(super) struct Lent {
 }
 
 type Message = TypedBuilder<event::Owned>;
+
+/// The number of `EventSink.event` (guest.capnp).
+const EVENT: u16 = 0;
 
 /// Tells what happens to one guest.
 pub(super) struct Teller {
@@ -89,26 +92,21 @@ impl Teller {
     }
 
     fn send(self: &Rc<Self>, message: &Message, number: Option<u64>) {
-        let Some(mut request) = self
-            .host
-            .borrow()
-            .events
-            .as_ref()
-            .map(event_sink::Client::event_request)
-        else {
+        let Some(events) = self.host.borrow().events.clone() else {
             return;
         };
-        if let Err(error) = message
-            .get_root_as_reader()
-            .and_then(|event| request.get().set_event(event))
-        {
+        // As `event_request`, but the answer of a streaming call would only say that more may be sent, not that this was heard.
+        let mut request: Request<event_sink::event_params::Owned, any_pointer::Owned> =
+            events.client.new_call(event_sink::Client::TYPE_ID, EVENT, None);
+        let mut params = request.get();
+        if let Err(error) = message.get_root_as_reader().and_then(|event| params.set_event(event)) {
             return tracing::error!("an event cannot be told: {error}");
         }
-        let sent = request.send();
+        let answer = request.send().promise;
         let (teller, listener) = (Rc::downgrade(self), self.listener.get());
         self.spawner.spawn(async move {
             // Events are few. A manager that cannot be reached any more is about to end this process, or to be followed by another.
-            let heard = sent.await.is_ok();
+            let heard = answer.await.is_ok();
             if let (true, Some(number), Some(teller)) = (heard, number, teller.upgrade())
                 && teller.listener.get() == listener
                 && let Some(journal) = &teller.journal

@@ -3,6 +3,7 @@
 
 mod endings;
 mod looking;
+mod successors;
 mod world;
 
 use std::{

@@ -26,7 +26,7 @@ use sepal_schema::{
     info::{LayerInfo, LayerState},
     lifecycle_capnp::{component, guest_lifecycle},
     report::StopReport,
-    transport::{Connection, Limits, Reactor, connect},
+    transport::{Connection, Handle, Limits, Reactor, connect},
 };
 
 use crate::{
@@ -223,7 +223,8 @@ pub(super) struct Bench {
     pub(super) component: component::Client,
     pub(super) lifecycle: guest_lifecycle::Client,
     pub(super) connection: Connection,
-    fds: sepal_schema::transport::FdTable,
+    pub(super) handle: Handle,
+    pub(super) fds: sepal_schema::transport::FdTable,
     pub(super) world: Arc<World>,
     pub(super) exited: oneshot::Receiver<()>,
 }
@@ -247,6 +248,7 @@ pub(super) fn bench<F: Future<Output = ()>>(test: impl FnOnce(Bench) -> F) {
     let bench = Bench {
         component,
         lifecycle,
+        handle: handle.clone(),
         fds: connection.fds(),
         connection,
         world: world.clone(),
