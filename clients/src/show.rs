@@ -7,6 +7,7 @@ use std::{
 
 use anyhow::{Context, Result};
 use sepal_schema::{
+    crash::CrashReport,
     error::{Outcome, kind_name},
     guest_capnp::{observer, output},
     info::{GuestInfo, GuestStatus, LayerState, status_name},
@@ -17,7 +18,9 @@ use serde::Serialize;
 
 use crate::{
     args::{Info, Json, Logs},
-    calls, define,
+    calls,
+    crashes::{self, Crash},
+    define,
     manager::Manager,
     place::Place,
     recreate, status, table,
@@ -191,7 +194,7 @@ pub(crate) async fn info(handle: &Handle, place: &Place, args: &Info) -> Result<
             match (all.iter().find(|info| info.name == args.name), toml) {
                 (None, _) => Err(error),
                 (Some(_), true) => define::definition(handle, place, &args.name).await,
-                (Some(info), false) => tell(info, args.json),
+                (Some(info), false) => tell(info, &[], args.json),
             }
         }
     }
@@ -199,13 +202,17 @@ pub(crate) async fn info(handle: &Handle, place: &Place, args: &Info) -> Result<
 
 /// Shows what an observer sees.
 pub(crate) async fn info_of(observer: &observer::Client, json: bool) -> Result<u8> {
-    tell(&calls::info(observer).await?, json)
+    let info = calls::info(observer).await?;
+    tell(&info, &crashes::of(observer).await?, json)
 }
 
 /// Shows what there is to know about a guest.
-fn tell(info: &GuestInfo, json: bool) -> Result<u8> {
+fn tell(info: &GuestInfo, crashes: &[CrashReport], json: bool) -> Result<u8> {
     if json {
-        print_json(&Guest::from(info))?;
+        print_json(&Whole {
+            guest: Guest::from(info),
+            crashes: crashes.iter().map(Crash::from).collect(),
+        })?;
         return Ok(status::SUCCESS);
     }
     let mut facts = vec![("name", info.name.clone()), ("status", condition(info))];
@@ -250,7 +257,7 @@ fn tell(info: &GuestInfo, json: bool) -> Result<u8> {
     for problem in &info.problems {
         text.push_str(&format!("problem: {problem}\n"));
     }
-    text.push_str(&crashes::show(&crashes));
+    text.push_str(&crashes::show(crashes));
     print(text.as_bytes())?;
     Ok(status::SUCCESS)
 }
