@@ -105,6 +105,14 @@ fn every_command_works_where_no_descriptor_can_be_passed() {
     run(&["events", "bee", "--no-follow"], 0, "started");
     run(&["stats", "bee"], 0, "VCPU");
     run(&["registers", "bee"], 0, "rip");
+    run(&["top", "--once"], 0, "bee");
+    run(&["metrics"], 0, "# EOF");
+    run(&["cpu", "bee"], 0, "VCPU");
+    run(&["pin", "bee"], 0, "");
+    run(&["peek", "bee", "--physical", "0x1000", "16"], 0, "");
+    run(&["stack", "bee"], 0, "");
+    run(&["pressure"], 0, "");
+    run(&["doctor"], 0, "");
     run(&["version"], 0, "protocol 1");
     run(&["whoami"], 0, "admin");
     run(&["balloon", "set", "bee", "16M"], 0, "");
@@ -128,6 +136,22 @@ fn every_command_works_where_no_descriptor_can_be_passed() {
     run(&["redeem", &token, "describe"], 1, "NOT_FOUND");
     run(&["launch", "ant", "--detach"], 0, "ant");
     run(&["reset", "ant"], 0, "");
+
+    run(&["info", "ant", "--toml"], 0, "name = \"ant\"");
+
+    // Files of a definition are the other machine's.
+    let relative = far.guest(&["define", "fly", "--disk=fly.img"]).expect_code(1);
+    assert!(relative.stderr.contains("has to begin with '/'"), "{}", relative.stderr);
+    let (file, own) = (far.0.folder().join("fly.toml"), far.0.folder().join("fly.img"));
+    fs::copy(image, &own).unwrap();
+    let own = own.display();
+    fs::write(&file, format!("[[disk]]\nfile = \"path:{own}\"\nmode = \"ro\"\n")).unwrap();
+    run(&["define", "fly", "-f", file.to_str().unwrap()], 0, "");
+    run(&["definition", "fly"], 0, &format!("file = \"path:{own}\""));
+    run(&["autostart", "fly", "on"], 0, "");
+    run(&["start", "fly"], 0, "");
+    run(&["undefine", "fly"], 0, "");
+    run(&["stop", "fly", "--kill"], 0, "fly: ");
 
     // Ports are typed into and read: at a terminal, and without one.
     let mut terminal = far.pty(&["attach", "ant"]);

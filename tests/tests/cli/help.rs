@@ -4,7 +4,7 @@ use std::process::Command;
 
 use sepal_tests::World;
 
-const COMMANDS: [&str; 38] = [
+const COMMANDS: [&str; 44] = [
     "launch",
     "list",
     "info",
@@ -31,6 +31,12 @@ const COMMANDS: [&str; 38] = [
     "top",
     "metrics",
     "registers",
+    "cpu",
+    "pin",
+    "peek",
+    "stack",
+    "doctor",
+    "pressure",
     "balloon",
     "mem",
     "disk",
