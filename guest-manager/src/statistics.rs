@@ -35,7 +35,7 @@ pub(crate) use self::all::serve;
 use self::usage::Usage;
 use crate::{changed::Changed, guest::Guest, model::bounded_error};
 
-/// How long somebody who asks waits for the component.
+/// How long somebody who asks waits for a component.
 const PATIENCE: Duration = Duration::from_millis(5);
 /// The longest answer of a component that is kept, in words of 8 bytes: 64 vCPUs and 32 devices of each kind take a tenth.
 const MAX_WORDS: u64 = 8192;
@@ -188,11 +188,19 @@ impl Aged {
 /// # Errors
 /// `TIMED_OUT` if the component has never told any; for a guest that ended before it did, `NOT_RUNNING`; or why the component has none.
 pub(crate) async fn of(guest: &Rc<Guest>) -> Result<Aged, Error> {
+    within(PATIENCE, guest).await
+}
+
+/// The figures of a guest, within a time.
+///
+/// # Errors
+/// As [`of`].
+async fn within(patience: Duration, guest: &Rc<Guest>) -> Result<Aged, Error> {
     let figures = &guest.figures;
     let handle = &guest.manager.handle;
     let heard = match ask(guest) {
         Ok(()) => handle
-            .timeout(PATIENCE, figures.next())
+            .timeout(patience, figures.next())
             .await
             .unwrap_or_else(|_| Err(never_told())),
         Err(error) => Err(error),

@@ -196,7 +196,8 @@ fn name_width(columns: usize) -> usize {
 /// What all guests together are and do.
 fn sums(clock: &str, rows: &[Row]) -> String {
     let rates: Vec<_> = rows.iter().filter_map(|row| row.per_second).collect();
-    let sum = |of: fn(&Rates) -> f64| rates.iter().map(of).sum::<f64>();
+    // An empty sum would be -0.0.
+    let sum = |of: fn(&Rates) -> f64| rates.iter().map(of).fold(0.0, |sum, rate| sum + rate);
     let resident = rows
         .iter()
         .fold(0_u64, |sum, row| sum.saturating_add(row.resident_bytes));
@@ -387,6 +388,16 @@ mod tests {
             "silent            -      -    -      -      -      -      -      -      -      -"
         );
         assert!(lines[1..].iter().all(|line| line.chars().count() <= 80), "{text}");
+    }
+
+    #[test]
+    fn nobody_does_nothing() {
+        let text = View::new(Sort::Cpu).block("12:00:00", &[]);
+        let first = text.lines().next().unwrap();
+        assert_eq!(
+            first,
+            "12:00:00  0 guests, CPU 0.0%, memory 0; a second: disks 0, networks 0, exits 0"
+        );
     }
 
     #[test]

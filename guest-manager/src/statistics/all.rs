@@ -1,11 +1,11 @@
 //! The figures of all guests that run, a page at a time: as many as fit into a message, all asked at once.
 
-use std::{ops::Bound, rc::Rc};
+use std::{ops::Bound, rc::Rc, time::Duration};
 
 use sepal_schema::{error::Error, manager_capnp::guest_manager};
 use uuid::Uuid;
 
-use super::{Aged, of};
+use super::{Aged, PATIENCE, within};
 use crate::{guest::Guest, manager::Manager};
 
 /// Room for a page, in words of 8 bytes: a message has at most 16384, and needs some for itself.
@@ -14,6 +14,9 @@ const ROOM: u64 = 15 * 1024;
 const USUAL: u64 = 128;
 /// Words besides the figures: the structure, a name of up to 64 bytes, a UUID, an error's sentence.
 const FRAME: u64 = 64;
+
+/// How much longer all are waited for, for each of them: the host has to let every component run, one after the other where it has few processors.
+const PATIENCE_EACH: Duration = Duration::from_micros(100);
 
 /// One guest in the answer.
 struct Row {
@@ -63,10 +66,11 @@ pub(crate) async fn serve(
         .iter()
         .map(|(guest, _)| FRAME + guest.figures.words().unwrap_or(USUAL));
     let asked = fitting(expected, most);
+    let patience = PATIENCE + PATIENCE_EACH * u32::try_from(asked).unwrap_or(u32::MAX);
     let ask = async |(guest, uuid): &(Rc<Guest>, Option<Uuid>)| Row {
         guest: guest.clone(),
         uuid: *uuid,
-        figures: of(guest).await,
+        figures: within(patience, guest).await,
     };
     let rows = futures::future::join_all(running[..asked].iter().map(ask)).await;
     let told = fitting(rows.iter().map(Row::words), most);
