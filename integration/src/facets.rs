@@ -34,6 +34,28 @@ pub struct MemorySize {
     pub requested: u64,
 }
 
+/// A call that a vCPU is in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Frame {
+    /// Where the vCPU is, or where the call returns to.
+    pub address: u64,
+    /// Frame pointers led there.
+    pub reliable: bool,
+}
+
+/// Where a virtual address leads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Translation {
+    /// The physical address.
+    pub physical: u64,
+    /// Writing is allowed.
+    pub writable: bool,
+    /// Programs are allowed.
+    pub user: bool,
+    /// Fetching instructions is allowed.
+    pub executable: bool,
+}
+
 impl Guest {
     /// Waits for an answer of the manager or the component.
     fn ask<T>(
@@ -93,14 +115,82 @@ impl Guest {
         }
     }
 
+    fn debug(&self) -> debug::Client {
+        self.guest.debug_request().send().pipeline.get_debug()
+    }
+
+    /// Guest memory by virtual address, as a vCPU sees it.
+    ///
+    /// # Errors
+    /// What the guest manager answered.
+    pub fn read_virtual(&mut self, vcpu: u8, address: u64, length: u32) -> Result<Vec<u8>, HarnessError> {
+        use debug::memory_result::Which;
+        let mut request = self.debug().read_virtual_request();
+        request.get().set_vcpu(vcpu);
+        request.get().set_address(address);
+        request.get().set_length(length);
+        let answer = self.ask("reading memory", request.send().promise)?;
+        match answer.get()?.which().map_err(capnp::Error::from)? {
+            Which::Bytes(bytes) => Ok(bytes?.to_vec()),
+            Which::Error(error) => Err(Error::read(error?)?.into()),
+        }
+    }
+
+    /// Where a virtual address leads, as a vCPU sees it.
+    ///
+    /// # Errors
+    /// What the guest manager answered.
+    pub fn translate(&mut self, vcpu: u8, address: u64) -> Result<Translation, HarnessError> {
+        use debug::translate_result::Which;
+        let mut request = self.debug().translate_request();
+        request.get().set_vcpu(vcpu);
+        request.get().set_address(address);
+        let answer = self.ask("translating an address", request.send().promise)?;
+        match answer.get()?.which().map_err(capnp::Error::from)? {
+            Which::Translation(found) => {
+                let found = found?;
+                Ok(Translation {
+                    physical: found.get_physical(),
+                    writable: found.get_writable(),
+                    user: found.get_user(),
+                    executable: found.get_executable(),
+                })
+            }
+            Which::Error(error) => Err(Error::read(error?)?.into()),
+        }
+    }
+
+    /// The calls that a vCPU is in, innermost first, and why they end there.
+    ///
+    /// # Errors
+    /// What the guest manager answered.
+    pub fn stack(&mut self, vcpu: u8, most: u16) -> Result<(Vec<Frame>, String), HarnessError> {
+        use debug::stack_result::Which;
+        let mut request = self.debug().stack_request();
+        request.get().set_vcpu(vcpu);
+        request.get().set_most(most);
+        let answer = self.ask("reading the stack", request.send().promise)?;
+        let stack = answer.get()?;
+        let end = String::from_utf8_lossy(stack.get_end()?.as_bytes()).into_owned();
+        match stack.which().map_err(capnp::Error::from)? {
+            Which::Frames(frames) => {
+                let frames = frames?.iter().map(|frame| Frame {
+                    address: frame.get_address(),
+                    reliable: frame.get_reliable(),
+                });
+                Ok((frames.collect(), end))
+            }
+            Which::Error(error) => Err(Error::read(error?)?.into()),
+        }
+    }
+
     /// Guest memory by physical address.
     ///
     /// # Errors
     /// What the guest manager answered.
     pub fn read_physical(&mut self, address: u64, length: u32) -> Result<Vec<u8>, HarnessError> {
         use debug::memory_result::Which;
-        let debug = self.guest.debug_request().send().pipeline.get_debug();
-        let mut request = debug.read_physical_request();
+        let mut request = self.debug().read_physical_request();
         request.get().set_address(address);
         request.get().set_length(length);
         let answer = self.ask("reading memory", request.send().promise)?;

@@ -16,7 +16,7 @@
 //! - `artifacts`: the test kernel and its initramfs, built once and cached; the guests' agent, virtiofsd.
 //! - `boot`: [`Boot`] says what to boot; [`Guest`] waits for lines, types, and asserts how it ended.
 //! - `events`: what the manager tells about devices.
-//! - `facets`: what a client does to the devices of a guest.
+//! - `facets`: what a client does to the devices of a guest, and what it sees in it.
 //! - `host`: what devices need on the host: images, networks apart from the host's, the other ends of connections.
 //! - `manager`: [`Manager`], a guest manager of one's own or one that runs.
 //! - `power`: what a client does to whether a guest runs.
@@ -39,7 +39,7 @@ mod report;
 pub use archive::initrd;
 pub use boot::{Boot, Guest, disk};
 pub use error::HarnessError;
-pub use facets::{BalloonSize, MemorySize};
+pub use facets::{BalloonSize, Frame, MemorySize, Translation};
 pub use manager::{LaunchRequest, Manager};
 pub use printed::{Printed, end_of};
 pub use programs::program;
