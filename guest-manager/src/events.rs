@@ -106,9 +106,13 @@ impl EventLog {
         self.kept.iter().skip(skip).map(|event| &**event)
     }
 
-    /// Goes on where the log of an earlier manager ended, whose last events these are, numbered without gaps; before anything is appended. Each of them is told
-    /// to be of the guest that `id` says.
+    /// Goes on where the log of an earlier manager ended, whose last events these are, numbered without gaps; before anybody reads along, and in place of
+    /// what was appended. Each of them is told to be of the guest that `id` says.
     pub(crate) fn restore(&mut self, past: Vec<Past>, mut id: impl FnMut(&Past) -> GuestId) {
+        if !past.is_empty() {
+            self.kept.clear();
+            self.ordinals.clear();
+        }
         for past in past {
             let id = id(&past);
             self.last_sequence = past.sequence - 1;
