@@ -7,6 +7,7 @@
 
 mod checked;
 mod configuration;
+mod cpu;
 mod definitions;
 mod devices;
 mod endings;
