@@ -29,6 +29,7 @@ pub(crate) fn main() -> ! {
     let mut tests = crate::layers::tests();
     tests.extend(crate::outside::tests());
     tests.extend(crate::keeper::tests());
+    tests.extend(crate::succession::tests());
     tests.extend(crate::missing::tests());
     if std::env::var_os(INSIDE).is_some() {
         tests = crate::missing::inside();

@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 use rustix::event::{PollFd, PollFlags};
 use rustix::process::{Pid, PidfdFlags, Signal};
 use sepal_runner::Layer;
-use sepal_runner::cgroup::Groups;
+use sepal_runner::cgroup::{Groups, Limits};
 use sepal_runner::keeper::{KeeperClient, KeeperError, KeeperEvent};
 use sepal_runner::outer::{ExitStatus, Program};
 
@@ -55,7 +55,7 @@ pub(crate) fn tests() -> Vec<Test> {
     ]
 }
 
-fn wait_for(fd: impl AsFd) {
+pub(crate) fn wait_for(fd: impl AsFd) {
     let mut poll = [PollFd::new(&fd, PollFlags::IN)];
     while rustix::event::poll(&mut poll, None) == Err(rustix::io::Errno::INTR) {}
 }
@@ -70,21 +70,27 @@ pub(crate) fn next(keeper: &mut KeeperClient) -> KeeperEvent {
 }
 
 /// A component under a keeper.
-struct Kept {
-    pid: u32,
-    pidfd: OwnedFd,
-    control: BufReader<UnixStream>,
+pub(crate) struct Kept {
+    pub(crate) pid: u32,
+    pub(crate) pidfd: OwnedFd,
+    pub(crate) control: BufReader<UnixStream>,
 }
 
-fn limited() -> bool {
+pub(crate) fn limited() -> bool {
     is_root() && Path::new("/sys/fs/cgroup").exists()
 }
 
-fn start(keeper: &mut KeeperClient, id: u64) -> Kept {
+pub(crate) fn start(keeper: &mut KeeperClient, id: u64) -> Kept {
+    let limits = Limits {
+        pids: limited().then_some(16),
+        ..Limits::default()
+    };
+    start_limited(keeper, id, limits)
+}
+
+pub(crate) fn start_limited(keeper: &mut KeeperClient, id: u64, limits: Limits) -> Kept {
     let (mut spec, control) = spec(&["wait"]);
-    if limited() {
-        spec.jail.limits.pids = Some(16);
-    }
+    spec.jail.limits = limits;
     keeper.spawn(id, spec).unwrap();
     match next(keeper) {
         KeeperEvent::Started {
@@ -110,7 +116,7 @@ fn start(keeper: &mut KeeperClient, id: u64) -> Kept {
 }
 
 /// The groups of a component; empty if it has none.
-fn groups_of(pid: u32) -> Vec<PathBuf> {
+pub(crate) fn groups_of(pid: u32) -> Vec<PathBuf> {
     let mut groups = Vec::new();
     let own = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
     for line in own.lines().filter(|line| line.contains("/sepal/")) {
@@ -125,7 +131,7 @@ fn groups_of(pid: u32) -> Vec<PathBuf> {
     groups
 }
 
-fn assert_gone(pidfd: &OwnedFd) {
+pub(crate) fn assert_gone(pidfd: &OwnedFd) {
     wait_for(pidfd);
     let dead = rustix::process::pidfd_send_signal(pidfd, Signal::KILL);
     assert!(matches!(dead, Ok(()) | Err(rustix::io::Errno::SRCH)), "{dead:?}");

@@ -17,6 +17,7 @@ mod keeper;
 mod layers;
 mod missing;
 mod outside;
+mod succession;
 
 fn main() {
     if std::env::var_os(sepal_runner::startup::STARTUP_VARIABLE).is_some() {
