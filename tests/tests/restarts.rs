@@ -122,8 +122,8 @@ fn a_guest_that_is_always_wanted_begins_again_until_it_is_stopped() {
     if kvm_missing() {
         return;
     }
-    let world = World::with_manager();
     for way in ["shutdown", "reset triple"] {
+        let world = World::with_manager();
         let cmdline = format!("quiet run=\"echo again; {way}\"");
         let guest = world.start(&[
             "launch",
@@ -133,6 +133,7 @@ fn a_guest_that_is_always_wanted_begins_again_until_it_is_stopped() {
             "--cmdline",
             &cmdline,
         ]);
+        guest.stdout.expect("again");
         // More often than it may fail.
         until("it has begun again", || {
             (info(&world)["restarts"].as_u64()? > 6).then_some(())
@@ -147,8 +148,8 @@ fn a_guest_that_is_always_wanted_begins_again_until_it_is_stopped() {
             "{told}"
         );
         assert_eq!(told["crashes"], Value::Array(Vec::new()));
+        world.end();
     }
-    world.end();
 }
 
 #[test]
