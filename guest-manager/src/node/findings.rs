@@ -12,6 +12,8 @@ const LITTLE_MEMORY: u64 = 256 << 20;
 const LITTLE_DISK: u64 = 64 << 20;
 /// Room for fewer guests than this is little.
 const FEW_GUESTS: u64 = 16;
+/// Most broken files that are told.
+const MAX_BROKEN: usize = 4;
 
 /// Something that is not as it should be.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -230,6 +232,15 @@ fn of_the_rest(facts: &Facts) -> Vec<Finding> {
             "install passt, and see that it is on the guest manager's PATH",
         ));
     }
+    for what in facts.broken_state.iter().take(MAX_BROKEN) {
+        let remedy = "put back a copy of the file and start the manager again, or define the guest anew";
+        all.push(found(
+            Severity::Warning,
+            "state",
+            format!("In the state folder, {what}."),
+            remedy,
+        ));
+    }
     if !facts.keeps_state {
         let what = "This guest manager keeps no definitions, and its guests end with it.";
         all.push(found(Severity::Note, "state", what, "start it with --state DIR"));
@@ -335,6 +346,7 @@ mod tests {
                 free_bytes,
             })
             .into();
+        facts.broken_state = vec!["web.sepal is broken".into()];
         let all = findings(&facts);
         assert!(all.is_sorted_by_key(|finding| finding.severity as u16));
         assert!(
@@ -345,7 +357,7 @@ mod tests {
         let count = |severity| all.iter().filter(|finding| finding.severity == severity).count();
         assert_eq!(
             [Severity::Problem, Severity::Warning, Severity::Note].map(count),
-            [4, 9, 6],
+            [4, 10, 6],
             "{all:#?}"
         );
         let text = format!("{all:?}");
@@ -355,6 +367,7 @@ mod tests {
             "1000 are in use",
             "4000 of the 4096",
             "9216 MiB",
+            "web.sepal is broken",
         ] {
             assert!(text.contains(word), "{word}");
         }

@@ -94,6 +94,8 @@ pub struct Facts {
     pub disks: Vec<Disk>,
     /// The manager keeps definitions.
     pub keeps_state: bool,
+    /// A sentence for each file of the state folder that was not as it should be when the manager started.
+    pub broken_state: Vec<String>,
 }
 
 /// A folder that the manager writes to.
@@ -113,6 +115,7 @@ struct Asked {
     room: Room,
     guests: Used,
     state: Option<PathBuf>,
+    broken_state: Vec<String>,
     scratch: PathBuf,
 }
 
@@ -177,6 +180,7 @@ impl Asked {
                 .folder()
                 .ok()
                 .map(|folder| folder.path().to_owned()),
+            broken_state: manager.definitions.problems().to_vec(),
             scratch: manager.settings.scratch.clone(),
         }
     }
@@ -224,6 +228,7 @@ fn look(asked: Asked) -> Facts {
             .chain([Disk::look("volatile disks", asked.scratch)])
             .collect(),
         keeps_state,
+        broken_state: asked.broken_state,
     }
 }
 
@@ -304,6 +309,7 @@ mod tests {
             room: Room::default(),
             guests: Used::default(),
             state: None,
+            broken_state: Vec::new(),
             scratch: "/var/tmp".into(),
         });
         assert!(facts.memory_bytes > 0 && facts.cpus.online > 0 && !facts.cells.is_empty());
