@@ -56,6 +56,10 @@ struct DurableGuest {
   held @20 :Bool;
   # It waits before its first instruction.
   paused @21 :Bool;
+  balloonTaken @22 :UInt64;
+  # What was taken of its memory by its balloon, in bytes, because the host ran short.
+  balloonByHand @23 :Bool;
+  # Somebody has set its balloon, which is left alone then.
 
   enum Phase {
     creating @0;

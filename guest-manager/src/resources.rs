@@ -36,7 +36,7 @@ use crate::{
     manager::Manager,
     network,
     networks::{self, Networks},
-    protection,
+    pressure, protection,
     vsock::{self, path::PathSocket},
 };
 
@@ -131,6 +131,7 @@ pub(crate) async fn resume(guest: &Guest, mut config: GuestConfig, owner: Owner)
     let told = |error: Error| tracing::error!(guest = &*guest.name, "not as it was: {error}");
     let need = Need::of(&config);
     guest.ballast.fit(config.balloon.is_some().then_some(need.at_once));
+    pressure::resumed(guest);
     let (mut held_cid, mut listens) = (None, None);
     if let Some(vsock) = &mut config.vsock {
         held_cid = manager.cids.take(vsock.cid, &guest.name).map_err(told).ok();

@@ -233,6 +233,8 @@ impl Durable {
             crashes: guest.crashes().iter().map(|crash| (**crash).clone()).collect(),
             stop: info.stop,
             cid: guest.cid(),
+            pins: guest.cpus.pins(),
+            share: guest.cpus.share(),
             started_ns: match uptime {
                 0 => 0,
                 uptime => moment.monotonic_ns.saturating_sub(uptime).max(1),
@@ -240,6 +242,8 @@ impl Durable {
             agent_ready: guest.agent_is_ready(),
             held: guest.is_held(),
             paused: info.paused,
+            balloon_taken: guest.ballast.taken(),
+            balloon_by_hand: guest.ballast.is_by_hand(),
         }
     }
 

@@ -8,7 +8,7 @@ use std::{
 
 use capnp::{message, serialize};
 use sepal_schema::{
-    config::{GuestConfig, Handles},
+    config::{GuestConfig, Handles, Pin},
     config_capnp::guest_config,
     crash::CrashReport,
     error::{Error, Kind},
@@ -20,6 +20,7 @@ use sepal_schema::{
 
 use crate::{
     access::{secret::Digest, shares::Kept, thing::Thing},
+    cpu::Share,
     model::Moment,
 };
 
@@ -47,12 +48,20 @@ pub(crate) struct Record {
     /// How the run before ended.
     pub(crate) stop: Option<StopReport>,
     pub(crate) cid: u32,
+    /// What is wanted for its vCPUs, in place of what the configuration said.
+    pub(crate) pins: Vec<Pin>,
+    /// The same, of the host's processors.
+    pub(crate) share: Share,
     /// Nanoseconds of the monotonic clock; 0: the vCPUs have not started.
     pub(crate) started_ns: u64,
     pub(crate) agent_ready: bool,
     /// It waits, paused, before its first instruction.
     pub(crate) held: bool,
     pub(crate) paused: bool,
+    /// What was taken of its memory because the host ran short, in bytes.
+    pub(crate) balloon_taken: u64,
+    /// Somebody has set its balloon.
+    pub(crate) balloon_by_hand: bool,
 }
 
 /// Descriptors that a configuration names by number: those of a record.
@@ -147,13 +156,29 @@ impl Record {
             stop.write(to.reborrow().init_stop());
         }
         to.set_cid(self.cid);
+        self.write_cpus(to.reborrow().get_config()?)?;
         to.set_started_ns(self.started_ns);
         to.set_agent_ready(self.agent_ready);
         to.set_held(self.held);
         to.set_paused(self.paused);
+        to.set_balloon_taken(self.balloon_taken);
+        to.set_balloon_by_hand(self.balloon_by_hand);
         let mut bytes = Vec::new();
         serialize::write_message(&mut bytes, &message)?;
         Ok(bytes)
+    }
+
+    fn write_cpus(&self, mut to: guest_config::Builder<'_>) -> Result<(), capnp::Error> {
+        let mut pins = to.reborrow().init_pins(length(self.pins.len()));
+        for (i, pin) in (0..).zip(&self.pins) {
+            let mut to = pins.reborrow().get(i);
+            to.set_vcpu(pin.vcpu);
+            to.set_cpus(&pin.cpus[..])?;
+        }
+        let mut limits = to.get_limits()?;
+        limits.set_cpu_weight(self.share.weight);
+        limits.set_cpu_percent(self.share.percent);
+        Ok(())
     }
 
     /// What was kept, and the configuration, of which `fds` are the descriptors.
@@ -199,10 +224,14 @@ impl Record {
             crashes,
             stop,
             cid: from.get_cid(),
+            pins: config.pins.clone(),
+            share: Share::of(&config),
             started_ns: from.get_started_ns(),
             agent_ready: from.get_agent_ready(),
             held: from.get_held(),
             paused: from.get_paused(),
+            balloon_taken: from.get_balloon_taken(),
+            balloon_by_hand: from.get_balloon_by_hand(),
         };
         Ok((record, config))
     }
@@ -332,10 +361,20 @@ mod tests {
                 component: None,
             }),
             cid: 77,
+            pins: vec![Pin {
+                vcpu: 0,
+                cpus: vec![1, 5],
+            }],
+            share: Share {
+                weight: 50,
+                percent: 150,
+            },
             started_ns: 12345,
             agent_ready: true,
             held: true,
             paused: true,
+            balloon_taken: 4096,
+            balloon_by_hand: true,
         }
     }
 

@@ -118,6 +118,7 @@ impl balloon_controller::Server for BalloonServer {
             self.0.grant.check_balloon(pages.into())?;
             // Before the component knows, so that nothing is asked of it after this that nobody asked for.
             guest.ballast.set_by_hand(pages);
+            guest.save();
             set_balloon(guest, pages).await
         };
         let outcome = self

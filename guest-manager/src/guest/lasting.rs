@@ -42,6 +42,7 @@ impl Guest {
     /// It goes on where an earlier manager left it.
     pub(crate) fn go_on(&self, from: &Record) {
         self.set_cid(from.cid);
+        self.ballast.go_on(from.balloon_taken, from.balloon_by_hand);
         self.agent_ready.change(|ready| *ready = from.agent_ready);
         let created = matches!(from.phase, Phase::Created | Phase::Running);
         self.state.change(|state| {

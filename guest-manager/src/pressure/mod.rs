@@ -54,6 +54,22 @@ impl Ballast {
         self.taken.set(0);
     }
 
+    /// As the manager before left it.
+    pub(crate) fn go_on(&self, taken: u64, by_hand: bool) {
+        self.taken.set(taken);
+        self.by_hand.set(by_hand);
+    }
+
+    /// What the policy has taken, in bytes.
+    pub(crate) fn taken(&self) -> u64 {
+        self.taken.get()
+    }
+
+    /// Whether the policy keeps its hands off.
+    pub(crate) fn is_by_hand(&self) -> bool {
+        self.by_hand.get()
+    }
+
     /// A new component has a balloon that is empty.
     pub(crate) fn begin_again(&self) {
         self.by_hand.set(false);
@@ -144,6 +160,21 @@ pub(crate) fn started(guest: &Guest) {
     }
 }
 
+/// A guest goes on that an earlier manager had: what that one took is given back when it is time.
+pub(crate) fn resumed(guest: &Guest) {
+    if !guest.has_started() {
+        return;
+    }
+    started(guest);
+    let manager = &guest.manager;
+    let pressure = &manager.pressure;
+    if guest.ballast.taken.get() > 0 && !guest.ballast.by_hand.get() {
+        let (now, policy) = (pressure.now(), pressure.policy());
+        pressure.change(|calm| calm.resumed(now, &policy));
+        give(manager);
+    }
+}
+
 /// Watches for what the policy names, if anything is to be watched for.
 fn watch(manager: &Rc<Manager>) {
     let pressure = &manager.pressure;
@@ -194,10 +225,13 @@ pub fn pressed(manager: &Rc<Manager>) {
         let (mib, count) = (taken(manager) >> 20, guests.len());
         tracing::warn!("the host runs short of memory: {mib} MiB are taken from {count} guests with balloons");
     }
-    if pressure.giving.borrow().is_none() {
-        let giving = manager.handle.spawn_owned(give_back(Rc::downgrade(manager)));
-        *pressure.giving.borrow_mut() = Some(giving);
-    }
+    give(manager);
+}
+
+/// Sees to it that what was taken is given back when it is time.
+fn give(manager: &Rc<Manager>) {
+    let mut giving = manager.pressure.giving.borrow_mut();
+    giving.get_or_insert_with(|| manager.handle.spawn_owned(give_back(Rc::downgrade(manager))));
 }
 
 /// Gives back step by step what was taken, until nothing is.
@@ -255,8 +289,7 @@ pub fn set_policy(manager: &Rc<Manager>, policy: Policy) {
     }
     // Its deadline may be another now.
     if pressure.giving.take().is_some() {
-        let giving = manager.handle.spawn_owned(give_back(Rc::downgrade(manager)));
-        *pressure.giving.borrow_mut() = Some(giving);
+        give(manager);
     }
 }
 
@@ -266,6 +299,7 @@ fn set(guest: &Rc<Guest>, bytes: u64) -> bool {
     if ballast.taken.replace(bytes) == bytes {
         return false;
     }
+    guest.save();
     if !ballast.busy.replace(true) {
         let guest = guest.clone();
         let handle = guest.manager.handle.clone();

@@ -179,6 +179,11 @@ impl Calm {
         }
     }
 
+    /// Something is taken since before this began.
+    pub fn resumed(&mut self, now: Duration, policy: &Policy) {
+        self.next.get_or_insert(now.saturating_add(policy.calm));
+    }
+
     /// Nothing is taken any more.
     pub fn over(&mut self) {
         self.next = None;

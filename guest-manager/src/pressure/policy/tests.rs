@@ -102,6 +102,17 @@ fn pressure_ends_once_enough_is_taken_and_all_is_given_back_later() {
     assert_eq!(host.calm.deadline(), None);
 }
 
+#[test]
+fn what_was_taken_before_is_given_back_as_well() {
+    let (mut calm, policy) = (Calm::default(), Policy::default());
+    calm.resumed(Duration::from_secs(5), &policy);
+    // Another guest goes on, and does not put it off.
+    calm.resumed(Duration::from_secs(7), &policy);
+    assert!(!calm.is_pressed(Duration::from_secs(7), &policy));
+    assert_eq!(calm.deadline(), Some(Duration::from_secs(15)));
+    assert!(calm.due(Duration::from_secs(15), &policy));
+}
+
 fn policies() -> impl Strategy<Value = Policy> {
     (
         any::<bool>(),
