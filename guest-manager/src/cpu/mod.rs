@@ -42,6 +42,14 @@ pub struct Share {
 }
 
 impl Share {
+    /// As a configuration says.
+    pub(crate) fn of(config: &GuestConfig) -> Self {
+        Self {
+            weight: config.limits.cpu_weight,
+            percent: config.limits.cpu_percent,
+        }
+    }
+
     fn check(self) -> Result<(), Error> {
         let check = |field: &str, value: u32, most: u32| match value <= most {
             true => Ok(()),
@@ -70,10 +78,7 @@ impl Cpus {
         Self {
             count: config.cpus(),
             pins: RefCell::new(pins.collect()),
-            share: Cell::new(Share {
-                weight: config.limits.cpu_weight,
-                percent: config.limits.cpu_percent,
-            }),
+            share: Cell::new(Share::of(config)),
         }
     }
 
@@ -191,6 +196,8 @@ pub(crate) async fn pin(guest: &Guest, vcpu: u8, mut cpus: Vec<u16>) -> Result<(
         true => pins.remove(&vcpu),
         false => pins.insert(vcpu, cpus),
     };
+    drop(pins);
+    guest.save();
     Ok(())
 }
 
@@ -204,12 +211,16 @@ pub(crate) async fn set_share(guest: &Guest, share: Share) -> Result<(), Error> 
     let before = guest.cpus.share.replace(share);
     let Some(component) = component(guest) else {
         // Between two runs; the next one begins with it.
+        guest.save();
         return Ok(());
     };
     let limits = guest.cpus.limits(component.limits());
     let outcome = guest.manager.starter.set_limits(component.pid, limits).await;
     match &outcome {
-        Ok(()) => component.has_limits(limits),
+        Ok(()) => {
+            component.has_limits(limits);
+            guest.save();
+        }
         // Unless somebody was faster.
         Err(_) if guest.cpus.share.get() == share => guest.cpus.share.set(before),
         Err(_) => {}
