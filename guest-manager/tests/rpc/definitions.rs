@@ -494,6 +494,9 @@ fn what_cannot_be_started_with_the_manager_is_tried_as_its_policy_says() {
             let stop = caller.seen(name).await.unwrap().stop.unwrap();
             assert_eq!(stop.error.unwrap().kind, Kind::DeviceInitializationFailure);
         }
+        assert_eq!(caller.seen("never").await.unwrap().status, GuestStatus::Stopped);
+        let tried = caller.seen("tried").await.unwrap();
+        assert_eq!((tried.status, tried.upkeep.failures), (GuestStatus::CrashLoop, 3));
         world.fake.behaviour.set(Behaviour::default());
         autostart::start_all(world.manager.clone()).await;
         assert_eq!(world.fake.alive(), 2);
