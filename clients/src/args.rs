@@ -202,7 +202,7 @@ pub(crate) enum Command {
     Whoami(Json),
     /// Stop all guests by force and end the guest manager
     EndManager(EndManager),
-    /// Say what the host is and offers, what is missing, and how to get it
+    /// Say what the host offers, what is missing, and how to get it
     ///
     /// The exit status is 1 if something keeps guests from being started. Where no guest manager runs, one is started for the look.
     Doctor(Doctor),

@@ -108,9 +108,9 @@ fn whole(options: &GuestOptions, said: &mut FileConfig) -> Result<()> {
     config.durable |= options.durable;
     config.cmdline_add.extend_from_slice(&options.cmdline_add);
     config.waived_layers.extend_from_slice(&options.waive_layer);
-    for pin in &options.pins {
-        put(&mut config.pins, pin.clone(), "pins", source, |a, b| a.vcpu == b.vcpu);
-    }
+    put(&mut config.pins, options.pins.clone(), "pins", source, |a, b| {
+        a.vcpu == b.vcpu
+    });
     if let Some(cmdline) = &options.cmdline {
         said.cmdline = Some(cmdline.clone());
         said.source.forget("cmdline");
@@ -142,15 +142,12 @@ fn devices(options: &GuestOptions, said: &mut FileConfig, here: bool) -> Result<
         config.balloon = None;
     }
     config.generation_id |= devices.generation_id;
-    for spec in &devices.disks {
-        let same = |a: &Disk, b: &Disk| !a.id.is_empty() && a.id == b.id;
-        put(&mut config.disks, disk(spec)?, "disks", source, same);
-    }
-    for spec in &devices.shares {
-        put(&mut config.shares, share(spec, here)?, "shares", source, |a, b| {
-            a.tag == b.tag
-        });
-    }
+    let disks = devices.disks.iter().map(disk).collect::<Result<_>>()?;
+    let same_disk = |a: &Disk, b: &Disk| !a.id.is_empty() && a.id == b.id;
+    put(&mut config.disks, disks, "disks", source, same_disk);
+    let shares = devices.shares.iter().map(|spec| share(spec, here));
+    let shares = shares.collect::<Result<_>>()?;
+    put(&mut config.shares, shares, "shares", source, |a, b| a.tag == b.tag);
     config.networks.extend(devices.networks.iter().map(network));
     for spec in &devices.vhost_user {
         config.vhost_user.push(vhost_user(spec, here)?);
@@ -164,14 +161,19 @@ fn devices(options: &GuestOptions, said: &mut FileConfig, here: bool) -> Result<
     Ok(())
 }
 
-/// Puts an entry in the place of the one that is the same, or after all others.
-fn put<T>(list: &mut Vec<T>, entry: T, field: &str, source: &mut Source, same: impl Fn(&T, &T) -> bool) {
-    match list.iter().position(|other| same(other, &entry)) {
-        Some(i) => {
-            list[i] = entry;
-            source.forget(&format!("{field}[{i}]"));
+/// Puts each of `entries` in the place of the one of the file's that is the same, or after all others.
+fn put<T>(list: &mut Vec<T>, entries: Vec<T>, field: &str, source: &mut Source, same: impl Fn(&T, &T) -> bool) {
+    // Two options that say the same are a mistake, which the guest manager tells.
+    let mut of_file: Vec<usize> = (0..list.len()).collect();
+    for entry in entries {
+        match of_file.iter().position(|&i| same(&list[i], &entry)) {
+            Some(position) => {
+                let i = of_file.remove(position);
+                list[i] = entry;
+                source.forget(&format!("{field}[{i}]"));
+            }
+            None => list.push(entry),
         }
-        None => list.push(entry),
     }
 }
 
@@ -359,5 +361,19 @@ fn name_of(file: &File) -> &str {
     match file {
         File::Path(name) => name,
         File::None | File::Fd(_) | File::Bytes(_) | File::Upload(_) => "",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_replace_what_the_file_says_but_not_each_other() {
+        let mut list = vec![("a", 1), ("b", 1)];
+        let same = |a: &(&str, i32), b: &(&str, i32)| a.0 == b.0;
+        let options = vec![("b", 2), ("b", 3), ("c", 2), ("c", 3)];
+        put(&mut list, options, "list", &mut Source::default(), same);
+        assert_eq!(list, [("a", 1), ("b", 2), ("b", 3), ("c", 2), ("c", 3)]);
     }
 }
