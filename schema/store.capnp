@@ -10,6 +10,7 @@ using import "guest.capnp".GuestDescriptor;
 using import "guest.capnp".StopReport;
 using import "guest.capnp".CrashReport;
 using import "guest.capnp".LayerInfo;
+using import "guest.capnp".Observer;
 using import "node.capnp".PressurePolicy;
 
 struct StoredDefinition {
@@ -60,6 +61,8 @@ struct DurableGuest {
   # What was taken of its memory by its balloon, in bytes, because the host ran short.
   balloonByHand @23 :Bool;
   # Somebody has set its balloon, which is left alone then.
+  origin @24 :Observer.ConfigurationResult;
+  # What would create it again, as an observer tells it: `config` is what became of that on this host.
 
   enum Phase {
     creating @0;
