@@ -59,9 +59,11 @@ impl Service {
         let number = self.socket.as_raw_fd();
         let pass = move || {
             // SAFETY: system calls on numbers; the socket is open, and what the number of the copy may have stood for is needed no more.
-            let passed = match number == FIRST {
-                true => unsafe { libc::fcntl(FIRST, libc::F_SETFD, 0) },
-                false => unsafe { libc::dup2(number, FIRST) },
+            let passed = unsafe {
+                match number == FIRST {
+                    true => libc::fcntl(FIRST, libc::F_SETFD, 0),
+                    false => libc::dup2(number, FIRST),
+                }
             };
             if passed < 0 {
                 return Err(std::io::Error::last_os_error());
