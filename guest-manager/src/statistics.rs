@@ -27,13 +27,13 @@ use std::{
 use capnp::message::TypedBuilder;
 use sepal_schema::{
     error::{Error, Kind},
-    guest_capnp::{guest, statistics::stats_result, stats},
+    guest_capnp::{VcpuState, guest, statistics::stats_result, stats},
     manager_capnp::guest_manager::named_stats,
 };
 
 pub(crate) use self::all::serve;
 use self::usage::Usage;
-use crate::{changed::Changed, guest::Guest, model::bounded_error};
+use crate::{changed::Changed, cpu, guest::Guest, model::bounded_error};
 
 /// How long somebody who asks waits for a component.
 const PATIENCE: Duration = Duration::from_millis(5);
@@ -123,6 +123,8 @@ fn never_told() -> Error {
 struct Seen {
     uptime_ns: u64,
     usage: Usage,
+    /// Bit n: the thread of vCPU n waits for something.
+    asleep: u64,
 }
 
 impl Seen {
@@ -132,6 +134,7 @@ impl Seen {
             Some(vitals) => Self {
                 uptime_ns: vitals.uptime_ns,
                 usage: usage::of(vitals.component_pid).unwrap_or_default(),
+                asleep: cpu::asleep(guest, vitals.component_pid),
             },
             None => Self::default(),
         }
@@ -171,9 +174,26 @@ impl Aged {
     fn add(&self, mut to: stats::Builder<'_>) -> Result<(), capnp::Error> {
         to.set_age_ns(u64::try_from(self.age.as_nanos()).unwrap_or(u64::MAX));
         to.set_uptime_ns(self.seen.uptime_ns);
-        let mut memory = to.get_memory()?;
+        let mut memory = to.reborrow().get_memory()?;
         memory.set_resident(self.seen.usage.resident);
         memory.set_shared(self.seen.usage.shared);
+        let mut vcpus = to.get_vcpus()?;
+        for i in 0..vcpus.len() {
+            let mut vcpu = vcpus.reborrow().get(i);
+            let (index, state) = (
+                vcpu.reborrow_as_reader().get_index(),
+                vcpu.reborrow_as_reader().get_state(),
+            );
+            let asleep = self
+                .seen
+                .asleep
+                .checked_shr(index.into())
+                .is_some_and(|bits| bits & 1 == 1);
+            // In the guest it waits for nothing else.
+            if asleep && matches!(state, Ok(VcpuState::Running)) {
+                vcpu.set_state(VcpuState::Halted);
+            }
+        }
         Ok(())
     }
 

@@ -69,6 +69,8 @@ pub struct Cpus {
     count: u8,
     pins: RefCell<BTreeMap<u8, Vec<u16>>>,
     share: Cell<Share>,
+    /// The ids of the threads of a component, once all are there, by its process id.
+    threads: RefCell<Option<(u32, BTreeMap<u8, u32>)>>,
 }
 
 impl Cpus {
@@ -79,6 +81,7 @@ impl Cpus {
             count: config.cpus(),
             pins: RefCell::new(pins.collect()),
             share: Cell::new(Share::of(config)),
+            threads: RefCell::default(),
         }
     }
 
@@ -269,6 +272,23 @@ pub(crate) async fn list(guest: &Rc<Guest>) -> Result<Vec<Vcpu>, Error> {
         Vcpu { index, state, seen }
     });
     Ok(vcpus.collect())
+}
+
+/// Which vCPUs have a thread that waits for something at this moment: bit n for vCPU n. Asks the kernel once for each of them; where the threads are
+/// is found out once a run.
+pub(crate) fn asleep(guest: &Guest, pid: u32) -> u64 {
+    let mut known = guest.cpus.threads.borrow_mut();
+    if known.as_ref().is_none_or(|(of, _)| *of != pid) {
+        let found = threads::find(pid).unwrap_or_default();
+        if found.len() != usize::from(guest.cpus.count) {
+            return 0;
+        }
+        *known = Some((pid, found));
+    }
+    let threads = known.iter().flat_map(|(_, threads)| threads);
+    threads
+        .filter(|&(_, &id)| threads::sleeps(pid, id))
+        .fold(0, |bits, (&vcpu, _)| bits | 1 << vcpu)
 }
 
 /// Does on another thread what asks the kernel once for each thread of a component.

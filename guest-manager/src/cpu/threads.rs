@@ -74,6 +74,12 @@ fn seen(pid: u32, id: u32) -> Option<Seen> {
     })
 }
 
+/// Whether a thread of a component waits for something at this moment.
+pub(crate) fn sleeps(pid: u32, id: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/task/{id}/stat"));
+    stat.is_ok_and(|stat| parse_stat(&stat).is_some_and(|(sleeps, _)| sleeps))
+}
+
 /// The vCPU that a thread of this name runs: `vcpu12`.
 fn vcpu_of(name: &str) -> Option<u8> {
     let number = name.trim_end().strip_prefix("vcpu")?;

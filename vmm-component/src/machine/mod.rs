@@ -62,7 +62,7 @@ pub use self::config::{DeviceSpec, EventSink, Guards, Hooks, HostKind, MachineCo
 pub use self::error::MachineError;
 pub use self::event::{Happening, MachineEvent, RegisterDump, ResetCause};
 pub use self::looking::{Answer, MAX_READ, Question};
-pub use self::stats::{ExitReason, MachineStats, VcpuStats};
+pub use self::stats::{ExitReason, MachineStats, VcpuState, VcpuStats};
 pub use crate::paging::Translation;
 pub use crate::stack::{Frame, Stack};
 

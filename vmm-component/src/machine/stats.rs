@@ -1,6 +1,6 @@
 //! Counters of a running machine that anyone may read without stopping a vCPU.
 
-use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU8, AtomicU64, Ordering};
 
 /// The reasons for which a vCPU leaves the guest, as counted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -72,6 +72,19 @@ impl ExitReason {
     }
 }
 
+/// What a vCPU does, as far as its thread knows: in KVM_RUN that cannot tell whether the guest halted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(u8)]
+pub enum VcpuState {
+    /// Not started, or over.
+    #[default]
+    Stopped,
+    /// In the guest, or handling an exit.
+    Running,
+    /// Out of the guest until it may go on.
+    Paused,
+}
+
 /// One vCPU's counters; written by its thread only.
 #[derive(Debug, Default)]
 pub(super) struct VcpuCounters {
@@ -80,6 +93,8 @@ pub(super) struct VcpuCounters {
     clock: AtomicI32,
     /// The thread's CPU time in nanoseconds, once it has ended.
     cpu_time_ns: AtomicU64,
+    /// As [`VcpuState`].
+    state: AtomicU8,
 }
 
 impl VcpuCounters {
@@ -87,6 +102,11 @@ impl VcpuCounters {
     pub(super) fn count(&self, reason: ExitReason) {
         let counter = &self.exits[reason as usize];
         counter.store(counter.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
+    }
+
+    /// What the vCPU does from now on.
+    pub(super) fn enters(&self, state: VcpuState) {
+        self.state.store(state as u8, Ordering::Relaxed);
     }
 
     /// The calling thread is the vCPU's from here on: its CPU time is what counts.
@@ -104,6 +124,7 @@ impl VcpuCounters {
             self.cpu_time_ns.store(time, Ordering::Relaxed);
         }
         self.clock.store(0, Ordering::Relaxed);
+        self.enters(VcpuState::Stopped);
     }
 
     /// The counters as they stand.
@@ -112,6 +133,10 @@ impl VcpuCounters {
         VcpuStats {
             exits: std::array::from_fn(|i| self.exits[i].load(Ordering::Relaxed)),
             cpu_time_ns: cpu_time(clock).unwrap_or_else(|| self.cpu_time_ns.load(Ordering::Relaxed)),
+            state: [VcpuState::Stopped, VcpuState::Running, VcpuState::Paused]
+                .into_iter()
+                .find(|state| *state as u8 == self.state.load(Ordering::Relaxed))
+                .unwrap_or_default(),
         }
     }
 }
@@ -123,6 +148,8 @@ pub struct VcpuStats {
     pub exits: [u64; ExitReason::ALL.len()],
     /// CPU time of the vCPU's thread, in nanoseconds, guest and host together.
     pub cpu_time_ns: u64,
+    /// What it does.
+    pub state: VcpuState,
 }
 
 /// What a thread's clock says, in nanoseconds; none if the thread is gone.

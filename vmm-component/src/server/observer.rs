@@ -2,10 +2,10 @@
 //! stand.
 
 use capnp::capability::Rc as ServerRc;
-use sepal_schema::guest_capnp::{observer, statistics, stats};
+use sepal_schema::guest_capnp::{self, observer, statistics, stats};
 
 use super::{facets, guest::GuestServer, vm::Vm};
-use crate::machine::{ExitReason, MachineStats};
+use crate::machine::{ExitReason, MachineStats, VcpuState};
 
 type Reply = Result<(), capnp::Error>;
 
@@ -71,6 +71,11 @@ fn write_stats(stats: &MachineStats, mut to: stats::Builder<'_>) {
         );
         to.set_index(i as u8);
         to.set_cpu_time_ns(vcpu.cpu_time_ns);
+        to.set_state(match vcpu.state {
+            VcpuState::Stopped => guest_capnp::VcpuState::Stopped,
+            VcpuState::Running => guest_capnp::VcpuState::Running,
+            VcpuState::Paused => guest_capnp::VcpuState::Paused,
+        });
         to.set_exits(vcpu.total());
         to.set_io_exits(io);
         to.set_mmio_exits(mmio);

@@ -1,7 +1,9 @@
 //! Looking into real machines: registers of vCPUs wherever they are, and memory.
 
+use std::sync::mpsc::channel;
+
 use sepal_schema::error::Kind;
-use sepal_vmm_component::machine::{Happening, MachineError};
+use sepal_vmm_component::machine::{Answer, Happening, MachineError, Question, VcpuState};
 
 use crate::guests::{self, guest};
 use crate::registers;
@@ -99,6 +101,90 @@ fn memory_is_read_as_the_guest_has_it() {
     refused(0xfee0_0000, 4, "address", "0xfee00000 ");
     refused(u64::MAX, 2, "address", "0xffffffffffffffff ");
     rig.stop();
+}
+
+/// Asks a vCPU, and waits for the answer.
+fn look(rig: &Rig, vcpu: u8, question: Question) -> Result<Answer, MachineError> {
+    let (sender, receiver) = channel();
+    rig.machine.look(vcpu, question, move |answer| {
+        sender.send(answer).expect("the test waits");
+    })?;
+    receiver.recv_timeout(PATIENCE).expect("an answer")
+}
+
+#[test]
+fn memory_is_read_as_the_vcpu_sees_it() {
+    let Some(kvm) = kvm() else { return };
+    let mut rig = Rig::start(&kvm, &guests::idle(), 1);
+    rig.await_byte(b'i');
+    let code = guests::idle();
+    let read = |address, length| match look(&rig, 0, Question::Memory { address, length })? {
+        Answer::Memory(bytes) => Ok(bytes),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(read(guests::BASE, code.len() as u32).expect("memory"), code);
+    assert_eq!(read(guests::BASE - 1, 65536).expect("memory")[1..=code.len()], code);
+    assert_eq!(read(u64::MAX, 0).expect("nothing"), b"");
+    let refused = |error: MachineError, about: &str, says: &str| {
+        let error = error.to_error();
+        assert_eq!((error.kind, error.about.as_str()), (Kind::BadConfig, about));
+        assert!(error.message.contains(says), "{}", error.message);
+    };
+    refused(read(guests::BASE, 65537).expect_err("too much"), "length", "65536");
+    // The guest has 16 MiB, and maps 4 GiB.
+    let says = "0x1000000 leads to 0x1000000, which is not memory";
+    refused(read((16 << 20) - 2, 3).expect_err("too far"), "address", says);
+    refused(
+        read(1 << 32, 1).expect_err("too far"),
+        "address",
+        "0x100000000 is not mapped",
+    );
+    refused(read(1 << 63, 1).expect_err("nowhere"), "address", "is no address");
+    let address = guests::BASE + 5;
+    match look(&rig, 0, Question::Translation { address }).expect("it is mapped") {
+        Answer::Translation(found) => {
+            assert_eq!(found.physical, address);
+            assert!(found.executable && found.page_size >= 4096, "{found:?}");
+        }
+        other => panic!("{other:?}"),
+    }
+    match look(&rig, 0, Question::Stack { most: 64 }).expect("it has one") {
+        Answer::Stack(stack) => {
+            let range = guests::BASE..guests::BASE + code.len() as u64;
+            assert!(range.contains(&stack.frames[0].address), "{stack:?}");
+        }
+        other => panic!("{other:?}"),
+    }
+    let error = look(&rig, 1, Question::Stack { most: 1 }).expect_err("there is one");
+    assert!(
+        matches!(error, MachineError::BadConfig { field: "vcpu", .. }),
+        "{error}"
+    );
+    rig.stop();
+}
+
+#[test]
+fn what_vcpus_do_is_told_without_asking_them() {
+    let Some(kvm) = kvm() else { return };
+    let mut rig = Rig::start(&kvm, &guests::idle(), 2);
+    rig.await_byte(b'i');
+    let states = |rig: &Rig| {
+        rig.machine
+            .stats()
+            .vcpus
+            .iter()
+            .map(|vcpu| vcpu.state)
+            .collect::<Vec<_>>()
+    };
+    // The second one may be on its way still.
+    while states(&rig) != [VcpuState::Running; 2] {}
+    rig.machine.pause();
+    assert!(matches!(rig.next(), Happening::Paused));
+    assert_eq!(states(&rig), [VcpuState::Paused; 2]);
+    rig.machine.resume();
+    while states(&rig) != [VcpuState::Running; 2] {}
+    let stopped = rig.machine.join(PATIENCE);
+    assert!(stopped.stats.vcpus.iter().all(|vcpu| vcpu.state == VcpuState::Stopped));
 }
 
 #[test]

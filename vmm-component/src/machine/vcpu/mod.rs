@@ -34,7 +34,7 @@ use super::error::MachineError;
 use super::event::{Happening, ResetCause};
 use super::pause::PauseLedger;
 use super::report::Reporter;
-use super::stats::{ExitReason, VcpuCounters};
+use super::stats::{ExitReason, VcpuCounters, VcpuState};
 use crate::boot::BootEntry;
 use crate::memory::GuestRam;
 use crate::unassisted::{self, Assist};
@@ -307,21 +307,26 @@ impl Vcpu {
 
     /// Changes the phase, and the ledger of who is in the guest.
     fn enter(&mut self, next: Phase) {
-        match (self.phase, next) {
-            (Phase::Running, Phase::Parked | Phase::Stopped) => self.leave_guest(),
-            (Phase::Parked, Phase::Running) => {
-                if !self.shared.ledger.enter(self.index) {
-                    // The order to pause is on its way; the one to go on rings again.
-                    return;
-                }
-                if self.ran {
-                    // Keeps the guest's watchdogs quiet about the time that passed. A guest without kvmclock makes it fail, and needs none.
-                    let _ = self.fd.kvmclock_ctrl();
-                }
+        let leaves = self.phase == Phase::Running && next != Phase::Running;
+        if (self.phase, next) == (Phase::Parked, Phase::Running) {
+            if !self.shared.ledger.enter(self.index) {
+                // The order to pause is on its way; the one to go on rings again.
+                return;
             }
-            _ => {}
+            if self.ran {
+                // Keeps the guest's watchdogs quiet about the time that passed. A guest without kvmclock makes it fail, and needs none.
+                let _ = self.fd.kvmclock_ctrl();
+            }
         }
         self.phase = next;
+        self.counters.enters(match next {
+            Phase::Parked => VcpuState::Paused,
+            Phase::Running => VcpuState::Running,
+            Phase::Stopped => VcpuState::Stopped,
+        });
+        if leaves {
+            self.leave_guest();
+        }
     }
 
     fn leave_guest(&self) {

@@ -6,7 +6,7 @@ use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use sepal_schema::{
     debug_capnp::debug,
     error::{Error, Kind},
-    guest_capnp::statistics::stats_result,
+    guest_capnp::{VcpuState, statistics::stats_result},
     info::GuestInfo,
 };
 
@@ -62,6 +62,7 @@ fn exits_and_memory(from: stats_result::Reader<'_>) -> (Vec<(String, u64)>, u64)
         panic!("no figures");
     };
     let stats = stats.unwrap();
+    assert_eq!(stats.get_vcpus().unwrap().get(1).get_state().unwrap(), VcpuState::Running);
     let reasons = stats.get_vcpus().unwrap().get(1).get_reasons().unwrap();
     let exits = reasons
         .iter()

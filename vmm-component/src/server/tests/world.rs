@@ -33,7 +33,7 @@ use crate::{
     lifecycle::Generation,
     machine::{
         Answer, Frame, Happening, MachineError, MachineEvent, MachineStats, Question, RegisterDump, Stack, Translation,
-        VcpuStats,
+        VcpuState, VcpuStats,
     },
     server::{
         Controller,
@@ -160,6 +160,7 @@ impl Vm for PretendedVm {
                 VcpuStats {
                     exits: std::array::from_fn(|i| if i % 7 == 0 { 1 + i as u64 } else { 0 }),
                     cpu_time_ns: 0,
+                    state: VcpuState::Running,
                 };
                 2
             ],
