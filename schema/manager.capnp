@@ -33,18 +33,21 @@ interface GuestManager {
 
   newGuest @1 (name :Text) -> NewGuestResult;
   # Takes a name (empty: one is chosen) and returns the lifecycle of a guest that does not exist yet, for a client that drives it itself. The name
-  # is free again when the capability is dropped. ALREADY_RUNNING if the name is taken, BAD_CONFIG if it is not a valid name.
+  # is free again when the capability is dropped. ALREADY_RUNNING if the name is taken, ALREADY_BOUND if there is a definition of it, BAD_CONFIG if it is not a
+  # valid name.
 
   launch @2 (config :GuestConfig, detach :Bool) -> LaunchResult;
   # newGuest, create, bind and run in one; returns when the vCPUs run. The guest stops when the returned `lease` is dropped (its
-  # connection lost included), unless `detach` is set. BAD_CONFIG, ALREADY_RUNNING, START_FAILURE, NO_STORAGE, or what create or run returned.
+  # connection lost included), unless `detach` is set. BAD_CONFIG, ALREADY_RUNNING, ALREADY_BOUND (there is a definition of that name, or another guest has
+  # the uuid), START_FAILURE, NO_STORAGE, or what create or run returned.
 
   lookup @3 (name :Text) -> LookupResult;
   # A guest by name, also one that has ended and is still remembered. NOT_FOUND.
 
   list @4 () -> (guests :List(Guests.GuestInfo));
   # All guests, running or not, as of one moment, sorted by name. Never waits for a guest. Where there are so many that the answer would not
-  # fit into a message, details are left out: first layers, then command lines and devices, then problems. Observer.info has all of them.
+  # fit into a message, details are left out: first layers, then command lines and devices, then problems. Observer.info has all of them. Where even so they
+  # do not fit, NO_RESOURCES, as an exception: `browse` has no such limit.
 
   subscribe @5 (sink :Guests.EventSink, replay :UInt32) -> (subscription :Guests.Subscription);
   # The events of all guests from now on, after the last `replay` ones (at most 1024 are kept). Flow-controlled: a subscriber that does not
@@ -54,7 +57,7 @@ interface GuestManager {
   # Stops by force; the name can be launched again at once when it returns. NOT_RUNNING if it does not run.
 
   remove @7 (name :Text) -> Completion;
-  # Forgets a guest that has ended. ALREADY_RUNNING if it runs, NOT_FOUND.
+  # Forgets a guest that has ended. ALREADY_RUNNING if it runs, ALREADY_BOUND if there is a definition of it, NOT_FOUND.
 
   upload @8 (size :UInt64) -> UploadResult;
   # Room for a file to be streamed here by a client that cannot pass descriptors. `size` in bytes, 0 if not known; at most 4 GiB an
@@ -86,10 +89,11 @@ interface GuestManager {
   # Keeps a definition under the name in its configuration, which must have one. Files are named by paths, which are opened when the guest starts; what
   # only a handle or an upload can give is BAD_CONFIG naming the field. The same checks as `check`, except that a file which is not there yet is only
   # told in `warnings`. ALREADY_BOUND if there is one of that name, unless `replace`, or if another guest has the uuid. With `replace`, a guest
-  # that runs goes on as it is, keeps its uuid, and is started from the new definition the next time. On return it is on the disk.
+  # that runs goes on as it is, keeps its uuid, and is started from the new definition the next time. On return it is on the disk. Calls about one name that
+  # are under way at the same time take effect in any order. At most 1024 definitions: NO_RESOURCES. NO_STORAGE if the disk refuses.
 
   undefine @15 (name :Text) -> Completion;
-  # Forgets a definition. A guest that runs goes on, as a transient one. NOT_FOUND.
+  # Forgets a definition, and with it how its last run ended. A guest that runs goes on, as a transient one. NOT_FOUND.
 
   definition @16 (name :Text) -> DefinitionResult;
   # NOT_FOUND.
@@ -106,7 +110,7 @@ interface GuestManager {
 
   stats @20 (after :Text, most :UInt32) -> (guests :List(NamedStats), more :Bool);
   # The figures of all guests that run, sorted by name, those after `after`: at most `most` (0: as many as fit). `more`: there are others after the last.
-  # Answers as Statistics.get, within 5 ms and 0.1 ms more for each guest; a guest without figures is there with an error.
+  # Answers as Statistics.get, when none of them has told anything for 5 ms, or after 50 ms; a guest without figures is there with an error.
 
   node @21 () -> (node :Node.NodeInfo);
   # What the host is and offers.
