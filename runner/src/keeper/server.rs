@@ -100,12 +100,11 @@ impl Keeper {
         match &self.manager {
             _ if self.ending => true,
             Some(manager) => self.inherited && self.book.is_empty() && !manager.has_unsent(),
-            None => {
-                if self.book.components().next().is_some() {
-                    self.last_life = now;
-                }
-                self.book.is_empty() || now.duration_since(self.last_life) >= self.linger
+            None if self.book.components().next().is_some() => {
+                self.last_life = now;
+                false
             }
+            None => self.book.is_empty() || now.duration_since(self.last_life) >= self.linger,
         }
     }
 
