@@ -416,7 +416,14 @@ impl Stderr {
 
 /// The last line that is in the pipe of a component that is dead.
 pub(crate) fn last_words(stderr: OwnedFd) -> Option<String> {
-    rustix::io::ioctl_fionbio(&stderr, true).ok()?;
+    last_lines(stderr).pop()
+}
+
+/// The last lines that are in the pipe of a component that is dead, oldest first.
+pub(crate) fn last_lines(stderr: OwnedFd) -> Vec<String> {
+    if rustix::io::ioctl_fionbio(&stderr, true).is_err() {
+        return Vec::new();
+    }
     let (mut words, mut buffer) = (LastWords::default(), [0; 4096]);
     for _ in 0..MAX_REST / buffer.len() {
         match rustix::io::read(&stderr, &mut buffer) {
@@ -425,7 +432,7 @@ pub(crate) fn last_words(stderr: OwnedFd) -> Option<String> {
         }
     }
     words.finish(|_, _| {});
-    words.last().cloned()
+    words.lines.into()
 }
 
 fn log(name: &str, level: Level, line: &str) {

@@ -6,9 +6,15 @@
 //!
 //! Made when the guest is, while the descriptors that the client sent are there: what they lead to is asked of the kernel, and no descriptor is kept.
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::{
+    os::fd::{AsRawFd, OwnedFd},
+    rc::Rc,
+};
 
-use capnp::message::{Builder, HeapAllocator, TypedBuilder};
+use capnp::{
+    message::{Builder, HeapAllocator, ReaderOptions},
+    serialize,
+};
 use sepal_schema::{
     config::{
         File, GuestConfig, Handles,
@@ -25,8 +31,10 @@ const MAX_PATH: usize = 4095;
 const WORDS: u32 = 256;
 
 /// What would create a guest again.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Configuration {
-    config: TypedBuilder<guest_config::Owned, HeapAllocator>,
+    /// A message without descriptors.
+    config: Rc<[u8]>,
     missing: Vec<String>,
 }
 
@@ -41,10 +49,39 @@ impl Configuration {
             Error::new(Kind::NoResources, message)
         })?;
         let (copy, missing) = with_paths(copy);
-        let allocator = HeapAllocator::new().first_segment_words(WORDS);
-        let mut config = TypedBuilder::<guest_config::Owned, _>::new(Builder::new(allocator));
+        let mut config = builder();
         copy.encode(config.init_root(), &Nobody)?;
-        Ok(Self { config, missing })
+        Ok(Self::kept(config.get_root_as_reader()?, missing)?)
+    }
+
+    /// As an earlier manager wrote it.
+    ///
+    /// # Errors
+    /// The message is not well-formed.
+    pub(crate) fn read(from: configuration_result::Reader<'_>) -> Result<Self, capnp::Error> {
+        let missing = from.get_missing()?.iter();
+        let missing = missing.map(|field| Ok(field?.to_string()?));
+        Self::kept(from.get_config()?, missing.collect::<Result<_, capnp::Error>>()?)
+    }
+
+    fn kept(config: guest_config::Reader<'_>, missing: Vec<String>) -> Result<Self, capnp::Error> {
+        // In the one form that all that say the same have.
+        let mut message = builder();
+        message.set_root_canonical(config)?;
+        Ok(Self {
+            config: serialize::write_message_to_words(&message).into(),
+            missing,
+        })
+    }
+
+    /// Writes it for the manager that comes next.
+    ///
+    /// # Errors
+    /// The message is full.
+    pub(crate) fn keep(&self, mut to: configuration_result::Builder<'_>) -> Result<(), capnp::Error> {
+        let message = serialize::read_message(&self.config[..], ReaderOptions::new())?;
+        to.set_config(message.get_root::<guest_config::Reader<'_>>()?)?;
+        to.set_missing(&self.missing[..])
     }
 
     /// Writes it into an answer, for the guest that is called `name` and has this UUID.
@@ -57,14 +94,18 @@ impl Configuration {
         name: &str,
         uuid: Option<&[u8]>,
     ) -> Result<(), capnp::Error> {
-        to.set_config(self.config.get_root_as_reader()?)?;
-        let mut config = to.reborrow().get_config()?;
+        self.keep(to.reborrow())?;
+        let mut config = to.get_config()?;
         config.set_name(name);
         if let Some(uuid) = uuid {
             config.set_uuid(uuid);
         }
-        to.set_missing(&self.missing[..])
+        Ok(())
     }
+}
+
+fn builder() -> Builder<HeapAllocator> {
+    Builder::new(HeapAllocator::new().first_segment_words(WORDS))
 }
 
 /// Whoever is sent descriptors and closes them: they are numbered 0 in the message, and named as missing beside it.
@@ -166,8 +207,13 @@ mod tests {
 
     /// What somebody reads who is told of `config`.
     fn told(config: &GuestConfig) -> (Result<GuestConfig, Error>, Vec<String>) {
+        // By way of the next manager.
         let mut message = Builder::new_default();
-        let told = Configuration::of(config).unwrap();
+        let first = Configuration::of(config).unwrap();
+        first.keep(message.init_root()).unwrap();
+        let told = Configuration::read(message.get_root_as_reader().unwrap()).unwrap();
+        assert_eq!(told, first);
+        let mut message = Builder::new_default();
         told.write(message.init_root(), "web", Some(&[7; 16])).unwrap();
         let answer: configuration_result::Reader<'_> = message.get_root_as_reader().unwrap();
         let missing = answer.get_missing().unwrap().iter();

@@ -67,7 +67,7 @@ impl Course {
             },
             pace: Pace::new(guest.manager.settings.restart_wait),
             row: Row::new(config.restart, failures, restarts),
-            ran: false,
+            ran: guest.has_started() || failures > 0 || restarts > 0,
             guest,
         }
     }

@@ -29,7 +29,7 @@ use self::talk::{Said, Sockets, Talk, ports};
 use crate::{
     changed::Changed,
     client::Client,
-    component::{Component, Exit, StartRequest, last_words},
+    component::{Component, Exit, StartRequest, last_lines},
     course::Course,
     durable::{Left, Owner},
     guest::Guest,
@@ -48,6 +48,8 @@ struct Held<'a> {
     /// What was done to make it end.
     made: Rung,
     component: Option<Rc<Component>>,
+    /// Of its log, where there is no component any more.
+    last_lines: Vec<String>,
     /// Of the vCPUs when one of them failed.
     registers: Vec<Registers>,
 }
@@ -85,6 +87,7 @@ async fn drive(
             resources: &mut resources,
             made: Rung::None,
             component: None,
+            last_lines: Vec::new(),
             registers: Vec::new(),
         };
         let outcome = match left.take() {
@@ -103,9 +106,11 @@ async fn drive(
         // After the end of whoever writes to it.
         held.wires.iter().for_each(Wire::end_run);
         if over.end.ending.failed_run() {
-            let last_lines = held.component.take().map(|component| component.last_lines());
+            if let Some(component) = held.component.take() {
+                held.last_lines = component.last_lines();
+            }
             let output = guest.port.tail(MAX_LAST_OUTPUT);
-            let trace = Trace::new(&last_lines.unwrap_or_default(), held.registers, &output);
+            let trace = Trace::new(&held.last_lines, held.registers, &output);
             over.end.ending.trace = Some(Box::new(trace));
         }
         let follows = course.follow(&over);
@@ -184,9 +189,10 @@ async fn continuation(
                 guest = &*guest.name,
                 "the component died while there was no manager: {exit}"
             );
+            held.last_lines = log.map(last_lines).unwrap_or_default();
             return Some(Outcome::Exited {
                 exit,
-                last_line: log.and_then(last_words),
+                last_line: held.last_lines.last().cloned(),
                 broken: None,
             });
         }

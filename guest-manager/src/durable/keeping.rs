@@ -244,6 +244,7 @@ impl Durable {
             paused: info.paused,
             balloon_taken: guest.ballast.taken(),
             balloon_by_hand: guest.ballast.is_by_hand(),
+            origin: guest.origin(),
         }
     }
 

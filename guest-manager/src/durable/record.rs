@@ -20,6 +20,7 @@ use sepal_schema::{
 
 use crate::{
     access::{secret::Digest, shares::Kept, thing::Thing},
+    configuration::Configuration,
     cpu::Share,
     model::Moment,
 };
@@ -62,6 +63,8 @@ pub(crate) struct Record {
     pub(crate) balloon_taken: u64,
     /// Somebody has set its balloon.
     pub(crate) balloon_by_hand: bool,
+    /// What would create it again.
+    pub(crate) origin: Option<Configuration>,
 }
 
 /// Descriptors that a configuration names by number: those of a record.
@@ -163,6 +166,9 @@ impl Record {
         to.set_paused(self.paused);
         to.set_balloon_taken(self.balloon_taken);
         to.set_balloon_by_hand(self.balloon_by_hand);
+        if let Some(origin) = &self.origin {
+            origin.keep(to.reborrow().init_origin())?;
+        }
         let mut bytes = Vec::new();
         serialize::write_message(&mut bytes, &message)?;
         Ok(bytes)
@@ -232,6 +238,10 @@ impl Record {
             paused: from.get_paused(),
             balloon_taken: from.get_balloon_taken(),
             balloon_by_hand: from.get_balloon_by_hand(),
+            origin: match from.has_origin() {
+                true => Some(Configuration::read(from.get_origin()?)?),
+                false => None,
+            },
         };
         Ok((record, config))
     }
@@ -375,6 +385,7 @@ mod tests {
             paused: true,
             balloon_taken: 4096,
             balloon_by_hand: true,
+            origin: Configuration::of(&GuestConfig::default()).ok(),
         }
     }
 

@@ -196,6 +196,11 @@ fn restore(manager: &Rc<Manager>, found: Found) -> Result<(), Error> {
         Creation::of(&config, record.generation, runs),
     );
     slot.take_over(guest.clone());
+    match &record.origin {
+        Some(origin) => guest.note_origin(origin.clone()),
+        // As far as it can be told from what the guest got.
+        None => guest.note(&config),
+    }
     let rings = orphan.kept.remove(label::RINGS).unwrap_or_default();
     for (port, ring) in std::iter::once(&guest.port).chain(&guest.consoles).zip(rings) {
         if let Err(error) = port.restore(ring) {

@@ -28,6 +28,16 @@ impl Guest {
         *self.configuration.borrow_mut() = Some(Configuration::of(config));
     }
 
+    /// An earlier manager knew that it is made from this.
+    pub(crate) fn note_origin(&self, origin: Configuration) {
+        *self.configuration.borrow_mut() = Some(Ok(origin));
+    }
+
+    /// What would create it again, if that is known.
+    pub(crate) fn origin(&self) -> Option<Configuration> {
+        self.configuration.borrow().as_ref()?.as_ref().ok().cloned()
+    }
+
     /// Tells what would create it again.
     ///
     /// # Errors
