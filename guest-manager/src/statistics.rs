@@ -97,17 +97,17 @@ impl Figures {
         });
     }
 
-    /// Waits for the next answer.
-    async fn next(&self) -> Result<Told, Error> {
+    /// Waits for the next answer, whatever it is.
+    async fn next(&self) {
         let before = self.state.look(|state| state.answers);
-        let next = |state: &mut State| {
-            (state.answers > before).then(|| match (&state.failure, &state.last) {
-                (None, Some(told)) => Ok(told.clone()),
-                (Some(error), _) => Err(error.clone()),
-                (None, None) => Err(never_told()),
-            })
-        };
-        self.state.until(next).await
+        self.state.until(|state| (state.answers > before).then_some(())).await;
+    }
+
+    /// Why there are none.
+    fn missing(&self) -> Error {
+        self.state
+            .look(|state| state.failure.clone())
+            .unwrap_or_else(never_told)
     }
 }
 
@@ -208,27 +208,24 @@ impl Aged {
 /// # Errors
 /// `TIMED_OUT` if the component has never told any; for a guest that ended before it did, `NOT_RUNNING`; or why the component has none.
 pub(crate) async fn of(guest: &Rc<Guest>) -> Result<Aged, Error> {
-    within(PATIENCE, guest).await
+    let (begin, asked) = (Instant::now(), ask(guest));
+    if asked.is_ok() {
+        let heard = guest.manager.handle.timeout(PATIENCE, guest.figures.next());
+        // What has not come by then is told the next time.
+        let _ = heard.await;
+    }
+    told(guest, begin, asked)
 }
 
-/// The figures of a guest, within a time.
-///
-/// # Errors
-/// As [`of`].
-async fn within(patience: Duration, guest: &Rc<Guest>) -> Result<Aged, Error> {
-    let figures = &guest.figures;
-    let handle = &guest.manager.handle;
-    let heard = match ask(guest) {
-        Ok(()) => handle
-            .timeout(patience, figures.next())
-            .await
-            .unwrap_or_else(|_| Err(never_told())),
-        Err(error) => Err(error),
+/// What is known of a guest that was asked since `begin`, as far as it could be.
+fn told(guest: &Rc<Guest>, begin: Instant, asked: Result<(), Error>) -> Result<Aged, Error> {
+    let Some(told) = guest.figures.last() else {
+        let why = guest.check_live().err().or(asked.err());
+        return Err(why.unwrap_or_else(|| guest.figures.missing()));
     };
-    let (told, age) = match (heard, figures.last()) {
-        (Ok(told), _) => (told, Duration::ZERO),
-        (Err(_), Some(told)) => (told.clone(), told.at.elapsed()),
-        (Err(error), None) => return Err(guest.check_live().err().unwrap_or(error)),
+    let age = match told.at >= begin {
+        true => Duration::ZERO,
+        false => told.at.elapsed(),
     };
     let seen = Seen::of(guest);
     Ok(Aged { told, age, seen })

@@ -30,6 +30,9 @@ const STATUSES: [GuestStatus; 7] = [
 /// All states of a vCPU; "unknown" is one that this version does not know.
 const VCPU_STATES: [&str; 5] = ["stopped", "running", "halted", "paused", "unknown"];
 
+/// A family, and where its values are.
+type Of<T, V> = (Family, fn(&T) -> V);
+
 const fn counter(name: &'static str, unit: &'static str, help: &'static str) -> Family {
     family(name, Kind::Counter, unit, help)
 }
@@ -292,61 +295,70 @@ fn write_memory(text: &mut Exposition, figures: &[Figures]) {
         ),
         |balloon| Some(balloon.memory.as_ref()?.age_seconds.into()),
     );
-    let bytes: [(_, _, fn(&GuestMemory) -> Option<u64>); 4] = [
+    let told: [Of<GuestMemory, Option<u64>>; 8] = [
         (
-            "sepal_guest_inside_size_bytes",
-            "Memory by the guest's count.",
+            gauge("sepal_guest_inside_size_bytes", "bytes", "Memory by the guest's count."),
             |memory| memory.total_bytes,
         ),
         (
-            "sepal_guest_inside_free_bytes",
-            "Memory that the guest does not use.",
+            gauge(
+                "sepal_guest_inside_free_bytes",
+                "bytes",
+                "Memory that the guest does not use.",
+            ),
             |memory| memory.free_bytes,
         ),
         (
-            "sepal_guest_inside_available_bytes",
-            "Memory that the guest could have without swapping.",
+            gauge(
+                "sepal_guest_inside_available_bytes",
+                "bytes",
+                "Memory that the guest could have without swapping.",
+            ),
             |memory| memory.available_bytes,
         ),
         (
-            "sepal_guest_inside_caches_bytes",
-            "Memory that caches the guest's files.",
+            gauge(
+                "sepal_guest_inside_caches_bytes",
+                "bytes",
+                "Memory that caches the guest's files.",
+            ),
             |memory| memory.disk_caches_bytes,
         ),
-    ];
-    for (name, help, value) in bytes {
-        each(text, figures, gauge(name, "bytes", help), |stats| {
-            Some(value(stats.balloon.as_ref()?.memory.as_ref()?)?.into())
-        });
-    }
-    let counts: [(_, _, _, fn(&GuestMemory) -> Option<u64>); 4] = [
         (
-            "sepal_guest_inside_swapped_in_bytes",
-            "bytes",
-            "Memory that the guest swapped in.",
+            counter(
+                "sepal_guest_inside_swapped_in_bytes",
+                "bytes",
+                "Memory that the guest swapped in.",
+            ),
             |memory| memory.swapped_in_bytes,
         ),
         (
-            "sepal_guest_inside_swapped_out_bytes",
-            "bytes",
-            "Memory that the guest swapped out.",
+            counter(
+                "sepal_guest_inside_swapped_out_bytes",
+                "bytes",
+                "Memory that the guest swapped out.",
+            ),
             |memory| memory.swapped_out_bytes,
         ),
         (
-            "sepal_guest_inside_major_faults",
-            "",
-            "Page faults in the guest that waited for a disk.",
+            counter(
+                "sepal_guest_inside_major_faults",
+                "",
+                "Page faults in the guest that waited for a disk.",
+            ),
             |memory| memory.major_faults,
         ),
         (
-            "sepal_guest_inside_minor_faults",
-            "",
-            "Page faults in the guest that did not.",
+            counter(
+                "sepal_guest_inside_minor_faults",
+                "",
+                "Page faults in the guest that did not.",
+            ),
             |memory| memory.minor_faults,
         ),
     ];
-    for (name, unit, help, value) in counts {
-        each(text, figures, counter(name, unit, help), |stats| {
+    for (family, value) in told {
+        each(text, figures, family, |stats| {
             Some(value(stats.balloon.as_ref()?.memory.as_ref()?)?.into())
         });
     }
@@ -370,28 +382,34 @@ fn write_disks(text: &mut Exposition, figures: &[Figures]) {
             }
         }
     });
-    let counts: [(_, _, _, fn(&Disk) -> u64); 3] = [
+    let counts: [Of<Disk, u64>; 3] = [
         (
-            "sepal_guest_disk_read_bytes",
-            "bytes",
-            "Bytes read from a guest's disk.",
+            counter(
+                "sepal_guest_disk_read_bytes",
+                "bytes",
+                "Bytes read from a guest's disk.",
+            ),
             |disk| disk.read_bytes,
         ),
         (
-            "sepal_guest_disk_written_bytes",
-            "bytes",
-            "Bytes written to a guest's disk.",
+            counter(
+                "sepal_guest_disk_written_bytes",
+                "bytes",
+                "Bytes written to a guest's disk.",
+            ),
             |disk| disk.written_bytes,
         ),
         (
-            "sepal_guest_disk_errors",
-            "",
-            "Operations of a guest's disk that failed.",
+            counter(
+                "sepal_guest_disk_errors",
+                "",
+                "Operations of a guest's disk that failed.",
+            ),
             |disk| disk.errors,
         ),
     ];
-    for (family, unit, help, value) in counts {
-        text.family(counter(family, unit, help), |samples| {
+    for (family, value) in counts {
+        text.family(family, |samples| {
             for (name, stats) in known(figures) {
                 for disk in &stats.disks {
                     samples.add(&[("name", name), ("disk", &disk.name)], value(disk));
@@ -402,34 +420,34 @@ fn write_disks(text: &mut Exposition, figures: &[Figures]) {
 }
 
 fn write_networks(text: &mut Exposition, figures: &[Figures]) {
-    let counts: [(_, _, _, fn(&Direction) -> u64); 4] = [
+    let counts: [Of<Direction, u64>; 4] = [
         (
-            "sepal_guest_network_bytes",
-            "bytes",
-            "Bytes of frames, as the guest sees them.",
+            counter(
+                "sepal_guest_network_bytes",
+                "bytes",
+                "Bytes of frames, as the guest sees them.",
+            ),
             |way| way.bytes,
         ),
         (
-            "sepal_guest_network_frames",
-            "",
-            "Frames, as the guest sees them.",
+            counter("sepal_guest_network_frames", "", "Frames, as the guest sees them."),
             |way| way.frames,
         ),
         (
-            "sepal_guest_network_dropped_frames",
-            "",
-            "Frames that were dropped.",
+            counter("sepal_guest_network_dropped_frames", "", "Frames that were dropped."),
             |way| way.dropped,
         ),
         (
-            "sepal_guest_network_errors",
-            "",
-            "Frames that could not be sent or received.",
+            counter(
+                "sepal_guest_network_errors",
+                "",
+                "Frames that could not be sent or received.",
+            ),
             |way| way.errors,
         ),
     ];
-    for (family, unit, help, value) in counts {
-        text.family(counter(family, unit, help), |samples| {
+    for (family, value) in counts {
+        text.family(family, |samples| {
             for (name, stats) in known(figures) {
                 for network in &stats.networks {
                     let add = |samples: &mut Samples<'_>, direction, way| {

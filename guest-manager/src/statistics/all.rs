@@ -1,12 +1,17 @@
 //! The figures of all guests that run, a page at a time: as many as fit into a message, all asked at once.
 
-use std::{ops::Bound, rc::Rc, time::Duration};
+use std::{
+    ops::Bound,
+    rc::Rc,
+    time::{Duration, Instant},
+};
 
+use futures::{FutureExt, Stream, StreamExt, stream::FuturesUnordered};
 use sepal_schema::{error::Error, manager_capnp::guest_manager};
 use uuid::Uuid;
 
-use super::{Aged, PATIENCE, within};
-use crate::{guest::Guest, manager::Manager};
+use super::{Aged, PATIENCE, ask, told};
+use crate::{guest::Guest, manager::Manager, serial::yield_now};
 
 /// Room for a page, in words of 8 bytes: a message has at most 16384, and needs some for itself.
 const ROOM: u64 = 15 * 1024;
@@ -15,8 +20,10 @@ const USUAL: u64 = 128;
 /// Words besides the figures: the structure, a name of up to 64 bytes, a UUID, an error's sentence.
 const FRAME: u64 = 64;
 
-/// How much longer all are waited for, for each of them: the host has to let every component run, one after the other where it has few processors.
-const PATIENCE_EACH: Duration = Duration::from_micros(100);
+/// The longest that all are waited for, as long as one after the other answers: a host with few processors has to let every component run.
+const MOST: Duration = Duration::from_millis(50);
+/// Rounds of the event loop in which an answer that is there has certainly come here.
+const ROUNDS: usize = 8;
 
 /// One guest in the answer.
 struct Row {
@@ -66,21 +73,51 @@ pub(crate) async fn serve(
         .iter()
         .map(|(guest, _)| FRAME + guest.figures.words().unwrap_or(USUAL));
     let asked = fitting(expected, most);
-    let patience = PATIENCE + PATIENCE_EACH * u32::try_from(asked).unwrap_or(u32::MAX);
-    let ask = async |(guest, uuid): &(Rc<Guest>, Option<Uuid>)| Row {
-        guest: guest.clone(),
-        uuid: *uuid,
-        figures: within(patience, guest).await,
-    };
-    let rows = futures::future::join_all(running[..asked].iter().map(ask)).await;
-    let told = fitting(rows.iter().map(Row::words), most);
+    let rows = ask_all(&manager, &running[..asked]).await;
+    let shown = fitting(rows.iter().map(Row::words), most);
     let mut to = results.get();
-    to.set_more(told < running.len());
-    let mut list = to.init_guests(u32::try_from(told).unwrap_or(u32::MAX));
-    for (i, row) in (0..).zip(&rows[..told]) {
+    to.set_more(shown < running.len());
+    let mut list = to.init_guests(u32::try_from(shown).unwrap_or(u32::MAX));
+    for (i, row) in (0..).zip(&rows[..shown]) {
         row.write(list.reborrow().get(i))?;
     }
     Ok(())
+}
+
+/// Asks all of them, and waits until they have answered, or none has for a while.
+async fn ask_all(manager: &Manager, guests: &[(Rc<Guest>, Option<Uuid>)]) -> Vec<Row> {
+    let begin = Instant::now();
+    let asked: Vec<_> = guests.iter().map(|(guest, _)| ask(guest)).collect();
+    let waited_for = guests.iter().zip(&asked).filter(|(_, asked)| asked.is_ok());
+    let mut answers: FuturesUnordered<_> = waited_for.map(|((guest, _), _)| guest.figures.next()).collect();
+    while begin.elapsed() < MOST {
+        let answer = match manager.handle.timeout(PATIENCE, answers.next()).await {
+            Ok(answer) => answer,
+            // The time may have gone by while the questions were sent.
+            Err(_) => soon(&mut answers).await,
+        };
+        if answer.is_none() {
+            break;
+        }
+    }
+    drop(answers);
+    let row = |((guest, uuid), asked): (&(Rc<Guest>, Option<Uuid>), _)| Row {
+        guest: guest.clone(),
+        uuid: *uuid,
+        figures: told(guest, begin, asked),
+    };
+    guests.iter().zip(asked).map(row).collect()
+}
+
+/// The next answer, if it is there already.
+async fn soon(answers: &mut (impl Stream<Item = ()> + Unpin)) -> Option<()> {
+    for _ in 0..ROUNDS {
+        if let Some(answer) = answers.next().now_or_never() {
+            return answer;
+        }
+        yield_now().await;
+    }
+    None
 }
 
 /// The guests that run, sorted by name, those after a name.
