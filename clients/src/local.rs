@@ -138,7 +138,12 @@ fn command() -> Result<Command> {
             path.display()
         );
     }
-    Ok(Command::new(path))
+    let mut command = Command::new(path);
+    // What a service manager means for whoever runs this program is not the guest manager's.
+    for variable in ["NOTIFY_SOCKET", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"] {
+        command.env_remove(variable);
+    }
+    Ok(command)
 }
 
 /// Starts a process that inherits `fd` under its own number, and no other descriptor but the standard ones: a manager that stays must not keep

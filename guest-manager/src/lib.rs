@@ -4,12 +4,13 @@
 //!   main       command line, signals, the order in which things begin and end
 //!   server     connections ---> manager_server, lifecycle_server, guest_server: the protocol's interfaces
 //!              peer, roles: who it is, and what that gives; authority: what needs more; audit: who changed what
-//!   listener   the sockets; state: the folder of what is kept; lock: one manager has them
+//!   listener   the sockets; state: the folder of what is kept; lock: one manager has them; service, journal: what systemd gives and wants
 //!                                 |      ladder (stopping), power (resets, pauses), subscription, uploads, list, facets, vsock (devices)
 //!                                 |      access: the grant that each capability goes through: narrowed, shared, revoked
 //!                                 v
 //!   durable    guests that go on without their manager: what the next one needs is kept with the keeper, and how it takes over
 //!   definitions  what guests are started from, kept by store (files, written as a whole)
+//!   node       what the host is and offers; capacity: whether it can hold another guest (pure); pressure: balloons, when it runs short of memory
 //!   manager    what all share: registry (names and statuses, pure), events and history (rings, pure), host, protection, problems
 //!     slot     who holds a name: one guest after the other, and a component
 //!       guest  one guest, from its creation to its end; serial is its port

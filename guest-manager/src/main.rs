@@ -224,9 +224,14 @@ fn run(arguments: &Arguments, signals: OwnedFd, places: Places, audit: Audit, ca
     } else {
         Reach::Owner
     };
-    let state = open_state(arguments, &places)?;
+    let serviced = !places.passed.is_empty();
     let listening = places.listen(arguments, reach)?;
-    let notifier = Notifier::from_environment();
+    let state = open_state(arguments, serviced)?;
+    let notifier = match arguments.fd {
+        None => Notifier::from_environment(),
+        // Whoever started it is told otherwise; what the environment names is told about somebody else.
+        Some(_) => Notifier::default(),
+    };
 
     let linger = Duration::from_micros(arguments.linger.into());
     let mut reactor = Reactor::new().context("making the event loop")?.lingering(linger);
@@ -341,14 +346,14 @@ fn next_signal(signals: &OwnedFd) -> std::io::Result<i32> {
     Ok(i32::from_ne_bytes([a, b, c, d]))
 }
 
-/// Where what is to outlive the manager is kept. The user's own folder is used where that can be: a manager runs without it, and says so to whoever
+/// Where what is to outlive the manager is kept; `serviced`: a service manager passed the socket. The user's own folder is used where that can be: a manager runs without it, and says so to whoever
 /// needs it.
-fn open_state(arguments: &Arguments, places: &Places) -> Result<State> {
+fn open_state(arguments: &Arguments, serviced: bool) -> Result<State> {
     if let Some(path) = &arguments.state {
         let folder = StateFolder::open(path).with_context(|| format!("--state {}", path.display()))?;
         return Ok(State::Kept(Rc::new(folder)));
     }
-    if arguments.socket.is_some() || arguments.fd.is_some() || !places.passed.is_empty() {
+    if arguments.socket.is_some() || arguments.fd.is_some() || serviced {
         return Ok(State::default());
     }
     Ok(match StateFolder::open_default() {

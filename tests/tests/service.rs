@@ -162,6 +162,22 @@ fn a_socket_of_no_known_name_is_refused() {
 }
 
 #[test]
+fn managers_that_commands_start_say_nothing_to_whoever_runs_the_command() {
+    let Service { world, socket, notices } = Service::new();
+    // Nobody listens at the user's own place, so that one is started for the look.
+    drop(socket);
+    fs::remove_file(world.socket()).unwrap();
+    let mut command = world.command(&["doctor"]);
+    command.env("NOTIFY_SOCKET", world.folder().join("notify"));
+    let looked = world.start_command(command, None).wait();
+    assert!(looked.out().contains("jail"), "{}", looked.stderr);
+    notices.set_nonblocking(true).unwrap();
+    let nothing = notices.recv(&mut [0; 64]).unwrap_err();
+    assert_eq!(nothing.kind(), std::io::ErrorKind::WouldBlock);
+    world.end();
+}
+
+#[test]
 fn the_log_is_fit_for_the_journal() {
     let service = Service::new();
     let journal = "JOURNAL_STREAM=$(stat -L -c %d:%i /proc/$$/fd/2); export JOURNAL_STREAM;";
