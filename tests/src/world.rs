@@ -148,6 +148,8 @@ impl World {
             panic!("the manager did not start: {}\n{}", finished.status, finished.stderr);
         }
         self.manager = Some(manager);
+        // Its keeper may outlive it, and can be told to be of this world only as long as it does not.
+        self.family();
     }
 
     /// The environment of everything that is started here: the user's manager is this world's.
@@ -389,14 +391,18 @@ impl Drop for World {
         {
             eprintln!("-- the manager's log\n{}", manager.stderr.text());
         }
-        // What a failed test leaves: managers that lost their parents. Children end with their owners, and whatever descends from a manager
-        // ends with it.
+        // What a failed test leaves: keepers of guests that go on, and managers that lost their parents. Children end with their owners, and whatever
+        // descends from a manager or keeper ends with it.
         let own = self.folder().to_string_lossy().into_owned();
         let spare: BTreeMap<u32, u64> = children().clone();
         for process in self.family() {
             if !spare.contains_key(&process.pid) && process::environment(process.pid).contains(&own) {
                 process.signal(Signal::KILL);
             }
+        }
+        let keepers = self.seen.borrow().clone().into_iter().filter_map(Process::of);
+        for keeper in keepers.filter(|process| process.name == "sepal-keeper") {
+            keeper.signal(Signal::KILL);
         }
     }
 }
