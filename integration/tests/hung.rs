@@ -81,6 +81,8 @@ fn a_kernel_that_hangs_is_looked_at() {
     ] {
         assert!(rest.any(|call| call == name), "{name} in {calls:?}");
     }
+    let (_, end) = guest.stack(0, 64).unwrap();
+    assert!(end.contains("a program"), "it was a script that asked for it: {end}");
     let (frames, end) = guest.stack(0, 2).unwrap();
     assert_eq!(frames.len(), 2);
     assert!(end.contains("no more than 2"), "{end}");

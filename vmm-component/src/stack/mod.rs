@@ -10,7 +10,7 @@
 //!
 //! What looks like one: it points into a page that can be executed, and that programs can get at if they can get at the page where the vCPU is, and right
 //! behind an instruction that calls. Or it is where an interrupt left off, as the processor pushes that (Intel SDM volume 3, "64-Bit Mode Stack Frame");
-//! the search goes on at the stack pointer that was pushed with it. Where a stack ends, it goes on with the one that the kernel left for it, as Linux
+//! the search goes on at the stack pointer that was pushed with it, or ends where that was a program's. Where a stack ends, it goes on with the one that the kernel left for it, as Linux
 //! notes that in the last word of its stacks for interrupts.
 //!
 //! Kernels are compiled without frame pointers as a rule. Then the search finds all calls that have not returned, and some that have: what they left on
@@ -33,6 +33,9 @@ const MOST_STACKS: usize = 4;
 const LONGEST_FRAME: u64 = 64 << 10;
 /// The longest instruction that calls: opcode, ModRM, SIB and four bytes of displacement.
 const LONGEST_CALL: usize = 7;
+
+/// The half of the addresses below this one is for programs, by convention.
+const PROGRAMS: u64 = 1 << 56;
 
 /// EFER.LMA.
 const LONG_MODE_ACTIVE: u64 = 1 << 10;
@@ -236,6 +239,9 @@ impl<V: View> Unwinder<'_, V> {
                 let mut next = at.saturating_add(self.word);
                 if self.follows_call(value) {
                     self.add(value, at, false)?;
+                } else if self.left_program(at, value) {
+                    self.add(value, at, false)?;
+                    return Ok("a program, from which the kernel was entered, was there".to_owned());
                 } else if let Some(stack) = self.interrupted(at, value) {
                     self.add(value, at, false)?;
                     match (at..end).contains(&stack) {
@@ -295,21 +301,43 @@ impl<V: View> Unwinder<'_, V> {
         self.view.read(first, &mut before) && ends_with_call(&before)
     }
 
+    /// The word so many behind the one at `at`.
+    fn beside(&self, at: u64, words: u64) -> Option<u64> {
+        self.read(at.checked_add(self.word * words)?)
+    }
+
+    /// Whether `address`, which is at `at`, is where a program was when the kernel was entered from it.
+    fn left_program(&self, at: u64, address: u64) -> bool {
+        if self.word != 8 || self.start.user || address >= PROGRAMS || address == 0 {
+            return false;
+        }
+        let is_segment: fn(u64) -> bool = |selector| selector & 3 == 3 && selector <= u64::from(u16::MAX);
+        let pushed = |words, is: fn(u64) -> bool| self.beside(at, words).is_some_and(is);
+        pushed(1, is_segment)
+            && pushed(2, are_flags)
+            && pushed(3, |stack| stack < PROGRAMS)
+            && pushed(4, is_segment)
+            && self.view.read(address, &mut [0])
+    }
+
     /// The stack pointer that an interrupt left, if `address`, which is at `at`, is where it left off at the same privilege.
     fn interrupted(&self, at: u64, address: u64) -> Option<u64> {
         if self.word != 8 || self.start.user || !self.view.is_text(address, self.user_text) {
             return None;
         }
-        let pushed = |n: u64| self.read(at.checked_add(8 * n)?);
-        let (code_segment, flags, stack) = (pushed(1)?, pushed(2)?, pushed(3)?);
+        let (code_segment, flags, stack) = (self.beside(at, 1)?, self.beside(at, 2)?, self.beside(at, 3)?);
         let is_it = code_segment == u64::from(self.start.code_segment)
-            && flags & !FLAGS == 0
-            && flags & FLAGS_ONE != 0
+            && are_flags(flags)
             && stack.is_multiple_of(8)
             // On the same stack it is further up, so that the search ends.
             && (stack > at || self.end_of(stack) != self.end_of(at));
         is_it.then_some(stack)
     }
+}
+
+/// Whether it can be what RFLAGS was.
+fn are_flags(value: u64) -> bool {
+    value & !FLAGS == 0 && value & FLAGS_ONE != 0
 }
 
 /// Whether the last of these bytes can be the end of an instruction that calls: `call rel32` (E8), or through a register or memory (FF /2).

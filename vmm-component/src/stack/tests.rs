@@ -161,6 +161,38 @@ fn an_interrupt_leads_to_the_stack_that_it_came_from() {
 }
 
 #[test]
+fn it_ends_where_a_program_was_left() {
+    let program = 0x40_1000;
+    let mut words = vec![0; 2048];
+    words[3] = after(1);
+    words[5] = program;
+    words[6..10].copy_from_slice(&[0x33, 0x246, 0x7fff_0000, 0x2b]);
+    words[11] = after(2);
+    let mut fake = Fake::new(words);
+    fake.stacks.push((program, vec![0; 4]));
+    let stack = unwind(&fake, &start(0), 64);
+    let expected = [
+        (TEXT + 0x10, STACK, true),
+        (after(1), STACK + 3 * 8, false),
+        (program, STACK + 5 * 8, false),
+    ];
+    assert_eq!(frames(&stack), expected);
+    assert!(stack.end.contains("a program"), "{}", stack.end);
+    // Where nothing is, or by segments that no program has, it is something else.
+    for (n, value) in [(5, 0x50_0000), (6, 0x10), (7, 0x244), (8, STACK), (9, 0x18)] {
+        let mut other = Fake::new(fake.stacks[0].1.clone());
+        other.stacks[0].1[n] = value;
+        other.stacks.push((program, vec![0; 4]));
+        let stack = unwind(&other, &start(0), 64);
+        assert_eq!(
+            frames(&stack).last(),
+            Some(&(after(2), STACK + 11 * 8, false)),
+            "{n}: {value:#x}"
+        );
+    }
+}
+
+#[test]
 fn an_interrupts_own_stack_leads_back_too() {
     let mut words = vec![0; 2048];
     words[4] = after(1);
@@ -331,7 +363,7 @@ proptest! {
         // A word, and what may be around it, for each place that is looked at.
         prop_assert!(fake.reads.get() <= 10 * (MOST_STACKS * 2048 * 8 + 8192 * 2 + MOST_FRAMES));
         for frame in stack.frames.iter().skip(1) {
-            prop_assert!(fake.is_text(frame.address, fake.user));
+            prop_assert!(fake.is_text(frame.address, fake.user) || frame.address < PROGRAMS);
             let (mut there, word) = ([0; 8], if narrow { 4 } else { 8 });
             let read = fake.read(frame.stack_pointer, &mut there[..word]);
             prop_assert!(read);
