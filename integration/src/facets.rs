@@ -11,7 +11,7 @@ use sepal_schema::{
     debug_capnp::debug,
     device_capnp::{balloon_controller, disk_controller, mem_controller, net_controller},
     error::{Error, Outcome, read_completion},
-    guest_capnp::{console, output, serial},
+    guest_capnp::{console, output, serial, statistics},
 };
 
 use crate::{Guest, HarnessError, manager::PATIENCE};
@@ -111,6 +111,26 @@ impl Guest {
         let answer = self.ask("the guest's statistics", question)?;
         match answer.get()?.which().map_err(capnp::Error::from)? {
             Which::Stats(stats) => Ok(stats?.iter().map(|stat| (stat.get_tag(), stat.get_value())).collect()),
+            Which::Error(error) => Err(Error::read(error?)?.into()),
+        }
+    }
+
+    /// What the figures have of the guest's memory: bytes by the host's count, and what the guest said last, as [`Self::balloon_statistics`] tells it.
+    /// The guest is not asked.
+    ///
+    /// # Errors
+    /// What the guest manager answered.
+    pub fn told_memory(&mut self) -> Result<(u64, Vec<(u16, u64)>), HarnessError> {
+        use statistics::stats_result::Which;
+        let figures = self.guest.statistics_request().send().pipeline.get_statistics();
+        let answer = self.ask("the guest's figures", figures.get_request().send().promise)?;
+        match answer.get()?.which().map_err(capnp::Error::from)? {
+            Which::Stats(stats) => {
+                let stats = stats?;
+                let told = stats.get_devices()?.get_balloon()?.get_memory()?;
+                let told = told.iter().map(|stat| (stat.get_tag(), stat.get_value())).collect();
+                Ok((stats.get_memory()?.get_guest(), told))
+            }
             Which::Error(error) => Err(Error::read(error?)?.into()),
         }
     }

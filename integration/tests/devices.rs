@@ -33,6 +33,9 @@ fn bulk_bytes() -> usize {
 }
 /// Largest packet of the tap device.
 const MTU: u16 = 65520;
+/// What the guest says about its memory: free, and all of it (virtio 1.2, section 5.5.6.4).
+const FREE: u16 = 4;
+const TOTAL: u16 = 5;
 /// Pages of 4096 bytes that the balloon takes for a time.
 const BALLOON: u32 = 4096;
 /// What is plugged for a time: Linux's memory blocks are this large.
@@ -362,8 +365,16 @@ fn memory(guest: &mut Guest) {
     guest
         .wait_until_it_tells(STEP, Guest::balloon_size, |size| size.current == BALLOON)
         .unwrap();
+    // The driver tells once when it begins, and then whenever the guest has run a while.
+    let total = |told: &[(u16, u64)]| told.iter().find(|(tag, _)| *tag == TOTAL).map(|(_, bytes)| *bytes);
+    let (bytes, told) = guest.told_memory().unwrap();
+    let known = total(&told).unwrap();
+    assert!(known > bytes / 2 && known <= bytes, "{told:?} of {bytes}");
     let statistics = guest.balloon_statistics().unwrap();
     assert!(statistics.iter().any(|&(_, value)| value > 0), "{statistics:?}");
+    let free = |told: &[(u16, u64)]| told.iter().find(|(tag, _)| *tag == FREE).map(|(_, bytes)| *bytes);
+    let asked = free(&statistics).unwrap();
+    assert!(asked < known, "{statistics:?}");
     guest.request_balloon(0).unwrap();
     guest
         .wait_until_it_tells(STEP, Guest::balloon_size, |size| size.current == 0)
@@ -373,6 +384,7 @@ fn memory(guest: &mut Guest) {
     guest
         .wait_until_it_tells(STEP, Guest::memory_size, |size| size.plugged == PLUGGED)
         .unwrap();
+    assert_eq!(guest.told_memory().unwrap().0, bytes + PLUGGED);
     guest.type_text("go on\n").unwrap();
     let plugged = guest
         .wait_for_report("mem-plugged", STEP)
