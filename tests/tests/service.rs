@@ -14,23 +14,29 @@ use std::{
     },
     path::{Path, PathBuf},
     process::Command,
+    sync::{Mutex, MutexGuard, PoisonError},
 };
 
 use rustix::process::Signal;
-use sepal_tests::{PATIENCE, Running, World, program};
+use sepal_tests::{PATIENCE, Running, World, kvm_missing, process::Process, program};
 
 /// The number under which the first socket is passed (sd_listen_fds(3)).
 const FIRST: RawFd = 3;
+
+/// Whoever looks for what a manager left finds what goes on without another's, too: one test at a time.
+static ALONE: Mutex<()> = Mutex::new(());
 
 /// What a service manager has: sockets, and where it is told things.
 struct Service {
     world: World,
     socket: UnixListener,
     notices: UnixDatagram,
+    _alone: MutexGuard<'static, ()>,
 }
 
 impl Service {
     fn new() -> Self {
+        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let world = World::new();
         let folder = world.folder().join("sepal");
         fs::DirBuilder::new().mode(0o700).create(folder).unwrap();
@@ -39,7 +45,12 @@ impl Service {
         let socket = UnixListener::bind(world.socket()).unwrap();
         let notices = UnixDatagram::bind(world.folder().join("notify")).unwrap();
         notices.set_read_timeout(Some(PATIENCE)).unwrap();
-        Self { world, socket, notices }
+        Self {
+            world,
+            socket,
+            notices,
+            _alone: alone,
+        }
     }
 
     /// Starts a guest manager as a service; `before` is what a shell is to do first.
@@ -96,7 +107,9 @@ impl Service {
     }
 
     fn end(self) {
-        let Self { world, socket, .. } = self;
+        let Self {
+            world, socket, _alone, ..
+        } = self;
         drop(socket);
         fs::remove_file(world.socket()).unwrap();
         world.end();
@@ -123,6 +136,51 @@ fn a_service_manager_passes_the_socket_and_is_told_how_it_goes() {
     service.until_ready(&manager);
     early.wait().expect_code(0);
     service.stop(manager);
+    service.end();
+}
+
+/// The component of a running guest.
+fn component(world: &World, name: &str) -> Process {
+    let info = world.guest(&["info", name, "--json"]).expect_code(0).out();
+    let info: serde_json::Value = serde_json::from_str(&info).unwrap();
+    assert_eq!(info["status"], "running", "{info}");
+    let pid = info["componentPid"].as_u64().unwrap();
+    Process::of(pid.try_into().unwrap()).unwrap()
+}
+
+/// A keeper, which ends with this, and its components with it.
+struct Keeper(Process);
+
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        if self.0.exists() {
+            self.0.signal(Signal::KILL);
+        }
+    }
+}
+
+#[test]
+fn durable_guests_outlive_a_restart_of_the_service() {
+    if kvm_missing() {
+        return;
+    }
+    let service = Service::new();
+    // A file: the keeper has it as well, and outlives the manager.
+    let log = "exec 2>>\"$XDG_RUNTIME_DIR/log\";";
+    let manager = service.start(log, &[]);
+    service.until_ready(&manager);
+    let launch = ["launch", "web", "--durable", "--balloon", "--detach"];
+    service.world.guest(&launch).expect_code(0);
+    let before = component(&service.world, "web");
+    let _keeper = Keeper(Process::of(before.parent).unwrap());
+    service.stop(manager);
+    assert!(before.exists());
+    let manager = service.start(log, &[]);
+    service.until_ready(&manager);
+    assert_eq!(component(&service.world, "web").pid, before.pid);
+    service.world.guest(&["end-manager"]).expect_code(0);
+    assert!(service.notice().starts_with("STOPPING=1\n"));
+    manager.wait().expect_code(0);
     service.end();
 }
 
@@ -163,7 +221,12 @@ fn a_socket_of_no_known_name_is_refused() {
 
 #[test]
 fn managers_that_commands_start_say_nothing_to_whoever_runs_the_command() {
-    let Service { world, socket, notices } = Service::new();
+    let Service {
+        world,
+        socket,
+        notices,
+        _alone,
+    } = Service::new();
     // Nobody listens at the user's own place, so that one is started for the look.
     drop(socket);
     fs::remove_file(world.socket()).unwrap();
