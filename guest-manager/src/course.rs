@@ -16,6 +16,7 @@ use sepal_schema::{
 
 use crate::{
     client::Client,
+    definitions,
     guest::{Again, Guest, StopCause},
     model::{Ending, Trace},
     outcome::{Next, Outcome, Rules, Run},
@@ -160,6 +161,7 @@ impl Course {
         let Some(report) = self.guest.set_restarting(ending.clone(), *uptime_ns) else {
             return false;
         };
+        definitions::keep_crashes(&self.guest);
         if follow.by_itself {
             self.row.begun_again();
             self.guest.count(&self.row);
@@ -220,6 +222,7 @@ impl Course {
         let guest = self.guest;
         guest.close_ports();
         let report = guest.set_ended(ending, uptime_ns);
+        definitions::keep_crashes(&guest);
         let (reason, detail) = (reason_name(report.reason), &report.detail);
         let generation = guest.generation();
         tracing::info!(guest = &*guest.name, generation, reason, "ended: {detail}");

@@ -131,8 +131,9 @@ impl Manager {
         let default_kernel = files::sealed_memory("kernel", sepal_default_guest::IMAGE)?;
         let definitions = Definitions::open(&handle, &settings.state)?;
         let mut registry = Registry::new(settings.limits);
-        for (name, kept) in definitions.kept() {
-            registry.keep(&name, kept, None, Moment::now());
+        for (name, kept, crashes) in definitions.kept() {
+            let id = registry.keep(&name, kept, None, Moment::now());
+            registry.restore_crashes(id, crashes);
         }
         Ok(Rc::new(Self {
             handle,

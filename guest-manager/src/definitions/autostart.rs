@@ -17,9 +17,7 @@ const AT_A_TIME: usize = 4;
 /// Starts all guests that are marked for it and do not run, and returns when each runs or was given up. One that cannot be started is tried again if its
 /// restart policy says so.
 pub async fn start_all(manager: Rc<Manager>) {
-    let marked = |name: &Rc<str>| manager.definitions.get(name).is_ok_and(|record| record.autostart);
-    let kept = manager.definitions.kept().into_iter().map(|(name, _)| name);
-    let marked: Vec<_> = kept.filter(marked).collect();
+    let marked = manager.definitions.marked();
     let begun = stream::iter(marked).map(|name| begin(&manager, name));
     let begun: Vec<Option<Rc<Guest>>> = begun.buffer_unordered(AT_A_TIME).collect().await;
     join_all(begun.iter().flatten().map(|guest| settle(guest))).await;

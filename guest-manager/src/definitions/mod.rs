@@ -4,6 +4,7 @@
 //!   define         checked (host_check) --> name and UUID claimed --> on the disk --> kept
 //!   undefine       gone from the disk --> let go of; what runs goes on
 //!   setAutostart   on the disk --> kept
+//!   a run fails    what is known of it on the disk
 //!   start          a guest is created and run, as launch does with a configuration of the client's; autostart does it for all that are marked
 //! ```
 //!
@@ -23,6 +24,7 @@ use std::{
 use futures::channel::oneshot;
 use sepal_schema::{
     config::{GuestConfig, Uuid},
+    crash::CrashReport,
     error::{Error, Kind},
     transport::Handle,
 };
@@ -95,11 +97,18 @@ impl Definitions {
         &self.problems
     }
 
-    /// What the registry is to know of all of them.
-    pub(crate) fn kept(&self) -> Vec<(Rc<str>, Kept)> {
+    /// What the registry is to know of all of them, with the last runs of each that failed.
+    pub(crate) fn kept(&self) -> Vec<(Rc<str>, Kept, Vec<Rc<CrashReport>>)> {
         let records = self.records.borrow();
-        let kept = records.iter().map(|(name, record)| (name.clone(), kept(record)));
-        kept.collect()
+        let kept = |(name, record): (&Rc<str>, &Record)| (name.clone(), kept(record), record.crashes());
+        records.iter().map(kept).collect()
+    }
+
+    /// The names of those that are to be started with the manager.
+    fn marked(&self) -> Vec<Rc<str>> {
+        let records = self.records.borrow();
+        let marked = records.values().filter(|record| record.autostart);
+        marked.map(|record| record.name.clone()).collect()
     }
 
     /// The definition of a name.
@@ -208,8 +217,10 @@ async fn write_definition(
     let claim = manager.registry(|registry, _| registry.claim(&config.name, wanted, fresh, replace))?;
     let uuid = claim.uuid;
     config.uuid = Some(uuid);
+    let crashes = definitions.get(&config.name).map(|record| record.crashes());
     let written = async {
         let record = Record::new(config, autostart, Moment::now().unix_ns)?;
+        let record = record.with_crashes(&crashes.unwrap_or_default())?;
         definitions.store()?.put(&record).await?;
         Ok(record)
     };
@@ -266,6 +277,36 @@ pub(crate) async fn set_autostart(manager: &Rc<Manager>, name: String, autostart
         Ok(())
     };
     gone_through(&handle, work).await
+}
+
+/// Keeps what is known of a guest's run that has failed with its definition, if it has one; does nothing after any other run. Waits for nobody.
+pub(crate) fn keep_crashes(guest: &Guest) {
+    let (manager, name) = (guest.manager.clone(), guest.name.clone());
+    let crashes = guest.crashes();
+    let failed = crashes
+        .first()
+        .is_some_and(|last| last.generation == guest.generation());
+    if !failed || !manager.registry(|registry, _| registry.is_defined(&name)) {
+        return;
+    }
+    let handle = manager.handle.clone();
+    handle.spawn(async move {
+        let definitions = &manager.definitions;
+        let _turn = definitions.turn.lock().await;
+        // It may have been undefined meanwhile.
+        let Ok(record) = definitions.get(&name) else { return };
+        let written = async {
+            let record = record.with_crashes(&crashes)?;
+            definitions.store()?.put(&record).await?;
+            Ok::<_, Error>(record)
+        };
+        match written.await {
+            Ok(record) => {
+                definitions.records.borrow_mut().insert(record.name.clone(), record);
+            }
+            Err(error) => tracing::error!(guest = &*name, "what is known of its failure is not kept: {error}"),
+        }
+    });
 }
 
 /// Begins a guest from its definition, for `client`, which may start it. It may have what its definition asks for: whoever defined it might.

@@ -36,9 +36,9 @@ impl Registry {
     }
 
     /// What an earlier manager knew of runs under this name that failed, newest first.
-    pub fn restore_crashes(&mut self, id: GuestId, crashes: impl IntoIterator<Item = CrashReport>) {
+    pub fn restore_crashes(&mut self, id: GuestId, crashes: impl IntoIterator<Item = impl Into<Rc<CrashReport>>>) {
         if let Some(entry) = self.entries.get_mut(&id) {
-            entry.crashes.0 = crashes.into_iter().take(MAX_CRASHES).map(Rc::new).collect();
+            entry.crashes.0 = crashes.into_iter().take(MAX_CRASHES).map(Into::into).collect();
         }
     }
 

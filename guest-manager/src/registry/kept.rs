@@ -189,14 +189,16 @@ impl Registry {
         id
     }
 
-    /// The definition of a name is on the disk: the one that was claimed, or a change of one that was there.
-    pub fn keep(&mut self, name: &str, kept: Kept, claim: Option<Claim>, now: Moment) {
+    /// The definition of a name is on the disk: the one that was claimed, or a change of one that was there. Whose it is.
+    pub fn keep(&mut self, name: &str, kept: Kept, claim: Option<Claim>, now: Moment) -> GuestId {
         let id = match self.names.get(name) {
             Some(id) => *id,
             // One that was found at the start.
             None => self.enter_defined(name),
         };
-        let Some(entry) = self.entries.get_mut(&id) else { return };
+        let Some(entry) = self.entries.get_mut(&id) else {
+            return id;
+        };
         entry.upkeep.defined = true;
         entry.upkeep.autostart = kept.autostart;
         if !entry.phase.live() {
@@ -209,6 +211,7 @@ impl Registry {
         if claim.is_some_and(|claim| claim.before.is_none_or(|before| !before.defined)) {
             self.tell(id, now, EventKind::Defined);
         }
+        id
     }
 
     /// What was claimed is not kept after all.

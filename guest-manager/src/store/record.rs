@@ -7,6 +7,7 @@ use std::{os::fd::OwnedFd, rc::Rc, sync::Arc};
 use capnp::{message::ReaderOptions, serialize};
 use sepal_schema::{
     config::{File, GuestConfig, Handles, Uuid, check_name},
+    crash::{CrashReport, MAX_CRASHES},
     error::Error,
     manager_capnp::guest_manager::definition,
     store_capnp::stored_definition,
@@ -70,13 +71,43 @@ impl Record {
     }
 
     /// The same, but for this.
-    pub(crate) fn with_autostart(&self, autostart: bool, unix_ns: u64) -> Result<Self, capnp::Error> {
+    pub(crate) fn with_autostart(&self, autostart: bool, unix_ns: u64) -> capnp::Result<Self> {
+        self.changed(|mut stored| {
+            stored.set_changed_ns(unix_ns);
+            stored.get_definition()?.set_autostart(autostart);
+            Ok(())
+        })
+    }
+
+    /// The same, but for the last runs that failed, newest first.
+    pub(crate) fn with_crashes(&self, crashes: &[Rc<CrashReport>]) -> capnp::Result<Self> {
+        self.changed(|stored| {
+            let crashes = &crashes[..crashes.len().min(MAX_CRASHES)];
+            let mut list = stored.init_crashes(u32::try_from(crashes.len()).unwrap_or(0));
+            for (i, crash) in (0..).zip(crashes) {
+                crash.write(list.reborrow().get(i));
+            }
+            Ok(())
+        })
+    }
+
+    /// The last runs that failed, newest first. What cannot be read is left out: it is only to be looked at.
+    pub(crate) fn crashes(&self) -> Vec<Rc<CrashReport>> {
+        let read = || {
+            let message = serialize::read_message(&self.content[..], options())?;
+            let stored: stored_definition::Reader<'_> = message.get_root()?;
+            let crashes = stored.get_crashes()?.iter().take(MAX_CRASHES);
+            let crashes: capnp::Result<Vec<_>> = crashes.map(|crash| CrashReport::read(crash).map(Rc::new)).collect();
+            crashes
+        };
+        read().unwrap_or_default()
+    }
+
+    fn changed(&self, change: impl FnOnce(stored_definition::Builder<'_>) -> capnp::Result<()>) -> capnp::Result<Self> {
         let from = serialize::read_message(&self.content[..], options())?;
         let mut message = capnp::message::Builder::new_default();
         message.set_root(from.get_root::<stored_definition::Reader<'_>>()?)?;
-        let mut stored = message.get_root::<stored_definition::Builder<'_>>()?;
-        stored.set_changed_ns(unix_ns);
-        stored.get_definition()?.set_autostart(autostart);
+        change(message.get_root()?)?;
         Self::read(serialize::write_message_to_words(&message))
     }
 
@@ -191,6 +222,27 @@ mod tests {
         assert!(matches!(&back.kernel, File::Path(path) if path == "/boot/vmlinuz"));
         assert!(matches!(&back.disks[0].image, File::Path(path) if path == "/srv/web.img"));
         let off = record.with_autostart(false, 6).unwrap();
+        assert!(off.crashes().is_empty());
+        let report = sepal_schema::report::StopReport {
+            reason: sepal_schema::report::Reason::Crash,
+            detail: "a triple fault".into(),
+            error: None,
+            uptime_ns: 3,
+            time_ns: 4,
+            about: "vcpu0".into(),
+            rung: sepal_schema::report::Rung::None,
+            component: None,
+        };
+        let crash = CrashReport {
+            report,
+            generation: 5,
+            last_lines: vec!["the last line".into()],
+            registers: Vec::new(),
+            output: "Oops".into(),
+        };
+        let crashed = off.with_crashes(&[Rc::new(crash.clone())]).unwrap();
+        let crashed = crashed.with_autostart(true, 7).unwrap();
+        assert_eq!(crashed.crashes(), [Rc::new(crash)]);
         assert_eq!(
             (off.autostart, off.uuid, off.config().unwrap().cpus),
             (false, record.uuid, 2)

@@ -3,6 +3,7 @@
 use std::{fs, os::fd::OwnedFd, path::Path, rc::Rc, time::Duration};
 
 use sepal_guest_manager::{
+    component::Exit,
     definitions::autostart,
     manager::Settings,
     state::{State, StateFolder},
@@ -21,6 +22,7 @@ use tempfile::TempDir;
 
 use crate::{
     fake::{Behaviour, Does},
+    restarts::crashes,
     world::{Caller, Launched, World, info, kill, named, run, wait, with},
 };
 
@@ -500,6 +502,42 @@ fn what_cannot_be_started_with_the_manager_is_tried_as_its_policy_says() {
         world.fake.behaviour.set(Behaviour::default());
         autostart::start_all(world.manager.clone()).await;
         assert_eq!(world.fake.alive(), 2);
+    });
+}
+
+#[test]
+fn what_is_known_of_a_failure_outlives_the_manager() {
+    let kept = Kept::new();
+    let file = kept.folder.path().join("state/definitions/web.sepal");
+    kept.manager(async |world| {
+        let caller = world.caller();
+        caller.define(named("web")).await.unwrap();
+        let before = fs::read(&file).unwrap();
+        let started = caller.start("web", true).await.unwrap();
+        world.fake.last().die(Exit::Signal(11));
+        assert_eq!(wait(&started.guest).await.reason, Reason::VmmTerminated);
+        // It is written by the by.
+        while fs::read(&file).unwrap() == before {
+            caller.list().await;
+        }
+        // What is known of it stays when the definition changes.
+        let config = GuestConfig {
+            cpus: 2,
+            ..named("web")
+        };
+        caller.define_as(config, false, true).await.unwrap();
+    });
+    kept.manager(async |world| {
+        let caller = world.caller();
+        let started = caller.start("web", true).await.unwrap();
+        let crashes = crashes(&started.guest).await;
+        assert_eq!(crashes.len(), 1);
+        assert_eq!(crashes[0].report.reason, Reason::VmmTerminated);
+        assert!(
+            crashes[0].report.detail.contains("SIGSEGV"),
+            "{}",
+            crashes[0].report.detail
+        );
     });
 }
 

@@ -49,7 +49,7 @@ fn patient(policy: RestartPolicy) -> GuestConfig {
     }
 }
 
-async fn crashes(guest: &guest::Client) -> Vec<CrashReport> {
+pub(crate) async fn crashes(guest: &guest::Client) -> Vec<CrashReport> {
     let answer = observer(guest).crashes_request().send().promise.await.unwrap();
     match answer.get().unwrap().which().unwrap() {
         crashes_result::Crashes(crashes) => {
