@@ -157,11 +157,11 @@ struct CrashReport {
   report @0 :StopReport;
   generation @1 :UInt64;
   lastLines @2 :List(Text);
-  # The last lines of the component's log, oldest first: at most 20, of at most 256 bytes each.
+  # The last lines of the component's log, oldest first: at most 20, of at most 256 bytes each. Empty without the right `debug`.
   registers @3 :List(Registers);
-  # Of the vCPUs in order, where the machine could still tell.
+  # Of the vCPUs in order, where the machine could still tell. Empty without the right `debug`.
   output @4 :Text;
-  # The end of what the guest had printed on its serial port: at most 2048 bytes.
+  # The end of what the guest had printed on its serial port: at most 2048 bytes. Empty without the right `output`.
 }
 
 struct Event {

@@ -1,8 +1,9 @@
 //! The read-only facets: what is known of a guest, what happens to it, its figures.
 
-use std::{future::Future, rc::Rc};
+use std::{future::Future, rc::Rc, time::Instant};
 
 use sepal_schema::{
+    crash::CrashReport,
     error::Error,
     facet::Right,
     guest_capnp::{observer, statistics},
@@ -37,6 +38,22 @@ facets!(ObserverServer { 0 }, StatisticsServer { 0 });
 
 fn reply(result: Reply) -> impl Future<Output = Reply> + 'static {
     futures::future::ready(result)
+}
+
+impl Holder {
+    /// As much of a crash as its rights permit to see.
+    fn seen(&self, crash: &CrashReport) -> CrashReport {
+        let permits = |right| self.grant.permits(right, Instant::now()).is_ok();
+        let mut seen = crash.clone();
+        if !permits(Right::Debug) {
+            seen.last_lines.clear();
+            seen.registers.clear();
+        }
+        if !permits(Right::Output) {
+            seen.output.clear();
+        }
+        seen
+    }
 }
 
 impl observer::Server for ObserverServer {
@@ -118,7 +135,7 @@ impl observer::Server for ObserverServer {
                 // At most four.
                 let mut list = results.get().init_crashes(u32::try_from(crashes.len()).unwrap_or(0));
                 for (i, crash) in (0..).zip(&crashes) {
-                    crash.write(list.reborrow().get(i));
+                    self.0.seen(crash).write(list.reborrow().get(i));
                 }
             }
             Err(error) => error.write(results.get().init_error()),

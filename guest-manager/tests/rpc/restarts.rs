@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use capnp::capability::FromClientHook;
 use futures::join;
 use sepal_guest_manager::component::Exit;
 use sepal_schema::{
@@ -11,6 +12,8 @@ use sepal_schema::{
     },
     crash::{CrashReport, Registers},
     error::{Error, Kind, Outcome, read_completion},
+    facet::{Bounds, Right},
+    facet_capnp::facet,
     guest_capnp::{event, guest, observer::crashes_result},
     info::GuestStatus,
     report::{ComponentEnd, Reason, Rung},
@@ -161,6 +164,45 @@ fn where_the_vcpus_were_is_known_of_a_guest_whose_vcpu_failed() {
         assert_eq!(crashes.len(), 1);
         assert_eq!(crashes[0].report.about, "vcpu1");
         assert_eq!(crashes[0].registers, [at(10), at(20)]);
+    });
+}
+
+#[test]
+fn of_a_crash_is_told_what_its_holder_may_see() {
+    run(async |world| {
+        world.fake.behaviour.set(Behaviour {
+            words: "out of luck\n",
+            ..Behaviour::default()
+        });
+        let scene = Scene::new(&world, restarting(RestartPolicy::Never)).await;
+        let process = world.fake.last();
+        process.print(b"a secret\n");
+        *process.registers.borrow_mut() = vec![(0, Registers::default())];
+        process.finish(Err(failure()));
+        wait(scene.guest()).await;
+        for (rights, output, inside) in [
+            (&[Right::Observe][..], false, false),
+            (&[Right::Observe, Right::Output], true, false),
+            (&[Right::Observe, Right::Debug], false, true),
+            (&[Right::Observe, Right::Output, Right::Debug], true, true),
+        ] {
+            let mut request = scene.guest().clone().cast_to::<facet::Client>().narrow_request();
+            let bounds = Bounds {
+                only: Some(rights.iter().copied().collect()),
+                ..Bounds::default()
+            };
+            bounds.write(request.get().init_bounds());
+            let answer = request.send().promise.await.unwrap();
+            let narrowed = answer.get().unwrap().outcome().unwrap().get_facet().unwrap();
+            let crash = crashes(&narrowed.cast_to()).await.remove(0);
+            assert_eq!(crash.report.about, "vcpu1");
+            assert_eq!(!crash.output.is_empty(), output, "{rights:?}");
+            assert_eq!(
+                (!crash.registers.is_empty(), !crash.last_lines.is_empty()),
+                (inside, inside),
+                "{rights:?}"
+            );
+        }
     });
 }
 
