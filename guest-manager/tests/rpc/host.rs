@@ -151,8 +151,10 @@ async fn set_policy(caller: &Caller, change: impl FnOnce(pressure_policy::Builde
     let mut request = caller.manager.set_pressure_policy_request();
     let mut policy = request.get().init_policy();
     policy.set_enabled(true);
-    // Nothing is given back by itself during a test.
+    // Nothing is given back by itself during a test, and the host's own pressure never counts.
     policy.set_calm_ms(3_600_000);
+    policy.set_stall_percent(100);
+    policy.set_window_ms(10_000);
     change(policy);
     read_completion(request.send().promise.await?.get()?)
 }
@@ -192,9 +194,9 @@ async fn until_asked(guest: &guest::Client, mib: u32) {
 fn memory_is_taken_when_it_runs_short_and_given_back_when_it_does_not() {
     run(async |world| {
         let caller = world.caller();
+        set_policy(&caller, |_| ()).await.unwrap();
         let web = caller.launch_config(ballooned("web"), true).await.unwrap().guest;
         let plain = caller.launch_config(small("plain", 100), false).await.unwrap();
-        set_policy(&caller, |_| ()).await.unwrap();
         assert!(!state(&caller, |state| state.get_under_pressure()).await);
         pressure::pressed(&world.manager);
         until_asked(&web, 5).await;
@@ -222,11 +224,11 @@ fn memory_is_taken_when_it_runs_short_and_given_back_when_it_does_not() {
 fn who_sets_a_balloon_by_hand_keeps_it() {
     run(async |world| {
         let caller = world.caller();
+        set_policy(&caller, |_| ()).await.unwrap();
         let (by_hand, other) = (
             caller.launch_config(ballooned("by-hand"), true).await.unwrap().guest,
             caller.launch_config(ballooned("other"), true).await.unwrap().guest,
         );
-        set_policy(&caller, |_| ()).await.unwrap();
         set_by_hand(&by_hand, 256 * 20).await;
         pressure::pressed(&world.manager);
         until_asked(&other, 5).await;
@@ -256,8 +258,8 @@ fn who_sets_a_balloon_by_hand_keeps_it() {
 fn a_guest_that_begins_again_has_an_empty_balloon_and_takes_part() {
     run(async |world| {
         let caller = world.caller();
-        let guest = caller.launch_config(ballooned("web"), true).await.unwrap().guest;
         set_policy(&caller, |_| ()).await.unwrap();
+        let guest = caller.launch_config(ballooned("web"), true).await.unwrap().guest;
         set_by_hand(&guest, 256 * 20).await;
         let reset = power(&guest).reset_request().send().promise.await.unwrap();
         read_completion(reset.get().unwrap()).unwrap();
