@@ -1,0 +1,23 @@
+//! Guests that go on without their manager: it is killed, replaced or told to give way, and the next one has them as they were.
+//!
+//! ```text
+//!   scene     a world whose managers come and go while guests stay; printer is a guest that never stops printing
+//!   killed    the manager is killed: what is printed, told, shared and counted goes on
+//!   begun     what is created or begun again while there is no manager
+//!   leases    what its owner has to do, and what follows if not
+//!   terminal  who sits at a guest's terminal
+//!   given_up  the manager gives way, or ends with its guests; the keeper is killed; intruders
+//! ```
+
+#![expect(
+    clippy::unwrap_used,
+    reason = "helpers of tests: a failure is a panic with a message"
+)]
+
+mod begun;
+mod given_up;
+mod killed;
+mod leases;
+mod printer;
+mod scene;
+mod terminal;
