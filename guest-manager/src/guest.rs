@@ -643,5 +643,6 @@ impl Guest {
                 }
             });
         });
+        self.save();
     }
 }

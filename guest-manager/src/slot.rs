@@ -214,6 +214,9 @@ impl Slot {
                 async { Ok::<_, capnp::Error>(bounded_layers(read_layers(layers.await?.get()?.get_layers()?)?)) };
             if let (Ok(layers), Some(slot), Some(_)) = (layers.await, slot.upgrade(), asked.upgrade()) {
                 slot.manager.registry(|registry, _| registry.layers(slot.id, layers));
+                if let Some(guest) = slot.current() {
+                    guest.save();
+                }
             }
         });
         Ok(component)

@@ -293,7 +293,19 @@ fn learn(
 
 /// Whether the guest that there is was run already; none: there is none.
 async fn attached(guest: &Rc<Guest>, attach: Promise<attach_result::Owned>) -> Result<Option<bool>, capnp::Error> {
-    let attach = attach.await?;
+    let attach = match guest.is_created() {
+        true => attach.await?,
+        // Nothing is lost by beginning anew.
+        false => match guest
+            .manager
+            .handle
+            .timeout(guest.manager.settings.force_after, attach)
+            .await
+        {
+            Ok(attach) => attach?,
+            Err(_) => return Ok(None),
+        },
+    };
     let attach = attach.get()?;
     if attach.has_error() {
         let error = Error::read(attach.get_error()?)?;
