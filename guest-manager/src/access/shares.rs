@@ -148,7 +148,7 @@ impl Shares {
             parent: there()
                 .filter(|(other, above)| **other < id && above.grant.can_end() && share.grant.is_under(&above.grant))
                 .map(|(other, _)| *other)
-                .last()
+                .next_back()
                 .unwrap_or(0),
             thing: share.thing,
             digest: share.digest,
