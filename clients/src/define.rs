@@ -76,7 +76,7 @@ pub(crate) async fn start(handle: &Handle, place: &Place, args: &Start) -> Resul
     request.get().set_detach(true);
     let started = Launched::read(request.send().promise.await?.get()?)?;
     match args.attach {
-        true => session::started(handle, &manager, started.guest, &started.name).await,
+        true => session::started(handle, place, &manager, started).await,
         false => Ok(status::SUCCESS),
     }
 }

@@ -12,6 +12,7 @@ use sepal_schema::{
 };
 
 use crate::{
+    again::Back,
     args::Launch,
     assemble,
     manager::Manager,
@@ -22,7 +23,7 @@ use crate::{
 /// A guest that was launched; it is stopped when the lease is dropped.
 pub(crate) struct Launched {
     pub(crate) guest: guest::Client,
-    lease: guest_manager::lease::Client,
+    pub(crate) lease: guest_manager::lease::Client,
     pub(crate) name: String,
 }
 
@@ -31,7 +32,8 @@ pub(crate) async fn launch(handle: &Handle, place: &Place, args: &Launch) -> Res
     // What is wrong with the files here needs no manager to be told.
     let (name, file, here) = (args.name.as_deref(), args.file.as_deref(), place.is_here());
     let mut assembled = assemble::assemble(name, file, &args.options, here, false)?;
-    let otherwise = match args.detach || assembled.is_durable() {
+    let durable = assembled.is_durable();
+    let otherwise = match args.detach || durable {
         true => Otherwise::Daemon,
         false => Otherwise::Private,
     };
@@ -46,10 +48,12 @@ pub(crate) async fn launch(handle: &Handle, place: &Place, args: &Launch) -> Res
             show::print(format!("{}\n", launched.name).as_bytes())?;
             Ok(status::SUCCESS)
         }
-        Ok(Some(Launched { guest, lease, name })) => {
-            let ended = session::launched(handle, &manager, &guest, &name).await;
-            drop(lease);
-            ended
+        Ok(Some(launched)) => {
+            let back = match durable {
+                true => Back::of_lease(place, &launched).await,
+                false => None,
+            };
+            session::launched(handle, &manager, &launched, back).await
         }
         Err(error) => Err(manager.explain(handle, assembled.explain(error)).await),
     };

@@ -5,6 +5,7 @@
 //!   place, local, manager     finds the guest manager here or on another machine, or starts one; relay is the other machine's side
 //!   calls                     the protocol's calls, as Rust functions
 //!   launch, define, session, show, events, stats, top, metrics, registers, inspect, cpu, control, devices, vsock, agent, sharing, redeem      the commands
+//!   copying, again            between standard streams and a guest's port, and back to a guest that outlives its manager
 //!   streams, uploads          what stands in for descriptors on connections that carry none
 //!   specs, configuration      what the options for devices mean, and configuration files
 //!   assemble, recreate        the configuration that all of that makes, and the file that would make a guest again
@@ -14,12 +15,14 @@
 #[macro_use]
 mod say;
 
+mod again;
 mod agent;
 mod args;
 mod assemble;
 mod calls;
 mod configuration;
 mod control;
+mod copying;
 mod cpu;
 mod crashes;
 mod define;

@@ -335,7 +335,8 @@ impl Redeemed<'_> {
 
     async fn attach(&self) -> Result<u8> {
         if self.kind == FacetKind::Guest {
-            return session::attach_to(self.handle, self.manager, self.facet.clone().cast_to(), &self.guest).await;
+            let guest = self.facet.clone().cast_to();
+            return session::attach_to(self.handle, self.manager, guest, &self.guest, || None).await;
         }
         let port: serial::Client = self.facet.clone().cast_to();
         let session = Port {
@@ -344,6 +345,7 @@ impl Redeemed<'_> {
             name: &self.guest,
             port: port.clone(),
             holder: Holder::Port,
+            back: None,
         };
         match self.kind {
             FacetKind::Console => session.console(port.cast_to()).await,

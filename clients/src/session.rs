@@ -8,36 +8,32 @@
 //! The stream is a socket of the guest manager's, or leads to one (`streams`), which never makes the guest wait: a terminal that stands still loses the oldest output. Two threads
 //! copy, because a terminal or a file cannot be waited for by an event loop in every case.
 
-use std::{
-    io::{self, Read, Write},
-    os::unix::net::UnixStream,
-    thread,
-};
+use std::{net::Shutdown, os::unix::net::UnixStream};
 
 use anyhow::{Context, Result, bail};
 use capnp::capability::FromClientHook;
-use futures::{FutureExt, channel::oneshot, future, select};
+use futures::{FutureExt, future, future::FusedFuture, select};
 use sepal_schema::{
     error::{Error, Kind},
     facet_capnp::facet,
     guest_capnp::{console, guest, output, serial},
     info::{GuestInfo, GuestStatus},
     report::{Reason, StopReport},
-    transport::Handle,
+    transport::{Connection, Handle},
 };
 
 use crate::{
+    again::Back,
     args::{Attach, ConsoleAt},
     calls,
+    copying::{Typing, copy_output},
+    launch::Launched,
     manager::Manager,
     place::Place,
     say::words,
     status, streams,
     terminal::{self, Raw},
 };
-
-/// Bytes copied at a time.
-const CHUNK: usize = 16 * 1024;
 
 /// Whose session it is, which decides what detaching means, and who tells how it ended.
 pub(crate) enum Holder {
@@ -49,6 +45,26 @@ pub(crate) enum Holder {
     Port,
 }
 
+impl Holder {
+    /// Holds the same guest by another connection.
+    fn hold(&mut self, found: guest::Client) {
+        match self {
+            Self::Launched(guest) | Self::Attached(guest) => *guest = found,
+            Self::Port => {}
+        }
+    }
+}
+
+/// Why copying has ended.
+enum Over {
+    /// The guest has; how, if that can be told.
+    Ended(Option<StopReport>),
+    /// The user wants to leave.
+    Left,
+    /// The guest manager has.
+    Lost(String),
+}
+
 /// A port of a guest that a terminal is to be connected to.
 pub(crate) struct Port<'a> {
     pub(crate) handle: &'a Handle,
@@ -57,49 +73,69 @@ pub(crate) struct Port<'a> {
     pub(crate) name: &'a str,
     pub(crate) port: serial::Client,
     pub(crate) holder: Holder,
+    /// What leads to the guest again if its manager ends; none if the guest ends with it.
+    pub(crate) back: Option<Back<'a>>,
 }
 
 /// Connects the terminal to a guest that runs.
 pub(crate) async fn attach(handle: &Handle, place: &Place, args: &Attach) -> Result<u8> {
     let manager = Manager::running(handle, place)?;
     let guest = calls::lookup(&manager.client, &args.name).await?;
-    attach_to(handle, &manager, guest, &args.name).await
+    let name = &args.name;
+    attach_to(handle, &manager, guest, name, || Back::of_name(place, name, None)).await
 }
 
-/// Connects the terminal to the serial port of this guest.
-pub(crate) async fn attach_to(handle: &Handle, manager: &Manager, guest: guest::Client, name: &str) -> Result<u8> {
-    check_live(&calls::info(&calls::observer(&guest)).await?)?;
+/// Connects the terminal to the serial port of this guest; `back` leads to it again if it outlives its manager.
+pub(crate) async fn attach_to<'a>(
+    handle: &'a Handle,
+    manager: &'a Manager,
+    guest: guest::Client,
+    name: &'a str,
+    back: impl FnOnce() -> Option<Back<'a>>,
+) -> Result<u8> {
+    let info = calls::info(&calls::observer(&guest)).await?;
+    check_live(&info)?;
     let session = Port {
         handle,
         manager,
         name,
         port: calls::serial(&guest),
         holder: Holder::Attached(guest),
+        back: if info.upkeep.durable { back() } else { None },
     };
     let position = end_of(&session.port).await?;
     session.converse(position).await
 }
 
-/// Connects the terminal to a guest that was just launched.
-pub(crate) async fn launched(handle: &Handle, manager: &Manager, guest: &guest::Client, name: &str) -> Result<u8> {
+/// Connects the terminal to a guest that was just launched, and ends with this.
+pub(crate) async fn launched(
+    handle: &Handle,
+    manager: &Manager,
+    launched: &Launched,
+    back: Option<Back<'_>>,
+) -> Result<u8> {
     let session = Port {
         handle,
         manager,
-        name,
-        port: calls::serial(guest),
-        holder: Holder::Launched(guest.clone()),
+        name: &launched.name,
+        port: calls::serial(&launched.guest),
+        holder: Holder::Launched(launched.guest.clone()),
+        back,
     };
     session.converse(0).await
 }
 
 /// Connects the terminal to a guest that was just started, and goes on without it.
-pub(crate) async fn started(handle: &Handle, manager: &Manager, guest: guest::Client, name: &str) -> Result<u8> {
+pub(crate) async fn started(handle: &Handle, place: &Place, manager: &Manager, started: Launched) -> Result<u8> {
+    let info = calls::info(&calls::observer(&started.guest)).await?;
+    let back = Back::of_name(place, &started.name, None).filter(|_| info.upkeep.durable);
     let session = Port {
         handle,
         manager,
-        name,
-        port: calls::serial(&guest),
-        holder: Holder::Attached(guest),
+        name: &started.name,
+        port: calls::serial(&started.guest),
+        holder: Holder::Attached(started.guest),
+        back,
     };
     session.converse(0).await
 }
@@ -109,7 +145,8 @@ pub(crate) async fn console(handle: &Handle, place: &Place, args: &ConsoleAt) ->
     let (name, port) = &args.at;
     let manager = Manager::running(handle, place)?;
     let guest = calls::lookup(&manager.client, name).await?;
-    check_live(&calls::info(&calls::observer(&guest)).await?)?;
+    let info = calls::info(&calls::observer(&guest)).await?;
+    check_live(&info)?;
     let console = calls::console(&guest, *port).await?;
     let session = Port {
         handle,
@@ -117,6 +154,7 @@ pub(crate) async fn console(handle: &Handle, place: &Place, args: &ConsoleAt) ->
         name,
         port: console.clone().cast_to(),
         holder: Holder::Attached(guest),
+        back: Back::of_name(place, name, Some(*port)).filter(|_| info.upkeep.durable),
     };
     session.console(console).await
 }
@@ -179,27 +217,19 @@ impl Port<'_> {
 
     /// Copies between the terminal and the port, from `position` of its output on, until the guest ends or the user detaches. Returns the exit
     /// status.
-    async fn converse(self, position: u64) -> Result<u8> {
-        let Self { name, holder, .. } = &self;
-        let stream = streams::port(self.handle, self.manager, &self.port, position).await?;
+    async fn converse(mut self, mut position: u64) -> Result<u8> {
+        let mut stream = streams::port(self.handle, self.manager, &self.port, position).await?;
         let raw = Raw::enter().context("making the terminal raw")?;
         let terminal = raw.is_some();
         if terminal {
-            let leaving = match holder {
+            let leaving = match self.holder {
                 Holder::Launched(_) => "stops the guest",
                 Holder::Attached(_) | Holder::Port => "detaches",
             };
-            words(format_args!("connected to {name}; Ctrl-] {leaving}\r\n"));
+            words(format_args!("connected to {}; Ctrl-] {leaving}\r\n", self.name));
         }
-
-        let printed = copy_output(stream.try_clone()?)?;
-        let escape = copy_input(stream, terminal)?;
-        let ended = async {
-            // All output has been printed before the end is told; output that cannot be printed ends the session.
-            printed.await.unwrap_or(Ok(())).context("writing the guest's output")?;
-            self.ended().await
-        }
-        .fuse();
+        let typing = Typing::to(stream.try_clone()?, self.back.is_some());
+        let escape = typing.begin(terminal)?;
         let escaped = async {
             // Input that ends is no wish to leave.
             if escape.await.is_err() {
@@ -207,26 +237,60 @@ impl Port<'_> {
             }
         }
         .fuse();
-        futures::pin_mut!(ended, escaped);
-        let report = select! {
-            report = ended => report,
-            () = escaped => {
-                drop(raw);
-                words(format_args!("\n"));
-                match holder {
-                    Holder::Launched(guest) => calls::kill(&calls::power(guest)).await.map(Some),
-                    Holder::Attached(_) | Holder::Port => {
-                        say!("detached from {name}, which runs on");
-                        return Ok(status::SUCCESS);
+        futures::pin_mut!(escaped);
+        // Those of the manager that took the guest over, and what keeps the guest running.
+        let (mut next, mut _lease) = (None::<Manager>, None);
+        let report = loop {
+            let connection = &next.as_ref().unwrap_or(self.manager).connection;
+            match self
+                .until_over(connection, &stream, escaped.as_mut(), &mut position)
+                .await?
+            {
+                Over::Ended(report) => break report,
+                Over::Left => {
+                    drop(raw);
+                    words(format_args!("\n"));
+                    match &self.holder {
+                        Holder::Launched(guest) => break Some(calls::kill(&calls::power(guest)).await?),
+                        Holder::Attached(_) | Holder::Port => {
+                            say!("detached from {}, which runs on", self.name);
+                            return Ok(status::SUCCESS);
+                        }
                     }
                 }
-            }
-            reason = self.manager.connection.ended().fuse() => {
-                bail!("the connection to the guest manager ended: {reason}")
+                Over::Lost(reason) => {
+                    let Some(back) = &self.back else {
+                        bail!("the connection to the guest manager ended: {reason}");
+                    };
+                    let (begin, end) = if terminal { ("\r\n", "\r\n") } else { ("", "\n") };
+                    words(format_args!(
+                        "{begin}the guest manager ended; {} goes on, and waits for the next{end}",
+                        self.name
+                    ));
+                    let found = {
+                        let finding = back.find(self.handle).fuse();
+                        futures::pin_mut!(finding);
+                        select! {
+                            found = finding => Some(found?),
+                            () = escaped.as_mut() => None,
+                        }
+                    };
+                    let Some(found) = found else {
+                        drop(raw);
+                        words(format_args!("\n"));
+                        bail!("left {} while no guest manager ran", self.name);
+                    };
+                    stream = streams::port(self.handle, &found.manager, &found.port, position).await?;
+                    typing.go_on(stream.try_clone()?);
+                    words(format_args!("connected to {} again{end}", self.name));
+                    self.holder.hold(found.guest);
+                    self.port = found.port;
+                    (next, _lease) = (Some(found.manager), found.lease);
+                }
             }
         };
-        let report = report?;
         terminal::restore();
+        let name = self.name;
         let Some(report) = report else {
             say!("{name}: the guest has ended");
             return Ok(status::SUCCESS);
@@ -236,6 +300,52 @@ impl Port<'_> {
             say!("{name}: {}", report.detail);
         }
         Ok(status::of(&report))
+    }
+
+    /// Copies from the port until something is over; `position` is then where its output is to be gone on with.
+    async fn until_over(
+        &self,
+        connection: &Connection,
+        stream: &UnixStream,
+        mut escaped: impl FusedFuture<Output = ()> + Unpin,
+        position: &mut u64,
+    ) -> Result<Over> {
+        let printed = copy_output(stream.try_clone()?)?;
+        let ended = async {
+            // All output has been printed before the end is told; output that cannot be printed ends the session.
+            let copied = printed.await.unwrap_or(Ok(0)).context("writing the guest's output")?;
+            Ok::<_, anyhow::Error>((copied, self.ended().await))
+        }
+        .fuse();
+        futures::pin_mut!(ended);
+        let (copied, report, reason) = select! {
+            ended = ended => {
+                let (copied, report) = ended?;
+                (copied, report, None)
+            }
+            () = escaped => return Ok(Over::Left),
+            reason = connection.ended().fuse() => {
+                if self.back.is_none() {
+                    return Ok(Over::Lost(reason.to_string()));
+                }
+                // What has arrived is printed still. Its other end may be kept by nobody who would close it.
+                let _ = stream.shutdown(Shutdown::Both);
+                let (copied, report) = ended.await?;
+                (copied, report, Some(reason.to_string()))
+            }
+        };
+        // What a reader was too slow for is not counted, and comes again.
+        *position += copied;
+        match report {
+            Ok(report) => Ok(Over::Ended(report)),
+            Err(error) => match (reason, error.downcast_ref::<capnp::Error>()) {
+                (Some(reason), _) => Ok(Over::Lost(reason)),
+                (None, Some(broken)) if broken.kind == capnp::ErrorKind::Disconnected && self.back.is_some() => {
+                    Ok(Over::Lost(broken.to_string()))
+                }
+                (None, _) => Err(error),
+            },
+        }
     }
 
     /// Why there is no more output: the guest's end, which who holds the port alone is not told about.
@@ -249,68 +359,6 @@ impl Port<'_> {
             }
         }
     }
-}
-
-/// Copies the guest's output to standard output on a thread of its own, until the guest is gone.
-fn copy_output(mut from: UnixStream) -> Result<oneshot::Receiver<io::Result<()>>> {
-    let (done, copied) = oneshot::channel();
-    let work = move || {
-        let mut buffer = [0; CHUNK];
-        let mut out = io::stdout().lock();
-        let result = loop {
-            match from.read(&mut buffer) {
-                Ok(0) => break Ok(()),
-                Ok(length) => {
-                    if let Err(error) = out.write_all(&buffer[..length]).and_then(|()| out.flush()) {
-                        break Err(error);
-                    }
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => break Err(error),
-            }
-        };
-        // Nobody listens any more if the session is over.
-        let _ = done.send(result);
-    };
-    thread::Builder::new()
-        .name("output".into())
-        .spawn(work)
-        .context("starting a thread for the output")?;
-    Ok(copied)
-}
-
-/// Copies standard input to the guest on a thread of its own; tells when the escape is typed on a terminal.
-fn copy_input(mut to: UnixStream, terminal: bool) -> Result<oneshot::Receiver<()>> {
-    let (escape, escaped) = oneshot::channel();
-    let work = move || {
-        let mut buffer = [0; CHUNK];
-        loop {
-            let length = match io::stdin().lock().read(&mut buffer) {
-                Ok(0) => break,
-                Ok(length) => length,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(_) => break,
-            };
-            let typed = &buffer[..length];
-            let position = terminal
-                .then(|| typed.iter().position(|&byte| byte == terminal::ESCAPE))
-                .flatten();
-            // A guest that is gone takes no more input; the end is noticed where its output ends.
-            if to.write_all(&typed[..position.unwrap_or(length)]).is_err() {
-                break;
-            }
-            if position.is_some() {
-                // Nobody listens any more if the session is over.
-                let _ = escape.send(());
-                break;
-            }
-        }
-    };
-    thread::Builder::new()
-        .name("input".into())
-        .spawn(work)
-        .context("starting a thread for the input")?;
-    Ok(escaped)
 }
 
 #[cfg(test)]
