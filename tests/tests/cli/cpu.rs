@@ -1,6 +1,6 @@
 //! `guest cpu`, `pin`, `peek` and `stack`: where vCPUs run, and what they and the memory of a guest that hangs tell.
 
-use sepal_tests::{World, kvm_missing};
+use sepal_tests::{World, kvm_missing, until};
 use serde_json::Value;
 
 /// The processors that the test, and whatever it starts, may use.
@@ -67,6 +67,32 @@ fn vcpus_are_pinned_and_stay_where_they_are_when_the_guest_begins_again() {
     assert!(refused.stderr.contains("there is no vCPU 2"), "{refused:?}");
     let refused = world.guest(&["launch", "db", "--pin", "0=1023"]).expect_code(1);
     assert!(refused.stderr.contains("pins[0].cpus"), "{refused:?}");
+    world.end();
+}
+
+#[test]
+fn what_vcpus_do_is_told_by_figures_and_by_the_controller_alike() {
+    if kvm_missing() {
+        return;
+    }
+    let world = World::with_manager();
+    world.guest(&["launch", "web", "-d", "--cpus", "2"]).expect_code(0);
+    let states = || -> Vec<[Value; 2]> {
+        let stats = world.guest(&["stats", "web", "--json"]).expect_code(0).out();
+        let stats: Value = serde_json::from_str(&stats).unwrap();
+        let told = cpu(&world, "web");
+        let both = (0..2).map(|i| [&stats, &told].map(|all| all["vcpus"][i]["state"].clone()));
+        both.collect()
+    };
+    let all = |state: &str| vec![[Value::from(state), Value::from(state)]; 2];
+    // It waits for somebody to type.
+    until("the guest has nothing to do", || {
+        (states() == all("halted")).then_some(())
+    });
+    world.guest(&["pause", "web"]).expect_code(0);
+    assert_eq!(states(), all("paused"));
+    world.guest(&["resume", "web"]).expect_code(0);
+    until("the guest goes on", || (states() == all("halted")).then_some(()));
     world.end();
 }
 
