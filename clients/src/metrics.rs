@@ -13,15 +13,16 @@ pub(crate) mod listen;
 mod text;
 
 use std::{
-    cell::RefCell,
     io,
     os::fd::{AsFd, OwnedFd},
     rc::Rc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result};
-use futures::{AsyncReadExt, AsyncWriteExt, FutureExt, StreamExt, pin_mut, select, stream::FuturesUnordered};
+use futures::{
+    AsyncReadExt, AsyncWriteExt, FutureExt, StreamExt, lock::Mutex, pin_mut, select, stream::FuturesUnordered,
+};
 use sepal_schema::transport::{AsyncFd, Handle, reactor::Direction};
 
 use self::{
@@ -66,40 +67,58 @@ async fn snapshot(manager: &Manager) -> Result<Snapshot> {
     })
 }
 
-/// Where a server's metrics come from: the connection to the guest manager, made again when it has ended.
+/// Where a server's metrics come from. One scraper at a time is in here, and the others get what was made for it, if that is of after they asked:
+/// however many ask at once, the guest manager is asked twice at most.
 struct Source<'a> {
     handle: &'a Handle,
     place: &'a Place,
-    manager: RefCell<Option<Rc<Manager>>>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// The connection, made again when it has ended.
+    manager: Option<Manager>,
+    /// The last text, and when making it began.
+    last: Option<(Instant, Rc<str>)>,
 }
 
 impl Source<'_> {
     /// The text for a scraper.
-    async fn text(&self) -> Result<String, Refusal> {
-        let known = self.manager.borrow().clone();
-        let snapshot = self.handle.timeout(MANAGER_PATIENCE, async {
-            if let Some(manager) = known
-                && let Ok(snapshot) = snapshot(&manager).await
+    async fn text(&self) -> Result<Rc<str>, Refusal> {
+        let asked = Instant::now();
+        let text = self.handle.timeout(MANAGER_PATIENCE, async {
+            let mut state = self.state.lock().await;
+            if let Some((begun, text)) = &state.last
+                && *begun >= asked
             {
-                return Ok(snapshot);
+                return text.clone();
             }
-            let manager = Rc::new(Manager::running(self.handle, self.place)?);
-            self.manager.replace(Some(manager.clone()));
-            snapshot(&manager).await
+            let begun = Instant::now();
+            let text: Rc<str> = self.make(&mut state.manager).await.into();
+            state.last = Some((begun, text.clone()));
+            text
         });
-        match snapshot.await {
-            Ok(Ok(snapshot)) => Ok(guests::write(&snapshot)),
-            Ok(Err(error)) => {
-                self.manager.replace(None);
-                say!("guest: {error:#}");
-                Ok(guests::write(&Snapshot {
-                    version: None,
-                    guests: Vec::new(),
-                    figures: Vec::new(),
-                }))
-            }
-            Err(_) => Err(Refusal::Unavailable),
+        text.await.map_err(|_| Refusal::Unavailable)
+    }
+
+    /// Asks the guest manager by the connection that there is, or else by a new one.
+    async fn make(&self, manager: &mut Option<Manager>) -> String {
+        if let Some(known) = manager
+            && let Ok(snapshot) = snapshot(known).await
+        {
+            return guests::write(&snapshot);
         }
+        *manager = None;
+        let new = async {
+            let new = manager.insert(Manager::running(self.handle, self.place)?);
+            snapshot(new).await
+        };
+        let snapshot = new.await.unwrap_or_else(|error: anyhow::Error| {
+            say!("guest: {error:#}");
+            Snapshot::default()
+        });
+        guests::write(&snapshot)
     }
 }
 
@@ -112,7 +131,7 @@ async fn serve(handle: &Handle, place: &Place, at: &Listen) -> Result<()> {
     let source = Source {
         handle,
         place,
-        manager: RefCell::default(),
+        state: Mutex::default(),
     };
     say!("metrics are served on {}", socket.at);
     let mut scrapers = FuturesUnordered::new();

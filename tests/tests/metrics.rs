@@ -61,7 +61,11 @@ fn prometheus_reads_what_is_printed() {
     let mut bee = world.start(&["launch", "bee", "--cpus=2", "--memory=32M", &disk, "--balloon"]);
     bee.stdout.expect(PROMPT);
     let scrape = || world.guest(&["metrics"]).expect_code(0).out();
-    let text = scrape();
+    // On a busy host a component may take a while to tell anything.
+    let text = sepal_tests::until("figures of both", || {
+        let text = scrape();
+        (text.matches("\nsepal_guest_uptime_seconds{").count() == 2).then_some(text)
+    });
     assert!(text.ends_with("\n# EOF\n"), "{text}");
     let (samples, families) = parse(&world, &text);
     let value = |name: &str| *samples.get(name).unwrap_or_else(|| panic!("no {name} in {text}"));
@@ -94,12 +98,14 @@ fn prometheus_reads_what_is_printed() {
     // Counters only grow.
     bee.type_in("mem\r");
     bee.stdout.expect(PROMPT);
-    let (later, _) = parse(&world, &scrape());
     let counters = samples.iter().filter(|(name, _)| name.contains("_total{"));
-    for (name, value) in counters.clone() {
-        assert!(later[name] >= *value, "{name}");
-    }
-    assert!(counters.clone().any(|(name, value)| later[name] > *value));
+    sepal_tests::until("a counter has grown", || {
+        let (later, _) = parse(&world, &scrape());
+        for (name, value) in counters.clone() {
+            assert!(later[name] >= *value, "{name}");
+        }
+        counters.clone().any(|(name, value)| later[name] > *value).then_some(())
+    });
     bee.type_in("shutdown\r");
     bee.wait().expect_code(0);
     // Of one that has ended there is its state, and no figures.
@@ -141,6 +147,13 @@ fn scrapers_of_this_machine_are_served() {
     world.guest(&["launch", "bee", "--detach"]).expect_code(0);
     let (server, port) = serve_on_port(&world);
     let connect = move || TcpStream::connect(("127.0.0.1", port)).unwrap();
+    // On a busy host its component may take a while to tell anything.
+    sepal_tests::until("figures", || {
+        ask(connect(), GET)
+            .1
+            .contains("sepal_guest_uptime_seconds")
+            .then_some(())
+    });
     // These never ask.
     let silent: Vec<_> = (0..8).map(|_| connect()).collect();
     let scrapers: Vec<_> = (0..SCRAPERS)

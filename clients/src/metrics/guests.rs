@@ -10,6 +10,7 @@ use super::text::{Exposition, Family, Kind, Samples, Value};
 use crate::figures::{Balloon, Direction, Disk, Figures, GuestMemory, Stats};
 
 /// What is told at a time.
+#[derive(Default)]
 pub(super) struct Snapshot {
     /// Of the guest manager; none if there is none to be reached, and then nothing else is known.
     pub(super) version: Option<String>,
