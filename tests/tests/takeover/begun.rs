@@ -111,7 +111,7 @@ fn how_a_guest_ended_meanwhile_is_told() {
     }
     let mut scene = Scene::new();
     let mut config = Scene::config("bee");
-    config.cmdline = "run=\"sleep 1500\" run=shutdown".into();
+    config.cmdline = "run=\"sleep 1500ms;shutdown\"".into();
     scene.launch(config);
     let component = scene.component("bee");
     scene.kill_manager();
