@@ -125,6 +125,7 @@ struct Seen {
     usage: Usage,
     /// Bit n: the thread of vCPU n waits for something.
     asleep: u64,
+    paused: bool,
 }
 
 impl Seen {
@@ -135,6 +136,7 @@ impl Seen {
                 uptime_ns: vitals.uptime_ns,
                 usage: usage::of(vitals.component_pid).unwrap_or_default(),
                 asleep: cpu::asleep(guest, vitals.component_pid),
+                paused: guest.is_paused(),
             },
             None => Self::default(),
         }
@@ -189,9 +191,12 @@ impl Aged {
                 .asleep
                 .checked_shr(index.into())
                 .is_some_and(|bits| bits & 1 == 1);
-            // In the guest it waits for nothing else.
+            // In the guest it waits for nothing else; and what the component told may be old.
             if asleep && matches!(state, Ok(VcpuState::Running)) {
-                vcpu.set_state(VcpuState::Halted);
+                vcpu.set_state(match self.seen.paused {
+                    true => VcpuState::Paused,
+                    false => VcpuState::Halted,
+                });
             }
         }
         Ok(())
