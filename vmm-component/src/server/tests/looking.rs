@@ -62,7 +62,10 @@ fn exits_and_memory(from: stats_result::Reader<'_>) -> (Vec<(String, u64)>, u64)
         panic!("no figures");
     };
     let stats = stats.unwrap();
-    assert_eq!(stats.get_vcpus().unwrap().get(1).get_state().unwrap(), VcpuState::Running);
+    assert_eq!(
+        stats.get_vcpus().unwrap().get(1).get_state().unwrap(),
+        VcpuState::Running
+    );
     let reasons = stats.get_vcpus().unwrap().get(1).get_reasons().unwrap();
     let exits = reasons
         .iter()
