@@ -4,6 +4,9 @@
 //!   /proc/pressure/memory <--"some STALL WINDOW"-- Trigger --POLLPRI--> a thread of its own --eventfd--> the loop
 //! ```
 //!
+//! A trigger that is set while the kernel counts for another one may tell at once, of stalls that are long over (about one in forty here, Linux 6.18, by
+//! `window_update` in kernel/sched/psi.c). So what comes in a trigger's first window is left out: pressure that lasts is told of in the next one.
+//!
 //! The notice is POLLPRI, which the loop does not wait for; and whoever polls takes it. So a thread waits, for as long as its [`Notices`] are there.
 
 use std::{
@@ -16,7 +19,7 @@ use std::{
     path::{Path, PathBuf},
     sync::Arc,
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use rustix::{
@@ -37,7 +40,11 @@ const UNPRIVILEGED: Duration = Duration::from_secs(2);
 
 /// A condition that the kernel watches. Dropping it ends that.
 #[derive(Debug)]
-pub(crate) struct Trigger(File);
+pub(crate) struct Trigger {
+    file: File,
+    /// When what it tells begins to count.
+    counts_from: Instant,
+}
 
 impl Trigger {
     /// Has the kernel watch what a policy names. A user without privilege gets the next window that such may have, with the same share.
@@ -75,14 +82,21 @@ impl Trigger {
             .custom_flags(nonblock)
             .open(place)?;
         let written = file.write_all(condition(policy.window, policy.stall_percent).as_bytes());
-        match written {
+        let window = match written {
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
                 let wider = widened(policy.window);
                 file.write_all(condition(wider, policy.stall_percent).as_bytes())?;
+                wider
             }
-            written => written?,
-        }
-        Ok(Self(file))
+            written => {
+                written?;
+                policy.window
+            }
+        };
+        Ok(Self {
+            file,
+            counts_from: Instant::now() + window,
+        })
     }
 }
 
@@ -141,7 +155,7 @@ impl Notices {
 fn wait(trigger: &Trigger, ended: &OwnedFd, tell: &OwnedFd) {
     loop {
         let mut fds = [
-            PollFd::new(&trigger.0, PollFlags::PRI),
+            PollFd::new(&trigger.file, PollFlags::PRI),
             PollFd::from_borrowed_fd(ended.as_fd(), PollFlags::empty()),
         ];
         match poll(&mut fds, None) {
@@ -152,6 +166,9 @@ fn wait(trigger: &Trigger, ended: &OwnedFd, tell: &OwnedFd) {
         let [notice, end] = fds.map(|fd| fd.revents());
         if !end.is_empty() || notice.contains(PollFlags::ERR) {
             return;
+        }
+        if Instant::now() < trigger.counts_from {
+            continue;
         }
         // A counter that is full has been told often enough.
         let _ = rustix::io::write(tell, &1_u64.to_ne_bytes());

@@ -15,10 +15,11 @@ use sepal_schema::{
     device_capnp::balloon_controller::{self, size_result},
     error::{Error, Kind, Outcome, read_completion},
     guest_capnp::guest,
+    info::GuestStatus,
     node_capnp::{pressure_policy, pressure_state},
 };
 
-use crate::world::{Caller, World, kill, named, power, run, with};
+use crate::world::{Caller, World, info, kill, named, power, run, with};
 
 const MIB: u64 = 1 << 20;
 
@@ -263,6 +264,7 @@ fn a_guest_that_begins_again_has_an_empty_balloon_and_takes_part() {
         set_by_hand(&guest, 256 * 20).await;
         let reset = power(&guest).reset_request().send().promise.await.unwrap();
         read_completion(reset.get().unwrap()).unwrap();
+        while info(&guest).await.status != GuestStatus::Running {}
         assert_eq!(asked(&guest).await, 0);
         pressure::pressed(&world.manager);
         until_asked(&guest, 5).await;
