@@ -200,12 +200,11 @@ impl Listening {
         &self.path
     }
 
-    /// Files that a killed manager leaves.
-    pub fn files(&self) -> Vec<PathBuf> {
-        match &self.lock {
-            Some(lock) => vec![self.path.clone(), lock.path().to_owned()],
-            None => Vec::new(),
-        }
+    /// Files that a killed manager leaves, each with the lock file whose holder they belong to.
+    pub fn files(&self) -> Vec<(PathBuf, PathBuf)> {
+        let lock = self.lock.as_ref().map(Lock::path);
+        let files = lock.into_iter().flat_map(|lock| [(&*self.path, lock), (lock, lock)]);
+        files.map(|(file, lock)| (file.to_owned(), lock.to_owned())).collect()
     }
 }
 

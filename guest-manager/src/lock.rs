@@ -7,9 +7,19 @@ use std::{
     io::{self, Read, Seek, Write},
     os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
-use rustix::fs::{FlockOperation, OFlags};
+use rustix::{
+    fs::{FlockOperation, OFlags},
+    io::Errno,
+    process::Pid,
+};
+
+/// How long a lock is waited for whose owner is gone, or has not said yet who it is: whoever cleans up behind an owner holds it for a moment.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// Between two tries.
+const BETWEEN_TRIES: Duration = Duration::from_millis(1);
 
 /// Why a lock was not taken.
 #[derive(Debug, thiserror::Error)]
@@ -51,6 +61,7 @@ impl Lock {
             let path = path.clone();
             move |error| LockError::Io { doing, path, error }
         };
+        let deadline = Instant::now() + PATIENCE;
         loop {
             let nofollow = OFlags::NOFOLLOW.bits().cast_signed();
             let mut options = fs::OpenOptions::new();
@@ -63,12 +74,17 @@ impl Lock {
             let mut file = options.open(&path).map_err(failed("cannot open the lock file"))?;
             match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => {}
-                Err(rustix::io::Errno::WOULDBLOCK) => {
+                Err(Errno::WOULDBLOCK) => {
                     let mut pid = String::new();
                     let _ = (&mut file).take(16).read_to_string(&mut pid);
-                    let owner = match pid.trim().parse::<u32>() {
-                        Ok(pid) => format!("process {pid}"),
-                        Err(_) => "process unknown".to_owned(),
+                    let pid = pid.trim().parse::<i32>().ok();
+                    if !pid.is_some_and(is_there) && Instant::now() < deadline {
+                        std::thread::sleep(BETWEEN_TRIES);
+                        continue;
+                    }
+                    let owner = match pid {
+                        Some(pid) => format!("process {pid}"),
+                        None => "process unknown".to_owned(),
                     };
                     return Err(LockError::Taken { path, owner });
                 }
@@ -94,6 +110,12 @@ impl Lock {
     pub fn path(&self) -> &Path {
         &self.path
     }
+}
+
+/// Whether there is a process of this number.
+fn is_there(pid: i32) -> bool {
+    // Without a process of that number, and only then, there is nobody to be asked.
+    Pid::from_raw(pid).is_some_and(|pid| rustix::process::test_kill_process(pid) != Err(Errno::SRCH))
 }
 
 impl Drop for Lock {

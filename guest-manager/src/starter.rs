@@ -92,8 +92,8 @@ pub struct KeeperStarter(Rc<Shared>);
 struct Shared {
     handle: Handle,
     programs: Programs,
-    /// Files that the keeper removes when the manager is killed.
-    files: Vec<PathBuf>,
+    /// Files that the keeper removes when the manager is killed, each with the lock file whose holder they belong to.
+    files: Vec<(PathBuf, PathBuf)>,
     /// Where the next manager finds the keepers.
     state: State,
     own: RefCell<Option<Rc<Link>>>,
@@ -141,7 +141,12 @@ impl KeeperStarter {
     ///
     /// # Errors
     /// The keeper does not start.
-    pub fn new(handle: &Handle, programs: Programs, files: Vec<PathBuf>, state: State) -> Result<Self, KeeperError> {
+    pub fn new(
+        handle: &Handle,
+        programs: Programs,
+        files: Vec<(PathBuf, PathBuf)>,
+        state: State,
+    ) -> Result<Self, KeeperError> {
         let shared = Rc::new(Shared {
             handle: handle.clone(),
             programs,
@@ -261,8 +266,8 @@ impl Shared {
             return Ok(link.clone());
         }
         let mut keeper = KeeperClient::start(&self.programs.keeper)?;
-        for file in &self.files {
-            keeper.remove_at_end(file)?;
+        for (file, lock) in &self.files {
+            keeper.remove_unless_locked(file, lock)?;
         }
         tracing::debug!(pid = keeper.pid(), "keeper started");
         let link = Link::new(&self.handle, keeper)?;

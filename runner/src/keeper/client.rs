@@ -3,7 +3,7 @@
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
@@ -254,7 +254,18 @@ impl KeeperClient {
     ///
     /// [`KeeperError::System`] if the file cannot be looked at; [`KeeperError::Gone`].
     pub fn remove_at_end(&mut self, path: &Path) -> Result<(), KeeperError> {
-        self.remove(path, false)
+        self.remove(path, None, false)
+    }
+
+    /// As [`KeeperClient::remove_at_end`], unless somebody holds the lock (flock(2)) in the file `lock` by then: whoever does has put files of its own in
+    /// their place, or taken these over. `path` may be the lock file itself.
+    ///
+    /// # Errors
+    ///
+    /// As [`KeeperClient::remove_at_end`].
+    pub fn remove_unless_locked(&mut self, path: &Path, lock: &Path) -> Result<(), KeeperError> {
+        let lock = std::path::absolute(lock).map_err(system("resolving the path of a lock file"))?;
+        self.remove(path, Some(lock), false)
     }
 
     /// Has a file (the socket at which a successor comes, say) removed when the keeper ends, if the path names the same file then.
@@ -263,10 +274,10 @@ impl KeeperClient {
     ///
     /// [`KeeperError::System`] if the file cannot be looked at; [`KeeperError::Gone`].
     pub fn remove_with_keeper(&mut self, path: &Path) -> Result<(), KeeperError> {
-        self.remove(path, true)
+        self.remove(path, None, true)
     }
 
-    fn remove(&mut self, path: &Path, with_keeper: bool) -> Result<(), KeeperError> {
+    fn remove(&mut self, path: &Path, lock: Option<PathBuf>, with_keeper: bool) -> Result<(), KeeperError> {
         let path = std::path::absolute(path).map_err(system("resolving the path of a file to remove"))?;
         let metadata = path.symlink_metadata().map_err(system("looking at a file to remove"))?;
         let file = CleanFile {
@@ -274,6 +285,7 @@ impl KeeperClient {
             device: metadata.dev(),
             inode: metadata.ino(),
             with_keeper,
+            lock,
         };
         Ok(self.channel.send(&Request::Remove(file), Vec::new())?)
     }

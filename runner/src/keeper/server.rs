@@ -5,11 +5,11 @@ use std::ffi::CString;
 use std::fs;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 use rustix::process::WaitOptions;
 
@@ -434,7 +434,7 @@ impl Keeper {
     /// Removes files whose time has come.
     fn remove_files(&mut self, all: bool) {
         for file in self.files.extract_if(.., |file| all || !file.with_keeper) {
-            remove_if_same(&file.path, file.device, file.inode);
+            remove(&file);
         }
     }
 }
@@ -447,13 +447,18 @@ fn end_all(components: Vec<Component>) {
     drop(components);
 }
 
-/// Removes a file unless another one has taken its place.
-fn remove_if_same(path: &Path, device: u64, inode: u64) {
-    if path
-        .symlink_metadata()
-        .is_ok_and(|now| now.dev() == device && now.ino() == inode)
+/// Removes a file unless another one has taken its place, or somebody its lock.
+fn remove(file: &CleanFile) {
+    // Numbers alone do not tell: the next manager locks the same file, and a socket that it makes may get the number of the one that it removed.
+    let held = file.lock.as_ref().map(fs::File::open);
+    if let Some(Ok(lock)) = &held
+        && rustix::fs::flock(lock, FlockOperation::NonBlockingLockExclusive).is_err()
     {
-        let _ = fs::remove_file(path);
+        return;
+    }
+    let there = file.path.symlink_metadata();
+    if there.is_ok_and(|now| (now.dev(), now.ino()) == (file.device, file.inode)) {
+        let _ = fs::remove_file(&file.path);
     }
 }
 

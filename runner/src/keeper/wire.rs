@@ -83,6 +83,9 @@ pub(super) struct CleanFile {
     /// Stays without the manager, until the keeper ends.
     #[serde(default)]
     pub(super) with_keeper: bool,
+    /// Only while nobody holds the lock (flock(2)) in this file, which is taken meanwhile.
+    #[serde(default)]
+    pub(super) lock: Option<PathBuf>,
 }
 
 /// How a component came to its end.

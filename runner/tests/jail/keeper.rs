@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use rustix::event::{PollFd, PollFlags};
+use rustix::fs::FlockOperation;
 use rustix::process::{Pid, PidfdFlags, Signal};
 use sepal_runner::Layer;
 use sepal_runner::cgroup::{Groups, Limits};
@@ -34,6 +35,10 @@ pub(crate) fn tests() -> Vec<Test> {
         (
             "keeper::files_that_were_replaced_stay".into(),
             files_that_were_replaced_stay,
+        ),
+        (
+            "keeper::files_whose_lock_another_has_stay".into(),
+            files_whose_lock_another_has_stay,
         ),
         (
             "keeper::signals_of_a_terminal_do_not_end_it".into(),
@@ -300,6 +305,26 @@ fn files_that_were_replaced_stay() {
     fs::rename(&other, &socket).unwrap();
     keeper.close().unwrap();
     assert_eq!(fs::read_to_string(&socket).unwrap(), "the next one's");
+}
+
+fn files_whose_lock_another_has_stay() {
+    let directory = tempfile::tempdir().unwrap();
+    let (socket, lock) = (directory.path().join("socket"), directory.path().join("lock"));
+    for file in [&socket, &lock] {
+        fs::write(file, "").unwrap();
+    }
+    let next = fs::File::open(&lock).unwrap();
+    rustix::fs::flock(&next, FlockOperation::LockExclusive).unwrap();
+    let keeper_ends = || {
+        let mut keeper = KeeperClient::start(KEEPER).unwrap();
+        keeper.remove_unless_locked(&socket, &lock).unwrap();
+        keeper.remove_unless_locked(&lock, &lock).unwrap();
+        keeper.close().unwrap();
+        (socket.exists(), lock.exists())
+    };
+    assert_eq!(keeper_ends(), (true, true), "the next manager's");
+    drop(next);
+    assert_eq!(keeper_ends(), (false, false), "nobody's");
 }
 
 fn signals_of_a_terminal_do_not_end_it() {
