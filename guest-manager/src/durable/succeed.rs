@@ -291,6 +291,11 @@ fn left(record: &Record, fate: Fate, kept: &mut BTreeMap<String, Vec<OwnedFd>>, 
             },
             sockets,
         },
+        // It ends by itself when its manager goes in the middle of a creation.
+        Err(_) if record.phase == Phase::Creating => {
+            kill();
+            Left::Creating
+        }
         Err(error) => {
             tracing::error!(
                 guest = record.name,
