@@ -43,7 +43,7 @@ fn a_guest_that_is_being_created_is_created_by_the_next_manager() {
     component.signal(Signal::CONT);
     scene.start_manager();
 
-    let info = scene.until_running("slow");
+    let info = scene.until_it_ran("slow");
     assert_eq!(info.generation, 1);
     assert_ne!(info.component_pid, component.pid, "with a component of its own");
     until("the first one is gone", || {

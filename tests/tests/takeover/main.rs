@@ -6,6 +6,7 @@
 //!   begun     what is created or begun again while there is no manager
 //!   leases    what its owner has to do, and what follows if not
 //!   terminal  who sits at a guest's terminal
+//!   upgrade   the next manager is of another version
 //!   given_up  the manager gives way, or ends with its guests; the keeper is killed; intruders
 //! ```
 
@@ -21,3 +22,4 @@ mod leases;
 mod printer;
 mod scene;
 mod terminal;
+mod upgrade;

@@ -4,6 +4,7 @@ use std::{
     cell::RefCell,
     collections::BTreeMap,
     os::fd::OwnedFd,
+    path::Path,
     process::Command,
     rc::Rc,
     sync::{Mutex, MutexGuard, PoisonError},
@@ -14,6 +15,7 @@ use sepal_schema::{
     config::{self, GuestConfig},
     guest_capnp::{event, event_sink, guest},
     info::{GuestInfo, GuestStatus},
+    report::Reason,
     transport::guard,
 };
 use sepal_tests::{Rpc, World, process::Process, program, rpc::observer, until};
@@ -52,7 +54,7 @@ impl Scene {
     pub(crate) fn new() -> Self {
         let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let mut world = World::new();
-        start_manager(&mut world);
+        start_manager(&mut world, &program("guest-manager"));
         Self {
             rpc: world.connect(),
             keepers: BTreeMap::new(),
@@ -110,6 +112,17 @@ impl Scene {
         info
     }
 
+    /// Waits until a guest has been created and runs, or has run and shut itself down.
+    #[track_caller]
+    pub(crate) fn until_it_ran(&mut self, name: &str) -> GuestInfo {
+        let shut_down = |info: &GuestInfo| info.stop.as_ref().is_some_and(|stop| stop.reason == Reason::Shutdown);
+        let info = self.until(name, "it runs", |info| {
+            info.status == GuestStatus::Running || shut_down(info)
+        });
+        self.note_keepers();
+        info
+    }
+
     fn note_keepers(&mut self) {
         for info in self.rpc.list() {
             let keeper = Process::of(info.component_pid).and_then(|component| Process::of(component.parent));
@@ -135,7 +148,12 @@ impl Scene {
 
     /// The next manager, which takes over.
     pub(crate) fn start_manager(&mut self) {
-        start_manager(&mut self.world);
+        self.start_version(&program("guest-manager"));
+    }
+
+    /// The next manager, which is this program.
+    pub(crate) fn start_version(&mut self, manager: &Path) {
+        start_manager(&mut self.world, manager);
         self.rpc = self.world.connect();
     }
 
@@ -231,13 +249,11 @@ impl Drop for Scene {
 }
 
 /// Starts a manager whose standard error is a file: its keeper, which has it too, outlives it.
-fn start_manager(world: &mut World) {
+fn start_manager(world: &mut World, manager: &Path) {
     let log = world.folder().join(LOG);
     let state = world.state();
     let mut command = Command::new("sh");
-    command
-        .args(["-c", "exec \"$0\" \"$@\" 2>> \"$LOG\""])
-        .arg(program("guest-manager"));
+    command.args(["-c", "exec \"$0\" \"$@\" 2>> \"$LOG\""]).arg(manager);
     command.env("LOG", log);
     world.start_manager_by(command, |command, socket, ready| {
         command.arg("--socket").arg(socket).arg("--ready-fd").arg(ready);
@@ -246,7 +262,7 @@ fn start_manager(world: &mut World) {
 }
 
 /// A file that is passed as a descriptor.
-pub(crate) fn file(path: &std::path::Path) -> config::File {
+pub(crate) fn file(path: &Path) -> config::File {
     let fd: OwnedFd = std::fs::File::open(path).unwrap().into();
     config::File::Fd(fd)
 }
