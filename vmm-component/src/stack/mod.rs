@@ -308,7 +308,9 @@ impl<V: View> Unwinder<'_, V> {
 
     /// Whether `address`, which is at `at`, is where a program was when the kernel was entered from it.
     fn left_program(&self, at: u64, address: u64) -> bool {
-        if self.word != 8 || self.start.user || address >= PROGRAMS || address == 0 {
+        // A kernel whose own stack is among the addresses of programs does not go by that convention: any word may look like a program's address.
+        let by_convention = self.word == 8 && !self.start.user && self.start.stack >= PROGRAMS;
+        if !by_convention || address >= PROGRAMS || address == 0 {
             return false;
         }
         let is_segment: fn(u64) -> bool = |selector| selector & 3 == 3 && selector <= u64::from(u16::MAX);

@@ -193,6 +193,22 @@ fn it_ends_where_a_program_was_left() {
 }
 
 #[test]
+fn small_kernels_have_no_programs() {
+    // All of it is mapped where it is, and its numbers look like addresses, segments and flags.
+    let low = 0x8000;
+    let mut words = vec![0; 2048];
+    words[5..10].copy_from_slice(&[low, 0x33, 0x246, 0x7000, 0x2b]);
+    words[11] = after(2);
+    let mut fake = Fake::new(Vec::new());
+    fake.stacks = vec![(low, words)];
+    let start = Start { stack: low, ..start(0) };
+    let expected = [(TEXT + 0x10, low, true), (after(2), low + 11 * 8, false)];
+    let stack = unwind(&fake, &start, 64);
+    assert_eq!(frames(&stack), expected);
+    assert_eq!(stack.end, "a stack of 16 KiB ends at 0xc000");
+}
+
+#[test]
 fn an_interrupts_own_stack_leads_back_too() {
     let mut words = vec![0; 2048];
     words[4] = after(1);
