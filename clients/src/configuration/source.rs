@@ -6,6 +6,12 @@ use sepal_schema::error::Error;
 
 /// Most problems that are shown at a time.
 const MAX_PROBLEMS: usize = 10;
+/// Most characters of a line that are shown from the place of a problem on; before it, half as many.
+const MAX_SHOWN: usize = 160;
+/// Most characters of a message, which may have a value of the text in it.
+const MAX_MESSAGE: usize = 1000;
+/// What stands for what is left out.
+const CUT: char = '…';
 
 /// Something wrong, and where: bytes of the text.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -56,21 +62,29 @@ impl Source {
         let end = self.text[start..].find('\n').map_or(self.text.len(), |at| start + at);
         let shown = self.text[begin..end].trim_end_matches('\r');
         let column = self.text[begin..start].chars().count() + 1;
-        // Tabs stay, so that the sign is where the terminal shows the text.
-        let blank = |c: char| if c == '\t' { '\t' } else { ' ' };
-        let indent: String = self.text[begin..start].chars().map(blank).collect();
         let marked = &self.text[start
             ..self
                 .text
                 .floor_char_boundary(span.end.min(begin + shown.len()))
                 .max(start)];
-        let sign = "^".repeat(marked.chars().count().max(1));
+        let (before, after) = shown.split_at(shown.floor_char_boundary(start - begin));
+        let (before, after) = (end_of(before, MAX_SHOWN / 2), beginning_of(after, MAX_SHOWN));
+        // Tabs stay, so that the sign is where the terminal shows the text.
+        let blank = |c: char| if c == '\t' { '\t' } else { ' ' };
+        let indent: String = before.chars().map(blank).collect();
+        let sign = "^".repeat(marked.chars().count().clamp(1, MAX_SHOWN));
         let number = line.to_string();
         let gutter = " ".repeat(number.len());
         format!(
-            "{}:{line}:{column}: {message}\n{gutter} |\n{number} | {}\n{gutter} | {indent}{sign}",
+            "{}:{line}:{column}: {}\n{gutter} |\n{number} | {}{}\n{gutter} | {indent}{sign}",
             self.name,
-            printable(shown)
+            beginning_of(message, MAX_MESSAGE)
+                .lines()
+                .map(printable)
+                .collect::<Vec<_>>()
+                .join("\n"),
+            printable(&before),
+            printable(&after),
         )
     }
 
@@ -120,6 +134,22 @@ impl Source {
                 .is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '[']))
         };
         self.places.retain(|of, _| !part(of));
+    }
+}
+
+/// A text, or as much of its beginning.
+fn beginning_of(text: &str, most: usize) -> String {
+    match text.char_indices().nth(most) {
+        Some((cut, _)) => format!("{}{CUT}", &text[..cut]),
+        None => text.to_owned(),
+    }
+}
+
+/// A text, or as much of its end.
+fn end_of(text: &str, most: usize) -> String {
+    match text.char_indices().nth_back(most) {
+        Some((cut, c)) => format!("{CUT}{}", &text[cut + c.len_utf8()..]),
+        None => text.to_owned(),
     }
 }
 

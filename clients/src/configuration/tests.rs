@@ -66,6 +66,27 @@ fn resolved(said: FileConfig) -> GuestConfig {
 }
 
 #[test]
+fn however_long_a_line_is_its_error_can_be_read() {
+    let long = "ä".repeat(50_000);
+    let message = refused(&format!("x = [\"{long}\"]; memory = \"512X\"\nuuid = \"{long}\"\n"));
+    assert!(message.chars().count() < 3000, "{message}");
+    let message = refused(&format!("cmdline-add = [\"{long}\", 5, \"{long}\"]\n"));
+    let lines: Vec<_> = message.lines().collect();
+    let column = 16 + 2 + 50_000 + 2;
+    assert!(lines[0].starts_with(&format!("web.toml:1:{column}: ")), "{}", lines[0]);
+    let shown = lines[2].chars().position(|c| c == '5').unwrap();
+    assert_eq!(lines[3].chars().position(|c| c == '^'), Some(shown), "{message}");
+    assert!(
+        lines[2].starts_with("1 | …ä") && lines[2].ends_with("ä…"),
+        "{}",
+        lines[2]
+    );
+    // What a terminal would take for an order comes in no part of it.
+    let message = refused("\"\\u001b[31m\" = 1\n");
+    assert!(!message.contains('\u{1b}') && message.contains("[31m"), "{message}");
+}
+
+#[test]
 fn every_key_is_read() {
     let text = include_str!("../../../docs/configuration.md");
     let example = text.split("```toml\n").nth(1).unwrap().split("```").next().unwrap();
