@@ -133,7 +133,7 @@ impl Policy {
             Some(time) => u32::try_from(time.as_millis())
                 .ok()
                 .filter(|&ms| ms > 0)
-                .ok_or_else(|| Error::bad_config(name, format!("--{name}: there is no such time"))),
+                .ok_or_else(|| Error::bad_config(name, format!("--{name} is more than 0, and 49 days at most"))),
         };
         Ok(Self {
             enabled: by.on || self.enabled && !by.off,
