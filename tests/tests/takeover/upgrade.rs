@@ -4,7 +4,8 @@
 //!   the tree's sources --copied, fields added to the schema, generated anew--> target/upgrade --> target/debug/guest-manager-next
 //! ```
 //!
-//! The copy is built in the tree's own target folder, where all that did not change is built already; files are written only where they differ.
+//! The copy is built in the tree's own target folder, where all crates of others are built already; files are written only where they differ. Its crates are
+//! a folder deeper than the tree's: cargo tells crates apart by where they are in their workspace, and would take one for the other.
 
 use std::{
     fs,
@@ -30,14 +31,12 @@ const GROWN: [(&str, &str); 6] = [
     ("store.capnp", "StoredDefinition"),
 ];
 /// What is copied: the manager, and the crates of ours that it is made of.
-const COPIED: [&str; 7] = [
+const COPIED: [&str; 5] = [
     "agent",
     "guest-manager",
     "integration/default-guest",
     "runner",
     "schema",
-    "Cargo.lock",
-    "rustfmt.toml",
 ];
 
 /// Adds a field behind all others of a struct: the text with it.
@@ -117,17 +116,20 @@ fn next_version() -> PathBuf {
     let manager = program("guest-manager");
     let target = manager.parent().and_then(Path::parent).unwrap();
     let tree = target.join("upgrade");
+    let crates = tree.join("next");
     for name in COPIED {
-        copy(&root.join(name), &tree.join(name));
+        copy(&root.join(name), &crates.join(name));
     }
+    copy(&root.join("Cargo.lock"), &tree.join("Cargo.lock"));
     let manifest = fs::read_to_string(root.join("Cargo.toml")).unwrap();
     let (before, rest) = manifest.split_once("members = [").unwrap();
     let (_, after) = rest.split_once("]\n").unwrap();
     let (_, after) = after.split_once("]\n").unwrap();
-    let members = "\"agent\", \"guest-manager\", \"integration/default-guest\", \"runner\", \"schema\"";
-    let manifest = format!("{before}members = [{members}]\nexclude = [\"tests\"]\n{after}");
+    let members = COPIED.map(|name| format!("\"next/{name}\""));
+    let after = after.replace("{ path = \"", "{ path = \"next/");
+    let manifest = format!("{before}members = [{}]\n{after}", members.join(", "));
     write(&tree.join("Cargo.toml"), manifest.as_bytes());
-    let path = tree.join("guest-manager/Cargo.toml");
+    let path = crates.join("guest-manager/Cargo.toml");
     let manifest = fs::read_to_string(root.join("guest-manager/Cargo.toml")).unwrap();
     let renamed = manifest.replacen("name = \"guest-manager\"", "name = \"guest-manager-next\"", 1);
     write(&path, renamed.as_bytes());
@@ -155,7 +157,7 @@ fn next_version() -> PathBuf {
         "guest-manager-next",
     ]);
     let built = target.join("debug/guest-manager-next");
-    let generated = fs::read_to_string(tree.join("schema/src/generated/store_capnp.rs")).unwrap();
+    let generated = fs::read_to_string(crates.join("schema/src/generated/store_capnp.rs")).unwrap();
     assert!(generated.contains("added_by_the_next_version"));
     built
 }
