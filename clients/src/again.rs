@@ -16,7 +16,7 @@ use sepal_schema::{
     transport::Handle,
 };
 
-use crate::{calls, launch::Launched, manager::Manager, place::Place};
+use crate::{calls, launch::Launched, manager::Manager, place::{Otherwise, Place}};
 
 /// How long the next guest manager is waited for: as long as a lease outlives the one before.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -88,7 +88,8 @@ impl<'a> Back<'a> {
     }
 
     async fn try_find(&self, handle: &Handle) -> Result<Found> {
-        let manager = Manager::running(handle, self.place)?;
+        // Whoever replaces the one that was is not to find another in its place.
+        let manager = Manager::connect(handle, self.place, Otherwise::Fail)?;
         let (guest, lease) = match &self.token {
             None => (calls::lookup(&manager.client, &self.name).await?, None),
             Some(token) => {

@@ -15,7 +15,7 @@ use crate::{
     args::{Stop, StopOptions, Wait, WaitOptions},
     calls,
     manager::Manager,
-    place::Place,
+    place::{Otherwise, Place},
     show, status,
 };
 
@@ -143,7 +143,11 @@ pub(crate) async fn remove(handle: &Handle, place: &Place, name: &str) -> Result
 
 /// Ends the manager, and all guests by force; to `keep` those that are durable leaves them to the next one. Returns when it has ended.
 pub(crate) async fn end_manager(handle: &Handle, place: &Place, keep: bool) -> Result<u8> {
-    let manager = Manager::running(handle, place)?;
+    // Without one, nothing is to be done for those that are kept.
+    let manager = match keep {
+        true => Manager::connect(handle, place, Otherwise::Fail)?,
+        false => Manager::running(handle, place)?,
+    };
     match keep {
         true => read_completion(manager.client.retire_request().send().promise.await?.get()?)?,
         false => read_completion(manager.client.shutdown_request().send().promise.await?.get()?)?,

@@ -16,7 +16,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use sepal_schema::transport::PeerCredentials;
 
-use crate::{place::Otherwise, terminal};
+use crate::{left, place::Otherwise, terminal};
 
 /// Most bytes that are told of what a manager says that does not start.
 const MAX_WORDS: u64 = 4096;
@@ -40,11 +40,15 @@ pub(crate) fn connect(socket: Option<&Path>, otherwise: Otherwise) -> Result<Loc
     }
     let path = path_of(socket);
     let path = path.display();
+    let otherwise = match otherwise {
+        Otherwise::Resume if socket.is_none() && left::waits() => Otherwise::Daemon,
+        otherwise => otherwise,
+    };
     match otherwise {
         Otherwise::Private | Otherwise::Daemon if socket.is_some() => bail!(
             "no guest manager runs (nobody listens at {path}); `guest launch` starts one only where no address is given"
         ),
-        Otherwise::Fail => {
+        Otherwise::Fail | Otherwise::Resume => {
             bail!("no guest manager runs (nobody listens at {path}); `guest launch --detach` starts one that stays")
         }
         Otherwise::Private => start_private(),

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   args                      what can be said
-//!   place, local, manager     finds the guest manager here or on another machine, or starts one; relay is the other machine's side
+//!   place, local, left, manager     finds the guest manager here or on another machine, or starts one; relay is the other machine's side
 //!   calls                     the protocol's calls, as Rust functions
 //!   launch, define, session, show, events, stats, top, metrics, registers, inspect, cpu, control, devices, vsock, agent, sharing, redeem      the commands
 //!   copying, again            between standard streams and a guest's port, and back to a guest that outlives its manager
@@ -32,6 +32,7 @@ mod events;
 mod figures;
 mod inspect;
 mod launch;
+mod left;
 mod local;
 mod manager;
 mod metrics;

@@ -23,9 +23,9 @@ pub(crate) struct Manager {
 }
 
 impl Manager {
-    /// Connects to the manager that runs.
+    /// Connects to the manager that runs; where none does but guests go on, to one that takes them over.
     pub(crate) fn running(handle: &Handle, place: &Place) -> Result<Self> {
-        Self::connect(handle, place, Otherwise::Fail)
+        Self::connect(handle, place, Otherwise::Resume)
     }
 
     /// Connects to the manager that runs, or does what is to be done if none does.

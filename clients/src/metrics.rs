@@ -30,7 +30,7 @@ use self::{
     http::{Refusal, Request},
     listen::{Listen, Socket},
 };
-use crate::{args, calls, figures, manager::Manager, place::Place, show, status, terminal};
+use crate::{args, calls, figures, manager::Manager, place::{Otherwise, Place}, show, status, terminal};
 
 /// Scrapers at a time; others wait until one has gone.
 const MOST_SCRAPERS: usize = 64;
@@ -111,7 +111,8 @@ impl Source<'_> {
         }
         *manager = None;
         let new = async {
-            let new = manager.insert(Manager::running(self.handle, self.place)?);
+            // As long as there is none, there is nothing to be told; a scraper starts nothing.
+            let new = manager.insert(Manager::connect(self.handle, self.place, Otherwise::Fail)?);
             snapshot(new).await
         };
         let snapshot = new.await.unwrap_or_else(|error: anyhow::Error| {

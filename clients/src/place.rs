@@ -124,7 +124,8 @@ impl Remote {
         }
         arguments.extend(["--", &self.destination, "guest", "relay"].map(str::to_owned));
         match otherwise {
-            Otherwise::Fail => {}
+            // Nothing is said of the latter: it is what the other side does unless told otherwise.
+            Otherwise::Fail | Otherwise::Resume => {}
             Otherwise::Private => arguments.push("--private".to_owned()),
             Otherwise::Daemon => arguments.push("--start".to_owned()),
         }
@@ -146,6 +147,8 @@ fn quote(word: &str) -> String {
 pub(crate) enum Otherwise {
     /// Say so.
     Fail,
+    /// Start one that stays if there are guests that go on without any; else say so.
+    Resume,
     /// Start one that ends with the connection.
     Private,
     /// Start one that stays.

@@ -22,7 +22,7 @@ pub(crate) fn relay(args: &Relay) -> Result<u8> {
     let otherwise = match (args.private, args.start) {
         (true, _) => Otherwise::Private,
         (_, true) => Otherwise::Daemon,
-        _ => Otherwise::Fail,
+        _ => Otherwise::Resume,
     };
     let found = local::connect(args.socket.as_deref(), otherwise)?;
     // Not the standard library's own streams, which keep back what has no line's end.

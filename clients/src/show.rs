@@ -22,7 +22,7 @@ use crate::{
     crashes::{self, Crash},
     define,
     manager::Manager,
-    place::Place,
+    place::{Otherwise, Place},
     recreate, status, table,
 };
 
@@ -310,7 +310,8 @@ pub(crate) async fn version(handle: &Handle, place: &Place, args: &Json) -> Resu
         manager_pid: None,
         protocol: None,
     };
-    if let Ok(manager) = Manager::running(handle, place) {
+    // Who asks for versions wants nothing to be started.
+    if let Ok(manager) = Manager::connect(handle, place, Otherwise::Fail) {
         // A manager that does not answer is no reason not to tell our own version.
         let answer = handle
             .timeout(Duration::from_secs(5), manager.client.version_request().send().promise)

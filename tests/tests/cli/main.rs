@@ -18,6 +18,7 @@ mod refused;
 mod sharing;
 mod terminal;
 mod top;
+mod unserved;
 mod watching;
 
 /// What the embedded guest prints when it waits for a command.
