@@ -158,6 +158,8 @@ impl Listening {
     /// [`ListenError`].
     pub fn new(path: &Path, reach: Reach) -> Result<Self, ListenError> {
         let lock = lock_beside(path)?;
+        // Kept open until there is another, which then has another number: whoever cleans up behind a manager that was killed may yet come.
+        let mut _left = None;
         match fs::symlink_metadata(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(io_error("cannot look at", path)(error)),
@@ -170,6 +172,8 @@ impl Listening {
                         owner,
                     });
                 }
+                let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+                _left = rustix::fs::open(path, flags, Mode::empty()).ok();
                 fs::remove_file(path).map_err(io_error("cannot remove the stale socket", path))?;
             }
         }
@@ -349,6 +353,21 @@ mod tests {
         let listening = Listening::new(&path, Reach::Owner).unwrap();
         UnixStream::connect(&path).unwrap();
         drop(listening);
+    }
+
+    #[test]
+    fn what_takes_its_place_are_other_files() {
+        let folder = folder();
+        let path = folder.path().join("m.sock");
+        let lock = folder.path().join("m.sock.lock");
+        fs::write(&lock, "1\n").unwrap();
+        drop(bind(&path).unwrap());
+        let number = |path: &Path| fs::symlink_metadata(path).unwrap().ino();
+        let before = (number(&path), number(&lock));
+        let _listening = Listening::new(&path, Reach::Owner).unwrap();
+        // A keeper that still cleans up behind the one before knows them by their numbers.
+        assert_ne!(number(&path), before.0);
+        assert_ne!(number(&lock), before.1);
     }
 
     #[test]
