@@ -438,15 +438,12 @@ impl ComponentStarter for KeeperStarter {
         if self.0.for_successor.borrow().is_none() {
             self.0.offer(&link)?;
         }
-        for link in self
-            .0
-            .inherited
-            .borrow()
-            .iter()
-            .chain([&link])
-            .filter(|link| link.is_there())
-        {
-            keep_own(link, &kept)?;
+        keep_own(&link, &kept)?;
+        for inherited in self.0.inherited.borrow().iter().filter(|link| link.is_there()) {
+            // One that had nothing any more has ended meanwhile, and takes nothing along.
+            if let Err(error) = keep_own(inherited, &kept) {
+                tracing::debug!("{}", error.message);
+            }
         }
         *self.0.for_successor.borrow_mut() = Some(kept);
         Ok(())
