@@ -17,7 +17,7 @@ use std::{
 
 use super::{
     disk::Disk,
-    envelope::{Broken, Content, MAX_FILE, unwrap, wrap},
+    envelope::{Broken, Content, MAX_CONTENT, MAX_FILE, unwrap, wrap},
 };
 
 /// How the names of files end.
@@ -56,8 +56,12 @@ impl<D: Disk> Files<D> {
     /// Puts a file there, in place of one that has its name. It is on the disk for good on return. After an error there is the old file or the new one.
     ///
     /// # Errors
-    /// What the disk says.
+    /// What the disk says; there is more of it than [`MAX_CONTENT`], which would not be read again.
     pub(crate) fn put(&self, name: &str, content: &[u8]) -> io::Result<()> {
+        if content.len() > MAX_CONTENT {
+            let message = format!("there are {} bytes to keep, and {MAX_CONTENT} at most", content.len());
+            return Err(io::Error::new(io::ErrorKind::FileTooLarge, message));
+        }
         let unfinished = format!("{name}{UNFINISHED}");
         let written = self.disk.write(&unfinished, &wrap(self.kind, content));
         let renamed = written.and_then(|()| self.disk.rename(&unfinished, &format!("{name}{ENDING}")));

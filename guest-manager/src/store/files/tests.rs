@@ -133,6 +133,22 @@ proptest! {
     }
 }
 
+#[test]
+fn what_would_not_be_read_again_is_not_kept() {
+    let disk = Simulated::default();
+    let files = files(&disk);
+    files.put("web", b"one").unwrap();
+    let error = files.put("web", &vec![0; MAX_CONTENT + 1]).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::FileTooLarge);
+    files.put("large", &vec![0; MAX_CONTENT]).unwrap();
+    let found = recovered(&disk);
+    assert_eq!(
+        (&found.contents["web"][..], found.contents["large"].len()),
+        (&b"one"[..], MAX_CONTENT)
+    );
+    assert!(found.problems.is_empty(), "{:?}", found.problems);
+}
+
 fn folder(path: &Path) -> Files<Folder> {
     Files::new(Folder::open(path).unwrap(), Content::Definition)
 }
