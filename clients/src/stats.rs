@@ -67,7 +67,7 @@ fn facts(stats: &Stats) -> Vec<(&'static str, String)> {
     let mut facts = Vec::new();
     if stats.age_seconds > 0.0 {
         let age = table::duration(ns(stats.age_seconds));
-        facts.push(("age", format!("{age}: the component has not answered since")));
+        facts.push(("age", format!("{age}: its component has told nothing since")));
     }
     facts.push(("uptime", table::duration(ns(stats.uptime_seconds))));
     let memory = &stats.memory;

@@ -126,10 +126,13 @@ struct Seen {
     /// Bit n: the thread of vCPU n waits for something.
     asleep: u64,
     paused: bool,
+    /// It has ended: whatever its component told last, no vCPU does anything.
+    ended: bool,
 }
 
 impl Seen {
     fn of(guest: &Guest) -> Self {
+        let ended = !guest.live();
         let vitals = guest.manager.registry(|registry, now| registry.vitals(guest.id, now));
         match vitals.filter(|vitals| vitals.generation == guest.generation()) {
             Some(vitals) => Self {
@@ -137,8 +140,12 @@ impl Seen {
                 usage: usage::of(vitals.component_pid).unwrap_or_default(),
                 asleep: cpu::asleep(guest, vitals.component_pid),
                 paused: guest.is_paused(),
+                ended,
             },
-            None => Self::default(),
+            None => Self {
+                ended,
+                ..Self::default()
+            },
         }
     }
 }
@@ -191,8 +198,10 @@ impl Aged {
                 .asleep
                 .checked_shr(index.into())
                 .is_some_and(|bits| bits & 1 == 1);
-            // In the guest it waits for nothing else; and what the component told may be old.
-            if asleep && matches!(state, Ok(VcpuState::Running)) {
+            if self.seen.ended {
+                vcpu.set_state(VcpuState::Stopped);
+            } else if asleep && matches!(state, Ok(VcpuState::Running)) {
+                // In the guest it waits for nothing else; and what the component told may be old.
                 vcpu.set_state(match self.seen.paused {
                     true => VcpuState::Paused,
                     false => VcpuState::Halted,

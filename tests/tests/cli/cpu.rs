@@ -94,6 +94,12 @@ fn what_vcpus_do_is_told_by_figures_and_by_the_controller_alike() {
     until("the guest is paused", || both_tell("paused"));
     world.guest(&["resume", "web"]).expect_code(0);
     until("the guest goes on", || both_tell("halted"));
+    // What they did last is not what they do.
+    world.guest(&["stop", "web", "--kill"]).expect_code(0);
+    let stats = world.guest(&["stats", "web", "--json"]).expect_code(0).out();
+    let stats: Value = serde_json::from_str(&stats).unwrap();
+    let vcpus = stats["vcpus"].as_array().unwrap();
+    assert!(vcpus.iter().all(|vcpu| vcpu["state"] == "stopped"), "{stats}");
     world.end();
 }
 
