@@ -14,7 +14,7 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SocketFlags, SocketType};
 use rustix::process::Uid;
 
-use super::{KEY_BYTES, Key};
+use super::{KEY_BYTES, Key, say};
 
 /// How long a candidate may take to say the key.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -124,7 +124,7 @@ impl Door {
             Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => return None,
             Err(errno) => {
                 // No descriptor or no memory is left: whoever waits stays, and it is tried again, but not at once.
-                eprintln!("sepal-keeper: accepting a successor: {}", io::Error::from(errno));
+                say(format_args!("accepting a successor: {}", io::Error::from(errno)));
                 std::thread::sleep(Duration::from_millis(100));
                 return None;
             }

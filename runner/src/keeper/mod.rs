@@ -52,7 +52,8 @@ mod process;
 mod server;
 mod wire;
 
-use std::io;
+use std::fmt;
+use std::io::{self, Write};
 use std::path::PathBuf;
 
 pub use client::{KeeperClient, KeeperEvent};
@@ -126,6 +127,11 @@ pub enum KeeperError {
         /// The reason.
         source: io::Error,
     },
+}
+
+/// Says something on standard error, which is the manager's and may have ended with it: `eprintln` would panic then, and end every component.
+fn say(words: fmt::Arguments<'_>) {
+    let _ = writeln!(io::stderr(), "sepal-keeper: {words}");
 }
 
 fn system<E: Into<io::Error>>(action: &'static str) -> impl FnOnce(E) -> KeeperError {

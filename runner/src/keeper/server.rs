@@ -16,7 +16,7 @@ use rustix::process::WaitOptions;
 use super::book::{Book, Life};
 use super::door::{Door, VERSION};
 use super::wire::{Channel, CleanFile, Ended, Event, MAX_LABEL, Received, Request, Spawn, State, WireError};
-use super::{KeeperError, OWN, process, system};
+use super::{KeeperError, OWN, process, say, system};
 use crate::cgroup::Groups;
 use crate::outer::{Component, ComponentSpec, ExitStatus, Handles, Program, Runner, SpawnError};
 
@@ -202,7 +202,7 @@ impl Keeper {
                 Ok(None) => return,
                 Err(error) => {
                     if !matches!(error, WireError::Closed) {
-                        eprintln!("sepal-keeper: the manager's connection: {error}");
+                        say(format_args!("the manager's connection: {error}"));
                     }
                     self.orphan();
                 }
@@ -216,7 +216,7 @@ impl Keeper {
             Request::Kill { id } => {
                 // Cannot fail for a child of this process that has this process's uid or a lesser one.
                 if let Some(Err(error)) = self.book.component(id).map(|component| component.kill()) {
-                    eprintln!("sepal-keeper: killing component {id}: {error}");
+                    say(format_args!("killing component {id}: {error}"));
                 }
             }
             Request::Remove(file) => {
@@ -294,7 +294,7 @@ impl Keeper {
             && let Err(error) = manager.send(event, fds)
             && !matches!(error, WireError::Closed)
         {
-            eprintln!("sepal-keeper: telling the manager: {error}");
+            say(format_args!("telling the manager: {error}"));
             // It does not read, and would miss something: better to be rid of it, for a successor is told all.
             manager.hang_up();
         }
@@ -380,7 +380,7 @@ impl Keeper {
     fn hand_over(&mut self, successor: OwnedFd) {
         let mut manager = match Channel::new(successor) {
             Ok(manager) => manager,
-            Err(error) => return eprintln!("sepal-keeper: a successor's connection: {error}"),
+            Err(error) => return say(format_args!("a successor's connection: {error}")),
         };
         let hello = Event::Hello {
             version: VERSION,
@@ -419,7 +419,7 @@ impl Keeper {
         // It may be gone already: that is noticed as any manager's end is.
         match told.and_then(|()| manager.flush()) {
             Ok(()) | Err(WireError::Closed) => {}
-            Err(error) => eprintln!("sepal-keeper: handing over: {error}"),
+            Err(error) => say(format_args!("handing over: {error}")),
         }
         self.manager = Some(manager);
         self.inherited = true;
