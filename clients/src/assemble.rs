@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow, bail};
 use sepal_schema::{
     config::{
-        File, GuestConfig, OnPanic,
+        File, GuestConfig, MAX_CMDLINE, MAX_DEVICES, OnPanic,
         device::{Backend, Backing, Disk, DiskFormat, DiskMode, Link, Network, Share, VhostUser, Vsock},
     },
     error::Error,
@@ -71,11 +71,29 @@ pub(crate) fn assemble(
     });
     config.agent = config.vsock.is_some() && agent.unwrap_or(true);
     config.panic_device = panic_device.unwrap_or(config.on_panic != OnPanic::Leave);
+    check_size(&config).map_err(|error| source.explain(error))?;
     Ok(Assembled {
         config,
         autostart: autostart.unwrap_or_default(),
         source,
     })
+}
+
+/// Whether a configuration can be sent at all. All else that may be wrong with it is the guest manager's to judge.
+fn check_size(config: &GuestConfig) -> Result<(), Error> {
+    let length = config.full_cmdline().len();
+    if length > MAX_CMDLINE {
+        let message =
+            format!("the command line has {length} bytes with its additions; at most {MAX_CMDLINE} are possible");
+        return Err(Error::bad_config("cmdline", message));
+    }
+    let devices = config.bus_devices();
+    if devices > MAX_DEVICES as usize {
+        let message =
+            format!("the guest has {devices} devices on its bus; at most {MAX_DEVICES} of all kinds are possible");
+        return Err(Error::bad_config("devices", message));
+    }
+    Ok(())
 }
 
 /// The options about the guest as a whole.
@@ -367,6 +385,29 @@ fn name_of(file: &File) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_no_message_can_carry_is_told_by_its_field() {
+        let about = |change: &dyn Fn(&mut GuestConfig)| {
+            let mut config = GuestConfig::default();
+            change(&mut config);
+            check_size(&config).map_err(|error| error.about)
+        };
+        assert_eq!(about(&|config| config.cmdline = "x".repeat(MAX_CMDLINE)), Ok(()));
+        assert_eq!(
+            about(&|config| config.cmdline = "x".repeat(500_000)),
+            Err("cmdline".into())
+        );
+        assert_eq!(
+            about(&|config| config.cmdline_add = vec!["x".repeat(500); 100]),
+            Err("cmdline".into())
+        );
+        let disks = |config: &mut GuestConfig, count: usize| {
+            config.disks = (0..count).map(|_| Disk::new(File::None, DiskMode::ReadOnly)).collect();
+        };
+        assert_eq!(about(&|config| disks(config, 32)), Ok(()));
+        assert_eq!(about(&|config| disks(config, 2000)), Err("devices".into()));
+    }
 
     #[test]
     fn options_replace_what_the_file_says_but_not_each_other() {
