@@ -74,6 +74,17 @@ pub(super) fn catch_signals() -> Result<OwnedFd, KeeperError> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// Where memory runs out, guests are no more spared than other programs, though the manager and this process may be (`OOMScoreAdjust=` of a service): what
+/// the process `pid` has of their protection is taken back.
+pub(super) fn do_not_spare(pid: u32) {
+    let own = fs::read_to_string("/proc/self/oom_score_adj");
+    let spared = own.is_ok_and(|text| text.trim().parse().is_ok_and(|adjustment: i32| adjustment < 0));
+    if spared {
+        // To raise it takes no privilege. It fails if the process has ended.
+        let _ = fs::write(format!("/proc/{pid}/oom_score_adj"), "0");
+    }
+}
+
 /// Allows itself as many descriptors as the system lets it: those of every durable component are kept here.
 pub(super) fn make_room() {
     let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);

@@ -325,12 +325,14 @@ impl Keeper {
         });
         match started {
             Ok(pidfd) => {
+                let pid = component.pid();
                 let event = Event::Started {
                     id,
-                    pid: component.pid(),
+                    pid,
                     host_uid: component.host_uid(),
                 };
                 self.tell_with(&event, vec![Arc::new(pidfd)]);
+                process::do_not_spare(pid);
             }
             Err(error) => {
                 drop(self.book.end(id, Ended::Failed(error.to_string())));

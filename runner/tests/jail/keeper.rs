@@ -41,6 +41,10 @@ pub(crate) fn tests() -> Vec<Test> {
             files_whose_lock_another_has_stay,
         ),
         (
+            "keeper::components_are_not_spared_where_memory_runs_out".into(),
+            components_are_not_spared_where_memory_runs_out,
+        ),
+        (
             "keeper::signals_of_a_terminal_do_not_end_it".into(),
             signals_of_a_terminal_do_not_end_it,
         ),
@@ -325,6 +329,21 @@ fn files_whose_lock_another_has_stay() {
     assert_eq!(keeper_ends(), (true, true), "the next manager's");
     drop(next);
     assert_eq!(keeper_ends(), (false, false), "nobody's");
+}
+
+fn components_are_not_spared_where_memory_runs_out() {
+    let score = |pid: u32| format!("/proc/{pid}/oom_score_adj");
+    let mut keeper = KeeperClient::start(KEEPER).unwrap();
+    if fs::write(score(keeper.pid()), "-100").is_err() {
+        println!("skipped: to spare a process takes CAP_SYS_RESOURCE");
+        return;
+    }
+    let kept = start(&mut keeper, 1);
+    // The keeper answers to this when it has done with the start.
+    let other = start(&mut keeper, 2);
+    assert_eq!(fs::read_to_string(score(kept.pid)).unwrap().trim(), "0");
+    drop(other);
+    keeper.close().unwrap();
 }
 
 fn signals_of_a_terminal_do_not_end_it() {
