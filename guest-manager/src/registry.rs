@@ -432,8 +432,11 @@ impl Registry {
     /// The guest has a component, or (0) has none any more, and with it goes what was known about its jail.
     pub fn component(&mut self, id: GuestId, pid: u32) {
         if let Some(entry) = self.entries.get_mut(&id) {
-            entry.component_pid = pid;
-            entry.layers.clear();
+            let before = std::mem::replace(&mut entry.component_pid, pid);
+            // What is known of one that was taken over holds until it has told it again.
+            if before != 0 && before != pid {
+                entry.layers.clear();
+            }
         }
     }
 
