@@ -16,7 +16,12 @@ use sepal_schema::{
     transport::Handle,
 };
 
-use crate::{calls, launch::Launched, manager::Manager, place::{Otherwise, Place}};
+use crate::{
+    calls,
+    launch::Launched,
+    manager::Manager,
+    place::{Otherwise, Place},
+};
 
 /// How long the next guest manager is waited for: as long as a lease outlives the one before.
 const PATIENCE: Duration = Duration::from_secs(30);

@@ -30,7 +30,12 @@ use self::{
     http::{Refusal, Request},
     listen::{Listen, Socket},
 };
-use crate::{args, calls, figures, manager::Manager, place::{Otherwise, Place}, show, status, terminal};
+use crate::{
+    args, calls, figures,
+    manager::Manager,
+    place::{Otherwise, Place},
+    show, status, terminal,
+};
 
 /// Scrapers at a time; others wait until one has gone.
 const MOST_SCRAPERS: usize = 64;
