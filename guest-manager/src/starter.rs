@@ -435,16 +435,19 @@ impl ComponentStarter for KeeperStarter {
     fn keep_for_successor(&self, kept: BTreeMap<String, OwnedFd>) -> Result<(), Error> {
         self.0.state.folder()?;
         let link = self.0.own_keeper().map_err(|error| start_failure(error.to_string()))?;
-        if self.0.for_successor.borrow().is_none() {
-            self.0.offer(&link)?;
-        }
-        keep_own(&link, &kept)?;
+        let offered = match &*self.0.for_successor.borrow() {
+            Some(_) => Ok(()),
+            None => self.0.offer(&link),
+        };
+        let told = offered.and_then(|()| keep_own(&link, &kept));
+        // Whether or not anything of this manager's own can go on: what it has taken over does.
         for inherited in self.0.inherited.borrow().iter().filter(|link| link.is_there()) {
             // One that had nothing any more has ended meanwhile, and takes nothing along.
             if let Err(error) = keep_own(inherited, &kept) {
                 tracing::debug!("{}", error.message);
             }
         }
+        told?;
         *self.0.for_successor.borrow_mut() = Some(kept);
         Ok(())
     }

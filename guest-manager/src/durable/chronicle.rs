@@ -23,6 +23,8 @@ use crate::{
 pub(crate) struct Chronicle {
     /// None as long as there was nothing that goes on without this manager.
     journal: RefCell<Option<Journal<Shared>>>,
+    /// All keepers have it.
+    kept: Cell<bool>,
     leaving: Cell<bool>,
 }
 
@@ -42,8 +44,12 @@ impl Chronicle {
     /// # Errors
     /// `NO_RESOURCES`, or why nothing can go on.
     pub(crate) fn begin(&self, log: &EventLog, starter: &dyn ComponentStarter) -> Result<(), Error> {
-        if self.journal.borrow().is_some() {
+        if self.kept.get() {
             return Ok(());
+        }
+        let inherited = self.journal.borrow_mut().take();
+        if let Some(journal) = inherited {
+            return self.go_on_with(journal, starter);
         }
         let journal = Shared::new().and_then(Journal::create);
         let mut journal = journal.map_err(|error| {
@@ -54,16 +60,18 @@ impl Chronicle {
         self.go_on_with(journal, starter)
     }
 
-    /// What happens is kept in this journal, which an earlier manager may have begun.
+    /// What happens is kept in this journal, which an earlier manager may have begun: also where it cannot be said to all keepers, for the guests of those to
+    /// whom it can be.
     ///
     /// # Errors
-    /// As [`Chronicle::begin`].
+    /// As [`Chronicle::begin`], which tries again.
     pub(crate) fn go_on_with(&self, journal: Journal<Shared>, starter: &dyn ComponentStarter) -> Result<(), Error> {
         let copy = journal.memory().descriptor();
         let copy = copy.map_err(|error| Error::new(Kind::NoResources, error.to_string()))?;
-        starter.keep_for_successor(BTreeMap::from([(label::JOURNAL.to_owned(), copy)]))?;
+        let told = starter.keep_for_successor(BTreeMap::from([(label::JOURNAL.to_owned(), copy)]));
+        self.kept.set(told.is_ok());
         *self.journal.borrow_mut() = Some(journal);
-        Ok(())
+        told
     }
 
     /// These have happened: what comes after the event of this number.
@@ -131,8 +139,54 @@ fn read(entry: &[u8]) -> Result<Option<Past>, capnp::Error> {
 
 #[cfg(test)]
 mod tests {
+    use futures::future::LocalBoxFuture;
+
     use super::*;
-    use crate::model::GuestId;
+    use crate::{
+        component::{StartRequest, Started},
+        model::GuestId,
+    };
+
+    /// Keeps nothing for a successor for the first time, and everything later.
+    #[derive(Default)]
+    struct Reluctant {
+        asked: Cell<u32>,
+    }
+
+    impl ComponentStarter for Reluctant {
+        fn start(&self, _: StartRequest) -> LocalBoxFuture<'static, Result<Started, Error>> {
+            unreachable!("nothing is started")
+        }
+
+        fn check(&self, _: &StartRequest) -> Result<(), Error> {
+            Ok(())
+        }
+
+        fn keep_for_successor(&self, kept: BTreeMap<String, std::os::fd::OwnedFd>) -> Result<(), Error> {
+            assert!(kept.contains_key(label::JOURNAL));
+            match self.asked.replace(self.asked.get() + 1) {
+                0 => Err(Error::new(Kind::NoStorage, "the disk is full")),
+                _ => Ok(()),
+            }
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_kept_at_first_is_kept_as_soon_as_it_can_be() {
+        let (chronicle, starter) = (Chronicle::default(), Reluctant::default());
+        let mut log = EventLog::new(8);
+        log.append(9, GuestId(1), &"web".into(), 1, EventKind::Starting);
+        let journal = Journal::create(Shared::new().unwrap()).unwrap();
+        let error = chronicle.go_on_with(journal, &starter).unwrap_err();
+        assert_eq!(error.kind, Kind::NoStorage);
+        // For the guests that were taken over it is written all the same.
+        chronicle.note(&log, 0);
+        let told = |chronicle: &Chronicle| past(chronicle.journal.borrow().as_ref().unwrap()).len();
+        assert_eq!(told(&chronicle), 1);
+        chronicle.begin(&log, &starter).unwrap();
+        chronicle.begin(&log, &starter).unwrap();
+        assert_eq!((starter.asked.get(), told(&chronicle)), (2, 1));
+    }
 
     #[test]
     fn what_happened_is_told_again_without_gaps() {

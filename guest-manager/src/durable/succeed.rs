@@ -83,11 +83,16 @@ pub fn take_over(manager: &Rc<Manager>, inheritances: Vec<Inheritance>) {
         journals.extend(fds.filter_map(|fd| Journal::open(Shared::from(fd)).ok()));
     }
     // Those of keepers that were not told of a later one are older.
-    if let Some(journal) = journals.into_iter().max_by_key(Journal::end) {
-        manager.registry(|registry, _| registry.restore_events(past(&journal)));
-        if let Err(error) = manager.chronicle.go_on_with(journal, &*manager.starter) {
-            tracing::error!("what happens is not kept for the next manager: {error}");
+    let kept = match journals.into_iter().max_by_key(Journal::end) {
+        Some(journal) => {
+            manager.registry(|registry, _| registry.restore_events(past(&journal)));
+            manager.chronicle.go_on_with(journal, &*manager.starter)
         }
+        None if orphans.is_empty() => Ok(()),
+        None => manager.keep_journal(),
+    };
+    if let Err(error) = kept {
+        tracing::error!("no guest that is started from now on can go on without this manager: {error}");
     }
     for found in unite(orphans) {
         let name = found.record.name.clone();
@@ -225,7 +230,7 @@ fn restore(manager: &Rc<Manager>, found: Found) -> Result<(), Error> {
     let copy = config.try_clone().map_err(|error| error.to_string());
     let durable = copy.map_err(|error| Error::new(sepal_schema::error::Kind::NoResources, error));
     let durable = durable.and_then(|copy| Durable::restored(copy, owner, slots, Some(orphan.custody.clone())));
-    if let Err(error) = durable.and_then(|durable| guest.set_durable(durable)) {
+    if let Err(error) = durable.and_then(|durable| guest.stay_durable(durable)) {
         // It goes on all the same, as long as this manager does.
         tracing::error!(guest = &*guest.name, "{error}");
     }

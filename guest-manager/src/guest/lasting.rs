@@ -27,6 +27,14 @@ impl Guest {
     /// Nothing can be kept for the next manager.
     pub(crate) fn set_durable(&self, durable: Rc<Durable>) -> Result<(), Error> {
         self.manager.keep_journal()?;
+        self.stay_durable(durable)
+    }
+
+    /// As [`Guest::set_durable`], of a guest that an earlier manager has left: also where nothing else could go on without this one.
+    ///
+    /// # Errors
+    /// What it prints cannot be kept.
+    pub(crate) fn stay_durable(&self, durable: Rc<Durable>) -> Result<(), Error> {
         for port in std::iter::once(&self.port).chain(&self.consoles) {
             // Before anything is printed.
             port.mirror().map_err(|error| {
