@@ -65,8 +65,9 @@ impl Configuration {
     }
 
     fn kept(config: guest_config::Reader<'_>, missing: Vec<String>) -> Result<Self, capnp::Error> {
-        // In the one form that all that say the same have.
-        let mut message = builder();
+        // In the one form that all that say the same have. That form is one segment, for which there has to be room: all of the other, and the pointer to it.
+        let words = u32::try_from(config.total_size()?.word_count).unwrap_or(u32::MAX);
+        let mut message = Builder::new(HeapAllocator::new().first_segment_words(words.saturating_add(1)));
         message.set_root_canonical(config)?;
         Ok(Self {
             config: serialize::write_message_to_words(&message).into(),
@@ -255,6 +256,25 @@ mod tests {
         assert_eq!(path(&told.disks[0].backing[0].file), here("below"));
         assert_eq!((&told.name[..], &told.cmdline[..]), ("web", "quiet"));
         assert_eq!(told.uuid.unwrap().as_bytes(), &[7; 16]);
+    }
+
+    #[test]
+    fn a_configuration_of_any_size_is_told() {
+        for count in [0, 1, 8, 32] {
+            let disk = |i: usize| {
+                let path = format!("/{}/{i}", "long/".repeat(40));
+                Disk::new(File::Path(path), DiskMode::ReadOnly)
+            };
+            let config = GuestConfig {
+                disks: (0..count).map(disk).collect(),
+                cmdline: "x".repeat(60 * count),
+                ..GuestConfig::default()
+            };
+            let (told, missing) = told(&config);
+            let told = told.unwrap();
+            assert!(missing.is_empty(), "{missing:?}");
+            assert_eq!((told.disks.len(), told.cmdline), (count, config.cmdline));
+        }
     }
 
     #[test]

@@ -258,7 +258,7 @@ impl KeeperClient {
     }
 
     /// As [`KeeperClient::remove_at_end`], unless somebody holds the lock (flock(2)) in the file `lock` by then: whoever does has put files of its own in
-    /// their place, or taken these over. `path` may be the lock file itself.
+    /// their place, or taken these over. The file `lock` has the process id of whoever holds it. `path` may be the lock file itself.
     ///
     /// # Errors
     ///
@@ -286,6 +286,7 @@ impl KeeperClient {
             inode: metadata.ino(),
             with_keeper,
             lock,
+            owner: std::process::id(),
         };
         Ok(self.channel.send(&Request::Remove(file), Vec::new())?)
     }

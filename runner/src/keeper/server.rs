@@ -3,6 +3,7 @@
 
 use std::ffi::CString;
 use std::fs;
+use std::io::{Read, Seek};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
@@ -58,6 +59,9 @@ pub fn run() -> Result<(), KeeperError> {
 /// How long there has to be nothing to do before the next start is prepared: that takes a processor for up to a millisecond, and the component that
 /// was started last needs it more until its guest runs.
 const QUIET: Duration = Duration::from_millis(4);
+
+/// How long a process that has hung up may take to be gone.
+const DYING: Duration = Duration::from_secs(1);
 
 struct Keeper {
     /// None while it waits for a successor.
@@ -449,12 +453,29 @@ fn end_all(components: Vec<Component>) {
     drop(components);
 }
 
+/// Takes a lock that `owner` had, unless another process has it by now.
+fn take(mut lock: &fs::File, owner: u32) -> bool {
+    // A process that is killed hangs up before it lets go of its locks, or after.
+    let deadline = Instant::now() + DYING;
+    loop {
+        if rustix::fs::flock(lock, FlockOperation::NonBlockingLockExclusive).is_ok() {
+            return true;
+        }
+        let mut holder = String::new();
+        let read = lock.rewind().and_then(|()| lock.take(16).read_to_string(&mut holder));
+        if read.is_err() || holder.trim() != owner.to_string() || Instant::now() > deadline {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
 /// Removes a file unless another one has taken its place, or somebody its lock.
 fn remove(file: &CleanFile) {
     // Numbers alone do not tell: the next manager locks the same file, and a socket that it makes may get the number of the one that it removed.
     let held = file.lock.as_ref().map(fs::File::open);
     if let Some(Ok(lock)) = &held
-        && rustix::fs::flock(lock, FlockOperation::NonBlockingLockExclusive).is_err()
+        && !take(lock, file.owner)
     {
         return;
     }

@@ -86,6 +86,9 @@ pub(super) struct CleanFile {
     /// Only while nobody holds the lock (flock(2)) in this file, which is taken meanwhile.
     #[serde(default)]
     pub(super) lock: Option<PathBuf>,
+    /// The process of the manager whose file it is.
+    #[serde(default)]
+    pub(super) owner: u32,
 }
 
 /// How a component came to its end.
