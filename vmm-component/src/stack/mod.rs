@@ -10,11 +10,12 @@
 //!
 //! What looks like one: it points into a page that can be executed, and that programs can get at if they can get at the page where the vCPU is, and right
 //! behind an instruction that calls. Or it is where an interrupt left off, as the processor pushes that (Intel SDM volume 3, "64-Bit Mode Stack Frame");
-//! the search goes on at the stack pointer that was pushed with it, or ends where that was a program's. Where a stack ends, it goes on with the one that the kernel left for it, as Linux
-//! notes that in the last word of its stacks for interrupts.
+//! the search goes on at the stack pointer that was pushed with it, or ends where that was a program's. Where a stack ends, it goes on with the one that
+//! the kernel left for it, as Linux notes that in the last word of its stacks for interrupts.
 //!
 //! Kernels are compiled without frame pointers as a rule. Then the search finds all calls that have not returned, and some that have: what they left on
-//! the stack has not been written over. The stack of a kernel is taken to end where those of Linux on x86-64 do, at a multiple of 16 KiB.
+//! the stack has not been written over. The stack of a kernel is taken to end where those of Linux on x86-64 do: one for interrupts at the end of the page
+//! with that word, any other at a multiple of 16 KiB.
 //!
 //! A guest may be hostile: nothing here goes on for longer than the bounds below, whatever registers and memory contain.
 
@@ -23,8 +24,14 @@ use crate::{machine::RegisterDump, paging::PageTables};
 /// The most frames that are told.
 const MOST_FRAMES: usize = 256;
 
-/// Alignment and size of the stacks of Linux kernels (THREAD_SIZE, IRQ_STACK_SIZE).
+/// Size of the stacks of Linux kernels (THREAD_SIZE, IRQ_STACK_SIZE), and alignment of those of tasks.
 const KERNEL_STACK: u64 = 16 << 10;
+/// Alignment of those for interrupts: they lie anywhere in a processor's own memory.
+const PAGE: u64 = 4 << 10;
+/// What comes back from a stack for interrupts: `pop %rsp`, and `leave` in older kernels.
+const BACK: [u8; 2] = [0x5c, 0xc9];
+/// How many bytes of instructions come before that, at most: calls of what notes that an interrupt began, of its handler, of what notes its end.
+const WAY_BACK: usize = 32;
 /// How far a program's stack is searched.
 const PROGRAM_STACK: u64 = 64 << 10;
 /// How many stacks that interrupts left are gone on with.
@@ -266,20 +273,29 @@ impl<V: View> Unwinder<'_, V> {
     }
 
     /// The stack pointer at which the kernel left another stack for the one that ends at `end`: Linux keeps it in the last word of those for interrupts.
+    /// Before that word there is where the call on that stack returns to, in order to leave it.
     fn switched_from(&self, end: u64) -> Option<u64> {
         if self.word != 8 || self.start.user {
             return None;
         }
-        let stack = self.read(end.checked_sub(8)?)?;
-        let is_kernels = stack >> 63 == 1 && stack.is_multiple_of(8) && self.end_of(stack) != end;
-        (is_kernels && self.read(stack).is_some()).then_some(stack)
+        let this_one = end.checked_sub(KERNEL_STACK)?..end;
+        let stack = self.read(end - 8)?;
+        let is_kernels = stack >> 63 == 1 && stack.is_multiple_of(8) && !this_one.contains(&stack);
+        let back = self.read(end - 16).filter(|_| is_kernels)?;
+        let mut text = [0; WAY_BACK];
+        let is_left =
+            self.follows_call(back) && self.view.read(back, &mut text) && text.iter().any(|byte| BACK.contains(byte));
+        (is_left && self.read(stack).is_some()).then_some(stack)
     }
 
     fn end_of(&self, stack: u64) -> u64 {
-        match self.start.user {
-            true => stack.saturating_add(PROGRAM_STACK),
-            false => (stack | (KERNEL_STACK - 1)).saturating_add(1),
+        if self.start.user {
+            return stack.saturating_add(PROGRAM_STACK);
         }
+        let behind = |size: u64| (stack | (size - 1)).saturating_add(1);
+        let mut pages = (0..KERNEL_STACK / PAGE).map(|n| behind(PAGE).saturating_add(n * PAGE));
+        let for_interrupts = pages.find(|end| self.switched_from(*end).is_some());
+        for_interrupts.unwrap_or_else(|| behind(KERNEL_STACK))
     }
 
     fn read(&self, address: u64) -> Option<u64> {

@@ -11,8 +11,9 @@ const TEXT: u64 = 0xffff_ffff_8100_0000;
 const TEXT_SIZE: u64 = 0x1000;
 const STACK: u64 = 0xffff_c900_0000_4000;
 const OTHER: u64 = 0xffff_c900_0001_0000;
+const BACK_FROM: u64 = 128;
 
-/// Text full of calls of five bytes, every 16 bytes, and some stacks.
+/// Text full of calls of five bytes, every 16 bytes, and some stacks. The calls from [`BACK_FROM`] on are followed by `pop %rsp`.
 struct Fake {
     stacks: Vec<(u64, Vec<u64>)>,
     user: bool,
@@ -30,7 +31,11 @@ impl Fake {
 
     fn byte(&self, address: u64) -> Option<u8> {
         if let Some(offset) = address.checked_sub(TEXT).filter(|offset| *offset < TEXT_SIZE) {
-            return Some(if offset % 16 == 0 { 0xe8 } else { 0x90 });
+            return Some(match (offset % 16, offset / 16) {
+                (0, _) => 0xe8,
+                (12, BACK_FROM..) => 0x5c,
+                _ => 0x90,
+            });
         }
         self.stacks.iter().find_map(|(base, words)| {
             let offset = address.checked_sub(*base)?;
@@ -212,18 +217,55 @@ fn small_kernels_have_no_programs() {
 fn an_interrupts_own_stack_leads_back_too() {
     let mut words = vec![0; 2048];
     words[4] = after(1);
-    words[2047] = OTHER + 16;
+    (words[2046], words[2047]) = (after(BACK_FROM), OTHER + 16);
     let mut fake = Fake::new(words);
     let mut other = vec![0; 2048];
     other[1] = after(2);
     other[2] = after(3);
     // Two stacks that lead to each other are not read for ever.
-    other[2047] = STACK;
+    (other[2046], other[2047]) = (after(BACK_FROM), STACK);
     fake.stacks.push((OTHER, other));
     let stack = unwind(&fake, &start(0), 64);
     let found: Vec<_> = stack.frames.iter().map(|frame| frame.address).collect();
-    assert_eq!(found, [TEXT + 0x10, after(1), after(3), after(1), after(3)]);
+    let (back, round) = (after(BACK_FROM), [after(1), after(BACK_FROM), after(3)]);
+    assert_eq!(found, [&[TEXT + 0x10], &round[..], &[back], &round, &[back]].concat());
     assert!(stack.end.contains("4 stacks were searched"), "{}", stack.end);
+}
+
+#[test]
+fn an_interrupts_own_stack_begins_at_any_page() {
+    // From the last page of 16 KiB on, over three pages of the next ones; a page is 512 words.
+    let words = |last: [u64; 2]| {
+        let mut words = vec![0; 4096];
+        words[2047 - 3] = after(1);
+        words[2048 + 7] = after(2);
+        words[2048 + 1534..2048 + 1536].copy_from_slice(&last);
+        // What is behind it is not part of it.
+        words[2048 + 1537] = after(5);
+        words
+    };
+    let found = |last, stack| {
+        let mut fake = Fake::new(words(last));
+        fake.stacks.push((OTHER, vec![0, 0, after(3), 0]));
+        let start = Start { stack, ..start(0) };
+        let frames = unwind(&fake, &start, 64).frames;
+        frames.iter().skip(1).map(|frame| frame.address).collect::<Vec<_>>()
+    };
+    let back = after(BACK_FROM);
+    let (before, behind) = (STACK + 8 * (2048 - 16), STACK + 8 * 2048);
+    assert_eq!(found([back, OTHER], before), [after(1), after(2), back, after(3)]);
+    assert_eq!(found([back, OTHER], behind), [after(2), back, after(3)]);
+    // A call that goes on on the same stack, an address of a program, one that is no stack pointer or not there, one on the same stack: no such end.
+    for last in [
+        [after(6), OTHER],
+        [back, 0x7fff_0000],
+        [back, OTHER + 1],
+        [back, OTHER + 8 * 4],
+        [back, behind],
+    ] {
+        assert_eq!(found(last, before), [after(1)], "{last:x?}");
+        assert_eq!(found(last, behind), [after(2), last[0], after(5)], "{last:x?}");
+    }
 }
 
 #[test]
