@@ -1,28 +1,12 @@
 //! Whether guests go on that no manager serves: their keepers' sockets are in the folder where the user's own manager keeps its state.
 
-use std::{
-    env, fs, io,
-    os::unix::net::UnixStream,
-    path::{Path, PathBuf},
-};
+use std::{fs, io, os::unix::net::UnixStream, path::Path};
 
-/// Where root's manager keeps its state, as any manager does without `--state` (docs/operation.md).
-const OF_ROOT: &str = "/var/lib/sepal";
+use sepal_schema::state;
 
 /// Whether a keeper of the user's own managers waits for the next one.
 pub(crate) fn waits() -> bool {
-    let variable = |name| env::var_os(name).map(PathBuf::from);
-    let uid = rustix::process::geteuid().as_raw();
-    folder(variable("XDG_STATE_HOME"), variable("HOME"), uid).is_some_and(|folder| waits_in(&folder.join("keepers")))
-}
-
-fn folder(state: Option<PathBuf>, home: Option<PathBuf>, uid: u32) -> Option<PathBuf> {
-    match (state, home) {
-        (Some(state), _) if state.is_absolute() => Some(state.join("sepal")),
-        _ if uid == 0 => Some(OF_ROOT.into()),
-        (_, Some(home)) if home.is_absolute() => Some(home.join(".local/state/sepal")),
-        _ => None,
-    }
+    state::default_path().is_some_and(|folder| waits_in(&folder.join(state::KEEPERS)))
 }
 
 fn waits_in(keepers: &Path) -> bool {
@@ -47,18 +31,6 @@ mod tests {
     use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
     use super::*;
-
-    #[test]
-    fn the_folder_is_the_managers() {
-        let path = |state: Option<&str>, home: Option<&str>, uid| {
-            let found = folder(state.map(PathBuf::from), home.map(PathBuf::from), uid);
-            found.map(|path| path.display().to_string())
-        };
-        assert_eq!(path(Some("/s"), Some("/h"), 7).as_deref(), Some("/s/sepal"));
-        assert_eq!(path(None, Some("/root"), 0).as_deref(), Some(OF_ROOT));
-        assert_eq!(path(Some("s"), Some("/h"), 7).as_deref(), Some("/h/.local/state/sepal"));
-        assert_eq!(path(None, Some("h"), 7), None);
-    }
 
     #[test]
     fn only_a_keeper_that_is_there_waits() {

@@ -14,15 +14,15 @@ use std::{
     rc::Rc,
 };
 
-use sepal_schema::error::{Error, Kind};
+use sepal_schema::{
+    error::{Error, Kind},
+    state,
+};
 
 use crate::{
     listener::{self, ListenError},
     lock::{Lock, LockError},
 };
-
-/// Where root's manager keeps its state unless told otherwise.
-const OF_ROOT: &str = "/var/lib/sepal";
 
 /// Why a folder cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -79,15 +79,12 @@ impl StateFolder {
         })
     }
 
-    /// Takes the user's own folder ([`default_path`]), and makes those that it is in.
+    /// Takes the user's own folder ([`state::default_path`]), and makes those that it is in.
     ///
     /// # Errors
     /// [`StateError`].
     pub fn open_default() -> Result<Self, StateError> {
-        let variable = |name| std::env::var_os(name).map(PathBuf::from);
-        let (state, home) = (variable("XDG_STATE_HOME"), variable("HOME"));
-        let uid = rustix::process::geteuid().as_raw();
-        let path = default_path(state.as_deref(), home.as_deref(), uid).ok_or(StateError::NoHome)?;
+        let path = state::default_path().ok_or(StateError::NoHome)?;
         if let Some(above) = path.parent() {
             let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(above);
             made.map_err(|error| ListenError::Io {
@@ -106,18 +103,7 @@ impl StateFolder {
 
     /// Where it is kept how the next manager finds the keepers of what goes on without this one. May not be there.
     pub fn keepers(&self) -> PathBuf {
-        self.path.join("keepers")
-    }
-}
-
-/// The folder of a user's manager: `sepal` in the folder for state (`$XDG_STATE_HOME`) where there is one; else `/var/lib/sepal` for root, and
-/// `~/.local/state/sepal` for anybody else with a home.
-pub fn default_path(state: Option<&Path>, home: Option<&Path>, uid: u32) -> Option<PathBuf> {
-    match (state, home) {
-        (Some(state), _) if state.is_absolute() => Some(state.join("sepal")),
-        _ if uid == 0 => Some(PathBuf::from(OF_ROOT)),
-        (_, Some(home)) if home.is_absolute() => Some(home.join(".local/state/sepal")),
-        _ => None,
+        self.path.join(state::KEEPERS)
     }
 }
 
@@ -153,19 +139,6 @@ impl Default for State {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_folder_is_the_users() {
-        let path = |state: Option<&str>, home: Option<&str>, uid| {
-            let path = default_path(state.map(Path::new), home.map(Path::new), uid);
-            path.map(|path| path.display().to_string())
-        };
-        assert_eq!(path(Some("/s"), Some("/h"), 7).as_deref(), Some("/s/sepal"));
-        assert_eq!(path(Some("/s"), None, 0).as_deref(), Some("/s/sepal"));
-        assert_eq!(path(None, Some("/root"), 0).as_deref(), Some("/var/lib/sepal"));
-        assert_eq!(path(Some("s"), Some("/h"), 7).as_deref(), Some("/h/.local/state/sepal"));
-        assert_eq!(path(None, Some("h"), 7), None);
-    }
 
     #[test]
     fn one_manager_at_a_time_has_it() {

@@ -21,6 +21,7 @@ pub mod info;
 pub mod news;
 pub mod report;
 pub mod socket;
+pub mod state;
 pub mod transport;
 
 pub use generated::{
