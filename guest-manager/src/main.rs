@@ -171,7 +171,7 @@ fn main() -> ExitCode {
     let passed = service::passed().context("taking sockets");
     // Before any thread is made, the log's included, so that none takes them.
     let signals = block_signals().context("taking signals");
-    raise_descriptor_limit();
+    sepal_runner::descriptors::raise_limit();
     let descriptors = DESCRIPTORS.max(u32::from(arguments.max_guests) * 16);
     if let Err(error) = sepal_runner::descriptors::reserve(descriptors) {
         eprintln!("guest-manager: making room for descriptors: {error}");
@@ -458,20 +458,6 @@ fn block_signals() -> std::io::Result<OwnedFd> {
     }
     // SAFETY: fresh, and owned by nothing else.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-/// Makes use of all descriptors that the system allows: each guest needs some.
-fn raise_descriptor_limit() {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
-    // Where this fails, what there is must do.
-    let _ = setrlimit(
-        Resource::Nofile,
-        Rlimit {
-            current: maximum,
-            maximum,
-        },
-    );
 }
 
 /// Starts the log. Where it goes to a file, standard error does from now on; returned is what it was before.

@@ -1,4 +1,4 @@
-//! Room in the process's table of descriptors, made while that costs nothing.
+//! How many descriptors the process may have, and room for them in its table, made while that costs nothing.
 //!
 //! The kernel begins with 64 places and doubles them as descriptors come. In a process of several threads each time waits until no processor reads
 //! the old table any more (`expand_fdtable` in the kernel's fs/file.c, which calls `synchronize_rcu`): 5 to 20 ms, in the middle of whatever
@@ -8,8 +8,21 @@ use std::{io, os::fd::RawFd};
 
 use rustix::{
     io::{Errno, fcntl_dupfd_cloexec},
-    process::{Resource, getrlimit},
+    process::{Resource, Rlimit, getrlimit, setrlimit},
 };
+
+/// Allows this process as many descriptors as the system lets it have.
+pub fn raise_limit() {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    // Fails only if what was read is not true any more; what there is has to do then.
+    let _ = setrlimit(
+        Resource::Nofile,
+        Rlimit {
+            current: maximum,
+            maximum,
+        },
+    );
+}
 
 /// Makes room for `count` descriptors, or as many as the process may have (`RLIMIT_NOFILE`). To be called before the first thread is made.
 ///
@@ -50,5 +63,12 @@ mod tests {
         }
         // More than anybody may have is no error.
         reserve(u32::MAX).unwrap();
+    }
+
+    #[test]
+    fn all_that_may_be_had_is_allowed() {
+        raise_limit();
+        let limit = getrlimit(Resource::Nofile);
+        assert_eq!(limit.current, limit.maximum);
     }
 }

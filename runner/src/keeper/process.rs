@@ -1,9 +1,7 @@
-//! The keeper's process before it serves: its descriptors, its session, its signals, its limits.
+//! The keeper's process before it serves: its descriptors, its session, its signals.
 
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
-
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::{KeeperError, system};
 
@@ -83,17 +81,4 @@ pub(super) fn do_not_spare(pid: u32) {
         // To raise it takes no privilege. It fails if the process has ended.
         let _ = fs::write(format!("/proc/{pid}/oom_score_adj"), "0");
     }
-}
-
-/// Allows itself as many descriptors as the system lets it: those of every durable component are kept here.
-pub(super) fn make_room() {
-    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
-    // Fails only if what was read is not true any more; what there is has to do then.
-    let _ = setrlimit(
-        Resource::Nofile,
-        Rlimit {
-            current: maximum,
-            maximum,
-        },
-    );
 }

@@ -19,6 +19,7 @@ use super::door::{Door, VERSION};
 use super::wire::{Channel, CleanFile, Ended, Event, MAX_LABEL, Received, Request, Spawn, State, WireError};
 use super::{KeeperError, OWN, process, say, system};
 use crate::cgroup::Groups;
+use crate::descriptors;
 use crate::outer::{Component, ComponentSpec, ExitStatus, Handles, Program, Runner, SpawnError};
 
 /// Runs the keeper on the connection that is its standard input, until that closes and nothing durable is left.
@@ -29,7 +30,8 @@ use crate::outer::{Component, ComponentSpec, ExitStatus, Handles, Program, Runne
 pub fn run() -> Result<(), KeeperError> {
     let connection = process::settle()?;
     let signals = process::catch_signals()?;
-    process::make_room();
+    // Those of every durable component are kept here.
+    descriptors::raise_limit();
     if let Ok(groups) = Groups::new() {
         let _ = groups.sweep();
     }
