@@ -4,7 +4,6 @@ use anyhow::Result;
 use sepal_schema::{
     cpu_capnp::cpu_controller,
     error::{Error, Outcome, read_completion},
-    guest_capnp::VcpuState,
     transport::Handle,
 };
 use serde::Serialize;
@@ -12,6 +11,7 @@ use serde::Serialize;
 use crate::{
     args::{Cpu, CpuOptions, PinOptions, PinVcpus, Pinned},
     calls,
+    figures::state_name,
     manager::Manager,
     place::Place,
     show,
@@ -158,16 +158,6 @@ async fn scheduler(controller: &cpu_controller::Client) -> Result<Scheduler> {
     }
 }
 
-/// The state as it is shown.
-pub(crate) fn state_name(state: VcpuState) -> &'static str {
-    match state {
-        VcpuState::Stopped => "stopped",
-        VcpuState::Running => "running",
-        VcpuState::Halted => "halted",
-        VcpuState::Paused => "paused",
-    }
-}
-
 /// Where a vCPU may run.
 fn places(vcpu: &Vcpu) -> String {
     table::or_dash(&show_cpus(&vcpu.cpus))
@@ -204,6 +194,8 @@ fn text(shown: &Shown) -> String {
 
 #[cfg(test)]
 mod tests {
+    use sepal_schema::guest_capnp::VcpuState;
+
     use super::*;
 
     #[test]
