@@ -12,26 +12,28 @@
 
 mod cause;
 mod lasting;
+mod remote;
 mod state;
 mod upkeep;
+mod waits;
 
 use std::{
     cell::{Cell, RefCell},
-    future::Future,
     rc::Rc,
 };
 
 use sepal_schema::{
     config::{GuestConfig, OnPanic},
     error::{Error, Kind},
-    guest_capnp::{guest as component_guest, power},
     info::{GuestDescriptor, GuestInfo, GuestStatus, Upkeep},
-    report::{Reason, StopReport},
-    transport::FdTable,
+    report::StopReport,
 };
 
 pub use self::cause::{Again, StopCause};
-use self::state::{Ended, Run, State};
+use self::{
+    remote::Remote,
+    state::{Ended, Run, State},
+};
 use crate::{
     access::Access,
     changed::Changed,
@@ -47,13 +49,6 @@ use crate::{
     statistics::Figures,
     vsock::listeners::Listeners,
 };
-
-/// The component's side of a guest.
-#[derive(Clone)]
-struct Remote {
-    guest: component_guest::Client,
-    fds: FdTable,
-}
 
 /// What a guest is created with.
 #[derive(Debug)]
@@ -168,128 +163,6 @@ impl Guest {
         self.state.look(|state| state.run.generation)
     }
 
-    /// Whether it has not ended.
-    pub fn live(&self) -> bool {
-        self.state.look(|state| state.ended.is_none())
-    }
-
-    /// Waits until it is created, or known not to be.
-    ///
-    /// # Errors
-    /// What kept it from being created.
-    pub async fn created(&self) -> Result<(), Error> {
-        self.state.until(|state| state.created.clone()).await
-    }
-
-    /// Whether its vCPUs run, or ran in this generation.
-    pub fn has_started(&self) -> bool {
-        self.state.look(|state| state.run.started)
-    }
-
-    /// Whether this generation was created.
-    pub fn is_created(&self) -> bool {
-        self.state.look(|state| state.run.created)
-    }
-
-    /// Whether it waits, or will, paused before its first instruction.
-    pub fn is_held(&self) -> bool {
-        self.state.look(|state| state.run.held)
-    }
-
-    /// Whether it was asked to shut down in this generation.
-    pub fn was_asked(&self) -> bool {
-        self.state.look(|state| state.run.asked)
-    }
-
-    /// Whether the generation has ended, and another is to follow.
-    pub fn is_restarting(&self) -> bool {
-        self.state.look(|state| state.run.over && state.ended.is_none())
-    }
-
-    /// Waits until its vCPUs run.
-    ///
-    /// # Errors
-    /// What kept them from running.
-    pub async fn started(&self) -> Result<(), Error> {
-        self.started_since(0).await
-    }
-
-    /// Waits until the vCPUs of this generation, or a later one, run.
-    ///
-    /// # Errors
-    /// As [`Guest::started`].
-    pub async fn started_since(&self, generation: u64) -> Result<(), Error> {
-        let started = |state: &mut State| {
-            if state.run.started && state.run.generation >= generation {
-                return Some(Ok(()));
-            }
-            let report = &state.ended.as_ref()?.report;
-            if matches!(report.reason, Reason::Shutdown | Reason::Reset) {
-                return Some(Ok(()));
-            }
-            Some(Err(report.error.clone().unwrap_or_else(|| {
-                Error::new(Kind::StartFailure, report.detail.clone())
-            })))
-        };
-        self.state.until(started).await
-    }
-
-    /// Waits until it has ended, and all that belonged to it is gone.
-    pub async fn ended(&self) -> StopReport {
-        let report = |state: &mut State| Some(state.ended.as_ref()?.report.clone());
-        self.state.until(report).await
-    }
-
-    /// Waits until the generation is over: none if another is to follow, or how the guest ended.
-    pub async fn over(&self, generation: u64) -> Option<StopReport> {
-        let over = |state: &mut State| match &state.ended {
-            Some(ended) => Some(Some(ended.report.clone())),
-            None => (state.run.generation > generation || state.run.over).then_some(None),
-        };
-        self.state.until(over).await
-    }
-
-    /// Asks for its vCPUs to be started as soon as it is created, also where it was to be held.
-    pub fn want_run(&self) {
-        self.state.change(|state| {
-            state.run.wanted = true;
-            state.run.held = false;
-        });
-    }
-
-    /// Whether its vCPUs are to be started.
-    pub fn run_is_wanted(&self) -> bool {
-        self.state.look(|state| state.run.wanted)
-    }
-
-    /// Waits until its vCPUs are to be started.
-    pub async fn run_wanted(&self) {
-        self.state.until(|state| state.run.wanted.then_some(())).await;
-    }
-
-    /// Has the generation end, and the next one begin. The first cause counts. Nothing comes of it before the vCPUs run.
-    pub fn want_again(&self, again: Again) {
-        self.state.change(|state| {
-            if state.run.started {
-                state.run.again_wanted.get_or_insert(again);
-            }
-        });
-    }
-
-    /// Why the generation is to give way to the next one, if it is.
-    pub fn again_cause(&self) -> Option<Again> {
-        self.state.look(|state| state.run.again_wanted)
-    }
-
-    /// Waits until the generation is to end: for good, or for the next one.
-    pub async fn end_wanted(&self) {
-        let wanted = |state: &mut State| {
-            let wanted = state.stop_wanted.is_some() || state.run.again_wanted.is_some();
-            wanted.then_some(())
-        };
-        self.state.until(wanted).await;
-    }
-
     /// Why it cannot begin again, if it cannot: something that it was given serves one run only.
     pub fn only_once(&self) -> Option<Error> {
         self.only_once.borrow().clone()
@@ -298,56 +171,6 @@ impl Guest {
     /// Whether it can begin again.
     pub(crate) fn set_only_once(&self, why: Option<Error>) {
         self.only_once.replace(why);
-    }
-
-    /// Stops it by force. The first cause counts. [`Guest::ended`] tells when it is done.
-    pub fn want_stop(&self, cause: StopCause) {
-        if !self.live() {
-            return;
-        }
-        let generation = self.generation();
-        self.manager
-            .registry(|registry, now| registry.stopping(self.id, generation, now));
-        self.state
-            .change(|state| state.stop_wanted.get_or_insert(cause).clone());
-    }
-
-    /// Why it is stopped by force, if it is.
-    pub fn stop_cause(&self) -> Option<StopCause> {
-        self.state.look(|state| state.stop_wanted.clone())
-    }
-
-    /// Waits until it is to be stopped by force.
-    pub async fn stop_wanted(&self) {
-        self.state
-            .until(|state| state.stop_wanted.is_some().then_some(()))
-            .await;
-    }
-
-    /// The component's side of it.
-    ///
-    /// # Errors
-    /// `NOT_CREATED` while it is being created, `NOT_RUNNING` when it has ended.
-    pub fn remote(&self) -> Result<component_guest::Client, Error> {
-        Ok(self.connected()?.guest)
-    }
-
-    /// The descriptors that travel with its component's messages.
-    ///
-    /// # Errors
-    /// As [`Guest::remote`].
-    pub fn component_fds(&self) -> Result<FdTable, Error> {
-        Ok(self.connected()?.fds)
-    }
-
-    fn connected(&self) -> Result<Remote, Error> {
-        self.check_live()?;
-        self.remote.borrow().clone().ok_or_else(|| {
-            Error::new(
-                Kind::NotCreated,
-                format!("guest \"{}\" is still being created", self.name),
-            )
-        })
     }
 
     /// Its context id; 0 if it has no socket device.
@@ -389,55 +212,6 @@ impl Guest {
         self.notes.replace(notes);
     }
 
-    /// Its power button and brakes.
-    ///
-    /// # Errors
-    /// As [`Guest::remote`].
-    pub fn power(&self) -> Result<power::Client, Error> {
-        Ok(self.remote()?.power_request().send().pipeline.get_power())
-    }
-
-    /// Whether it can still be asked for something.
-    ///
-    /// # Errors
-    /// `NOT_RUNNING`, saying how it ended.
-    pub fn check_live(&self) -> Result<(), Error> {
-        let ended = self
-            .state
-            .look(|state| state.ended.as_ref().map(|ended| ended.report.clone()));
-        ended.map_or(Ok(()), |report| Err(self.not_running(&report)))
-    }
-
-    /// The answer of its component to `call`; when there is none, because the guest ended meanwhile, how it ended.
-    ///
-    /// # Errors
-    /// `VMM_TERMINATED`, `NOT_RUNNING` (also of a guest that has begun again meanwhile), or what else kept the component from answering.
-    pub async fn answer<T>(&self, call: impl Future<Output = Result<T, capnp::Error>>) -> Result<T, Error> {
-        let generation = self.generation();
-        let broken = match call.await {
-            Ok(answer) => return Ok(answer),
-            Err(error) => error,
-        };
-        if broken.kind != capnp::ErrorKind::Disconnected {
-            self.check_live()?;
-            return Err(broken.into());
-        }
-        // The connection has ended, and with it the run, as soon as that is noticed.
-        let Some(report) = self.over(generation).await else {
-            let message = format!("guest \"{}\" began again before it could answer", self.name);
-            return Err(Error::new(Kind::NotRunning, message));
-        };
-        Err(match report.reason {
-            Reason::VmmTerminated => Error::new(Kind::VmmTerminated, report.detail),
-            _ => self.not_running(&report),
-        })
-    }
-
-    fn not_running(&self, report: &StopReport) -> Error {
-        let message = format!("guest \"{}\" has ended: {}", self.name, report.detail);
-        Error::new(Kind::NotRunning, message)
-    }
-
     /// All that is known about it. When its name has gone on to another, what was known at its end.
     pub fn info(&self) -> GuestInfo {
         let generation = self.generation();
@@ -462,11 +236,6 @@ impl Guest {
             detached: false,
             upkeep: Upkeep::default(),
         })
-    }
-
-    /// Its component has been given the task of creating it.
-    pub(crate) fn set_remote(&self, guest: component_guest::Client, fds: FdTable) {
-        *self.remote.borrow_mut() = Some(Remote { guest, fds });
     }
 
     /// All is over: its ports end.

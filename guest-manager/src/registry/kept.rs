@@ -16,7 +16,6 @@ use sepal_schema::{
 
 use super::{
     Origin, Registry,
-    crashes::Crashes,
     entry::{Entry, Phase, taken},
 };
 use crate::model::{EventKind, GuestId, Moment};
@@ -51,23 +50,8 @@ pub struct Claim {
 impl Entry {
     fn defined(id: GuestId, name: Rc<str>) -> Self {
         Self {
-            id,
-            name,
-            origin: Origin::Definition,
             phase: Phase::Defined,
-            generation: 0,
-            started_at: None,
-            shutdown_told: false,
-            paused: false,
-            detached: false,
-            upkeep: Upkeep::default(),
-            descriptor: None,
-            stop: None,
-            ended_as: 0,
-            component_pid: 0,
-            layers: Vec::new(),
-            failures: Vec::new(),
-            crashes: Crashes::default(),
+            ..Self::new(id, name, Origin::Definition)
         }
     }
 

@@ -1,0 +1,101 @@
+//! The component's side of a guest: how it is reached, and what is said when it cannot be.
+
+use std::future::Future;
+
+use sepal_schema::{
+    error::{Error, Kind},
+    guest_capnp::{guest as component_guest, power},
+    report::{Reason, StopReport},
+    transport::FdTable,
+};
+
+use super::Guest;
+
+/// The component's side of a guest.
+#[derive(Clone)]
+pub(super) struct Remote {
+    guest: component_guest::Client,
+    fds: FdTable,
+}
+
+impl Guest {
+    /// The component's side of it.
+    ///
+    /// # Errors
+    /// `NOT_CREATED` while it is being created, `NOT_RUNNING` when it has ended.
+    pub fn remote(&self) -> Result<component_guest::Client, Error> {
+        Ok(self.connected()?.guest)
+    }
+
+    /// The descriptors that travel with its component's messages.
+    ///
+    /// # Errors
+    /// As [`Guest::remote`].
+    pub fn component_fds(&self) -> Result<FdTable, Error> {
+        Ok(self.connected()?.fds)
+    }
+
+    fn connected(&self) -> Result<Remote, Error> {
+        self.check_live()?;
+        self.remote.borrow().clone().ok_or_else(|| {
+            Error::new(
+                Kind::NotCreated,
+                format!("guest \"{}\" is still being created", self.name),
+            )
+        })
+    }
+
+    /// Its component has been given the task of creating it.
+    pub(crate) fn set_remote(&self, guest: component_guest::Client, fds: FdTable) {
+        *self.remote.borrow_mut() = Some(Remote { guest, fds });
+    }
+
+    /// Its power button and brakes.
+    ///
+    /// # Errors
+    /// As [`Guest::remote`].
+    pub fn power(&self) -> Result<power::Client, Error> {
+        Ok(self.remote()?.power_request().send().pipeline.get_power())
+    }
+
+    /// Whether it can still be asked for something.
+    ///
+    /// # Errors
+    /// `NOT_RUNNING`, saying how it ended.
+    pub fn check_live(&self) -> Result<(), Error> {
+        let ended = self
+            .state
+            .look(|state| state.ended.as_ref().map(|ended| ended.report.clone()));
+        ended.map_or(Ok(()), |report| Err(self.not_running(&report)))
+    }
+
+    /// The answer of its component to `call`; when there is none, because the guest ended meanwhile, how it ended.
+    ///
+    /// # Errors
+    /// `VMM_TERMINATED`, `NOT_RUNNING` (also of a guest that has begun again meanwhile), or what else kept the component from answering.
+    pub async fn answer<T>(&self, call: impl Future<Output = Result<T, capnp::Error>>) -> Result<T, Error> {
+        let generation = self.generation();
+        let broken = match call.await {
+            Ok(answer) => return Ok(answer),
+            Err(error) => error,
+        };
+        if broken.kind != capnp::ErrorKind::Disconnected {
+            self.check_live()?;
+            return Err(broken.into());
+        }
+        // The connection has ended, and with it the run, as soon as that is noticed.
+        let Some(report) = self.over(generation).await else {
+            let message = format!("guest \"{}\" began again before it could answer", self.name);
+            return Err(Error::new(Kind::NotRunning, message));
+        };
+        Err(match report.reason {
+            Reason::VmmTerminated => Error::new(Kind::VmmTerminated, report.detail),
+            _ => self.not_running(&report),
+        })
+    }
+
+    fn not_running(&self, report: &StopReport) -> Error {
+        let message = format!("guest \"{}\" has ended: {}", self.name, report.detail);
+        Error::new(Kind::NotRunning, message)
+    }
+}
