@@ -7,7 +7,7 @@ use sepal_schema::{
 };
 use sepal_tests::{kvm_missing, process, until};
 
-use crate::scene::{PROMPT, Scene, file};
+use crate::scene::{PROMPT, Scene};
 
 #[test]
 fn a_guest_that_is_being_created_is_created_by_the_next_manager() {
@@ -16,17 +16,8 @@ fn a_guest_that_is_being_created_is_created_by_the_next_manager() {
     }
     let mut scene = Scene::new();
     scene.launch(Scene::config("bee"));
-    let (kernel, initrd) = scene.world.slow_to_create();
-    let mut config = Scene::config("slow");
-    config.memory_mib = 1200;
-    config.kernel = file(&kernel);
-    config.initrd = file(&initrd);
-    let mut request = scene.rpc.manager.launch_request();
-    config
-        .encode(request.get().init_config(), &scene.rpc.connection.fds())
-        .unwrap();
-    request.get().set_detach(true);
-    let mut launched = Box::pin(request.send().promise);
+    let files = scene.world.slow_to_create();
+    let mut launched = scene.send_slow_launch("slow", &files);
     // Held in the middle of it, so that it is not faster than the test.
     let component = until("its component creates it", || {
         assert!(

@@ -4,7 +4,7 @@ use std::{
     cell::RefCell,
     collections::BTreeMap,
     os::fd::OwnedFd,
-    path::Path,
+    path::{Path, PathBuf},
     process::Command,
     rc::Rc,
     sync::{Mutex, MutexGuard, PoisonError},
@@ -15,6 +15,7 @@ use sepal_schema::{
     config::{self, GuestConfig},
     guest_capnp::{event, event_sink, guest},
     info::{GuestInfo, GuestStatus},
+    manager_capnp::guest_manager,
     report::Reason,
     transport::guard,
 };
@@ -30,6 +31,10 @@ const LOG: &str = "managers.log";
 
 /// What the embedded guest prints when it waits for a command.
 pub(crate) const PROMPT: &str = "sepal> ";
+
+/// What a launch will be answered.
+pub(crate) type SlowLaunch =
+    capnp::capability::Promise<capnp::capability::Response<guest_manager::launch_result::Owned>, capnp::Error>;
 
 /// The world.
 pub(crate) struct Scene {
@@ -87,6 +92,22 @@ impl Scene {
         let launched = self.rpc.launch(config, true).unwrap();
         self.note_keepers();
         launched.guest
+    }
+
+    /// Sends the launch of a guest that is slow to create, of these files (`World::slow_to_create`), and returns what will be its answer.
+    pub(crate) fn send_slow_launch(&self, name: &str, (kernel, initrd): &(PathBuf, PathBuf)) -> SlowLaunch {
+        let config = GuestConfig {
+            memory_mib: 1200,
+            kernel: file(kernel),
+            initrd: file(initrd),
+            ..Self::config(name)
+        };
+        let mut request = self.rpc.manager.launch_request();
+        config
+            .encode(request.get().init_config(), &self.rpc.connection.fds())
+            .unwrap();
+        request.get().set_detach(true);
+        request.send().promise
     }
 
     /// What the manager tells of a guest.
@@ -262,7 +283,7 @@ fn start_manager(world: &mut World, manager: &Path) {
 }
 
 /// A file that is passed as a descriptor.
-pub(crate) fn file(path: &Path) -> config::File {
+fn file(path: &Path) -> config::File {
     let fd: OwnedFd = std::fs::File::open(path).unwrap().into();
     config::File::Fd(fd)
 }

@@ -18,7 +18,7 @@ use sepal_tests::{kvm_missing, program};
 
 use crate::{
     printer,
-    scene::{PROMPT, Scene, file},
+    scene::{PROMPT, Scene},
 };
 
 /// The structs that grow, and the files that they are in.
@@ -174,7 +174,7 @@ fn guests_go_on_from_one_version_to_the_next_and_back() {
         scene.launch(config);
         scene.until_running(&name);
     }
-    let (kernel, initrd) = scene.world.slow_to_create();
+    let files = scene.world.slow_to_create();
     let (mut position, mut next) = (0, 0);
     for (round, version) in [&new, &old].into_iter().enumerate() {
         let text = scene.lines("printer", &mut position, 20);
@@ -182,16 +182,7 @@ fn guests_go_on_from_one_version_to_the_next_and_back() {
         let (events, before) = (scene.events(), scene.info("one"));
         // One is being created.
         let slow = format!("slow{round}");
-        let mut config = Scene::config(&slow);
-        config.memory_mib = 1200;
-        config.kernel = file(&kernel);
-        config.initrd = file(&initrd);
-        let mut request = scene.rpc.manager.launch_request();
-        config
-            .encode(request.get().init_config(), &scene.rpc.connection.fds())
-            .unwrap();
-        request.get().set_detach(true);
-        let mut launched = Box::pin(request.send().promise);
+        let mut launched = scene.send_slow_launch(&slow, &files);
         sepal_tests::until("it is being created", || {
             assert!(
                 scene.rpc.poll(&mut launched).is_none(),
