@@ -124,7 +124,7 @@ struct GuestInfo {
   uptimeNs @3 :UInt64;
   # Nanoseconds since the vCPUs started; 0 unless the guest runs.
   descriptor @4 :GuestDescriptor;
-  # Null before the first creation.
+  # As it was created; of a defined guest that does not run and whose definition was replaced since: what it would be created as. Null before the first creation.
   stop @5 :StopReport;
   # How it ended the last time; null if it has not yet.
   problems @6 :List(Text);
@@ -150,6 +150,8 @@ struct GuestInfo {
   # How many runs in a row have failed.
   leaseEndsMs @17 :UInt32;
   # Milliseconds until it is stopped unless its lease, which outlived the manager, is redeemed; 0: it is not waited for.
+  restart @18 :GuestConfig.Restart;
+  # What follows when it ends by itself. Null: nothing, or its manager is one that does not tell.
 }
 
 struct CrashReport {

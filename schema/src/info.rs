@@ -3,6 +3,7 @@
 use uuid::Uuid;
 
 use crate::{
+    config::Restart,
     error::{Error, cut},
     guest_capnp,
     report::StopReport,
@@ -47,7 +48,7 @@ pub struct GuestInfo {
     pub generation: u64,
     /// Nanoseconds since the vCPUs started.
     pub uptime_ns: u64,
-    /// What it is made of; none before the first creation.
+    /// What it is made of, or would be when it is started next; none before the first creation.
     pub descriptor: Option<GuestDescriptor>,
     /// How it ended the last time; none if it has not yet.
     pub stop: Option<StopReport>,
@@ -82,6 +83,8 @@ pub struct Upkeep {
     pub failures: u32,
     /// Milliseconds until it is stopped unless its lease is redeemed; 0 where that is not waited for.
     pub lease_ends_ms: u32,
+    /// What follows when it ends by itself.
+    pub restart: Restart,
 }
 
 /// Most problems that are told at a time.
@@ -131,6 +134,9 @@ impl GuestInfo {
         to.set_restarts(upkeep.restarts);
         to.set_failures(upkeep.failures);
         to.set_lease_ends_ms(upkeep.lease_ends_ms);
+        if upkeep.restart != Restart::default() {
+            upkeep.restart.write(to.init_restart());
+        }
     }
 
     /// Reads the information out of a message. A status that this version does not know reads as not started, and a UUID that is none as none.
@@ -162,6 +168,8 @@ impl GuestInfo {
                 restarts: from.get_restarts(),
                 failures: from.get_failures(),
                 lease_ends_ms: from.get_lease_ends_ms(),
+                // A policy that this version does not know is told as none.
+                restart: Restart::read(from.get_restart()?).unwrap_or_default(),
             },
         })
     }
@@ -247,7 +255,10 @@ fn length(of: usize) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::{Reason, Rung};
+    use crate::{
+        config::RestartPolicy,
+        report::{Reason, Rung},
+    };
 
     #[test]
     fn a_jail_of_countless_layers_is_cut() {
@@ -304,6 +315,11 @@ mod tests {
                 restarts: 3,
                 failures: 2,
                 lease_ends_ms: 1,
+                restart: Restart {
+                    policy: RestartPolicy::Always,
+                    attempts: 3,
+                    ..Restart::default()
+                },
             },
         };
         let bare = GuestInfo {

@@ -64,6 +64,38 @@ fn resolved(milliseconds: u32, default: Duration) -> Duration {
 }
 
 impl Restart {
+    /// Reads it out of a message.
+    ///
+    /// # Errors
+    /// `BAD_CONFIG` about `restart.policy` or `restart.maxDelayMs`.
+    pub(crate) fn read(from: restart::Reader<'_>) -> Result<Self, Error> {
+        let restart = Self {
+            policy: from.get_policy().map_err(|_| unknown("restart.policy"))?,
+            attempts: from.get_attempts(),
+            delay_ms: from.get_delay_ms(),
+            max_delay_ms: from.get_max_delay_ms(),
+            healthy_ms: from.get_healthy_ms(),
+        };
+        if restart.max_delay_ms != 0 && Duration::from_millis(restart.max_delay_ms.into()) < restart.delay() {
+            let message = format!(
+                "restart.maxDelayMs is {}, less than the first delay of {} ms",
+                restart.max_delay_ms,
+                restart.delay().as_millis()
+            );
+            return Err(Error::bad_config("restart.maxDelayMs", message));
+        }
+        Ok(restart)
+    }
+
+    /// Writes it into a message.
+    pub(crate) fn write(&self, mut to: restart::Builder<'_>) {
+        to.set_policy(self.policy);
+        to.set_attempts(self.attempts);
+        to.set_delay_ms(self.delay_ms);
+        to.set_max_delay_ms(self.max_delay_ms);
+        to.set_healthy_ms(self.healthy_ms);
+    }
+
     /// How many failed runs in a row are followed by another, with the default resolved.
     pub fn attempts(&self) -> u32 {
         if self.attempts == 0 {
@@ -101,7 +133,7 @@ pub struct Pin {
 /// Reads all of it; `to` has its number of vCPUs already.
 pub(super) fn decode(config: guest_config::Reader<'_>, to: &mut GuestConfig) -> Result<(), Error> {
     to.uuid = uuid(config.get_uuid()?)?;
-    to.restart = restart(config.get_restart()?)?;
+    to.restart = Restart::read(config.get_restart()?)?;
     to.durable = config.get_durable();
     to.pins = pins(config, to.cpus())?;
     Ok(())
@@ -119,25 +151,6 @@ fn uuid(from: &[u8]) -> Result<Option<Uuid>, Error> {
         Ok(uuid) if uuid.is_nil() => Err(Error::bad_config("uuid", "the UUID is all zero, which stands for none")),
         Ok(uuid) => Ok(Some(uuid)),
     }
-}
-
-fn restart(from: restart::Reader<'_>) -> Result<Restart, Error> {
-    let restart = Restart {
-        policy: from.get_policy().map_err(|_| unknown("restart.policy"))?,
-        attempts: from.get_attempts(),
-        delay_ms: from.get_delay_ms(),
-        max_delay_ms: from.get_max_delay_ms(),
-        healthy_ms: from.get_healthy_ms(),
-    };
-    if restart.max_delay_ms != 0 && Duration::from_millis(restart.max_delay_ms.into()) < restart.delay() {
-        let message = format!(
-            "restart.maxDelayMs is {}, less than the first delay of {} ms",
-            restart.max_delay_ms,
-            restart.delay().as_millis()
-        );
-        return Err(Error::bad_config("restart.maxDelayMs", message));
-    }
-    Ok(restart)
 }
 
 fn pins(config: guest_config::Reader<'_>, vcpus: u8) -> Result<Vec<Pin>, Error> {
@@ -177,13 +190,7 @@ pub(super) fn encode(config: &GuestConfig, mut to: guest_config::Builder<'_>) ->
         to.set_uuid(uuid.as_bytes());
     }
     if config.restart != Restart::default() {
-        let from = config.restart;
-        let mut to = to.reborrow().init_restart();
-        to.set_policy(from.policy);
-        to.set_attempts(from.attempts);
-        to.set_delay_ms(from.delay_ms);
-        to.set_max_delay_ms(from.max_delay_ms);
-        to.set_healthy_ms(from.healthy_ms);
+        config.restart.write(to.reborrow().init_restart());
     }
     to.set_durable(config.durable);
     if !config.pins.is_empty() {
