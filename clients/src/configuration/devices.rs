@@ -171,7 +171,7 @@ fn share(from: &Section<'_>) -> Option<Share> {
 
 fn vhost_user(from: &Section<'_>) -> Option<VhostUser> {
     let device_type = from.needed("type", |key| {
-        from.number_or_word(key, "deviceType", specs::parse_device_type)
+        from.number_or_word(key, "deviceType", 0..=u16::MAX.into(), specs::parse_device_type)
     });
     let socket = from.needed("socket", |key| from.socket(key, "backend"));
     let queues = from.number("queues", "queues", 1..=MAX_VHOST_USER_QUEUES.into());

@@ -76,8 +76,12 @@ impl<'a> Scalar<'a> {
     fn of(value: &'a DeValue<'a>) -> Self {
         match value {
             DeValue::String(text) => Self::Text(text),
-            DeValue::Integer(integer) => i128::from_str_radix(integer.as_str(), integer.radix())
-                .map_or(Self::Other("an integer past all bounds"), Self::Number),
+            // One past all bounds is past those of any field.
+            DeValue::Integer(integer) => Self::Number(match i128::from_str_radix(integer.as_str(), integer.radix()) {
+                Ok(number) => number,
+                Err(_) if integer.as_str().starts_with('-') => i128::MIN,
+                Err(_) => i128::MAX,
+            }),
             DeValue::Float(float) => float.as_str().parse().map_or(Self::Other("a float"), Self::Fraction),
             DeValue::Boolean(flag) => Self::Flag(*flag),
             DeValue::Datetime(_) => Self::Other("a date"),
@@ -193,15 +197,8 @@ impl<'a> Section<'a> {
         field: &str,
         possible: RangeInclusive<u64>,
     ) -> Option<T> {
-        let (first, last) = (*possible.start(), *possible.end());
         self.scalar(key, field, |scalar| match scalar {
-            Scalar::Number(number) => {
-                let fits = (i128::from(first)..=i128::from(last))
-                    .contains(&number)
-                    .then_some(number);
-                let number = fits.and_then(|number| T::try_from(number).ok());
-                number.ok_or_else(|| format!("'{key}' is one of {first} to {last}"))
-            }
+            Scalar::Number(number) => within(key, number, possible),
             other => Err(other.instead(key, "a whole number")),
         })
     }
@@ -237,10 +234,11 @@ impl<'a> Section<'a> {
         &self,
         key: &'static str,
         field: &str,
+        possible: RangeInclusive<u64>,
         parse: impl FnOnce(&str) -> Result<T, String>,
     ) -> Option<T> {
         self.scalar(key, field, |scalar| match scalar {
-            Scalar::Number(number) => T::try_from(number).map_err(|_| format!("'{key}' cannot be {number}")),
+            Scalar::Number(number) => within(key, number, possible),
             Scalar::Text(text) => parse(text),
             other => Err(other.instead(key, "a number or a string")),
         })
@@ -249,7 +247,7 @@ impl<'a> Section<'a> {
     /// Bytes: a number, or a string with a unit.
     pub(super) fn bytes(&self, key: &'static str, field: &str) -> Option<u64> {
         self.scalar(key, field, |scalar| match scalar {
-            Scalar::Number(number) => u64::try_from(number).map_err(|_| format!("{number} is no size")),
+            Scalar::Number(number) => within(key, number, 0..=u64::MAX),
             Scalar::Text(text) => parse_bytes(text),
             other => Err(other.instead(key, "bytes, or a string with a unit, as \"64M\"")),
         })
@@ -257,25 +255,24 @@ impl<'a> Section<'a> {
 
     /// MiB: a number, or a string with a unit. At least one, at most `most`.
     pub(super) fn mib(&self, key: &'static str, field: &str, most: u64) -> Option<u64> {
-        let within = |mib: u64| match mib {
-            0 => Err(format!("'{key}' is at least one MiB")),
-            mib if mib > most => Err(format!("'{key}' is {mib} MiB; at most {most} are possible")),
-            mib => Ok(mib),
-        };
+        let possible =
+            |mib: i128| within(key, mib, 1..=most).map_err(|message| format!("{message} MiB, and this is {mib}"));
         self.scalar(key, field, |scalar| match scalar {
-            Scalar::Number(number) => u64::try_from(number)
-                .map_err(|_| format!("{number} is no size"))
-                .and_then(within),
-            Scalar::Text(text) => parse_mib(text).and_then(within),
+            Scalar::Number(number) => possible(number),
+            Scalar::Text(text) => parse_mib(text).and_then(|mib| possible(mib.into())),
             other => Err(other.instead(key, "MiB, or a string with a unit, as \"512M\"")),
         })
     }
 
     /// Milliseconds: a number of seconds, or a string with a unit.
     pub(super) fn milliseconds(&self, key: &'static str, field: &str) -> Option<u32> {
+        let of_number = |seconds: String| {
+            parse_milliseconds(&seconds)
+                .map_err(|_| format!("'{key}' is a time of 1ms to 49d, and this is {seconds} s"))
+        };
         self.scalar(key, field, |scalar| match scalar {
-            Scalar::Number(seconds) => parse_milliseconds(&seconds.to_string()),
-            Scalar::Fraction(seconds) => parse_milliseconds(&seconds.to_string()),
+            Scalar::Number(seconds) => of_number(seconds.to_string()),
+            Scalar::Fraction(seconds) => of_number(seconds.to_string()),
             Scalar::Text(text) => parse_milliseconds(text),
             other => Err(other.instead(key, "seconds, or a string with a unit, as \"100ms\"")),
         })
@@ -356,16 +353,14 @@ impl<'a> Section<'a> {
         if !matches!(self.table?.get(key)?.get_ref(), DeValue::Array(_)) {
             return self.word(key, field, parse);
         }
-        Some(
-            self.list(key, field, "an array", |entry, _| match Scalar::of(entry.get_ref()) {
-                Scalar::Number(number) if u16::try_from(number).is_ok() => u16::try_from(number).ok(),
-                other => {
-                    let message = other.instead(key, "numbers of processors");
-                    self.reading.wrong(entry.span(), message);
-                    None
-                }
-            }),
-        )
+        let number = |entry: &'a Spanned<DeValue<'a>>, _| {
+            let number = match Scalar::of(entry.get_ref()) {
+                Scalar::Number(number) => within(key, number, 0..=u16::MAX.into()),
+                other => Err(other.instead(key, "numbers of processors")),
+            };
+            number.map_err(|message| self.reading.wrong(entry.span(), message)).ok()
+        };
+        Some(self.list(key, field, "an array", number))
     }
 
     /// A list of tables.
@@ -450,6 +445,16 @@ impl Drop for Section<'_> {
             }
         }
     }
+}
+
+/// A number as its type, if it is possible.
+fn within<T: TryFrom<i128>>(key: &str, number: i128, possible: RangeInclusive<u64>) -> Result<T, String> {
+    let (first, last) = (*possible.start(), *possible.end());
+    let fits = (i128::from(first)..=i128::from(last))
+        .contains(&number)
+        .then_some(number);
+    let number = fits.and_then(|number| T::try_from(number).ok());
+    number.ok_or_else(|| format!("'{key}' is one of {first} to {last}"))
 }
 
 /// What is said of a key that is not known.

@@ -14,6 +14,8 @@ use sepal_schema::{
     error::{Error, Kind},
 };
 
+mod numbers;
+
 use super::*;
 
 fn naming() -> Naming {
@@ -206,15 +208,9 @@ fn everything_that_is_wrong_is_told_in_the_order_of_the_file() {
 #[test]
 fn values_of_the_wrong_kind_are_told_by_name() {
     for (text, words) in [
-        ("cpus = 65", "'cpus' is one of 1 to 64"),
-        ("cpus = 0", "'cpus' is one of 1 to 64"),
         ("cpus = \"2\"", "'cpus' needs a whole number, and this is a string"),
-        ("cpus = 99999999999999999999", "1:8"),
         ("name = 1979-05-27", "this is a date"),
         ("durable = 1", "'durable' needs true or false"),
-        ("memory = 0", "at least one MiB"),
-        ("memory = -1", "no size"),
-        ("memory = \"9999T\"", "at most 2147483647"),
         ("uuid = \"web\"", "is no UUID"),
         ("disk = \"a.img\"", "an array of tables ([[disk]])"),
         (
@@ -227,13 +223,11 @@ fn values_of_the_wrong_kind_are_told_by_name() {
         ("watchdog = \"bark\"", "'bark'"),
         ("cmdline-add = [1]", "'cmdline-add' needs strings"),
         ("[restart]\ndelay = 1", "'policy' is missing"),
-        ("[restart]\npolicy = \"always\"\ndelay = 0", "1ms is the least"),
         ("[restart]\npolicy = \"always\"\ndelay = inf", "web.toml:3:9"),
         ("[[net]]\nkind = \"bridge\"", "the bridge's 'name'"),
         ("[[net]]\nkind = \"user\"\nname = \"x\"", "has no 'name'"),
-        ("[[net]]\nmtu = 10", "68 to 65520"),
         ("[[net]]\nkind = \"user\"\nmac = \"1\"", "is no address"),
-        ("[[pin]]\nvcpu = 0\ncpus = [70000]", "numbers of processors"),
+        ("[[pin]]\nvcpu = 0\ncpus = [0.5]", "numbers of processors"),
         ("[[pin]]\nvcpu = 0", "'cpus' is missing"),
         (
             "[[vhost-user]]\ntype = \"toaster\"\nsocket = \"/x\"",
