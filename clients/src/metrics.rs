@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   guests: the metrics, their names and units --> text: the format --> standard output
-//!   listen: where                                               '----> http, to whoever asks on this machine
+//!   listen: where                                               '----> http, to whoever asks on this machine (scrapers)
 //! ```
 //!
 //! A server goes on while there is no guest manager, and says so (`sepal_up 0`); it finds the next one by itself.
@@ -10,18 +10,21 @@
 mod guests;
 mod http;
 pub(crate) mod listen;
+mod scrapers;
 mod text;
 
 use std::{
     io,
     os::fd::{AsFd, OwnedFd},
+    pin::pin,
     rc::Rc,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result};
 use futures::{
-    AsyncReadExt, AsyncWriteExt, FutureExt, StreamExt, lock::Mutex, pin_mut, select, stream::FuturesUnordered,
+    AsyncReadExt, AsyncWriteExt, FutureExt, StreamExt, future::select, lock::Mutex, pin_mut, select,
+    stream::FuturesUnordered,
 };
 use sepal_schema::transport::{AsyncFd, Handle, reactor::Direction};
 
@@ -29,6 +32,7 @@ use self::{
     guests::Snapshot,
     http::{Refusal, Request},
     listen::{Listen, Socket},
+    scrapers::{Scrapers, Served, Stage},
 };
 use crate::{
     args, calls, figures,
@@ -37,7 +41,7 @@ use crate::{
     show, status, terminal,
 };
 
-/// Scrapers at a time; others wait until one has gone.
+/// Scrapers at a time; others wait until one has gone, or has to.
 const MOST_SCRAPERS: usize = 64;
 /// How long a scraper may take to ask, and then to listen.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -140,31 +144,50 @@ async fn serve(handle: &Handle, place: &Place, at: &Listen) -> Result<()> {
         state: Mutex::default(),
     };
     say!("metrics are served on {}", socket.at);
-    let mut scrapers = FuturesUnordered::new();
+    let (scrapers, mut served) = (Scrapers::new(MOST_SCRAPERS), FuturesUnordered::new());
+    let sleep = |until: Option<Instant>| async move {
+        match until {
+            Some(then) => handle.sleep(then.saturating_duration_since(Instant::now())).await,
+            None => std::future::pending().await,
+        }
+    };
     let ended = ending.next().fuse();
     pin_mut!(ended);
     loop {
-        let full = scrapers.len() >= MOST_SCRAPERS;
         let next = async {
-            match full {
-                true => std::future::pending().await,
-                false => accept(&listener).await,
-            }
+            // Nobody has to go before there is somebody to make room for.
+            knocked(&listener).await?;
+            scrapers.until_room(sleep).await;
+            accept(&listener).await
         }
         .fuse();
         pin_mut!(next);
         select! {
             stream = next => match stream.and_then(|stream| handle.register(stream)) {
-                Ok(stream) => scrapers.push(scrape(&source, stream, on_port)),
+                Ok(stream) => {
+                    let (one, go) = scrapers.enter(Instant::now());
+                    let scrape = scrape(&source, stream, on_port, one);
+                    served.push(async { drop(select(pin!(scrape), go).await) });
+                }
                 Err(error) => {
                     say!("guest: a connection could not be taken: {error}");
                     handle.sleep(PAUSE).await;
                 }
             },
-            () = scrapers.select_next_some() => {}
+            () = served.select_next_some() => {}
             ended = ended => return ended.context("waiting for signals"),
         }
     }
+}
+
+/// Waits until somebody wants to be served.
+async fn knocked(listener: &AsyncFd<OwnedFd>) -> io::Result<()> {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let knocked = |fd: &OwnedFd| match poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&Timespec::default()))? {
+        0 => Err(io::ErrorKind::WouldBlock.into()),
+        _ => Ok(()),
+    };
+    listener.io(Direction::Read, knocked).await
 }
 
 async fn accept(listener: &AsyncFd<OwnedFd>) -> io::Result<OwnedFd> {
@@ -175,17 +198,22 @@ async fn accept(listener: &AsyncFd<OwnedFd>) -> io::Result<OwnedFd> {
 }
 
 /// Answers one scraper, whatever becomes of it.
-async fn scrape(source: &Source<'_>, mut stream: AsyncFd<OwnedFd>, on_port: bool) {
+async fn scrape(source: &Source<'_>, mut stream: AsyncFd<OwnedFd>, on_port: bool, served: Served) {
     let handle = source.handle;
-    let answer = match handle.timeout(PATIENCE, read(&mut stream, on_port)).await {
-        Ok(Some(Request::Metrics { head })) => match source.text().await {
+    let mut bytes = Vec::with_capacity(1024);
+    let request = handle.timeout(PATIENCE, read(&mut stream, on_port, &mut bytes)).await;
+    served.goes_on(Stage::Waits, Instant::now());
+    let head = http::is_head(&bytes);
+    let answer = match request {
+        Ok(Some(Request::Metrics)) => match source.text().await {
             Ok(text) => http::metrics(&text, head),
-            Err(refusal) => http::refusal(refusal),
+            Err(refusal) => http::refusal(refusal, head),
         },
-        Ok(Some(Request::Refused(refusal))) => http::refusal(refusal),
+        Ok(Some(Request::Refused(refusal))) => http::refusal(refusal, head),
         Ok(None) => return,
-        Err(_) => http::refusal(Refusal::TooLate),
+        Err(_) => http::refusal(Refusal::TooLate, head),
     };
+    served.goes_on(Stage::Hears, Instant::now());
     let tell = async {
         stream.write_all(&answer).await?;
         stream.close().await?;
@@ -198,9 +226,8 @@ async fn scrape(source: &Source<'_>, mut stream: AsyncFd<OwnedFd>, on_port: bool
     let _ = handle.timeout(PATIENCE, tell).await;
 }
 
-/// Reads a request; none if the scraper has gone before it was complete.
-async fn read(stream: &mut AsyncFd<OwnedFd>, on_port: bool) -> Option<Request> {
-    let mut bytes = Vec::with_capacity(1024);
+/// Reads a request into `bytes`; none if the scraper has gone before it was complete.
+async fn read(stream: &mut AsyncFd<OwnedFd>, on_port: bool, bytes: &mut Vec<u8>) -> Option<Request> {
     loop {
         let mut buffer = [0; 1024];
         let room = (http::MOST - bytes.len()).min(buffer.len());
@@ -209,7 +236,7 @@ async fn read(stream: &mut AsyncFd<OwnedFd>, on_port: bool) -> Option<Request> {
             Ok(length) => bytes.extend_from_slice(&buffer[..length]),
         }
         // At the longest it is answered, whatever it is: there is always room here.
-        if let Some(request) = http::read(&bytes, on_port) {
+        if let Some(request) = http::read(bytes, on_port) {
             return Some(request);
         }
     }

@@ -177,10 +177,15 @@ fn scrapers_of_this_machine_are_served() {
         ("GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", "404"),
         ("POST /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n", "405"),
         ("GET /metrics HTTP/1.1\r\nHost: elsewhere.example\r\n\r\n", "403"),
+        ("HEAD / HTTP/1.1\r\nHost: localhost\r\n\r\n", "404"),
+        ("HEAD /metrics HTTP/1.1\r\nHost: elsewhere.example\r\n\r\n", "403"),
+        ("HEAD /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n", "200"),
+        ("HEAD /metrics nonsense\r\n\r\n", "400"),
         ("nonsense\r\n\r\n", "400"),
     ] {
-        let (head, _) = ask(connect(), request);
+        let (head, body) = ask(connect(), request);
         assert!(head.starts_with(&format!("HTTP/1.1 {status} ")), "{request}: {head}");
+        assert_eq!(body.is_empty(), request.starts_with("HEAD"), "{request}: {body}");
     }
     let long = format!("GET /{} HTTP/1.1\r\n\r\n", "x".repeat(8 * 1024));
     assert!(ask(connect(), &long).0.starts_with("HTTP/1.1 431 "));
@@ -197,6 +202,37 @@ fn scrapers_of_this_machine_are_served() {
     world.start_manager();
     assert!(ask(connect(), GET).1.contains("\nsepal_up 1\n"));
 
+    server.signal(Signal::TERM);
+    server.wait().expect_code(0);
+    world.end();
+}
+
+#[test]
+fn who_never_asks_or_never_listens_makes_room_for_who_does() {
+    if kvm_missing() {
+        return;
+    }
+    let world = World::with_manager();
+    let (server, port) = serve_on_port(&world);
+    let connect = || TcpStream::connect(("127.0.0.1", port)).unwrap();
+    // More than are served at a time, of both kinds; each has far more time than this test takes.
+    let held: Vec<_> = (0..2 * SCRAPERS)
+        .map(|number| {
+            let mut held = connect();
+            if number % 2 == 0 {
+                held.write_all(GET.as_bytes()).unwrap();
+            }
+            held
+        })
+        .collect();
+    for _ in 0..3 {
+        let (head, body) = ask(connect(), GET);
+        assert!(head.starts_with("HTTP/1.1 200 OK\r\n") && body.contains("sepal_up 1"), "{head}");
+    }
+    // The first that was silent had to go, and was not told that its time is over.
+    let mut told = Vec::new();
+    let _: std::io::Result<usize> = (&held[1]).read_to_end(&mut told);
+    assert_eq!(String::from_utf8(told).unwrap(), "");
     server.signal(Signal::TERM);
     server.wait().expect_code(0);
     world.end();

@@ -12,8 +12,8 @@ const PATH: &str = "/metrics";
 /// What a request asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Request {
-    /// The metrics; without their text if `head`.
-    Metrics { head: bool },
+    /// The metrics.
+    Metrics,
     /// Something that is refused.
     Refused(Refusal),
 }
@@ -49,6 +49,11 @@ impl Refusal {
     }
 }
 
+/// Whether an answer to these bytes, complete or not, has a head alone (RFC 9110, section 9.3.2).
+pub(super) fn is_head(bytes: &[u8]) -> bool {
+    bytes.starts_with(b"HEAD ")
+}
+
 /// What these bytes ask for; none as long as the request is not complete. `on_port`: they came by TCP, where a browser may send what any page wants; by
 /// the host that it names, one that was led here by a name which means another address is told.
 pub(super) fn read(bytes: &[u8], on_port: bool) -> Option<Request> {
@@ -76,14 +81,12 @@ fn decide(request: &httparse::Request<'_, '_>, on_port: bool) -> Result<Request,
         (None, _) if request.version == Some(0) => {}
         _ => return Err(Refusal::Malformed),
     }
-    let head = match request.method {
-        Some("GET") => false,
-        Some("HEAD") => true,
-        _ => return Err(Refusal::NotAllowed),
-    };
+    if !matches!(request.method, Some("GET" | "HEAD")) {
+        return Err(Refusal::NotAllowed);
+    }
     let path = request.path.unwrap_or_default();
     match path.split_once('?').map_or(path, |(path, _)| path) {
-        PATH => Ok(Request::Metrics { head }),
+        PATH => Ok(Request::Metrics),
         _ => Err(Refusal::NotFound),
     }
 }
@@ -107,19 +110,19 @@ fn is_local(host: &[u8]) -> bool {
         .is_ok_and(|address: std::net::IpAddr| address.is_loopback())
 }
 
-/// The answer with the metrics.
+/// The answer with the metrics; without their text if `head`, as all of them.
 pub(super) fn metrics(text: &str, head: bool) -> Vec<u8> {
     answer((200, "OK"), CONTENT_TYPE, text, head)
 }
 
 /// The answer that there is none.
-pub(super) fn refusal(refusal: Refusal) -> Vec<u8> {
+pub(super) fn refusal(refusal: Refusal, head: bool) -> Vec<u8> {
     let (status, reason, words) = refusal.words();
     answer(
         (status, reason),
         "text/plain; charset=utf-8",
         &format!("{words}\n"),
-        false,
+        head,
     )
 }
 
@@ -146,7 +149,7 @@ mod tests {
 
     #[test]
     fn scrapers_get_the_metrics() {
-        let metrics = |head| Some(Request::Metrics { head });
+        let metrics = Some(Request::Metrics);
         for host in [
             "localhost",
             "LocalHost:9100",
@@ -156,22 +159,17 @@ mod tests {
             "[::1]",
         ] {
             let request = format!("GET /metrics HTTP/1.1\r\nHost: {host}\r\nAccept: */*\r\n\r\n");
-            assert_eq!(ask(&request), metrics(false), "{host}");
+            assert_eq!(ask(&request), metrics, "{host}");
             for cut in 0..request.len() {
                 assert_eq!(ask(&request[..cut]), None, "{cut}");
             }
         }
-        assert_eq!(
-            ask("HEAD /metrics?x=1 HTTP/1.1\r\nhost: localhost\r\n\r\n"),
-            metrics(true)
-        );
-        assert_eq!(ask("GET /metrics HTTP/1.0\r\n\r\n"), metrics(false));
+        let head = "HEAD /metrics?x=1 HTTP/1.1\r\nhost: localhost\r\n\r\n";
+        assert_eq!((ask(head), is_head(head.as_bytes())), (metrics, true));
+        let get = "GET /metrics HTTP/1.0\r\n\r\n";
+        assert_eq!((ask(get), is_head(get.as_bytes())), (metrics, false));
         let by_name = b"GET /metrics HTTP/1.1\r\nHost: sepal\r\n\r\n";
-        assert_eq!(
-            read(by_name, false),
-            metrics(false),
-            "on a Unix socket any name will do"
-        );
+        assert_eq!(read(by_name, false), metrics, "on a Unix socket any name will do");
     }
 
     #[test]
@@ -222,7 +220,13 @@ mod tests {
             head.contains("\r\nContent-Length: 6\r\n") && head.ends_with("\r\n\r\n"),
             "{head}"
         );
-        let refused = String::from_utf8(refusal(Refusal::NotAllowed)).unwrap();
+        let refused = String::from_utf8(refusal(Refusal::NotFound, true)).unwrap();
+        assert!(
+            refused.starts_with("HTTP/1.1 404 ") && refused.contains("\r\nContent-Length: 29\r\n"),
+            "{refused}"
+        );
+        assert!(refused.ends_with("\r\n\r\n"), "{refused}");
+        let refused = String::from_utf8(refusal(Refusal::NotAllowed, false)).unwrap();
         assert!(
             refused.starts_with("HTTP/1.1 405 Method Not Allowed\r\n") && refused.contains("\r\nAllow: GET, HEAD\r\n")
         );
