@@ -1,7 +1,5 @@
 //! The part of `guest info` about runs that failed.
 
-use std::fmt::Write;
-
 use anyhow::Result;
 use sepal_schema::{
     crash::CrashReport,
@@ -102,8 +100,7 @@ fn told(crashes: &[CrashReport], now_ns: u64) -> String {
 }
 
 fn line(text: &mut String, depth: usize, what: impl std::fmt::Display) {
-    // A String takes whatever is written.
-    let _ = writeln!(text, "{}{what}", "  ".repeat(depth));
+    text.push_str(&table::indented(2 * depth, &what.to_string()));
 }
 
 #[cfg(test)]
@@ -143,6 +140,17 @@ mod tests {
     }
 
     #[test]
+    fn whatever_was_printed_fits() {
+        let mut long = crash(7, 90);
+        long.report.detail = "a sentence of several words ".repeat(6);
+        long.last_lines.push("x".repeat(200));
+        long.output = "y".repeat(200);
+        let text = told(&[long], 100_000_000_000);
+        assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
+        assert_eq!(text.matches('y').count(), 200, "{text}");
+    }
+
+    #[test]
     fn the_newest_is_told_with_all_that_is_known() {
         let text = told(&[crash(7, 90), crash(6, 30)], 100_000_000_000);
         let lines: Vec<_> = text.lines().collect();
@@ -161,7 +169,7 @@ mod tests {
             ]
         );
         assert!(text.contains("rip    00000000d0000000"), "{text}");
-        assert!(text.ends_with("printed last\n  Kernel panic\n  \n  end\n"), "{text}");
+        assert!(text.ends_with("printed last\n  Kernel panic\n\n  end\n"), "{text}");
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::{
 
 use anyhow::{Context, Result};
 use sepal_schema::{
+    config::{Restart, RestartPolicy},
     crash::CrashReport,
     error::{Outcome, kind_name},
     guest_capnp::{observer, output},
@@ -23,7 +24,9 @@ use crate::{
     define,
     manager::Manager,
     place::{Otherwise, Place},
-    recreate, status, table,
+    recreate,
+    specs::restart_policy_name,
+    status, table,
 };
 
 /// A guest as JSON; the names are the protocol's.
@@ -49,9 +52,33 @@ struct Guest<'a> {
     defined: bool,
     autostart: bool,
     durable: bool,
+    restart: Rules,
     restarts: u32,
     failures: u32,
     lease_ends_seconds: Option<f64>,
+}
+
+/// A restart policy as JSON, with its defaults.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Rules {
+    policy: &'static str,
+    attempts: u32,
+    delay_seconds: f64,
+    max_delay_seconds: f64,
+    healthy_seconds: f64,
+}
+
+impl From<&Restart> for Rules {
+    fn from(restart: &Restart) -> Self {
+        Self {
+            policy: restart_policy_name(restart.policy),
+            attempts: restart.attempts(),
+            delay_seconds: restart.delay().as_secs_f64(),
+            max_delay_seconds: restart.max_delay().as_secs_f64(),
+            healthy_seconds: restart.healthy().as_secs_f64(),
+        }
+    }
 }
 
 /// All about one guest as JSON.
@@ -138,6 +165,7 @@ impl<'a> From<&'a GuestInfo> for Guest<'a> {
             defined: info.upkeep.defined,
             autostart: info.upkeep.autostart,
             durable: info.upkeep.durable,
+            restart: Rules::from(&info.upkeep.restart),
             restarts: info.upkeep.restarts,
             failures: info.upkeep.failures,
             lease_ends_seconds: match info.upkeep.lease_ends_ms {
@@ -221,7 +249,10 @@ fn tell(info: &GuestInfo, crashes: &[CrashReport], json: bool) -> Result<u8> {
         facts.push(("memory", format!("{} MiB", descriptor.memory_mib)));
         facts.push(("kernel", descriptor.kernel.clone()));
         facts.push(("cmdline", descriptor.cmdline.clone()));
-        facts.push(("devices", descriptor.devices.join(", ")));
+        // What only is defined has none yet.
+        if !descriptor.devices.is_empty() {
+            facts.push(("devices", descriptor.devices.join(", ")));
+        }
     }
     if info.status == GuestStatus::Running {
         facts.push(("uptime", table::duration(info.uptime_ns)));
@@ -255,7 +286,7 @@ fn tell(info: &GuestInfo, crashes: &[CrashReport], json: bool) -> Result<u8> {
         text.push_str(&table::table(&["  LAYER", "STATE", "DETAIL"], rows));
     }
     for problem in &info.problems {
-        text.push_str(&format!("problem: {problem}\n"));
+        text.push_str(&table::indented(0, &format!("problem: {problem}")));
     }
     text.push_str(&crashes::show(crashes));
     print(text.as_bytes())?;
@@ -359,9 +390,12 @@ fn upkeep(info: &GuestInfo) -> Vec<(&'static str, String)> {
         facts.push(("UUID", uuid.to_string()));
     }
     facts.push(("defined", kept_in_words(info).to_owned()));
-    if upkeep.durable {
-        facts.push(("durable", "yes: it goes on without its manager".to_owned()));
-    }
+    let durable = match upkeep.durable {
+        true => "yes: it goes on without its manager",
+        false => "no: it ends with its manager",
+    };
+    facts.push(("durable", durable.to_owned()));
+    facts.push(("restart", restart_in_words(&upkeep.restart)));
     if upkeep.lease_ends_ms != 0 {
         let left = table::duration(u64::from(upkeep.lease_ends_ms) * 1_000_000);
         facts.push(("lease", format!("stops in {left} unless it is redeemed")));
@@ -389,6 +423,24 @@ fn kept_in_words(info: &GuestInfo) -> &'static str {
         "-" => "no: nothing is left when it has ended",
         "yes" => "yes",
         _ => "yes, and started whenever the guest manager starts",
+    }
+}
+
+/// What follows when it ends by itself.
+fn restart_in_words(restart: &Restart) -> String {
+    let policy = restart_policy_name(restart.policy);
+    match restart.policy {
+        RestartPolicy::Never => policy.to_owned(),
+        RestartPolicy::OnFailure | RestartPolicy::Always => {
+            let time = |time: Duration| table::duration(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX));
+            format!(
+                "{policy}: after {}, and up to {} if it goes on failing; given up after {} failures in a row, which a run of {} ends",
+                time(restart.delay()),
+                time(restart.max_delay()),
+                restart.attempts().saturating_add(1),
+                time(restart.healthy()),
+            )
+        }
     }
 }
 

@@ -58,8 +58,10 @@ pub(crate) fn facts(facts: &[(&str, String)]) -> String {
 /// A text in lines of at most `width` characters, broken at blanks where there are any. At least one line.
 fn wrap(text: &str, width: usize) -> Vec<String> {
     let mut lines = Vec::new();
+    // What comes from a guest or its component does not move the cursor.
+    let text: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
     // Blanks at the beginning are meant.
-    let mut rest = text;
+    let mut rest = &*text;
     while rest.chars().count() > width {
         let end = rest.char_indices().nth(width).map_or(rest.len(), |(at, _)| at);
         let after = rest[end..].starts_with(' ');
@@ -77,6 +79,19 @@ fn wrap(text: &str, width: usize) -> Vec<String> {
     lines
 }
 
+/// A line of text behind some blanks; what does not fit goes on in the next line, two blanks further in.
+pub(crate) fn indented(blanks: usize, text: &str) -> String {
+    let room = COLUMNS.saturating_sub(blanks + GAP).max(NARROWEST);
+    let mut lines = String::new();
+    for (i, piece) in wrap(text, room).iter().enumerate() {
+        let blanks = if i == 0 { blanks } else { blanks + GAP };
+        let line = format!("{:blanks$}{piece}", "");
+        lines.push_str(line.trim_end());
+        lines.push('\n');
+    }
+    lines
+}
+
 /// A line that fits; what does not is left out, and a sign says so.
 pub(crate) fn cut(line: &str) -> String {
     match line.char_indices().nth(COLUMNS) {
@@ -90,11 +105,18 @@ pub(crate) fn or_dash(text: &str) -> String {
     if text.is_empty() { "-".into() } else { text.into() }
 }
 
-/// Bytes as people say them.
+/// Bytes as people say them: "16 MiB", "44 KiB", "7 bytes"; what is no whole number of KiB, or MiB from 1 MiB on, is rounded down: "1.9 MiB".
 pub(crate) fn size(bytes: u64) -> String {
-    match bytes % (1 << 20) {
-        0 => format!("{} MiB", bytes >> 20),
-        _ => format!("{bytes} bytes"),
+    let (shift, unit) = match bytes {
+        0 => return "0 MiB".to_owned(),
+        1..1024 => return format!("{bytes} bytes"),
+        1024..0x10_0000 => (10, "KiB"),
+        _ => (20, "MiB"),
+    };
+    let (whole, part) = (bytes >> shift, bytes & ((1 << shift) - 1));
+    match (part * 10) >> shift {
+        0 => format!("{whole} {unit}"),
+        tenth => format!("{whole}.{tenth} {unit}"),
     }
 }
 
@@ -133,15 +155,15 @@ pub(crate) fn clock(ns: u64) -> String {
     )
 }
 
-/// A duration as people say it: "3.2s", "4m 10s", "2h 5m", "3d 4h".
+/// A duration as people write it, without blanks: "3.2s", "4m10s", "2h5m", "3d4h".
 pub(crate) fn duration(ns: u64) -> String {
     let duration = Duration::from_nanos(ns);
     let seconds = duration.as_secs();
     match seconds {
         0..60 => format!("{:.1}s", duration.as_secs_f64()),
-        60..3600 => format!("{}m {}s", seconds / 60, seconds % 60),
-        3600..86_400 => format!("{}h {}m", seconds / 3600, seconds / 60 % 60),
-        _ => format!("{}d {}h", seconds / 86_400, seconds / 3600 % 24),
+        60..3600 => format!("{}m{}s", seconds / 60, seconds % 60),
+        3600..86_400 => format!("{}h{}m", seconds / 3600, seconds / 60 % 60),
+        _ => format!("{}d{}h", seconds / 86_400, seconds / 3600 % 24),
     }
 }
 
@@ -169,16 +191,36 @@ mod tests {
             assert_eq!(text.matches('x').count(), 200, "{text}");
             assert_eq!(text.matches("sentence").count(), 6, "{text}");
         }
+        for text in [indented(2, &long), indented(0, &word)] {
+            assert!(text.lines().all(|line| line.chars().count() <= COLUMNS), "{text}");
+            assert!(text.lines().skip(1).all(|line| line.starts_with("  ")), "{text}");
+        }
+        assert_eq!(
+            (indented(2, ""), indented(2, "short")),
+            ("\n".into(), "  short\n".into())
+        );
         assert_eq!(wrap("", 9), [""]);
         assert_eq!(wrap("  two words", 6), ["  two", "words"]);
+        assert_eq!(wrap("a\x1b[2Jb\n", 20), ["a [2Jb "]);
         assert_eq!(cut(&word).chars().count(), COLUMNS);
         assert_eq!(cut("short"), "short");
     }
 
     #[test]
     fn sizes_are_readable() {
-        assert_eq!(size(3 << 20), "3 MiB");
-        assert_eq!(size(4096), "4096 bytes");
+        for (bytes, text) in [
+            (0, "0 MiB"),
+            (3 << 20, "3 MiB"),
+            (2 << 30, "2048 MiB"),
+            (4096, "4 KiB"),
+            (1023, "1023 bytes"),
+            (1_100_000, "1 MiB"),
+            (5 << 19, "2.5 MiB"),
+            (1536, "1.5 KiB"),
+            (u64::MAX, "17592186044415.9 MiB"),
+        ] {
+            assert_eq!(size(bytes), text);
+        }
     }
 
     #[test]
@@ -202,6 +244,6 @@ mod tests {
     fn durations_are_readable() {
         let s = 1_000_000_000;
         let told: Vec<_> = [0, 3_250_000_000, 250 * s, 7500 * s, 273_600 * s].map(duration).into();
-        assert_eq!(told, ["0.0s", "3.2s", "4m 10s", "2h 5m", "3d 4h"]);
+        assert_eq!(told, ["0.0s", "3.2s", "4m10s", "2h5m", "3d4h"]);
     }
 }
