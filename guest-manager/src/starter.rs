@@ -182,7 +182,7 @@ impl KeeperStarter {
         let mut inherited = Vec::new();
         for left in left {
             let Some(key) = &left.key else { continue };
-            match KeeperClient::succeed(&left.socket, key) {
+            match KeeperClient::succeed(&left.socket, key, START_TIMEOUT) {
                 Ok((keeper, all)) => {
                     tracing::info!(pid = keeper.pid(), "took over from the keeper {}", left.name());
                     match Link::new(&self.0.handle, keeper) {

@@ -6,13 +6,13 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
-use super::inherit::{Inherited, Succession, take_over};
+use super::inherit::{Asked, Inherited, Succession};
 use super::wire::{Channel, CleanFile, Event, MAX_KEPT, MAX_LABEL, Received, Request, Spawn};
 use super::{KeeperError, Key, WireError, system};
 use crate::cgroup::Limits;
@@ -74,7 +74,10 @@ pub enum KeeperEvent {
     },
 }
 
-/// A running keeper. Never blocks, except in [`KeeperClient::close`].
+/// How long it is waited for room at a keeper's socket before it is looked again.
+const ROOM_AGAIN: Duration = Duration::from_millis(1);
+
+/// A running keeper. Never blocks, except in [`KeeperClient::succeed`], [`KeeperClient::leave`] and [`KeeperClient::close`].
 ///
 /// Watch the descriptor for input, and for output while [`KeeperClient::has_unsent`]; then call
 /// [`KeeperClient::try_recv`] until it returns `None`. Dropping it ends all its components that are not durable.
@@ -90,6 +93,27 @@ impl fmt::Debug for KeeperClient {
         f.debug_struct("KeeperClient")
             .field("pid", &self.pid)
             .finish_non_exhaustive()
+    }
+}
+
+impl Asked {
+    /// The keeper, and what it has, by id; none as long as it has not handed over all of it. `Exited` and the answers for components that still start
+    /// follow as events.
+    ///
+    /// # Errors
+    ///
+    /// [`KeeperError::Refused`], and any failure of the connection; it can be asked again.
+    pub fn try_take(&mut self) -> Result<Option<(KeeperClient, Vec<Inherited>)>, KeeperError> {
+        let taken = self.take()?.map(|taken| {
+            let Succession {
+                channel,
+                pid,
+                inherited,
+            } = taken;
+            let process = None;
+            (KeeperClient { channel, pid, process }, inherited)
+        });
+        Ok(taken)
     }
 }
 
@@ -122,22 +146,36 @@ impl KeeperClient {
         })
     }
 
-    /// Takes over from a manager that is gone: connects to its keeper and proves to know the key. Waits for at most 10 s.
-    ///
-    /// Returns what the keeper has, by id. `Exited` and the answers for components that still start follow as events.
+    /// Takes over from a manager that is gone: as [`KeeperClient::ask`], and waits for the answer for at most `patience`.
     ///
     /// # Errors
     ///
-    /// [`KeeperError::Ended`] if nobody listens there (the socket can be removed), [`KeeperError::Foreign`],
-    /// [`KeeperError::Refused`], [`KeeperError::Silent`], and any failure of the connection, after which it can be tried again.
-    pub fn succeed(path: &Path, key: &Key) -> Result<(Self, Vec<Inherited>), KeeperError> {
-        let Succession {
-            channel,
-            pid,
-            inherited,
-        } = take_over(path, key)?;
-        let process = None;
-        Ok((Self { channel, pid, process }, inherited))
+    /// As [`KeeperClient::ask`] and [`Asked::try_take`]; [`KeeperError::Silent`].
+    pub fn succeed(path: &Path, key: &Key, patience: Duration) -> Result<(Self, Vec<Inherited>), KeeperError> {
+        let deadline = Instant::now() + patience;
+        let mut asked = loop {
+            match Self::ask(path, key) {
+                // Nothing tells when there is room again.
+                Err(KeeperError::Crowded { .. }) if Instant::now() < deadline => std::thread::sleep(ROOM_AGAIN),
+                asked => break asked?,
+            }
+        };
+        loop {
+            if let Some(taken) = asked.try_take()? {
+                return Ok(taken);
+            }
+            asked.wait(deadline.saturating_duration_since(Instant::now()))?;
+        }
+    }
+
+    /// Connects to the keeper of a manager that is gone, and proves to know the key. Never blocks: what comes of it, [`Asked::try_take`] tells.
+    ///
+    /// # Errors
+    ///
+    /// [`KeeperError::Ended`] if nobody listens there (the socket can be removed), [`KeeperError::Foreign`], [`KeeperError::Crowded`], and any failure of
+    /// the connection, after which it can be tried again.
+    pub fn ask(path: &Path, key: &Key) -> Result<Asked, KeeperError> {
+        Asked::new(path, key)
     }
 
     /// Asks for a component; `id` is the caller's to choose, and free again after `Failed` or `Exited`.

@@ -1,11 +1,13 @@
-//! Where a successor comes in: a listening socket, and a key that it has to know. One at a time; whoever says nothing is sent away.
+//! Where a successor comes in: a listening socket, and a key that it has to know. Candidates are heard at the same time, so that who says nothing keeps
+//! nobody out.
 //!
 //! ```text
-//!   nobody ── accept ──> candidate ── the key, in time ──> the manager
-//!     ^                      │
-//!     └── another uid, a wrong key, nothing within 5 s ── hang up
+//!   accept ──> candidate (at most 16) ── the key, in time ──> the manager; all others are hung up on
+//!                  │
+//!                  └── another uid, a wrong key, nothing within 5 s, or the oldest of too many ── hang up
 //! ```
 
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -18,6 +20,9 @@ use super::{KEY_BYTES, Key, say};
 
 /// How long a candidate may take to say the key.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Candidates at a time. More make the one that has been silent for longest go.
+const MOST: usize = 16;
 
 /// The version of what keeper and successor say to each other.
 pub(super) const VERSION: u32 = 1;
@@ -56,7 +61,8 @@ pub(super) fn is_trusted(uid: Uid) -> bool {
 pub(super) struct Door {
     listener: OwnedFd,
     key: Key,
-    candidate: Option<(OwnedFd, Instant)>,
+    /// Who has not said anything yet, and until when each may think; the oldest first.
+    candidates: VecDeque<(OwnedFd, Instant)>,
 }
 
 impl Door {
@@ -77,51 +83,63 @@ impl Door {
         Ok(Self {
             listener,
             key,
-            candidate: None,
+            candidates: VecDeque::new(),
         })
     }
 
-    /// To be watched for input: whoever is expected to say something next.
-    pub(super) fn watched(&self) -> BorrowedFd<'_> {
-        match &self.candidate {
-            Some((candidate, _)) => candidate.as_fd(),
-            None => self.listener.as_fd(),
-        }
+    /// To be watched for input: whoever comes, and whoever is expected to say something.
+    pub(super) fn watched(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        let candidates = self.candidates.iter().map(|(candidate, _)| candidate.as_fd());
+        std::iter::once(self.listener.as_fd()).chain(candidates)
     }
 
-    /// When the candidate is sent away.
+    /// When the next candidate is sent away.
     pub(super) fn deadline(&self) -> Option<Instant> {
-        self.candidate.as_ref().map(|(_, deadline)| *deadline)
+        self.candidates.front().map(|(_, deadline)| *deadline)
     }
 
-    /// Looks who is there. Returns the connection of one that has proved itself.
+    /// Looks who is there. Returns the connection of one that has proved itself: then nobody else is a candidate any more.
     pub(super) fn look(&mut self, now: Instant) -> Option<OwnedFd> {
-        if self.candidate.is_none() {
-            let arrived = self.accept()?;
-            self.candidate = Some((arrived, now + PATIENCE));
+        // Whoever has said nothing by the time others come has had the time to.
+        for (candidate, deadline) in std::mem::take(&mut self.candidates) {
+            if let Some(proven) = self.hear(candidate, deadline, now) {
+                return Some(proven);
+            }
         }
-        let (candidate, deadline) = self.candidate.take()?;
+        // Bounded: others go on being accepted in the next turn.
+        for _ in 0..MOST {
+            let Some(arrived) = self.accept() else { break };
+            // As a rule it has said the key already.
+            if let Some(proven) = arrived.and_then(|arrived| self.hear(arrived, now + PATIENCE, now)) {
+                return Some(proven);
+            }
+            if self.candidates.len() > MOST {
+                self.candidates.pop_front();
+            }
+        }
+        None
+    }
+
+    /// Hears a candidate, which is returned if it proves itself, and stays if it may go on thinking.
+    fn hear(&mut self, candidate: OwnedFd, deadline: Instant, now: Instant) -> Option<OwnedFd> {
         let mut said = [0; PROOF_BYTES + 1];
         match rustix::net::recv(&candidate, &mut said, RecvFlags::DONTWAIT) {
-            Ok((_, length)) => {
-                let proven = said.get(..length).is_some_and(|said| proves(said, &self.key));
-                proven.then_some(candidate)
+            Ok((_, length)) if said.get(..length).is_some_and(|said| proves(said, &self.key)) => {
+                self.candidates.clear();
+                return Some(candidate);
             }
-            Err(Errno::AGAIN | Errno::INTR) => {
-                if now < deadline {
-                    self.candidate = Some((candidate, deadline));
-                }
-                None
-            }
-            Err(_) => None,
+            Err(Errno::AGAIN | Errno::INTR) if now < deadline => self.candidates.push_back((candidate, deadline)),
+            _ => {}
         }
+        None
     }
 
-    /// The next one who may be trusted.
-    fn accept(&self) -> Option<OwnedFd> {
+    /// The next one, if somebody has come; none inside: one that is not to be trusted, or has gone already.
+    fn accept(&self) -> Option<Option<OwnedFd>> {
         let arrived = match rustix::net::accept_with(&self.listener, SocketFlags::CLOEXEC) {
             Ok(arrived) => arrived,
-            Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => return None,
+            Err(Errno::AGAIN) => return None,
+            Err(Errno::INTR | Errno::CONNABORTED) => return Some(None),
             Err(errno) => {
                 // No descriptor or no memory is left: whoever waits stays, and it is tried again, but not at once.
                 say(format_args!("accepting a successor: {}", io::Error::from(errno)));
@@ -129,8 +147,8 @@ impl Door {
                 return None;
             }
         };
-        let credentials = rustix::net::sockopt::socket_peercred(&arrived).ok()?;
-        is_trusted(credentials.uid).then_some(arrived)
+        let credentials = rustix::net::sockopt::socket_peercred(&arrived).ok();
+        Some(credentials.filter(|peer| is_trusted(peer.uid)).map(|_| arrived))
     }
 }
 

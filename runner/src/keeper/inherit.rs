@@ -1,9 +1,15 @@
 //! The successor's side of a succession: proves itself to a keeper and takes over what that has.
+//!
+//! ```text
+//!   ask ──> asked: the key is in the keeper's socket ── it looks, now or when it runs again ──> all that it has, and the connection
+//!               └── it has ended, or hangs up: to be asked again
+//! ```
 
 use std::collections::BTreeMap;
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
-use std::time::{Duration, Instant};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
@@ -12,9 +18,6 @@ use rustix::net::{AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketT
 use super::wire::{Channel, Event, Received, State, WireError};
 use super::{KeeperError, Key, door, system};
 use crate::outer::ExitStatus;
-
-/// How long a keeper may take to hand over: twice as long as it lets another candidate think.
-const PATIENCE: Duration = Duration::from_secs(10);
 
 /// What a keeper had under one id.
 #[derive(Debug)]
@@ -51,6 +54,18 @@ pub enum InheritedState {
     Failed(String),
 }
 
+/// A keeper that has been asked to hand over: it does so as soon as it runs and has no manager any more, however long that takes.
+///
+/// Watch the descriptor for input, then call [`Asked::try_take`]. Dropped, it is asked no more.
+#[derive(Debug)]
+pub struct Asked {
+    path: PathBuf,
+    /// None when all has been taken.
+    channel: Option<Channel>,
+    taken: BTreeMap<u64, Inherited>,
+    pid: Option<u32>,
+}
+
 /// Whoever has proved itself.
 pub(super) struct Succession {
     pub(super) channel: Channel,
@@ -58,54 +73,112 @@ pub(super) struct Succession {
     pub(super) inherited: Vec<Inherited>,
 }
 
-/// Takes over from the keeper that listens at `path`.
-pub(super) fn take_over(path: &Path, key: &Key) -> Result<Succession, KeeperError> {
-    let deadline = Instant::now() + PATIENCE;
-    let mut channel = connect(path, key)?;
-    let mut taken: BTreeMap<u64, Inherited> = BTreeMap::new();
-    let mut pid = None;
-    loop {
-        let Received { message, fds, .. } = match channel.receive::<Event>() {
-            Ok(Some(received)) => received,
-            Ok(None) => {
-                wait(&channel, deadline, path)?;
-                continue;
-            }
-            Err(WireError::Closed) if pid.is_none() => return Err(KeeperError::Refused { path: path.to_owned() }),
-            Err(error) => return Err(error.into()),
-        };
-        match message {
-            Ok(Event::Hello { pid: keeper, .. }) => pid = Some(keeper),
-            Ok(Event::Inherited { id, durable, state }) => {
-                let inherited = Inherited {
-                    id,
-                    durable,
-                    state: inherited_state(state, fds)?,
-                    kept: BTreeMap::new(),
-                };
-                taken.insert(id, inherited);
-            }
-            Ok(Event::InheritedFds { id, label, count }) => {
-                if fds.len() != count {
-                    return Err(lacking(&label));
-                }
-                if let Some(inherited) = taken.get_mut(&id) {
-                    inherited.kept.insert(label, fds);
-                }
-            }
-            Ok(Event::InheritedAll) => {
-                let Some(pid) = pid else {
-                    return Err(KeeperError::Protocol("no greeting".to_owned()));
-                };
-                return Ok(Succession {
-                    channel,
-                    pid,
-                    inherited: taken.into_values().collect(),
+impl Asked {
+    /// Connects to the keeper that listens at `path`, sees to it that it is somebody who may know the key, and says it. Never blocks.
+    pub(super) fn new(path: &Path, key: &Key) -> Result<Self, KeeperError> {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
+            .map_err(system("making a socket"))?;
+        let address = SocketAddrUnix::new(path).map_err(system("the path of a keeper's socket"))?;
+        match rustix::net::connect(&socket, &address) {
+            Ok(()) => {}
+            Err(Errno::AGAIN) => return Err(KeeperError::Crowded { path: path.to_owned() }),
+            Err(errno) => {
+                return Err(KeeperError::Ended {
+                    path: path.to_owned(),
+                    source: errno.into(),
                 });
             }
-            // Whatever else a keeper of another version says.
-            _ => {}
         }
+        // Of whoever made the socket listen.
+        let maker = sockopt::socket_peercred(&socket).map_err(system("asking who made the socket"))?;
+        if !door::is_trusted(maker.uid) {
+            return Err(KeeperError::Foreign {
+                path: path.to_owned(),
+                uid: maker.uid.as_raw(),
+            });
+        }
+        rustix::net::send(&socket, &door::proof(key), SendFlags::NOSIGNAL).map_err(system("proving who this is"))?;
+        Ok(Self {
+            path: path.to_owned(),
+            channel: Some(Channel::new(socket).map_err(system("using the connection"))?),
+            taken: BTreeMap::new(),
+            pid: None,
+        })
+    }
+
+    /// Takes what has come; none as long as that is not all.
+    pub(super) fn take(&mut self) -> Result<Option<Succession>, KeeperError> {
+        while let Some(channel) = &mut self.channel {
+            let Received { message, fds, .. } = match channel.receive::<Event>() {
+                Ok(Some(received)) => received,
+                Ok(None) => return Ok(None),
+                Err(WireError::Closed) if self.pid.is_none() => {
+                    return Err(KeeperError::Refused {
+                        path: self.path.clone(),
+                    });
+                }
+                Err(error) => return Err(error.into()),
+            };
+            match message {
+                Ok(Event::Hello { pid, .. }) => self.pid = Some(pid),
+                Ok(Event::Inherited { id, durable, state }) => {
+                    let inherited = Inherited {
+                        id,
+                        durable,
+                        state: inherited_state(state, fds)?,
+                        kept: BTreeMap::new(),
+                    };
+                    self.taken.insert(id, inherited);
+                }
+                Ok(Event::InheritedFds { id, label, count }) => {
+                    if fds.len() != count {
+                        return Err(lacking(&label));
+                    }
+                    if let Some(inherited) = self.taken.get_mut(&id) {
+                        inherited.kept.insert(label, fds);
+                    }
+                }
+                Ok(Event::InheritedAll) => {
+                    let (Some(pid), Some(channel)) = (self.pid, self.channel.take()) else {
+                        return Err(KeeperError::Protocol("no greeting".to_owned()));
+                    };
+                    return Ok(Some(Succession {
+                        channel,
+                        pid,
+                        inherited: std::mem::take(&mut self.taken).into_values().collect(),
+                    }));
+                }
+                // Whatever else a keeper of another version says.
+                _ => {}
+            }
+        }
+        Err(KeeperError::Gone("all that it had has been taken".to_owned()))
+    }
+
+    /// Waits until something has come, for `patience` at most.
+    pub(super) fn wait(&self, patience: Duration) -> Result<(), KeeperError> {
+        let Some(connection) = self.channel.as_ref().filter(|_| !patience.is_zero()) else {
+            return Err(KeeperError::Silent {
+                path: self.path.clone(),
+            });
+        };
+        let timeout = Timespec::try_from(patience).ok();
+        let mut poll = [PollFd::new(connection, PollFlags::IN)];
+        match rustix::event::poll(&mut poll, timeout.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => Ok(()),
+            Err(errno) => Err(system("waiting for the keeper")(errno)),
+        }
+    }
+
+    /// Another descriptor of the connection, to be watched.
+    ///
+    /// # Errors
+    ///
+    /// There are no descriptors left.
+    pub fn watched(&self) -> io::Result<OwnedFd> {
+        let channel = self.channel.as_ref().ok_or(io::ErrorKind::NotConnected)?;
+        channel.as_fd().try_clone_to_owned()
     }
 }
 
@@ -127,55 +200,4 @@ fn inherited_state(state: State, mut fds: Vec<OwnedFd>) -> Result<InheritedState
         State::Exited { status } => InheritedState::Exited(status),
         State::Failed { message } => InheritedState::Failed(message),
     })
-}
-
-/// Connects, sees to it that it is to somebody who may know the key, and says it.
-fn connect(path: &Path, key: &Key) -> Result<Channel, KeeperError> {
-    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
-        .map_err(system("making a socket"))?;
-    // Where others wait already, connecting waits for them.
-    sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, Some(PATIENCE))
-        .map_err(system("setting a timeout"))?;
-    let address = SocketAddrUnix::new(path).map_err(system("the path of a keeper's socket"))?;
-    match rustix::net::connect(&socket, &address) {
-        Ok(()) => {}
-        Err(Errno::AGAIN) => return Err(silent(path)),
-        Err(errno) => {
-            return Err(KeeperError::Ended {
-                path: path.to_owned(),
-                source: errno.into(),
-            });
-        }
-    }
-    // Of whoever made the socket listen.
-    let maker = sockopt::socket_peercred(&socket).map_err(system("asking who made the socket"))?;
-    if !door::is_trusted(maker.uid) {
-        return Err(KeeperError::Foreign {
-            path: path.to_owned(),
-            uid: maker.uid.as_raw(),
-        });
-    }
-    rustix::net::send(&socket, &door::proof(key), SendFlags::NOSIGNAL).map_err(system("proving who this is"))?;
-    Channel::new(socket).map_err(system("using the connection"))
-}
-
-fn silent(path: &Path) -> KeeperError {
-    KeeperError::Silent {
-        path: path.to_owned(),
-        seconds: PATIENCE.as_secs(),
-    }
-}
-
-fn wait(channel: &Channel, deadline: Instant, path: &Path) -> Result<(), KeeperError> {
-    let left = deadline.saturating_duration_since(Instant::now());
-    if left.is_zero() {
-        return Err(silent(path));
-    }
-    let timeout = Timespec::try_from(left).ok();
-    let connection = channel.as_fd();
-    let mut poll = [PollFd::new(&connection, PollFlags::IN)];
-    match rustix::event::poll(&mut poll, timeout.as_ref()) {
-        Ok(_) | Err(Errno::INTR) => Ok(()),
-        Err(errno) => Err(system("waiting for the keeper")(errno)),
-    }
 }

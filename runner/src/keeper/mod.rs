@@ -31,8 +31,8 @@
 //!   that a manager has sent before it takes notice of its end.
 //! - [`KeeperClient::set_durable`]: what stays. A durable id stays known after its component has ended, until `release`.
 //! - [`KeeperClient::offer_succession`]: the listening socket at which a successor comes, and the key that it has to know.
-//! - [`KeeperClient::succeed`]: the successor's side: all that the keeper has, and the connection. A manager that lives is never
-//!   displaced; whoever connects meanwhile waits.
+//! - [`KeeperClient::ask`]: the successor's side: all that the keeper has, and the connection, as soon as it can hand over. A manager that lives is
+//!   never displaced; whoever connects meanwhile waits.
 //! - [`KeeperClient::leave`]: ends the connection and leaves what is durable. [`KeeperClient::close`] ends everything.
 //! - [`KeeperClient::set_limits`]: changes the limits of a component that runs.
 //!
@@ -57,7 +57,7 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 
 pub use client::{KeeperClient, KeeperEvent};
-pub use inherit::{Inherited, InheritedState};
+pub use inherit::{Asked, Inherited, InheritedState};
 pub use server::run;
 use wire::WireError;
 pub use wire::{MAX_KEPT, MAX_LABEL};
@@ -99,19 +99,23 @@ pub enum KeeperError {
         /// Whose it is.
         uid: u32,
     },
-    /// The keeper hung up instead of handing over: the key is wrong, or the keeper has just ended.
+    /// The keeper hung up instead of handing over: the key is wrong, the keeper has just ended, or too many others came after this one.
     #[error("the keeper at {path} does not hand over: the key is not the one that it was given, or it has ended")]
     Refused {
         /// The socket.
         path: PathBuf,
     },
-    /// The keeper did not hand over in time: it is stopped, or has another manager, or others wait before this one.
-    #[error("the keeper at {path} does not hand over within {seconds} s: it has a manager, or does not run")]
+    /// The keeper did not hand over in time: it is stopped, or has another manager.
+    #[error("the keeper at {path} does not hand over: it has a manager, or does not run")]
     Silent {
         /// The socket.
         path: PathBuf,
-        /// How long was waited.
-        seconds: u64,
+    },
+    /// As many others as there is room for wait at the keeper's socket: it is stopped, or has another manager.
+    #[error("too many wait at {path} for the keeper, which has a manager, or does not run")]
+    Crowded {
+        /// The socket.
+        path: PathBuf,
     },
     /// It is gone; no component of it lives any more.
     #[error("the keeper is gone ({0})")]

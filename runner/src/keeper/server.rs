@@ -6,6 +6,7 @@ use std::fs;
 use std::io::{Read, Seek};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -159,7 +160,7 @@ impl Keeper {
             }
         } else {
             if let Some(door) = &self.door {
-                poll.push(PollFd::from_borrowed_fd(door.watched(), PollFlags::IN));
+                poll.extend(door.watched().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
                 deadline = door.deadline();
             }
             if self.book.components().next().is_none() {
@@ -456,12 +457,13 @@ fn end_all(components: Vec<Component>) {
 }
 
 /// Takes a lock that `owner` had, unless another process has it by now.
-fn take(mut lock: &fs::File, owner: u32) -> bool {
+fn take(path: &Path, mut lock: &fs::File, owner: u32) -> bool {
     // A process that is killed hangs up before it lets go of its locks, or after.
     let deadline = Instant::now() + DYING;
     loop {
         if rustix::fs::flock(lock, FlockOperation::NonBlockingLockExclusive).is_ok() {
-            return true;
+            // Else whoever had it removed it meanwhile, and somebody may have the lock in the file that took its place.
+            return is_there(path, lock);
         }
         let mut holder = String::new();
         let read = lock.rewind().and_then(|()| lock.take(16).read_to_string(&mut holder));
@@ -472,12 +474,18 @@ fn take(mut lock: &fs::File, owner: u32) -> bool {
     }
 }
 
+/// Whether this file is what the path names.
+fn is_there(path: &Path, file: &fs::File) -> bool {
+    let (there, file) = (path.symlink_metadata(), file.metadata());
+    matches!((there, file), (Ok(there), Ok(file)) if (there.dev(), there.ino()) == (file.dev(), file.ino()))
+}
+
 /// Removes a file unless another one has taken its place, or somebody its lock.
 fn remove(file: &CleanFile) {
     // Numbers alone do not tell: the next manager locks the same file, and a socket that it makes may get the number of the one that it removed.
-    let held = file.lock.as_ref().map(fs::File::open);
-    if let Some(Ok(lock)) = &held
-        && !take(lock, file.owner)
+    let held = file.lock.as_ref().map(|path| (path, fs::File::open(path)));
+    if let Some((path, Ok(lock))) = &held
+        && !take(path, lock, file.owner)
     {
         return;
     }

@@ -20,7 +20,7 @@ use crate::harness::{Test, is_root};
 use crate::keeper::{KEEPER, Kept, assert_gone, groups_of, limited, next, start, start_limited, wait_for};
 
 pub(crate) fn tests() -> Vec<Test> {
-    let tests: [(&str, fn()); 12] = [
+    let tests: [(&str, fn()); 14] = [
         (
             "what_is_durable_stays_and_is_taken_over",
             what_is_durable_stays_and_is_taken_over,
@@ -31,6 +31,11 @@ pub(crate) fn tests() -> Vec<Test> {
         ("another_user_gets_nothing", another_user_gets_nothing),
         ("the_key_goes_to_nobody_else", the_key_goes_to_nobody_else),
         ("whoever_says_nothing_is_sent_away", whoever_says_nothing_is_sent_away),
+        ("who_says_nothing_keeps_nobody_out", who_says_nothing_keeps_nobody_out),
+        (
+            "one_that_stands_still_hands_over_when_it_goes_on",
+            one_that_stands_still_hands_over_when_it_goes_on,
+        ),
         (
             "a_manager_that_lives_is_not_displaced",
             a_manager_that_lives_is_not_displaced,
@@ -78,7 +83,7 @@ fn keeper(linger: Duration) -> (KeeperClient, House) {
 
 impl House {
     fn succeed(&self) -> (KeeperClient, Vec<Inherited>) {
-        KeeperClient::succeed(&self.socket, &KEY).unwrap()
+        KeeperClient::succeed(&self.socket, &KEY, LONG).unwrap()
     }
 
     fn connect(&self) -> OwnedFd {
@@ -254,7 +259,7 @@ fn a_wrong_key_gets_nothing() {
     let (house, kept, _) = orphaned();
     let mut wrong = KEY;
     wrong[KEY_BYTES - 1] ^= 1;
-    match KeeperClient::succeed(&house.socket, &wrong) {
+    match KeeperClient::succeed(&house.socket, &wrong, LONG) {
         Err(KeeperError::Refused { path }) => assert_eq!(path, house.socket),
         other => panic!("{other:?}"),
     }
@@ -316,7 +321,7 @@ fn the_key_goes_to_nobody_else() {
     let socket = folder.path().join("keeper.sock");
     let path = socket.clone();
     if let Some(fake) = as_another(move || listener(&path)) {
-        match KeeperClient::succeed(&socket, &KEY) {
+        match KeeperClient::succeed(&socket, &KEY, LONG) {
             Err(KeeperError::Foreign { path, uid: 65_533 }) => assert_eq!(path, socket),
             other => panic!("{other:?}"),
         }
@@ -328,7 +333,7 @@ fn the_key_goes_to_nobody_else() {
     // And one that nobody listens at is told from one that refuses.
     drop(listener(&socket));
     for stale in [socket, folder.path().join("nothing")] {
-        match KeeperClient::succeed(&stale, &KEY) {
+        match KeeperClient::succeed(&stale, &KEY, LONG) {
             Err(KeeperError::Ended { path, .. }) => assert_eq!(path, stale),
             other => panic!("{other:?}"),
         }
@@ -345,6 +350,55 @@ fn whoever_says_nothing_is_sent_away() {
         0
     );
     keeper.close().unwrap();
+}
+
+fn who_says_nothing_keeps_nobody_out() {
+    let (house, kept, _) = orphaned();
+    // One after the other, each would be let think for 5 s.
+    let silent: Vec<OwnedFd> = (0..40).map(|_| house.connect()).collect();
+    let (keeper, inherited) = KeeperClient::succeed(&house.socket, &KEY, Duration::from_secs(30)).unwrap();
+    assert_eq!(pid_of(&inherited[0]), kept.pid);
+    for silent in silent {
+        assert_eq!(
+            rustix::net::recv(&silent, &mut [0; 16], RecvFlags::empty()).unwrap().1,
+            0
+        );
+    }
+    keeper.close().unwrap();
+}
+
+fn one_that_stands_still_hands_over_when_it_goes_on() {
+    let (house, kept, process) = orphaned();
+    let signal = |signal| rustix::process::pidfd_send_signal(&process, signal).unwrap();
+    signal(Signal::STOP);
+    let mut first = KeeperClient::ask(&house.socket, &KEY).unwrap();
+    // Who says nothing waits there, too, until there is no more room.
+    let mut others = Vec::new();
+    let crowded = loop {
+        assert!(others.len() < 100);
+        match KeeperClient::ask(&house.socket, &[0; KEY_BYTES]) {
+            Ok(asked) => others.push(asked),
+            Err(error) => break error,
+        }
+    };
+    assert!(
+        matches!(&crowded, KeeperError::Crowded { path } if *path == house.socket),
+        "{crowded}"
+    );
+    assert!(first.try_take().unwrap().is_none());
+    signal(Signal::CONT);
+    let (keeper, inherited) = loop {
+        match first.try_take().unwrap() {
+            Some(taken) => break taken,
+            None => wait_for(first.watched().unwrap()),
+        }
+    };
+    assert_eq!(pid_of(&inherited[0]), kept.pid);
+    keeper.close().unwrap();
+    for other in &mut others {
+        wait_for(other.watched().unwrap());
+        assert!(other.try_take().is_err());
+    }
 }
 
 fn a_manager_that_lives_is_not_displaced() {
@@ -410,7 +464,7 @@ fn killing_the_orphaned_keeper_leaves_nothing() {
     assert_gone(&kept.pidfd);
     wait_for(&process);
     assert!(matches!(
-        KeeperClient::succeed(&house.socket, &KEY),
+        KeeperClient::succeed(&house.socket, &KEY, LONG),
         Err(KeeperError::Ended { .. })
     ));
     let _ = sepal_runner::cgroup::Groups::new().unwrap().sweep();
