@@ -121,8 +121,4 @@ interface Component extends (GuestLifecycle) {
     missedEvents @5 :UInt64;
     # Events that were not kept.
   }
-
-  sent @3 () -> (serial :UInt64, consoles :List(UInt64));
-  # How many bytes of output have gone into the stream sockets of HostSetup so far, 0 where there is none; also of a guest that has ended. With what waits unread in
-  # them, that tells how many were read: exactly if as much waits after the call as before it.
 }

@@ -31,5 +31,3 @@ mod stream;
 pub mod vhost_user;
 pub mod virtio;
 pub mod watchdog;
-
-pub use stream::SentBytes;

@@ -15,7 +15,6 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -23,7 +22,6 @@ use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::Errno;
 
 use crate::dispatch::EventSet;
-use crate::interrupt::lock;
 
 /// A ring that has been emptied gives back what it took beyond this, unless it was made with all its room.
 const KEPT_ROOM: usize = 16 * 1024;
@@ -134,28 +132,6 @@ impl OutputRing {
     }
 }
 
-/// How many bytes have gone into a host end so far: exactly, whenever one looks. Whoever holds the other end can tell by it, and by what
-/// waits there unread, how many were read. Clones count the same bytes.
-#[derive(Clone, Debug, Default)]
-pub struct SentBytes(Arc<Mutex<u64>>);
-
-impl SentBytes {
-    /// The count. Waits for a write that is under way, none of which blocks.
-    pub fn get(&self) -> u64 {
-        *lock(&self.0)
-    }
-
-    /// Writes, and counts what was taken before anybody can look.
-    fn count(&self, write: impl FnOnce() -> Wrote) -> Wrote {
-        let mut sent = lock(&self.0);
-        let wrote = write();
-        if let Wrote::Bytes(n) = wrote {
-            *sent += n as u64;
-        }
-        wrote
-    }
-}
-
 /// Where the host end is in its life (see the module's head).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Life {
@@ -190,17 +166,16 @@ pub(crate) struct HostEnd {
     watched: EventSet,
     can_read: bool,
     can_write: bool,
-    sent: SentBytes,
 }
 
 impl HostEnd {
     /// Makes `fd` nonblocking. Its owner starts to watch it for nothing (a hang-up comes in any case) and then follows
-    /// [`watch_for`](Self::watch_for). What goes out is counted in `sent`.
+    /// [`watch_for`](Self::watch_for).
     ///
     /// # Errors
     ///
     /// It is not open.
-    pub(crate) fn new(fd: OwnedFd, sent: SentBytes) -> io::Result<Self> {
+    pub(crate) fn new(fd: OwnedFd) -> io::Result<Self> {
         let flags = fcntl_getfl(&fd)?;
         fcntl_setfl(&fd, flags | OFlags::NONBLOCK)?;
         let mode = flags & OFlags::RWMODE;
@@ -210,7 +185,6 @@ impl HostEnd {
             watched: EventSet::empty(),
             can_read: mode != OFlags::WRONLY,
             can_write: mode != OFlags::RDONLY,
-            sent,
         })
     }
 
@@ -258,16 +232,14 @@ impl HostEnd {
         if !self.can_write {
             return Wrote::Closed;
         }
-        self.sent.count(|| {
-            loop {
-                match rustix::io::write(&self.fd, bytes) {
-                    Ok(n) => return Wrote::Bytes(n),
-                    Err(Errno::INTR) => {}
-                    Err(Errno::AGAIN) => return Wrote::Blocked,
-                    Err(_) => return Wrote::Closed,
-                }
+        loop {
+            match rustix::io::write(&self.fd, bytes) {
+                Ok(n) => return Wrote::Bytes(n),
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return Wrote::Blocked,
+                Err(_) => return Wrote::Closed,
             }
-        })
+        }
     }
 
     /// What has to change so that the host end is watched for input and for being writable as wanted, beside the hang-up that always comes.

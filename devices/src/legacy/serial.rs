@@ -46,7 +46,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::uart::Uart;
 use crate::bus::BusDevice;
 use crate::interrupt::{InterruptLine, LevelLatch, lock, publish};
-use crate::stream::{OutputRing, SentBytes};
+use crate::stream::OutputRing;
 
 pub use host::SerialLoop;
 
@@ -147,7 +147,6 @@ pub struct Serial {
     state: Mutex<State>,
     line: Arc<dyn InterruptLine>,
     doorbell: EventFd,
-    sent: SentBytes,
 }
 
 impl Serial {
@@ -171,7 +170,6 @@ impl Serial {
             state: Mutex::new(state),
             line,
             doorbell,
-            sent: SentBytes::default(),
         }))
     }
 
@@ -190,11 +188,6 @@ impl Serial {
     /// Bytes of output lost, since the start, because the host did not take them in time.
     pub fn dropped(&self) -> u64 {
         self.state().ring.dropped()
-    }
-
-    /// How many bytes of output have gone to the host so far; counts on after this port is gone.
-    pub fn sent(&self) -> SentBytes {
-        self.sent.clone()
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

@@ -42,7 +42,6 @@ use std::time::{Duration, Instant};
 
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Kvm, VmFd};
-use sepal_devices::SentBytes;
 
 use self::loader::{Job, Loader};
 use self::pause::PauseLedger;
@@ -361,11 +360,6 @@ impl Machine {
             serial_dropped: self.platform.serial_dropped(),
             vcpus: self.threads.stats(),
         }
-    }
-
-    /// Bytes of serial output that went to the host side; they count on after the machine is gone.
-    pub fn serial_sent(&self) -> SentBytes {
-        self.platform.serial_sent()
     }
 
     /// Asks all threads to end, and returns at once. From now on nothing that ends the guest is reported.

@@ -12,7 +12,6 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use sepal_devices::SentBytes;
 use sepal_devices::bus::{Bus, BusDevice, BusError};
 use sepal_devices::dispatch::{
     DeviceEvent, DeviceReporter, DispatchDevice, DispatchLoop, StartError, StartingLoop, StopError,
@@ -200,11 +199,6 @@ impl Platform {
     /// Bytes of serial output that the host side did not take.
     pub(super) fn serial_dropped(&self) -> u64 {
         self.port.dropped()
-    }
-
-    /// Bytes of serial output that went to the host side.
-    pub(super) fn serial_sent(&self) -> SentBytes {
-        self.port.sent()
     }
 
     /// Begins to start the loops of the devices that every machine has.

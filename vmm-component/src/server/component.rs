@@ -204,19 +204,4 @@ impl component::Server for ComponentServer {
             Ok(())
         }
     }
-
-    async fn sent(
-        self: ServerRc<Self>,
-        _: component::SentParams,
-        mut results: component::SentResults,
-    ) -> Result<(), capnp::Error> {
-        let output = self.controller.output();
-        let mut results = results.get();
-        results.set_serial(output.serial.get());
-        let mut consoles = results.init_consoles(output.consoles.len() as u32);
-        for (i, sent) in output.consoles.iter().enumerate() {
-            consoles.set(i as u32, sent.get());
-        }
-        Ok(())
-    }
 }

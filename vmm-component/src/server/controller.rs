@@ -34,7 +34,7 @@ use super::{
     state::{GuestState, Nature},
     successors::Attendance,
     teller::Lent,
-    vm::{Builder, LastRegisters, Output, Vm, VmSpec},
+    vm::{Builder, LastRegisters, Vm, VmSpec},
 };
 use crate::{
     lifecycle::{Absence, Effect, Ending, Generation, Input, Lifecycle, Reply, Token},
@@ -206,15 +206,6 @@ impl Controller {
         }
     }
 
-    /// Counts the guest's output.
-    pub(super) fn output(&self) -> Output {
-        self.inner
-            .borrow()
-            .known()
-            .map(|guest| guest.output())
-            .unwrap_or_default()
-    }
-
     /// Asks for a machine. `creation` is an error if the request could not even be read; that counts as a create that failed.
     pub(super) fn create(&self, creation: Result<Creation, Error>) -> impl Future<Output = Result<(), Error>> + use<> {
         let reply = self.ask(|inner, token| {
@@ -305,13 +296,7 @@ impl Controller {
     fn learn(&self, news: News) {
         match news {
             News::Built(generation, Ok(vm)) => {
-                {
-                    let inner = &mut *self.inner.borrow_mut();
-                    if let Some(guest) = &inner.guest {
-                        guest.counts(vm.output());
-                    }
-                    inner.vm = Some(vm);
-                }
+                self.inner.borrow_mut().vm = Some(vm);
                 self.feed(Input::Built(generation, Ok(())));
             }
             News::Built(generation, Err(error)) => self.feed(Input::Built(generation, Err(error))),

@@ -28,7 +28,7 @@ use super::{
     memory_news::MemoryNews,
     news::Pacer,
     teller::{Lent, Teller},
-    vm::{LastRegisters, Output},
+    vm::LastRegisters,
 };
 use crate::{
     lifecycle::{Ending, Generation},
@@ -62,7 +62,6 @@ struct Inner {
     run_called: bool,
     started: Option<Instant>,
     paused: bool,
-    output: Output,
     report: Option<StopReport>,
     /// Where its vCPUs were when one of them failed.
     registers: LastRegisters,
@@ -215,16 +214,6 @@ impl GuestState {
     /// Another manager may want to know how it ended.
     pub(super) fn outlives_itself(&self) -> bool {
         self.nature.durable && self.inner.borrow().run_called
-    }
-
-    /// The machine was built: its output is counted here.
-    pub(super) fn counts(&self, output: Output) {
-        self.inner.borrow_mut().output = output;
-    }
-
-    /// Bytes of output that have gone to the manager's sockets.
-    pub(super) fn output(&self) -> Output {
-        self.inner.borrow().output.clone()
     }
 
     /// `run` was called.

@@ -14,10 +14,7 @@ use std::{
 
 use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::Kvm;
-use sepal_devices::{
-    SentBytes,
-    virtio::{console::ConsoleHandle, device::DeviceKind},
-};
+use sepal_devices::virtio::device::DeviceKind;
 use sepal_schema::{config::MemoryBacking, error::Error};
 
 use sepal_runner::inner;
@@ -74,15 +71,6 @@ pub type ShowAnswer = Box<dyn FnOnce(Result<Answer, MachineError>) + Send>;
 /// Registers of vCPUs, with their numbers.
 pub type LastRegisters = Vec<(u8, RegisterDump)>;
 
-/// Counts a machine's output.
-#[derive(Clone, Default)]
-pub struct Output {
-    /// Of the serial port.
-    pub serial: SentBytes,
-    /// Of the console's ports, in order.
-    pub consoles: Vec<SentBytes>,
-}
-
 /// A machine that was built.
 pub trait Vm: Send {
     /// Starts vCPUs and dispatch loops; they run when it returns.
@@ -107,8 +95,6 @@ pub trait Vm: Send {
     fn stats(&self) -> MachineStats;
     /// The host's side of its devices.
     fn devices(&self) -> Handles;
-    /// Counts the bytes that go to the host's sockets, also after the machine is gone.
-    fn output(&self) -> Output;
     /// Ends all threads, flushes what the guest printed last, and gives the memory back. Tells where the vCPUs were if one of them failed. Fails with the
     /// names of threads that did not end.
     fn tear_down(self: Box<Self>) -> Result<LastRegisters, String>;
@@ -255,13 +241,6 @@ impl Vm for RealVm {
 
     fn devices(&self) -> Handles {
         self.devices.clone()
-    }
-
-    fn output(&self) -> Output {
-        Output {
-            serial: self.machine.serial_sent(),
-            consoles: self.devices.console.as_ref().map_or_else(Vec::new, ConsoleHandle::sent),
-        }
     }
 
     fn tear_down(self: Box<Self>) -> Result<LastRegisters, String> {

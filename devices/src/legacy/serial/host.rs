@@ -55,7 +55,7 @@ pub struct SerialLoop {
 
 impl SerialLoop {
     pub(super) fn new(port: Arc<Serial>, fd: OwnedFd) -> io::Result<Self> {
-        let host = HostEnd::new(fd, port.sent())?;
+        let host = HostEnd::new(fd)?;
         let timer = timerfd_create(
             TimerfdClockId::Monotonic,
             TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC,

@@ -33,7 +33,7 @@ use super::violation::Violation;
 use crate::alarm::Alarm;
 use crate::dispatch::{DeviceError, DeviceEvent};
 use crate::interrupt::lock;
-use crate::stream::{HostEnd, SentBytes, Watch};
+use crate::stream::{HostEnd, Watch};
 
 use control::{Control, HEADER, Known, Size};
 use port::{CHUNK, Counters, Port, transmit_queue};
@@ -164,11 +164,6 @@ impl ConsoleHandle {
         })
     }
 
-    /// How many bytes of each port's output have gone to its host end so far; they count on after the device is gone.
-    pub fn sent(&self) -> Vec<SentBytes> {
-        self.0.ports.iter().map(|port| port.sent.clone()).collect()
-    }
-
     fn none(&self, port: usize) -> NoSuchPort {
         NoSuchPort {
             port,
@@ -237,7 +232,7 @@ impl Console {
                 ));
             }
             let counters = Arc::new(Counters::default());
-            let host = host.map(|fd| HostEnd::new(fd, counters.sent.clone())).transpose()?;
+            let host = host.map(HostEnd::new).transpose()?;
             let console = index < config.consoles.max(1);
             known.push(Known {
                 name,

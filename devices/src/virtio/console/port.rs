@@ -8,7 +8,7 @@ use super::super::chain::Chain;
 use super::super::device::{Context, Fault};
 use super::super::queue::Virtqueue;
 use super::super::violation::Violation;
-use crate::stream::{HostEnd, Life, OutputRing, SentBytes, Watch, Wrote};
+use crate::stream::{HostEnd, Life, OutputRing, Watch, Wrote};
 
 /// Bytes of output that wait for the host before the oldest are dropped.
 pub const OUTPUT_CAPACITY: usize = 256 * 1024;
@@ -29,7 +29,6 @@ pub(super) struct Counters {
     pub(super) from_guest: AtomicU64,
     pub(super) to_guest: AtomicU64,
     pub(super) dropped: AtomicU64,
-    pub(super) sent: SentBytes,
     pub(super) guest_open: AtomicBool,
     pub(super) host_open: AtomicBool,
 }

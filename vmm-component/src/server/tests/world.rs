@@ -38,7 +38,7 @@ use crate::{
     server::{
         Controller,
         devices::Handles,
-        vm::{Builder, Events, LastRegisters, Output, ShowAnswer, ShowRegisters, Vm},
+        vm::{Builder, Events, LastRegisters, ShowAnswer, ShowRegisters, Vm},
     },
 };
 
@@ -168,9 +168,6 @@ impl Vm for PretendedVm {
     }
     fn devices(&self) -> Handles {
         Handles::default()
-    }
-    fn output(&self) -> Output {
-        Output::default()
     }
     fn tear_down(self: Box<Self>) -> Result<LastRegisters, String> {
         let held = self.world.hold_tear_down.lock().unwrap().take();
