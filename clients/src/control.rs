@@ -14,6 +14,7 @@ use sepal_schema::{
 use crate::{
     args::{Stop, StopOptions, Wait, WaitOptions},
     calls,
+    ending::Process,
     manager::Manager,
     place::{Otherwise, Place},
     show, status,
@@ -148,11 +149,15 @@ pub(crate) async fn end_manager(handle: &Handle, place: &Place, keep: bool) -> R
         true => Manager::connect(handle, place, Otherwise::Fail)?,
         false => Manager::running(handle, place)?,
     };
+    let process = Process::of(place, &manager).await?;
     match keep {
         true => read_completion(manager.client.retire_request().send().promise.await?.get()?)?,
         false => read_completion(manager.client.shutdown_request().send().promise.await?.get()?)?,
     }
     manager.connection.ended().await;
+    if let Some(process) = process {
+        process.ended(handle).await?;
+    }
     Ok(status::SUCCESS)
 }
 

@@ -3,6 +3,7 @@
 //! ```text
 //!   args                      what can be said
 //!   place, local, left, manager     finds the guest manager here or on another machine, or starts one; relay is the other machine's side
+//!   ending                    the end of a guest manager
 //!   calls                     the protocol's calls, as Rust functions
 //!   launch, define, session, show, events, stats, top, metrics, registers, inspect, cpu, control, devices, vsock, agent, sharing, redeem      the commands
 //!   copying, again            between standard streams and a guest's port, and back to a guest that outlives its manager
@@ -28,6 +29,7 @@ mod crashes;
 mod define;
 mod devices;
 mod doctor;
+mod ending;
 mod events;
 mod figures;
 mod inspect;

@@ -10,6 +10,9 @@ use serde_json::Value;
 
 use crate::PROMPT;
 
+/// How often a manager is ended: what happens in between takes less than a millisecond.
+const ROUNDS: usize = 50;
+
 /// Launches a guest that runs these commands, to its end.
 fn run(commands: &str) -> Option<(World, sepal_tests::Finished)> {
     if kvm_missing() {
@@ -193,4 +196,28 @@ fn a_component_that_is_killed_is_15() {
 /// `guest info --json`.
 fn json(world: &World, name: &str) -> Value {
     serde_json::from_str(&world.guest(&["info", name, "--json"]).expect_code(0).out()).unwrap()
+}
+
+#[test]
+fn a_manager_that_was_ended_is_gone_and_another_can_begin_at_once() {
+    let mut world = World::with_manager();
+    for round in 0..ROUNDS {
+        let end: &[&str] = if round % 2 == 0 {
+            &["end-manager"]
+        } else {
+            &["end-manager", "--keep"]
+        };
+        world.guest(end).expect_code(0);
+        let listed = world.guest(&["list"]).expect_code(1);
+        assert!(
+            listed.stderr.contains("no guest manager runs"),
+            "round {round}: {}",
+            listed.stderr
+        );
+        // Nobody has waited for the first one's process, whose state folder the next one uses.
+        let ended = world.take_manager();
+        world.start_manager();
+        ended.wait().expect_code(0);
+    }
+    world.end();
 }
