@@ -152,13 +152,13 @@ impl Registry {
             check_name(name)?;
         }
         let mut upkeep = Upkeep::default();
-        let (mut generation, mut crashes) = (0, Crashes::default());
+        let (mut generation, mut crashes, mut kept) = (0, Crashes::default(), None);
         if let Some(entry) = self.names.get(name).and_then(|id| self.entries.get(id)) {
             if !entry.remembered() {
                 return Err(taken(entry));
             }
             upkeep = entry.kept_for(origin)?;
-            (generation, crashes) = (entry.generation, entry.crashes.clone());
+            (generation, crashes, kept) = (entry.generation, entry.crashes.clone(), entry.kept.clone());
         }
         let Used { used, most } = self.occupancy();
         if most.is_some_and(|most| used >= most) {
@@ -181,6 +181,7 @@ impl Registry {
             generation,
             crashes,
             upkeep,
+            kept,
             ..Entry::new(id, name.clone(), origin)
         };
         let defined = entry.upkeep.defined;

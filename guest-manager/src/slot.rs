@@ -110,6 +110,7 @@ impl Slot {
             registry.check_identity(self.id, wanted)?;
             let creation = registry.create(self.id, descriptor, now)?;
             registry.identify(self.id, wanted, fresh);
+            registry.set_restart(self.id, config.restart);
             Ok::<_, Error>(creation)
         })?;
         if let (Some(report), Some(before)) = (creation.replaced, self.current()) {

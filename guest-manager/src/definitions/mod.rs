@@ -135,6 +135,7 @@ fn kept(record: &Record) -> Kept {
         uuid: record.uuid,
         autostart: record.autostart,
         durable: config.as_ref().is_ok_and(|config| config.durable),
+        restart: config.as_ref().map(|config| config.restart).unwrap_or_default(),
         descriptor: config.as_ref().map(slot::describe).ok(),
     }
 }

@@ -184,7 +184,7 @@ fn restore(manager: &Rc<Manager>, found: Found) -> Result<(), Error> {
         give_up(orphan);
         return Ok(());
     }
-    let id = match manager.registry(|registry, _| registry.restore(restored(&record))) {
+    let id = match manager.registry(|registry, _| registry.restore(restored(&record, &config))) {
         Ok(id) => id,
         Err(error) => {
             give_up(orphan);
@@ -243,7 +243,7 @@ fn restore(manager: &Rc<Manager>, found: Found) -> Result<(), Error> {
     Ok(())
 }
 
-fn restored(record: &Record) -> Restored {
+fn restored(record: &Record, config: &GuestConfig) -> Restored {
     Restored {
         name: record.name.as_str().into(),
         uuid: Some(Uuid::from_bytes(record.uuid)),
@@ -259,6 +259,7 @@ fn restored(record: &Record) -> Restored {
         detached: record.detached,
         restarts: record.restarts,
         failures: record.failures,
+        restart: config.restart,
         descriptor: record.descriptor.clone(),
         layers: record.layers.clone(),
         stop: record.stop.clone(),

@@ -8,7 +8,7 @@ use sepal_schema::{
     report::StopReport,
 };
 
-use super::{Origin, crashes::Crashes};
+use super::{Kept, Origin, crashes::Crashes};
 use crate::model::{Ending, GuestId, Moment};
 
 /// Where a guest is in its life; the registry's head draws it.
@@ -78,6 +78,10 @@ pub(super) struct Entry {
     pub(super) paused: bool,
     pub(super) detached: bool,
     pub(super) upkeep: Upkeep,
+    /// What its definition says now, if there is one.
+    pub(super) kept: Option<Kept>,
+    /// The definition is another than the one that it was started from.
+    pub(super) redefined: bool,
     pub(super) crashes: Crashes,
     pub(super) descriptor: Option<GuestDescriptor>,
     pub(super) stop: Option<StopReport>,
@@ -101,6 +105,8 @@ impl Entry {
             paused: false,
             detached: false,
             upkeep: Upkeep::default(),
+            kept: None,
+            redefined: false,
             crashes: Crashes::default(),
             descriptor: None,
             stop: None,
@@ -159,20 +165,36 @@ impl Entry {
         }
     }
 
+    /// What it is made of, and how it is kept: as it runs, or as it would be started from its definition.
+    fn made_of(&self) -> (Option<GuestDescriptor>, Upkeep) {
+        let mut upkeep = self.upkeep.clone();
+        let next = self.kept.as_ref().filter(|_| upkeep.defined && self.remembered());
+        let Some(next) = next else {
+            return (self.descriptor.clone(), upkeep);
+        };
+        (upkeep.durable, upkeep.restart) = (next.durable, next.restart);
+        let descriptor = match (&self.descriptor, self.redefined) {
+            (Some(last), false) => Some(last.clone()),
+            _ => next.descriptor.clone(),
+        };
+        (descriptor, upkeep)
+    }
+
     pub(super) fn info(&self, now: Moment) -> GuestInfo {
+        let (descriptor, upkeep) = self.made_of();
         GuestInfo {
             name: self.name.to_string(),
             status: self.phase.status(),
             generation: self.generation,
             uptime_ns: self.uptime_ns(now).unwrap_or(0),
-            descriptor: self.descriptor.clone(),
+            descriptor,
             stop: self.stop.clone(),
             problems: Vec::new(),
             layers: self.layers.clone(),
             component_pid: self.component_pid,
             paused: self.paused,
             detached: self.detached,
-            upkeep: self.upkeep.clone(),
+            upkeep,
         }
     }
 }

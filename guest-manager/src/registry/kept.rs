@@ -9,7 +9,7 @@
 use std::rc::Rc;
 
 use sepal_schema::{
-    config::Uuid,
+    config::{Restart, Uuid},
     error::{Error, Kind},
     info::{GuestDescriptor, Upkeep},
 };
@@ -32,6 +32,8 @@ pub struct Kept {
     pub autostart: bool,
     /// It goes on without its manager.
     pub durable: bool,
+    /// What follows when it ends by itself.
+    pub restart: Restart,
     /// What it is made of; none if this version cannot tell.
     pub descriptor: Option<GuestDescriptor>,
 }
@@ -113,6 +115,13 @@ impl Registry {
         wanted.map_or(Ok(()), |wanted| self.check_uuid(wanted, Some(id)))
     }
 
+    /// What follows when this run of a guest ends by itself.
+    pub fn set_restart(&mut self, id: GuestId, restart: Restart) {
+        if let Some(entry) = self.entries.get_mut(&id) {
+            entry.upkeep.restart = restart;
+        }
+    }
+
     /// Gives a guest that is created its UUID: the one that is `wanted`; the one that it has; or a `fresh` one.
     pub fn identify(&mut self, id: GuestId, wanted: Option<Uuid>, fresh: Uuid) {
         if let Some(entry) = self.entries.get_mut(&id) {
@@ -187,11 +196,9 @@ impl Registry {
         entry.upkeep.autostart = kept.autostart;
         if !entry.phase.live() {
             entry.upkeep.uuid = Some(kept.uuid);
-            entry.upkeep.durable = kept.durable;
         }
-        if entry.phase == Phase::Defined {
-            entry.descriptor = kept.descriptor;
-        }
+        entry.kept = Some(kept);
+        entry.redefined |= claim.is_some();
         if claim.is_some_and(|claim| claim.before.is_none_or(|before| !before.defined)) {
             self.tell(id, now, EventKind::Defined);
         }
@@ -228,6 +235,7 @@ impl Registry {
         let Some(entry) = self.entries.get_mut(&id) else { return };
         entry.upkeep.defined = false;
         entry.upkeep.autostart = false;
+        entry.kept = None;
         if entry.remembered() {
             self.forget(id, now);
         }

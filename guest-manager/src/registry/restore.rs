@@ -3,6 +3,7 @@
 use std::{collections::HashMap, rc::Rc};
 
 use sepal_schema::{
+    config::Restart,
     error::Error,
     info::{GuestDescriptor, LayerInfo, Upkeep},
     report::StopReport,
@@ -52,6 +53,8 @@ pub struct Restored {
     pub restarts: u32,
     /// How many runs in a row have failed.
     pub failures: u32,
+    /// What follows when it ends by itself.
+    pub restart: Restart,
     /// What it is made of.
     pub descriptor: Option<GuestDescriptor>,
     /// The jail of its component.
@@ -89,12 +92,13 @@ impl Registry {
     /// # Errors
     /// `ALREADY_RUNNING`: its name is taken.
     pub fn restore(&mut self, from: Restored) -> Result<GuestId, Error> {
-        let mut upkeep = Upkeep::default();
+        let (mut upkeep, mut kept) = (Upkeep::default(), None);
         if let Some(entry) = self.names.get(&from.name).and_then(|id| self.entries.get(id)) {
             if !entry.remembered() {
                 return Err(taken(entry));
             }
             upkeep = entry.kept_for(Origin::Definition)?;
+            kept = entry.kept.clone();
         }
         // Whose events are known already.
         let id = self.past_ids.remove(&*from.name).unwrap_or_else(|| {
@@ -123,10 +127,14 @@ impl Registry {
             ..Entry::new(id, from.name, Origin::Launch)
         };
         entry.upkeep = upkeep;
+        // It may have been replaced since, when the earlier manager was there.
+        entry.redefined = kept.is_some();
+        entry.kept = kept;
         entry.upkeep.uuid = from.uuid.or(entry.upkeep.uuid);
         entry.upkeep.durable = true;
         entry.upkeep.restarts = from.restarts;
         entry.upkeep.failures = from.failures;
+        entry.upkeep.restart = from.restart;
         self.entries.insert(id, entry);
         Ok(id)
     }

@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 
-use sepal_schema::info::GuestStatus;
+use sepal_schema::{config::RestartPolicy, info::GuestStatus};
 
 use super::*;
 use crate::{
@@ -31,8 +31,21 @@ fn kept(uuid: Uuid) -> Kept {
         uuid,
         autostart: false,
         durable: false,
+        restart: Restart::default(),
         descriptor: None,
     }
+}
+
+/// A definition of a guest with so much memory that begins again as often as it fails.
+fn of_size(uuid: Uuid, memory_mib: u64) -> Kept {
+    let mut kept = kept(uuid);
+    kept.durable = true;
+    kept.restart.policy = RestartPolicy::OnFailure;
+    kept.descriptor = Some(GuestDescriptor {
+        memory_mib,
+        ..GuestDescriptor::default()
+    });
+    kept
 }
 
 fn define(registry: &mut Registry, name: &str, wanted: Option<Uuid>) -> Result<Uuid, Error> {
@@ -101,6 +114,53 @@ fn a_defined_guest_is_there_whether_it_runs_or_not() {
         "what runs goes on"
     );
     registry.remove("web", now()).unwrap_err();
+}
+
+#[test]
+fn what_rests_is_told_as_it_would_be_started() {
+    let mut registry = registry(4, 4);
+    let uuid = define(&mut registry, "web", None).unwrap();
+    let replace = |registry: &mut Registry, memory_mib| {
+        let claim = registry.claim("web", None, uuid, true).unwrap();
+        registry.keep("web", of_size(uuid, memory_mib), Some(claim), now());
+    };
+    let told = |registry: &Registry| {
+        let info = info(registry, "web").unwrap();
+        let descriptor = info.descriptor.unwrap();
+        (
+            descriptor.memory_mib,
+            descriptor.devices.len(),
+            info.upkeep.durable,
+            info.upkeep.restart.policy,
+        )
+    };
+    replace(&mut registry, 64);
+    assert_eq!(told(&registry), (64, 0, true, RestartPolicy::OnFailure));
+    // This run is made of something else, and says so as long as it lasts.
+    let run = |registry: &mut Registry| {
+        let id = registry.reserve("web", Origin::Definition, now()).unwrap();
+        let descriptor = GuestDescriptor {
+            memory_mib: 64,
+            devices: vec!["serial".into()],
+            ..GuestDescriptor::default()
+        };
+        let creation = registry.create(id, descriptor, now()).unwrap();
+        registry.set_restart(id, Restart::default());
+        (id, creation.generation)
+    };
+    let (id, generation) = run(&mut registry);
+    replace(&mut registry, 128);
+    assert_eq!(told(&registry), (64, 1, false, RestartPolicy::Never));
+    registry.ended(id, generation, killed(), 0, now());
+    assert_eq!(told(&registry), (128, 0, true, RestartPolicy::OnFailure));
+    // Nothing was replaced since: all is known of what it is made of.
+    let (id, generation) = run(&mut registry);
+    registry.ended(id, generation, killed(), 0, now());
+    assert_eq!(told(&registry), (64, 1, true, RestartPolicy::OnFailure));
+    registry.keep("web", of_size(uuid, 128), None, now());
+    assert_eq!(told(&registry).0, 64, "whether it starts by itself is no part of it");
+    replace(&mut registry, 256);
+    assert_eq!(told(&registry).0, 256);
 }
 
 #[test]
