@@ -63,6 +63,54 @@ struct DurableGuest {
   # Somebody has set its balloon, which is left alone then.
   origin @24 :Observer.ConfigurationResult;
   # What would create it again, as an observer tells it: `config` is what became of that on this host.
+  leaseEndsNs @25 :UInt64;
+  # When it is stopped unless its lease is redeemed, by the host's monotonic clock; 0: that is not waited for.
+  stopWanted :union {
+    # It is being stopped by force.
+    no @26 :Void;
+    killed @27 :Text;
+    # Somebody wanted it; the sentence says who or what.
+    hangup @28 :UInt64;
+    # It was asked to shut down, and had not after so many milliseconds.
+    panicked @29 :Void;
+    # Its kernel panicked, and its configuration says that this stops it.
+  }
+  asked @30 :Bool;
+  # It was asked to shut down.
+  over @31 :Over;
+  # How its run ended and what follows; null while it goes on. That has been told where the phase is `restarting`, and is still to be told otherwise.
+  waits @32 :UInt32;
+  # How often its restart policy had it begin again since a run of it was a good one.
+  shortRuns @33 :UInt32;
+  # Short runs in a row after which it began again by itself.
+  heard @34 :UInt64;
+  # The number of the last event that its component told, and that has been told on.
+  sequence @35 :UInt64;
+  # The number of the last event of all guests when this was written.
+  beginAgain @36 :BeginAgain;
+  # Its run is being ended for the next one to begin.
+
+  enum BeginAgain {
+    no @0;
+    asked @1;
+    # A client has reset it.
+    panicked @2;
+    # Its kernel panicked, and its configuration says that it begins again then.
+  }
+
+  struct Over {
+    report @0 :StopReport;
+    gaveUp @1 :Bool;
+    # It failed so often that it is not begun again.
+    follows @2 :Bool;
+    # Another run does.
+    hold @3 :Bool;
+    # That waits, paused, before its first instruction.
+    byItself @4 :Bool;
+    # Nobody asked for it.
+    beginsNs @5 :UInt64;
+    # When, by the host's monotonic clock.
+  }
 
   enum Phase {
     creating @0;
