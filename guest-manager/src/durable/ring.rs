@@ -1,7 +1,7 @@
 //! The last bytes of a stream in memory that outlives this process: what a port printed, or the journal.
 //!
 //! ```text
-//!   0    capacity | base | end                                 words, each written as a whole
+//!   0    capacity | base | end | begin                         words, each written as a whole
 //!   4096 |=============== kept ===============|-- room --|     bytes by position modulo the size: the room takes what is being written
 //!                                            end               while nothing of what is kept is touched
 //! ```
@@ -16,6 +16,8 @@
 //!   end > base:  as much of what is in the socket has been published as the socket has counted
 //! ```
 //!
+//! Where there is no memory for a piece it is *skipped*: positions go on, and what is kept begins behind it.
+//!
 //! Pure: memory is passed in.
 
 use std::io;
@@ -25,6 +27,7 @@ use super::memory::Memory;
 const CAPACITY: u64 = 0;
 const BASE: u64 = 8;
 const END: u64 = 16;
+const BEGIN: u64 = 24;
 const DATA: u64 = 4096;
 /// The most that is written at a time, in bytes.
 pub(crate) const ROOM: usize = 64 * 1024;
@@ -38,6 +41,8 @@ pub(crate) struct Ring<M> {
     capacity: u64,
     base: u64,
     end: u64,
+    /// Nothing before this position is kept.
+    begin: u64,
 }
 
 impl<M: Memory> Ring<M> {
@@ -53,6 +58,7 @@ impl<M: Memory> Ring<M> {
             capacity,
             base: 0,
             end: 0,
+            begin: 0,
         })
     }
 
@@ -61,10 +67,11 @@ impl<M: Memory> Ring<M> {
     /// # Errors
     /// There is none in this memory, or it cannot be read.
     pub(crate) fn open(memory: M) -> io::Result<Self> {
-        let (capacity, base, end) = (
+        let (capacity, base, end, begin) = (
             memory.read_word(CAPACITY)?,
             memory.read_word(BASE)?,
             memory.read_word(END)?,
+            memory.read_word(BEGIN)?,
         );
         if capacity == 0 || capacity > MAX_CAPACITY || base > end {
             return Err(io::Error::other("there is no ring in this memory"));
@@ -74,6 +81,7 @@ impl<M: Memory> Ring<M> {
             capacity,
             base,
             end,
+            begin,
         })
     }
 
@@ -121,6 +129,21 @@ impl<M: Memory> Ring<M> {
         Ok(())
     }
 
+    /// Goes on behind so many bytes that could not be published: they have been, as far as what is consumed of a socket is concerned, but neither they nor
+    /// what was before them are kept.
+    ///
+    /// # Errors
+    /// The memory cannot be written to, not even where it was before.
+    pub(crate) fn skip(&mut self, count: usize) -> io::Result<()> {
+        let end = self.end + count as u64;
+        // First: whoever is killed in between has published nothing, and keeps nothing.
+        self.memory.write_word(end, BEGIN)?;
+        self.begin = end;
+        self.memory.write_word(end, END)?;
+        self.end = end;
+        Ok(())
+    }
+
     fn size(&self) -> u64 {
         self.capacity + ROOM as u64
     }
@@ -141,7 +164,7 @@ impl<M: Memory> Ring<M> {
     /// # Errors
     /// The memory cannot be read.
     pub(crate) fn kept(&self) -> io::Result<(u64, Vec<u8>)> {
-        let start = self.end.saturating_sub(self.capacity);
+        let start = self.end.saturating_sub(self.capacity).max(self.begin).min(self.end);
         let length = usize::try_from(self.end - start).map_err(io::Error::other)?;
         let mut bytes = vec![0; length];
         let at = start % self.size();
@@ -209,6 +232,32 @@ mod tests {
         let (start, kept) = opened.kept().unwrap();
         assert_eq!((start, kept.len()), (199_993, 10));
         assert!(kept.ends_with(b"end") && kept.starts_with(tail(&all, 7)));
+    }
+
+    #[test]
+    fn what_is_skipped_is_not_kept_and_counts() {
+        let memory = Fake::default();
+        let mut ring = Ring::create(memory.clone(), 10).unwrap();
+        ring.publish(b"before").unwrap();
+        ring.all_consumed().unwrap();
+        memory.kill_after(Some(3));
+        assert!(ring.publish(b"lost").is_err());
+        memory.kill_after(None);
+        ring.skip(4).unwrap();
+        assert_eq!((ring.published(4), ring.kept().unwrap()), (4, (10, Vec::new())));
+        ring.publish(b"after").unwrap();
+        assert_eq!(
+            Ring::open(memory.clone()).unwrap().kept().unwrap(),
+            (10, b"after".into())
+        );
+        // Killed between the two words: nothing was published.
+        memory.kill_after(Some(8));
+        assert!(ring.skip(3).is_err());
+        memory.kill_after(None);
+        let mut ring = Ring::open(memory).unwrap();
+        assert_eq!((ring.end(), ring.kept().unwrap()), (15, (15, Vec::new())));
+        ring.publish(b"again").unwrap();
+        assert_eq!(ring.kept().unwrap(), (18, b"in".into()));
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! process is killed between the two, what has been kept already (`durable::ring`).
 
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     io,
     mem::MaybeUninit,
     os::{
@@ -22,12 +22,16 @@ use crate::{
 
 /// The ring of a port, if there is one.
 #[derive(Debug, Default)]
-pub(super) struct Mirror(RefCell<Option<Ring<Shared>>>);
+pub(super) struct Mirror {
+    ring: RefCell<Option<Ring<Shared>>>,
+    /// That something is not kept has been told.
+    told: Cell<bool>,
+}
 
 impl Mirror {
     /// A descriptor of the ring, which is made, to keep the last `capacity` bytes, where there is none yet: before anything was printed.
     pub(super) fn descriptor(&self, capacity: usize) -> io::Result<OwnedFd> {
-        let mut slot = self.0.borrow_mut();
+        let mut slot = self.ring.borrow_mut();
         let ring = match slot.take() {
             Some(ring) => ring,
             None => Ring::create(Shared::new()?, capacity)?,
@@ -42,14 +46,14 @@ impl Mirror {
         let ring = Ring::open(Shared::from(ring))?;
         let (_, bytes) = ring.kept()?;
         let history = History::restored(capacity.max(bytes.len()), ring.end(), &bytes);
-        *self.0.borrow_mut() = Some(ring);
+        *self.ring.borrow_mut() = Some(ring);
         Ok(history)
     }
 
     /// Output comes from this socket now: one that nobody has read from yet, or that of which an earlier manager has kept what is in the ring. What has been
     /// kept already is taken out of it.
     pub(super) fn attach(&self, socket: &UnixStream) -> io::Result<()> {
-        let Some(ring) = &mut *self.0.borrow_mut() else {
+        let Some(ring) = &mut *self.ring.borrow_mut() else {
             return Ok(());
         };
         let twice = ring.published(peek_offset(socket)?.unwrap_or(0));
@@ -73,7 +77,7 @@ impl Mirror {
         room: &mut [MaybeUninit<u8>],
         tell: impl FnOnce(&[u8]),
     ) -> io::Result<usize> {
-        let mut slot = self.0.borrow_mut();
+        let mut slot = self.ring.borrow_mut();
         let Some(ring) = &mut *slot else {
             drop(slot);
             let ((bytes, _), _) = rustix::net::recv(socket, room, RecvFlags::DONTWAIT)?;
@@ -82,8 +86,16 @@ impl Mirror {
         };
         ring.all_consumed()?;
         let ((bytes, _), _) = rustix::net::recv(socket, &mut *room, RecvFlags::DONTWAIT | RecvFlags::PEEK)?;
-        // Without memory the guest goes on, and who reads it now loses nothing.
-        let kept = ring.publish(bytes);
+        if let Err(error) = ring.publish(bytes) {
+            // The guest goes on, and who reads it now loses nothing. There may be memory for what it prints next.
+            if !self.told.replace(true) {
+                let position = ring.end();
+                tracing::error!(
+                    "what a guest printed is not kept for the next manager, from byte {position} on: {error}"
+                );
+            }
+            ring.skip(bytes.len())?;
+        }
         tell(bytes);
         let count = bytes.len();
         let mut taken = 0;
@@ -93,8 +105,7 @@ impl Mirror {
                 more => taken += more,
             }
         }
-        drop(slot);
-        kept.map(|()| count)
+        Ok(count)
     }
 }
 
@@ -165,7 +176,7 @@ mod tests {
 
         // Killed after it has kept the rest, and before it has taken it.
         {
-            let mut slot = mirror.0.borrow_mut();
+            let mut slot = mirror.ring.borrow_mut();
             let ring = slot.as_mut().unwrap();
             ring.all_consumed().unwrap();
             let mut room = [0; 8];
@@ -184,12 +195,41 @@ mod tests {
 
         // Killed after it has looked, and before it has kept anything.
         component.write_all(b" six").unwrap();
-        next.0.borrow_mut().as_mut().unwrap().all_consumed().unwrap();
+        next.ring.borrow_mut().as_mut().unwrap().all_consumed().unwrap();
         let _ = rustix::net::recv(&ours, &mut [0; 8], RecvFlags::DONTWAIT | RecvFlags::PEEK).unwrap();
         let last = Mirror::default();
         let history = last.restore(kept, 64).unwrap();
         assert_eq!(history.end(), 23);
         last.attach(&ours).unwrap();
         assert_eq!(take(&last, &ours), (4, b" six".into()));
+    }
+
+    #[test]
+    fn a_port_whose_output_cannot_be_kept_is_read_all_the_same() {
+        let (mut component, ours) = UnixStream::pair().unwrap();
+        let flags = rustix::fs::MemfdFlags::CLOEXEC | rustix::fs::MemfdFlags::ALLOW_SEALING;
+        let kept = rustix::fs::memfd_create("full", flags).unwrap();
+        let mirror = Mirror::default();
+        let memory = Shared::from(kept.try_clone().unwrap());
+        mirror.ring.replace(Some(Ring::create(memory, 64).unwrap()));
+        mirror.attach(&ours).unwrap();
+        component.write_all(b"one two ").unwrap();
+        assert_eq!(take(&mirror, &ours), (8, b"one two ".into()));
+        // Memory that cannot grow: what was written is all that there is room for.
+        rustix::fs::ftruncate(&kept, 4096 + 8).unwrap();
+        rustix::fs::fcntl_add_seals(&kept, rustix::fs::SealFlags::GROW).unwrap();
+        component.write_all(b"three four").unwrap();
+        assert_eq!(take(&mirror, &ours), (8, b"three fo".into()));
+        assert_eq!(take(&mirror, &ours), (2, b"ur".into()));
+        let next = Mirror::default();
+        let history = next.restore(kept, 64).unwrap();
+        assert_eq!(
+            (history.start(), history.end()),
+            (18, 18),
+            "it goes on where the reader was"
+        );
+        next.attach(&ours).unwrap();
+        component.write_all(b"!").unwrap();
+        assert_eq!(take(&next, &ours), (1, b"!".into()));
     }
 }
