@@ -40,7 +40,8 @@ pub(crate) trait Disk {
 pub(crate) struct Folder(OwnedFd);
 
 impl Folder {
-    /// Opens a folder, which is made (mode 0700) if it is not there; the folder that it is in has to be.
+    /// Opens a folder, which is made (mode 0700) if it is not there; the folder that it is in has to be. Its own name is on the disk for good on return,
+    /// whoever made it, as far as that can be told of a folder above that is another's.
     ///
     /// # Errors
     /// What the file system says; a symbolic link is no folder of ours.
@@ -50,15 +51,15 @@ impl Folder {
             Err(Errno::EXIST) => false,
             Err(error) => return Err(error.into()),
         };
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let folder = rustix::fs::openat(CWD, path, flags, Mode::empty())?;
-        if let (true, Some(above)) = (made, path.parent()) {
-            rustix::fs::fsync(rustix::fs::openat(
-                CWD,
-                above,
-                OFlags::RDONLY | OFlags::CLOEXEC,
-                Mode::empty(),
-            )?)?;
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let folder = rustix::fs::openat(CWD, path, flags | OFlags::NOFOLLOW, Mode::empty())?;
+        // Where it was there before, it may be so only since a manager that did not come this far.
+        if let Some(above) = path.parent() {
+            let synced = rustix::fs::openat(CWD, above, flags, Mode::empty()).and_then(rustix::fs::fsync);
+            match synced {
+                Err(error) if made => return Err(error.into()),
+                Ok(()) | Err(_) => {}
+            }
         }
         Ok(Self(folder))
     }
@@ -89,8 +90,12 @@ impl Disk for Folder {
     }
 
     fn write(&self, name: &str, content: &[u8]) -> io::Result<()> {
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let flags =
+            OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let mut file = File::from(rustix::fs::openat(&self.0, name, flags, Mode::RUSR | Mode::WUSR)?);
+        if !file.metadata()?.is_file() {
+            return Err(io::Error::other("it is not a regular file"));
+        }
         file.write_all(content)?;
         file.sync_all()
     }

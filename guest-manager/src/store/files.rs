@@ -5,8 +5,10 @@
 //!   delete   remove NAME.sepal --> names on the disk for good
 //!   recover  NAME.sepal.new: what a put did not come to the end of: removed
 //!            NAME.sepal:     its content; broken: kept aside as NAME.sepal.broken, and told
-//!                            of a later version, or it cannot be read: left where it is, and told; its name cannot be had
+//!                            of a later version, or it cannot be read or moved: left where it is, and told; its name cannot be had
 //! ```
+//!
+//! What cannot be put in order is told, and costs nobody but itself.
 //!
 //! That a rename is one step, and that what was synced before it is what is found under the new name, is what POSIX promises, and file systems keep.
 
@@ -34,6 +36,15 @@ const MAX_BROKEN: u32 = 100;
 pub(crate) struct Files<D> {
     disk: D,
     kind: Content,
+}
+
+/// What is wrong with a file whose content is as it was written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Wrong {
+    /// It is of no use to any version.
+    Broken(String),
+    /// Another version may know what it is for.
+    Unknown(String),
 }
 
 /// What was found in a folder.
@@ -86,53 +97,44 @@ impl<D: Disk> Files<D> {
         self.disk.sync()
     }
 
-    /// Looks what is there, and puts it in order. `check` says what is wrong with a content, if anything is.
+    /// Looks what is there, and puts it in order as far as that can be done. `check` says what is wrong with a content, if anything is.
     ///
     /// # Errors
     /// The folder cannot be read, or what was put in order does not stay so.
-    pub(crate) fn recover(&self, mut check: impl FnMut(&str, &[u8]) -> Result<(), String>) -> io::Result<Found> {
+    pub(crate) fn recover(&self, mut check: impl FnMut(&str, &[u8]) -> Result<(), Wrong>) -> io::Result<Found> {
         let mut names = self.disk.names()?;
         names.sort();
         let (mut found, mut changed) = (Found::default(), false);
         for file in &names {
             if file.ends_with(UNFINISHED) {
-                self.disk.remove(file)?;
-                changed = true;
+                match self.disk.remove(file) {
+                    Ok(()) => changed = true,
+                    Err(error) => {
+                        let file = file.escape_debug();
+                        let problem = format!("{file} was not finished, and cannot be taken away: {error}");
+                        found.problems.push(problem);
+                    }
+                }
                 continue;
             }
             let Some(name) = file.strip_suffix(ENDING) else {
                 continue;
             };
-            let content = match self.disk.read(file) {
-                Ok(bytes) if bytes.len() > MAX_FILE => Err(format!("it has more than {MAX_FILE} bytes")),
-                Ok(bytes) => match unwrap(self.kind, &bytes) {
-                    Err(newer @ Broken::Newer(_)) => {
-                        found.leave(name, &newer.to_string());
-                        continue;
-                    }
-                    unwrapped => unwrapped.map(<[u8]>::to_vec).map_err(|error| error.to_string()),
-                },
-                Err(error) => {
-                    found.leave(name, &format!("it cannot be read: {error}"));
-                    continue;
-                }
-            };
+            let content = self.content(file);
             match content.and_then(|content| check(name, &content).map(|()| content)) {
                 Ok(content) => {
                     found.contents.insert(name.to_owned(), content);
                 }
-                Err(why) => {
-                    let aside = aside(name, &names);
-                    match &aside {
-                        Some(aside) => {
-                            self.disk.rename(file, aside)?;
-                            changed = true;
-                            let problem = format!("{file} is broken, and is kept as {aside}: {why}");
-                            found.problems.push(problem);
-                        }
-                        None => found.leave(name, &why),
+                Err(Wrong::Unknown(why)) => found.leave(name, &why),
+                Err(Wrong::Broken(why)) => match self.put_aside(file, name, &names) {
+                    Ok(aside) => {
+                        changed = true;
+                        let (file, aside) = (file.escape_debug(), aside.escape_debug());
+                        let problem = format!("{file} is broken, and is kept as {aside}: {why}");
+                        found.problems.push(problem);
                     }
-                }
+                    Err(error) => found.leave(name, &format!("{why}; and it cannot be kept aside: {error}")),
+                },
             }
         }
         if changed {
@@ -140,11 +142,35 @@ impl<D: Disk> Files<D> {
         }
         Ok(found)
     }
+
+    /// What is in a file.
+    fn content(&self, file: &str) -> Result<Vec<u8>, Wrong> {
+        let bytes = self.disk.read(file);
+        let bytes = bytes.map_err(|error| Wrong::Unknown(format!("it cannot be read: {error}")))?;
+        if bytes.len() > MAX_FILE {
+            return Err(Wrong::Broken(format!("it has more than {MAX_FILE} bytes")));
+        }
+        match unwrap(self.kind, &bytes) {
+            Ok(content) => Ok(content.to_vec()),
+            Err(why @ (Broken::Newer(_) | Broken::OtherContent(_))) => Err(Wrong::Unknown(why.to_string())),
+            Err(why @ (Broken::Foreign | Broken::Length { .. } | Broken::Damaged)) => {
+                Err(Wrong::Broken(why.to_string()))
+            }
+        }
+    }
+
+    /// Gives a broken file another name, which is returned.
+    fn put_aside(&self, file: &str, name: &str, names: &[String]) -> io::Result<String> {
+        let aside = aside(name, names).ok_or_else(|| io::Error::other("there are too many such already"))?;
+        self.disk.rename(file, &aside)?;
+        Ok(aside)
+    }
 }
 
 impl Found {
     fn leave(&mut self, name: &str, why: &str) {
         self.untouchable.insert(name.to_owned());
+        let name = name.escape_debug();
         self.problems
             .push(format!("{name}{ENDING} is left alone, and not used: {why}"));
     }

@@ -33,7 +33,7 @@ use sepal_schema::{
 use self::{
     disk::Folder,
     envelope::Content,
-    files::Files,
+    files::{Files, Wrong},
     record::{Record, options},
 };
 use crate::state::StateFolder;
@@ -68,6 +68,8 @@ pub(crate) struct Store {
     disks: Arc<Mutex<Disks>>,
     /// What is in the settings' file; empty if there is none.
     settings: RefCell<Vec<u8>>,
+    /// There is a file of settings that this version must leave alone.
+    settings_untouchable: bool,
     /// Whose turn it is to change the settings.
     turn: futures::lock::Mutex<()>,
 }
@@ -84,20 +86,23 @@ impl Store {
         let definitions = Files::new(disk, Content::Definition);
         let mut uuids = BTreeSet::new();
         let check = |name: &str, content: &[u8]| {
-            let record = Record::read(content.to_vec()).map_err(|error| error.to_string())?;
+            let record = Record::read(content.to_vec()).map_err(|error| Wrong::Broken(error.to_string()))?;
             if *record.name != *name {
-                return Err(format!("the guest in it is \"{}\"", record.name));
+                return Err(Wrong::Broken(format!("the guest in it is \"{}\"", record.name)));
             }
             match uuids.insert(record.uuid) {
                 true => Ok(()),
-                false => Err(format!("another definition has its UUID {}", record.uuid)),
+                false => Err(Wrong::Broken(format!(
+                    "another definition has its UUID {}",
+                    record.uuid
+                ))),
             }
         };
         let found = definitions.recover(check).map_err(failed)?;
         let settings = Files::new(Folder::open(&path).map_err(failed)?, Content::Settings);
         let check = |name: &str, content: &[u8]| match name {
-            SETTINGS => read_settings(content, |_| Ok(())).map_err(|error| error.to_string()),
-            _ => Err("there is nothing of that name".to_owned()),
+            SETTINGS => read_settings(content, |_| Ok(())).map_err(|error| Wrong::Broken(error.to_string())),
+            _ => Err(Wrong::Unknown("this version knows nothing of that name".to_owned())),
         };
         let mut set = settings.recover(check).map_err(failed)?;
         let problems = found.problems.into_iter().chain(set.problems).collect();
@@ -113,6 +118,7 @@ impl Store {
             path,
             disks: Arc::new(Mutex::new(Disks { definitions, settings })),
             settings: RefCell::new(set.contents.remove(SETTINGS).unwrap_or_default()),
+            settings_untouchable: set.untouchable.contains(SETTINGS),
             turn: futures::lock::Mutex::default(),
         };
         Ok((store, opened))
@@ -155,6 +161,13 @@ impl Store {
         &self,
         change: impl FnOnce(stored_settings::Builder<'_>) -> capnp::Result<()>,
     ) -> Result<(), Error> {
+        if self.settings_untouchable {
+            let path = self.path.display();
+            let message = format!(
+                "there is a file for settings in the state folder {path} that this version of the manager cannot read, and leaves alone"
+            );
+            return Err(Error::new(Kind::NoStorage, message));
+        }
         let _turn = self.turn.lock().await;
         let mut message = capnp::message::Builder::new_default();
         self.settings(|before| message.set_root(before))?;

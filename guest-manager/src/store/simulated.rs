@@ -1,7 +1,8 @@
 //! A disk whose power can be cut off at any moment, for tests.
 //!
-//! A cut loses any part of what was not synced: each change of names is there afterwards, or not, whatever became of those before it; a file that was being
-//! written is as it was before, or as it was to be, or cut off, or full of zeros.
+//! A cut loses any part of what was not synced: each change of names is there afterwards, or not, whatever became of those before it; of a rename, also the
+//! new name alone, with the old one beside it; a file that was being written is as it was before, or as it was to be, or cut off, or full of zeros. That is
+//! more than file systems do that write a journal or a log: those keep changes of names in their order.
 
 use std::{
     cell::{Cell, RefCell},
@@ -28,6 +29,15 @@ enum Change {
 }
 
 impl Change {
+    /// What may be left of it: all or nothing, and so on.
+    fn left(&self) -> Vec<Option<Self>> {
+        let mut left = vec![None, Some(self.clone())];
+        if let Self::Rename(_, to, file) = self {
+            left.push(Some(Self::Link(to.clone(), *file)));
+        }
+        left
+    }
+
     fn apply(&self, names: &mut Names) {
         match self {
             Self::Link(name, file) => {
@@ -85,12 +95,15 @@ impl Simulated {
         let state = self.state.borrow();
         assert!(state.changes.len() < 12, "too many to try all");
         let mut disks = Vec::new();
-        for kept in 0..1u32 << state.changes.len() {
+        let left: Vec<_> = state.changes.iter().map(Change::left).collect();
+        let ways = left.iter().map(Vec::len).product();
+        for mut way in 0..ways {
             let mut names = state.synced.clone();
-            for (i, change) in state.changes.iter().enumerate() {
-                if kept & (1 << i) != 0 {
+            for left in &left {
+                if let Some(change) = &left[way % left.len()] {
                     change.apply(&mut names);
                 }
+                way /= left.len();
             }
             let mut choices = vec![Vec::new()];
             for file in &state.files {

@@ -200,7 +200,7 @@ fn what_is_broken_is_kept_aside_and_told() {
     fs::create_dir(there("folder.sepal")).unwrap();
     let check = |name: &str, _: &[u8]| {
         if name == "refused" {
-            Err("no".to_owned())
+            Err(Wrong::Broken("no".to_owned()))
         } else {
             Ok(())
         }
@@ -225,4 +225,58 @@ fn what_is_broken_is_kept_aside_and_told() {
     // What is aside stays there, and is told once.
     let again = folder(&path).recover(check).unwrap();
     assert_eq!(again.problems.len(), 2, "{:?}", again.problems);
+}
+
+#[test]
+fn what_cannot_be_put_in_order_costs_nobody_but_itself() {
+    let above = tempfile::tempdir().unwrap();
+    let path = above.path().join("definitions");
+    let files = folder(&path);
+    files.put("good", b"good").unwrap();
+    // No name for it could be longer.
+    let long = format!("{}.sepal", "x".repeat(249));
+    fs::write(path.join(&long), "somebody's").unwrap();
+    fs::create_dir_all(path.join("folder.sepal.new/in-it")).unwrap();
+    let pipe = |name: &str| {
+        let (kind, mode) = (rustix::fs::FileType::Fifo, rustix::fs::Mode::RWXU);
+        rustix::fs::mknodat(rustix::fs::CWD, path.join(name), kind, mode, 0).unwrap();
+    };
+    pipe("pipe.sepal");
+    std::os::unix::fs::symlink("good.sepal", path.join("link.sepal")).unwrap();
+    let _listener = std::os::unix::net::UnixListener::bind(path.join("socket.sepal")).unwrap();
+    // Of another kind, as a later version may have it here.
+    fs::write(path.join("other.sepal"), wrap(Content::Settings, b"other")).unwrap();
+    let found = folder(&path).recover(|_, _| Ok(())).unwrap();
+    assert_eq!(found.contents.keys().collect::<Vec<_>>(), ["good"]);
+    assert_eq!(
+        found.untouchable.iter().map(|name| &name[..4]).collect::<Vec<_>>(),
+        ["link", "othe", "pipe", "sock", "xxxx"]
+    );
+    let told = found.problems.join("\n");
+    for words in [
+        "folder.sepal.new was not finished, and cannot be taken away",
+        "x.sepal is left alone, and not used: it does not begin as a file of the guest manager's does; and it cannot be kept aside",
+        "other.sepal is left alone, and not used: there is something else in it (kind 2)",
+        "link.sepal is left alone",
+        "pipe.sepal is left alone",
+        "socket.sepal is left alone",
+    ] {
+        assert!(told.contains(words), "{words} is not in {told}");
+    }
+    assert!(path.join(&long).exists() && path.join("other.sepal").exists());
+    // Nor does a pipe hold up what is written.
+    pipe("web.sepal.new");
+    assert!(files.put("web", b"web").is_err());
+    files.put("web", b"web").unwrap();
+}
+
+#[test]
+fn what_another_version_has_another_use_for_is_left_alone() {
+    let above = tempfile::tempdir().unwrap();
+    let files = folder(above.path());
+    files.put("later", b"later").unwrap();
+    let unknown = |_: &str, _: &[u8]| Err(Wrong::Unknown("it is of a later version".to_owned()));
+    let found = folder(above.path()).recover(unknown).unwrap();
+    assert!(found.contents.is_empty() && found.untouchable.contains("later"));
+    assert_eq!(folder(above.path()).recover(|_, _| Ok(())).unwrap().contents.len(), 1);
 }
