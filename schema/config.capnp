@@ -352,7 +352,7 @@ struct GuestConfig {
       socket @0 :FdRef;
       # A connected Unix stream socket. When that process ends, the device is without it for good.
       path @1 :Text;
-      # The absolute path of a Unix socket that the manager connects to, and again when the process that listened there has ended and another
+      # The absolute path of a Unix socket, at most 107 bytes, that the manager connects to, and again when the process that listened there has ended and another
       # listens; for clients that may name paths. FAILED_SERVICE_CONNECT if nobody listens at the start.
     }
   }

@@ -15,6 +15,8 @@ use crate::{
 };
 
 const PAGE: u64 = 4096;
+/// Longest path, in bytes (PATH_MAX of Linux counts the NUL, too).
+const MAX_PATH: usize = libc::PATH_MAX as usize - 1;
 const MAX_LAYERS: u32 = 32;
 /// Bytes of a memory limit fit into a signed 64-bit number.
 const MAX_LIMIT_MIB: u64 = (1 << 43) - 1;
@@ -219,16 +221,22 @@ pub(super) fn file(field: &str, from: file_capnp::file::Reader<'_>, handles: &dy
         }
         Which::Upload(upload) => Ok(File::Upload(upload?)),
         Which::Path(path) => {
-            let path = text(field, path?, libc::PATH_MAX as usize)?;
-            if !path.starts_with('/') {
-                return Err(Error::bad_config(
-                    field,
-                    format!("the path \"{}\" is not absolute", path.escape_debug()),
-                ));
-            }
+            let path = text(field, path?, MAX_PATH)?;
+            absolute(field, &path)?;
             Ok(File::Path(path))
         }
     }
+}
+
+/// Refuses a path that begins anywhere but at the root, or that no file can have.
+pub(super) fn absolute(field: &str, path: &str) -> Result<(), Error> {
+    let why = match path {
+        path if !path.starts_with('/') => "is not absolute",
+        path if path.contains('\0') => "has a NUL in it, which no path can have",
+        _ => return Ok(()),
+    };
+    let message = format!("{field}: the path \"{}\" {why}", path.escape_debug());
+    Err(Error::bad_config(field, message))
 }
 
 pub(super) fn take(field: &str, from: file_capnp::fd_ref::Reader<'_>, handles: &dyn Handles) -> Result<OwnedFd, Error> {

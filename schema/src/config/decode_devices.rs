@@ -11,7 +11,7 @@ use std::{collections::HashMap, hash::Hash};
 
 use super::{
     GuestConfig, Handles, MAX_DEVICES, OnPanic,
-    decode::{at_most, text},
+    decode::{absolute, at_most, text},
     device::{
         AGENT_PORT, Balloon, Console, Disk, Link, Listener, MAX_CONSOLE_PORTS, MAX_LISTENERS, MAX_MEMORY_ALIGNMENT,
         MAX_MEMORY_REGION, MAX_SOCKET_PATH, MIN_CID, MIN_MEMORY_BLOCK, MemoryDevice, Network, RateLimit, Rng, Share,
@@ -260,14 +260,6 @@ fn vsock(config: guest_config::Reader<'_>) -> Result<Option<Vsock>, Error> {
         listeners,
         socket_path,
     }))
-}
-
-fn absolute(field: &str, path: &str) -> Result<(), Error> {
-    if path.starts_with('/') && !path.contains('\0') {
-        return Ok(());
-    }
-    let message = format!("{field}: the path \"{}\" is not absolute", path.escape_debug());
-    Err(bad(field, message))
 }
 
 fn memory_device(config: guest_config::Reader<'_>) -> Result<Option<MemoryDevice>, Error> {

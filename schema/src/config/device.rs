@@ -38,6 +38,8 @@ pub const MIN_CID: u32 = 3;
 pub const MAX_LISTENERS: u32 = 64;
 /// Longest path at which vsock is offered as a Unix socket, in bytes: with a port after it, it still fits into `sun_path`.
 pub const MAX_SOCKET_PATH: usize = 90;
+/// Longest path of a Unix socket at which a back end serves, in bytes: what fits into `sun_path` with a NUL (unix(7)).
+pub const MAX_BACKEND_PATH: usize = 107;
 /// The vsock port of the guest on which an agent listens.
 pub const AGENT_PORT: u32 = 1024;
 /// Smallest block of a memory device, in bytes.

@@ -1,13 +1,13 @@
 //! Reads the devices that vhost-user back ends serve out of a message: shares and others.
 
-use super::{absolute, bad, bounded, unique, unknown};
+use super::{bad, bounded, unique, unknown};
 use crate::{
     config::{
         Handles,
-        decode::{at_most, take, text},
+        decode::{absolute, at_most, take, text},
         device::{
-            Backend, MAX_QUEUE_SIZE, MAX_QUEUES, MAX_SHARES, MAX_TAG, MAX_VHOST_USER, MAX_VHOST_USER_QUEUES, Share,
-            VhostUser,
+            Backend, MAX_BACKEND_PATH, MAX_QUEUE_SIZE, MAX_QUEUES, MAX_SHARES, MAX_TAG, MAX_VHOST_USER,
+            MAX_VHOST_USER_QUEUES, Share, VhostUser,
         },
     },
     config_capnp::guest_config::{self, backend},
@@ -22,7 +22,7 @@ fn backend(field: &str, from: backend::Reader<'_>, handles: &dyn Handles) -> Res
     match from.which().map_err(|_| unknown(field))? {
         Which::Socket(socket) => Ok(Backend::Socket(take(field, socket?, handles)?)),
         Which::Path(path) => {
-            let path = text(field, path?, libc::PATH_MAX as usize)?;
+            let path = text(field, path?, MAX_BACKEND_PATH)?;
             absolute(field, &path)?;
             Ok(Backend::Path(path))
         }
