@@ -1,12 +1,6 @@
 //! Processes behind vhost-user devices: connected to by path, and again when they have gone.
 
-use std::{
-    collections::HashMap,
-    io,
-    os::{fd::OwnedFd, unix::net::UnixStream},
-    rc::Rc,
-    time::Duration,
-};
+use std::{collections::HashMap, io, os::fd::OwnedFd, rc::Rc, time::Duration};
 
 use sepal_schema::{
     config::{GuestConfig, Handles, device::Backend},
@@ -15,8 +9,10 @@ use sepal_schema::{
     transport::{FdTable, Handle},
 };
 
-use crate::files::no_paths;
+use crate::{files::no_paths, vsock::connect_at_once};
 
+/// How long a back end that has too many waiting already may take to take one.
+const BUSY: Duration = Duration::from_secs(2);
 /// How long to wait before the first try to connect again, and at most.
 const WAITS: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 
@@ -41,6 +37,8 @@ pub(crate) async fn connect(
             Backend::Path(path) => path.clone(),
         };
         let mut attempted = attempt(handle, path.clone()).await;
+        let busy = matches!(&attempted, Err(error) if error.kind() == io::ErrorKind::WouldBlock);
+        let patience = if busy { patience.max(BUSY) } else { patience };
         if attempted.is_err() && !patience.is_zero() {
             let again = persist(handle, &path);
             attempted = handle.timeout(patience, again).await.map_or(attempted, Ok);
@@ -101,7 +99,12 @@ pub(crate) fn check(field: &str, path: &str) -> Result<(), Error> {
 }
 
 async fn attempt(handle: &Handle, path: String) -> io::Result<OwnedFd> {
-    let connected = handle.spawn_blocking(move || UnixStream::connect(path)).await;
+    let connect = move || {
+        let socket = connect_at_once(path.as_ref())?;
+        socket.set_nonblocking(false)?;
+        Ok::<_, io::Error>(socket)
+    };
+    let connected = handle.spawn_foreign(connect).await;
     Ok(connected.map_err(io::Error::other)??.into())
 }
 

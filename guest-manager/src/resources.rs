@@ -199,7 +199,7 @@ pub(crate) async fn check(manager: &Manager, config: GuestConfig, client: &Clien
             false => PathSocket::check(&path),
         }
     };
-    let looked = manager.handle.spawn_blocking(look).await;
+    let looked = manager.handle.spawn_foreign(look).await;
     looked.map_err(|error| Error::new(Kind::NoResources, error.to_string()))?
 }
 
@@ -301,7 +301,7 @@ async fn clear_scratch(handle: &Handle, config: &GuestConfig) -> Result<(), Erro
         }
         Ok(())
     };
-    let cleared = handle.spawn_blocking(clear).await;
+    let cleared = handle.spawn_foreign(clear).await;
     cleared.map_err(|error| Error::new(Kind::NoResources, error.to_string()))?
 }
 
@@ -318,7 +318,7 @@ async fn listening(guest: &Guest, vsock: &mut Vsock, trusted: bool, fds: FdTable
             let bound = guest
                 .manager
                 .handle
-                .spawn_blocking(move || PathSocket::bind(&path))
+                .spawn_foreign(move || PathSocket::bind(&path))
                 .await;
             Some(bound.map_err(|error| Error::new(Kind::NoResources, error.to_string()))??)
         }

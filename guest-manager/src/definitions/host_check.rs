@@ -20,7 +20,7 @@ pub(crate) async fn warnings(manager: &Manager, config: &GuestConfig, client: &C
     let no_resources = |error: io::Error| Error::new(Kind::NoResources, error.to_string());
     let named = files(config);
     let look = move || named.into_iter().filter(|(_, path)| is_missing(path)).collect();
-    let missing: Vec<(String, String)> = manager.handle.spawn_blocking(look).await.map_err(no_resources)?;
+    let missing: Vec<(String, String)> = manager.handle.spawn_foreign(look).await.map_err(no_resources)?;
     let fields: BTreeSet<&str> = missing.iter().map(|(field, _)| &field[..]).collect();
     let (rest, disks) = without(config.try_clone().map_err(no_resources)?, &fields);
     let sentence = |(field, path): &(String, String)| format!("{field}: {path} is not there");

@@ -36,7 +36,7 @@ pub(crate) async fn take_again(manager: &Manager, guest: &str, config: &GuestCon
         files.into_iter().map(take).collect::<Vec<Result<_, Error>>>()
     };
     let mut uses = Vec::new();
-    for taken in manager.handle.spawn_blocking(take).await.unwrap_or_default() {
+    for taken in manager.handle.spawn_foreign(take).await.unwrap_or_default() {
         match taken {
             Ok(taken) => uses.push(taken),
             Err(error) => tracing::error!(guest, "{error}"),

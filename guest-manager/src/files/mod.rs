@@ -107,7 +107,7 @@ async fn open_for(
     let done = match at_once {
         // Nothing is left that could block, so nobody else has to be woken for it.
         true => Ok(work()),
-        false => manager.handle.spawn_blocking(work).await,
+        false => manager.handle.spawn_foreign(work).await,
     };
     let (kernel, initrd, custom_memory, disks, images, notes) =
         done.map_err(|error| Error::new(Kind::NoResources, format!("the files cannot be opened: {error}")))??;

@@ -128,7 +128,7 @@ impl Convention {
         let handle = self.shared.handle.clone();
         self.shared.keep(|_| async move {
             // The path may be on slow storage.
-            let socket = handle.spawn_blocking(move || connect(path.as_ref())).await??;
+            let socket = handle.spawn_foreign(move || connect_at_once(path.as_ref())).await??;
             let stream = incoming.open().await.map_err(io::Error::other)?;
             bridge(&handle, socket, stream).await
         });
@@ -184,8 +184,8 @@ impl Shared {
     }
 }
 
-/// Connects to a Unix socket, which says yes or no at once: one that has too many waiting already says no.
-fn connect(path: &Path) -> io::Result<UnixStream> {
+/// Connects to a Unix socket, which says yes or no at once: one that has too many waiting already says no. The socket does not block.
+pub(crate) fn connect_at_once(path: &Path) -> io::Result<UnixStream> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket: OwnedFd = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
     rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;

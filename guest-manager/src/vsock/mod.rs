@@ -24,6 +24,8 @@ mod request;
 pub(crate) mod reservation;
 mod stream;
 
+pub(crate) use self::convention::connect_at_once;
+
 use std::{cell::RefCell, os::unix::net::UnixStream, rc::Rc};
 
 use sepal_schema::{

@@ -62,8 +62,10 @@ const ROUNDS_WITHOUT_EVENTS: u32 = 32;
 /// How long a loop that answers calls, or waits for answers, lingers with profit: about what waking a processor takes twice.
 pub const LINGER: Duration = Duration::from_micros(50);
 
-/// Worker threads of a loop that may have some: enough to keep one slow file from holding up the others.
+/// Worker threads of a loop that may have some, for what always ends.
 const WORKER_THREADS: usize = 4;
+/// Worker threads of such a loop for what others answer for: each may hang with one of them for good, without holding up the next one.
+const FOREIGN_THREADS: usize = 16;
 
 fn manager_error(error: event_manager::Error) -> io::Error {
     match error {
@@ -107,6 +109,7 @@ struct Core {
     root: Arc<Root>,
     remote: Remote,
     pool: Pool,
+    foreign: Pool,
 }
 
 /// The event loop of a thread.
@@ -127,12 +130,12 @@ impl fmt::Debug for Reactor {
 }
 
 impl Reactor {
-    /// A loop that makes up to four worker threads when [`Handle::spawn_blocking`] is used, and none before.
+    /// A loop that makes some worker threads when [`Handle::spawn_blocking`] and [`Handle::spawn_foreign`] are used, and none before.
     ///
     /// # Errors
     /// When the epoll, eventfd or timerfd descriptors cannot be made.
     pub fn new() -> io::Result<Self> {
-        Self::with_worker_threads(WORKER_THREADS)
+        Self::with_worker_threads(WORKER_THREADS, FOREIGN_THREADS)
     }
 
     /// A loop that never makes a thread: [`Handle::spawn_blocking`] is refused.
@@ -140,10 +143,10 @@ impl Reactor {
     /// # Errors
     /// As [`Reactor::new`].
     pub fn single_threaded() -> io::Result<Self> {
-        Self::with_worker_threads(0)
+        Self::with_worker_threads(0, 0)
     }
 
-    fn with_worker_threads(threads: usize) -> io::Result<Self> {
+    fn with_worker_threads(threads: usize, foreign: usize) -> io::Result<Self> {
         let mut events = EventManager::new().map_err(manager_error)?;
         let root = Arc::new(Root::new()?);
         let timers = Rc::new(Timers::new()?);
@@ -164,6 +167,7 @@ impl Reactor {
             root: root.clone(),
             remote: Remote::new(root.clone()),
             pool: Pool::new(threads),
+            foreign: Pool::new(foreign),
         });
         Ok(Self {
             core,
@@ -351,11 +355,19 @@ impl Handle {
         .await
     }
 
-    /// Does work that may block on a worker thread.
+    /// Does work that may block, but always ends, on a worker thread.
     ///
     /// On a loop without worker threads the future resolves to an error of kind `Unsupported`.
     pub fn spawn_blocking<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Blocking<T> {
         self.0.pool.run(work)
+    }
+
+    /// Does work on another worker thread that may hang for as long as somebody else likes: on files that others have named or handed over, which may lie on
+    /// dead storage, or in a file system that is a program's. It holds up nothing but other work of its kind, and that only where much of it hangs.
+    ///
+    /// On a loop without worker threads the future resolves to an error of kind `Unsupported`.
+    pub fn spawn_foreign<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Blocking<T> {
+        self.0.foreign.run(work)
     }
 
     /// What other threads use to reach the loop.

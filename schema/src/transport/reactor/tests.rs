@@ -400,6 +400,26 @@ fn blocking_work_runs_elsewhere_and_its_panics_are_errors() {
 }
 
 #[test]
+fn what_hangs_with_others_holds_up_nothing_of_our_own() {
+    on_loop(|handle| async move {
+        let gate = Arc::new(Barrier::new(FOREIGN_THREADS + 1));
+        let hangs: Vec<_> = (0..FOREIGN_THREADS)
+            .map(|_| {
+                let gate = gate.clone();
+                handle.spawn_foreign(move || {
+                    gate.wait();
+                })
+            })
+            .collect();
+        let next = handle.spawn_foreign(|| ());
+        handle.spawn_blocking(|| ()).await.unwrap();
+        gate.wait();
+        join_all(hangs).await;
+        next.await.unwrap();
+    });
+}
+
+#[test]
 fn blocking_work_that_nobody_waits_for_is_skipped() {
     on_loop(|handle| async move {
         let gate = Arc::new(Barrier::new(WORKER_THREADS + 1));
@@ -425,6 +445,8 @@ fn blocking_work_that_nobody_waits_for_is_skipped() {
 fn a_single_threaded_loop_makes_no_thread() {
     let mut reactor = Reactor::single_threaded().unwrap();
     let handle = reactor.handle();
-    let error = reactor.run_until(handle.spawn_blocking(|| ())).unwrap().unwrap_err();
-    assert_eq!(error.kind(), io::ErrorKind::Unsupported);
+    for refused in [handle.spawn_blocking(|| ()), handle.spawn_foreign(|| ())] {
+        let error = reactor.run_until(refused).unwrap().unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::Unsupported);
+    }
 }
