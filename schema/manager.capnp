@@ -105,8 +105,8 @@ interface GuestManager {
   # Whether it is started when the manager starts. NOT_FOUND.
 
   browse @19 () -> (listing :Listing, count :UInt32);
-  # All guests, defined, running or ended, as of one moment, sorted by name: to be read page by page. At most 16 listings a connection: NO_RESOURCES, as an
-  # exception.
+  # All guests, defined, running or ended, as of one moment, sorted by name: to be read page by page. At most 16 listings a connection, and for users who are no
+  # admins 32768 guests in all listings of each, 65536 in those of all: NO_RESOURCES, as an exception.
 
   stats @20 (after :Text, most :UInt32) -> (guests :List(NamedStats), more :Bool);
   # The figures of all guests that run, sorted by name, those after `after`: at most `most` (0: as many as fit). `more`: there are others after the last.

@@ -1,4 +1,7 @@
-//! Makes the answer to `list` fit into one message, also with many guests: what nobody reads in a list goes first. And reads them page by page.
+//! Makes the answer to `list` fit into one message, also with many guests: what nobody reads in a list goes first. Reads them page by page, and bounds how much
+//! is kept for those who do.
+
+use std::{cell::RefCell, collections::BTreeMap, rc::Rc};
 
 use capnp::message::{Builder, HeapAllocator};
 use sepal_schema::{
@@ -12,6 +15,10 @@ const ROOM: usize = 120 * 1024;
 const WORDS: u32 = 128;
 /// Sentences are cut to this length, in bytes, where there are many guests.
 const SHORT: usize = 40;
+/// Most guests in all listings of a user who is not an admin: 24 listings where there are as many guests as there can be.
+const MAX_OF_USER: usize = 32 << 10;
+/// Most guests in all listings of all such users.
+const MAX_OF_OTHERS: usize = 64 << 10;
 
 /// Leaves out as little as possible: first the layers of the jails, then command lines and devices, then the problems and what explains
 /// the ends, then what the guests are made of, and how they ended.
@@ -76,6 +83,50 @@ pub(crate) fn page(infos: &mut std::vec::IntoIter<GuestInfo>, most: u32) -> Vec<
         return infos.next().and_then(|info| fit(vec![info]).ok()).unwrap_or_default();
     }
     infos.take(count).collect()
+}
+
+/// How many guests are kept for users who are no admins, in listings that are read page by page.
+#[derive(Debug, Default)]
+pub(crate) struct Listings(RefCell<BTreeMap<u32, usize>>);
+
+/// Room for a listing, until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Held {
+    listings: Rc<Listings>,
+    uid: u32,
+    count: usize,
+}
+
+impl Listings {
+    /// Room for a listing of so many guests, for a user who is no admin.
+    ///
+    /// # Errors
+    /// `NO_RESOURCES`: too many are held.
+    pub(crate) fn hold(self: &Rc<Self>, uid: u32, count: usize) -> Result<Held, Error> {
+        let mut held = self.0.borrow_mut();
+        let (own, all) = (held.get(&uid).copied().unwrap_or(0), held.values().sum::<usize>());
+        let whose = match (own + count > MAX_OF_USER, all + count > MAX_OF_OTHERS) {
+            (false, false) => {
+                held.insert(uid, own + count);
+                let listings = self.clone();
+                return Ok(Held { listings, uid, count });
+            }
+            (true, _) => "this user's listings",
+            (false, true) => "the listings of all users who are no admins",
+        };
+        let message = format!("there are too many guests in {whose}; listings that are let go of make room");
+        Err(Error::new(Kind::NoResources, message))
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let mut held = self.listings.0.borrow_mut();
+        let left = held.remove(&self.uid).unwrap_or(0).saturating_sub(self.count);
+        if left > 0 {
+            held.insert(self.uid, left);
+        }
+    }
 }
 
 fn shorten(text: &mut String) {
@@ -188,6 +239,25 @@ mod tests {
         }
         assert!(names.iter().enumerate().all(|(i, name)| *name == format!("guest-{i}")));
         assert_eq!(names.len(), 1500);
+    }
+
+    #[test]
+    fn nobody_has_so_many_listings_that_others_suffer() {
+        let listings = Rc::<Listings>::default();
+        let refused = |uid| {
+            let error = listings.hold(uid, 1024).unwrap_err();
+            assert_eq!(error.kind, Kind::NoResources);
+            error.message
+        };
+        let all_of = |uid| -> Vec<_> { (0..32).map(|_| listings.hold(uid, 1024).unwrap()).collect() };
+        let (mut first, second) = (all_of(1000), all_of(1001));
+        assert!(refused(1000).contains("this user's"), "{}", refused(1000));
+        assert!(refused(1002).contains("all users"), "{}", refused(1002));
+        first.pop();
+        drop(listings.hold(1002, 1024).unwrap());
+        first.push(listings.hold(1000, 1024).unwrap());
+        drop((first, second));
+        assert!(listings.0.borrow().is_empty());
     }
 
     #[test]

@@ -32,6 +32,7 @@ use sepal_schema::{
 use crate::{
     client::Client,
     guest::Guest,
+    list::Listings,
     manager::Manager,
     model::{Moment, cut},
     registry::{Kept, Origin},
@@ -52,6 +53,8 @@ pub(crate) struct Definitions {
     problems: Vec<String>,
     /// Whose turn it is to change something.
     turn: futures::lock::Mutex<()>,
+    /// How much is kept for those who read listings.
+    pub(crate) listings: Rc<Listings>,
 }
 
 impl Definitions {
@@ -66,6 +69,7 @@ impl Definitions {
             untouchable: BTreeSet::new(),
             problems: Vec::new(),
             turn: futures::lock::Mutex::default(),
+            listings: Rc::default(),
         };
         definitions.store = match state.folder() {
             Err(error) => Err(error),

@@ -198,12 +198,18 @@ pub(crate) fn browse(manager: &Manager, client: &Client, mut results: guest_mana
         let message = format!("this connection has {MAX_LISTINGS} listings; let go of one first");
         return Err(Error::new(Kind::NoResources, message).exception());
     }
-    open.set(open.get() + 1);
     let guests = manager.infos();
+    let held = match client.role {
+        Role::Admin => None,
+        _ => Some(manager.definitions.listings.hold(client.who.uid, guests.len())),
+    };
+    let held = held.transpose().map_err(|error| error.exception())?;
+    open.set(open.get() + 1);
     let mut to = results.get();
     to.set_count(u32::try_from(guests.len()).unwrap_or(u32::MAX));
     to.set_listing(guard::new_client(Listing {
         open: open.clone(),
+        _held: held,
         guests: RefCell::new(guests.into_iter()),
     }));
     Ok(())
@@ -212,6 +218,7 @@ pub(crate) fn browse(manager: &Manager, client: &Client, mut results: guest_mana
 /// What was there at one moment, the part that has not been read yet.
 struct Listing {
     open: Rc<Cell<usize>>,
+    _held: Option<list::Held>,
     guests: RefCell<std::vec::IntoIter<GuestInfo>>,
 }
 

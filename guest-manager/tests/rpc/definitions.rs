@@ -1,5 +1,6 @@
 //! Definitions: what is kept, what starts from them, what the next manager finds.
 
+mod hostile;
 mod kept;
 
 use std::{fs, os::fd::OwnedFd, path::Path, time::Duration};
