@@ -5,8 +5,15 @@
 //!      |                                '-----> end
 //!      '-- of a guest that somebody insists on: again, by its restart policy
 //! ```
+//!
+//! What was decided is on record before the component's process is gone, and stays there until the next run begins: a manager that follows in the middle goes on
+//! from there (`Over`), and waits no longer than was left to wait.
 
-use std::{pin::pin, rc::Rc, time::Duration};
+use std::{
+    pin::pin,
+    rc::Rc,
+    time::{Duration, Instant},
+};
 
 use futures::future::{Either, select};
 use sepal_schema::{
@@ -26,22 +33,25 @@ use crate::{
 };
 
 /// How a run ended.
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) struct End {
     pub(crate) ending: Ending,
-    /// As far as the component told, else 0.
-    uptime_ns: u64,
+    /// As the component told, or as it was measured; 0 if it never ran.
+    pub(crate) uptime_ns: u64,
 }
 
 /// What follows a run.
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Follow {
     /// Paused before its first instruction.
-    hold: bool,
-    wait: Duration,
-    by_itself: bool,
+    pub(crate) hold: bool,
+    /// Not before.
+    pub(crate) begins: Instant,
+    pub(crate) by_itself: bool,
 }
 
 /// A run that is over.
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Over {
     pub(crate) end: End,
     pub(crate) follows: Option<Follow>,
@@ -60,16 +70,24 @@ pub(crate) struct Course {
 impl Course {
     /// Before the first run that this manager sees.
     pub(crate) fn new(guest: Rc<Guest>, config: &GuestConfig) -> Self {
-        let (failures, restarts) = guest.counted();
+        let (counted, short_runs) = guest.counted();
         Self {
             rules: Rules {
                 on_reset: config.on_reset,
                 restart: config.restart.policy,
             },
-            pace: Pace::new(guest.manager.settings.restart_wait),
-            row: Row::new(config.restart, failures, restarts),
-            ran: guest.has_started() || failures > 0 || restarts > 0,
+            pace: Pace::new(guest.manager.settings.restart_wait, short_runs),
+            row: Row::new(config.restart, counted),
+            ran: guest.has_started(),
             guest,
+        }
+    }
+
+    /// Of a guest that an earlier manager has left. Nobody waits any more to hear what keeps it from running.
+    pub(crate) fn resumed(guest: Rc<Guest>, config: &GuestConfig) -> Self {
+        Self {
+            ran: true,
+            ..Self::new(guest, config)
         }
     }
 
@@ -117,7 +135,9 @@ impl Course {
         } else {
             uptime_ns
         };
-        let uptime = Duration::from_nanos(measured);
+        let (uptime, now) = (Duration::from_nanos(measured), Instant::now());
+        // What a client may ask for is far below what the clock can count.
+        let begins = |wait| now.checked_add(wait).unwrap_or(now);
         let (ending, follows) = match next {
             Next::End => (ending, None),
             Next::Again { hold, paced } => {
@@ -131,7 +151,7 @@ impl Course {
                 }
                 let follow = Follow {
                     hold,
-                    wait,
+                    begins: begins(wait),
                     by_itself: paced,
                 };
                 (ending, Some(follow))
@@ -142,15 +162,18 @@ impl Course {
                 Verdict::Again(wait) => {
                     let follow = Follow {
                         hold: false,
-                        wait,
+                        begins: begins(wait),
                         by_itself: true,
                     };
                     (ending, Some(follow))
                 }
             },
         };
-        self.guest.count(&self.row);
-        let end = End { ending, uptime_ns };
+        self.guest.count(&self.row, &self.pace);
+        let end = End {
+            ending,
+            uptime_ns: measured,
+        };
         Over { end, follows }
     }
 
@@ -164,11 +187,12 @@ impl Course {
         definitions::keep_crashes(&self.guest);
         if follow.by_itself {
             self.row.begun_again();
-            self.guest.count(&self.row);
+            self.guest.count(&self.row, &self.pace);
+            self.guest.save();
         }
         let (reason, detail) = (reason_name(report.reason), &report.detail);
         let guest = &*self.guest.name;
-        match follow.wait.as_millis() {
+        match follow.begins.saturating_duration_since(Instant::now()).as_millis() {
             0 => tracing::info!(guest, reason, "begins again: {detail}"),
             wait => tracing::info!(guest, reason, "begins again in {wait} ms: {detail}"),
         }
@@ -181,9 +205,10 @@ impl Course {
     /// It was stopped meanwhile.
     pub(crate) async fn go_on(&mut self, over: Over) -> Result<(), End> {
         let guest = self.guest.clone();
-        let Some(Follow { hold, wait, .. }) = over.follows else {
+        let Some(Follow { hold, begins, .. }) = over.follows else {
             return Err(over.end);
         };
+        let wait = begins.saturating_duration_since(Instant::now());
         if !wait.is_zero() {
             // Unless somebody stops or resets it.
             let (stopped, wanted) = (pin!(guest.stop_wanted()), pin!(guest.run_wanted()));

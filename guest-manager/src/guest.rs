@@ -38,6 +38,7 @@ use crate::{
     access::Access,
     changed::Changed,
     configuration::Configuration,
+    course::Over,
     cpu::Cpus,
     durable::Durable,
     host,
@@ -45,6 +46,7 @@ use crate::{
     manager::Manager,
     model::{self, Ending, EventKind, GuestId},
     pressure::{self, Ballast},
+    restart::Counted,
     serial::Port,
     statistics::Figures,
     vsock::listeners::Listeners,
@@ -113,6 +115,14 @@ pub struct Guest {
     /// What keeps it.
     pub(crate) lease: Leased,
     durable: RefCell<Option<Rc<Durable>>>,
+    /// What is counted of its runs, and of short ones in a row.
+    counted: Cell<(Counted, u32)>,
+    /// How its run ended, and what follows, until the next one begins.
+    over: RefCell<Option<Over>>,
+    /// The number of the last event that its component told.
+    heard: Cell<u64>,
+    /// Its component has not answered for so long that a person is told.
+    silent: Cell<bool>,
     agent_ready: Changed<bool>,
     remote: RefCell<Option<Remote>>,
     state: Changed<State>,
@@ -152,6 +162,10 @@ impl Guest {
             ballast: Ballast::default(),
             lease: Leased::default(),
             durable: RefCell::default(),
+            counted: Cell::default(),
+            over: RefCell::default(),
+            heard: Cell::default(),
+            silent: Cell::default(),
             agent_ready: Changed::default(),
             remote: RefCell::default(),
             state: Changed::new(state),
@@ -294,6 +308,9 @@ impl Guest {
             .registry(|registry, now| registry.again(self.id, before, now));
         let Some(generation) = again else { return false };
         self.ballast.begin_again();
+        self.over.replace(None);
+        self.heard.set(0);
+        self.silent.set(false);
         self.state.change(|state| {
             let hold = hold && !state.run.wanted;
             state.run = Run {
@@ -384,6 +401,7 @@ impl Guest {
         self.state.change(|state| state.run.asked = true);
         self.manager
             .registry(|registry, now| registry.shutting_down(self.id, generation, now));
+        self.save();
     }
 
     /// Whether its vCPUs are held, as far as is known here.

@@ -7,6 +7,10 @@
 //!     | '-------------------------------------------'         '--- the manager ended, and the guest did not
 //!     '---- redeemed, by whoever has a token; what held it before keeps nothing any more
 //! ```
+//!
+//! The moment at which the waiting ends is on the record, so that managers which follow each other do not begin it anew: the 30 s are counted from when a
+//! manager first found that nobody has the lease. By the monotonic clock, which the timers have, too: the time of day can be set, and while a host that is suspended sleeps (which the
+//! boot-time clock counts) nobody could redeem anything.
 
 use std::{
     cell::{Cell, RefCell},
@@ -63,6 +67,11 @@ impl Leased {
         })
     }
 
+    /// When its guest is stopped if nobody redeems it; none: it is not waited for.
+    pub(crate) fn ends(&self) -> Option<Instant> {
+        self.waiting.borrow().as_ref().map(|waiting| waiting.until)
+    }
+
     /// The digests of its tokens, oldest first.
     pub(crate) fn tokens(&self) -> Vec<Digest> {
         self.tokens.borrow().clone()
@@ -81,19 +90,21 @@ impl Leased {
         tokens.push(token);
     }
 
-    /// Somebody has it now, and nobody else.
-    fn take(&self) -> u64 {
-        drop(self.waiting.take());
+    /// Somebody has it now, and nobody else; and whether it was waited for.
+    fn take(&self) -> (u64, bool) {
+        let waited = self.waiting.take().is_some();
         self.turn.set(self.turn.get() + 1);
-        self.turn.get()
+        (self.turn.get(), waited)
     }
 }
 
-/// Nobody has the guest's lease: it is waited for, and the guest is stopped if nobody redeems it.
-pub(crate) fn wait(guest: &Rc<Guest>) {
+/// Nobody has the guest's lease: it is waited for, and the guest is stopped if nobody redeems it. `ends` says when, if an earlier manager has begun to wait.
+pub(crate) fn wait(guest: &Rc<Guest>, ends: Option<Instant>) {
     let manager = &guest.manager;
     let grace = manager.settings.lease_grace;
-    let (weak, sleep) = (Rc::downgrade(guest), manager.handle.sleep(grace));
+    let latest = Instant::now() + grace;
+    let until = ends.map_or(latest, |ends| ends.min(latest));
+    let (weak, sleep) = (Rc::downgrade(guest), manager.handle.deadline(until));
     let timer = manager.handle.spawn_owned(async move {
         sleep.await;
         if let Some(guest) = weak.upgrade() {
@@ -101,8 +112,8 @@ pub(crate) fn wait(guest: &Rc<Guest>) {
             guest.want_stop(StopCause::Killed(why));
         }
     });
-    let until = Instant::now() + grace;
     guest.lease.waiting.replace(Some(Waiting { until, _timer: timer }));
+    guest.save();
 }
 
 /// A launched guest's life line.
@@ -117,10 +128,14 @@ pub(crate) struct Lease {
 impl Lease {
     /// The life line of `guest`, for the client `who`. It lives on without it if it is `detached`.
     pub(crate) fn new(who: Who, guest: &Rc<Guest>, detached: bool) -> Rc<Self> {
+        let (turn, waited) = guest.lease.take();
+        if waited {
+            guest.save();
+        }
         Rc::new(Self {
             who,
             guest: guest.clone(),
-            turn: guest.lease.take(),
+            turn,
             released: Cell::new(detached),
         })
     }
@@ -141,12 +156,21 @@ impl Lease {
         !self.released.get() && self.guest.lease.turn.get() == self.turn
     }
 
-    fn give_token(&self) -> Result<String, Error> {
+    /// # Errors
+    /// `NOT_RUNNING`; `NOT_SUPPORTED` if the guest does not depend on it.
+    fn check(&self) -> Result<(), Error> {
         self.guest.check_live()?;
-        if !self.counts() {
-            let message = "the guest does not depend on this lease: it was detached, or the lease was redeemed";
-            return Err(Error::new(Kind::NotSupported, message));
+        match self.counts() {
+            true => Ok(()),
+            false => {
+                let message = "the guest does not depend on this lease: it was detached, or the lease was redeemed";
+                Err(Error::new(Kind::NotSupported, message))
+            }
         }
+    }
+
+    fn give_token(&self) -> Result<String, Error> {
+        self.check()?;
         let secret = secret::fresh()?;
         self.guest.lease.add(secret::digest(&secret));
         self.guest.save();
@@ -167,7 +191,7 @@ impl Drop for Lease {
                 "the lease of the client that launched it was dropped".to_owned(),
             ));
         } else {
-            wait(&self.guest);
+            wait(&self.guest, None);
         }
     }
 }
@@ -179,7 +203,11 @@ impl lease::Server for Lease {
         mut results: lease::DetachResults,
     ) -> impl Future<Output = Result<(), capnp::Error>> + 'static {
         let call = self.call("Lease.detach");
-        let outcome = self.guest.check_live();
+        // Somebody else's it is not to let go of; once more is as good as once.
+        let outcome = match self.released.get() {
+            true => self.guest.check_live(),
+            false => self.check(),
+        };
         call.done(outcome.as_ref().copied());
         if outcome.is_ok() {
             self.released.set(true);

@@ -15,7 +15,7 @@
 
 mod talk;
 
-use std::{cell::Cell, pin::pin, rc::Rc};
+use std::{cell::Cell, os::unix::net::UnixStream, pin::pin, rc::Rc};
 
 use futures::future::{Either, pending, select};
 use sepal_schema::{
@@ -30,8 +30,8 @@ use crate::{
     changed::Changed,
     client::Client,
     component::{Component, Exit, StartRequest, last_lines},
-    course::Course,
-    durable::{Left, Owner},
+    course::{Course, Over},
+    durable::{Bygone, Left, Owner},
     guest::Guest,
     model::{EventKind, Trace},
     outcome::Outcome,
@@ -67,7 +67,7 @@ pub(crate) async fn live(guest: Rc<Guest>, slot: Rc<Slot>, config: GuestConfig, 
 /// Drives a guest from where the manager before left it.
 pub(crate) async fn live_on(guest: Rc<Guest>, slot: Rc<Slot>, config: GuestConfig, owner: Owner, left: Left) {
     let request = StartRequest::new(guest.name.clone(), &config);
-    let course = Course::new(guest.clone(), &config);
+    let course = Course::resumed(guest.clone(), &config);
     let resources = resources::resume(&guest, config, owner).await;
     drive(&guest, &slot, &request, course, resources, Some(left)).await;
 }
@@ -91,21 +91,28 @@ async fn drive(
             registers: Vec::new(),
         };
         let outcome = match left.take() {
-            Some(left) => continuation(guest, slot, request, &mut held, left).await,
-            None => conversation(guest, slot, request, &mut held).await,
+            Some(Left::Over(past)) => Ended::Before(past),
+            Some(left) => continuation(guest, slot, request, &mut held, left).await.into(),
+            None => conversation(guest, slot, request, &mut held).await.into(),
         };
-        let Some(outcome) = outcome else {
-            // Another creation has its component now.
-            guest.close_ports();
-            return;
+        let (mut over, told) = match outcome {
+            Ended::Now(outcome) => {
+                let over = course.decide(outcome, held.made);
+                guest.note_over(&over);
+                (over, false)
+            }
+            Ended::Before(past) => past.settle(guest, &mut held).await,
+            Ended::Superseded => {
+                guest.close_ports();
+                return;
+            }
         };
-        let mut over = course.decide(outcome, held.made);
         if over.follows.is_some() || !slot.keeps_component() {
             slot.end_component().await;
         }
         // After the end of whoever writes to it.
         held.wires.iter().for_each(Wire::end_run);
-        if over.end.ending.failed_run() {
+        if over.end.ending.failed_run() && !told {
             if let Some(component) = held.component.take() {
                 held.last_lines = component.last_lines();
             }
@@ -113,7 +120,7 @@ async fn drive(
             let trace = Trace::new(&held.last_lines, held.registers, &output);
             over.end.ending.trace = Some(Box::new(trace));
         }
-        let follows = course.follow(&over);
+        let follows = told || course.follow(&over);
         drop(held.wires);
         resources.end_run().await;
         if !follows {
@@ -125,6 +132,43 @@ async fn drive(
     };
     drop(resources);
     course.end(end);
+}
+
+/// How the talk about a run came to its end.
+enum Ended {
+    Now(Outcome),
+    /// Under the manager before.
+    Before(Box<Bygone>),
+    /// Another creation has its component now.
+    Superseded,
+}
+
+impl From<Option<Outcome>> for Ended {
+    fn from(outcome: Option<Outcome>) -> Self {
+        outcome.map_or(Self::Superseded, Self::Now)
+    }
+}
+
+impl Bygone {
+    /// Waits for the component's end, and takes what the guest printed last; how the run ended, and whether that has been told.
+    async fn settle(self: Box<Self>, guest: &Guest, held: &mut Held<'_>) -> (Over, bool) {
+        if let Some(exit) = self.exit {
+            exit.await;
+        }
+        held.last_lines = self.log.map(last_lines).unwrap_or_default();
+        attach(guest, self.sockets, held);
+        (self.over, self.told)
+    }
+}
+
+/// Has the manager's ends of the ports' sockets read on.
+fn attach(guest: &Guest, sockets: Vec<UnixStream>, held: &mut Held<'_>) {
+    for (port, socket) in ports(guest).zip(sockets) {
+        match port.attach(&guest.manager.handle, socket) {
+            Ok(wire) => held.wires.push(wire),
+            Err(error) => tracing::error!(guest = &*guest.name, "a port is not read any more: {error}"),
+        }
+    }
 }
 
 /// From what the guest was prepared to the outcome of one run; none if another creation took the guest's place before it ran.
@@ -177,14 +221,11 @@ async fn continuation(
     held: &mut Held<'_>,
     left: Left,
 ) -> Option<Outcome> {
-    let began = match left {
-        Left::Restarting => guest.begin_again(false),
-        Left::Creating => true,
+    match left {
+        Left::Over(_) | Left::Creating => {}
         Left::Died { exit, log, sockets } => {
-            for (port, socket) in ports(guest).zip(sockets) {
-                // What it printed last is still in there.
-                held.wires.extend(port.attach(&guest.manager.handle, socket).ok());
-            }
+            // What it printed last is still in there.
+            attach(guest, sockets, held);
             tracing::error!(
                 guest = &*guest.name,
                 "the component died while there was no manager: {exit}"
@@ -202,12 +243,7 @@ async fn continuation(
                 Err(error) => return Some(Outcome::NotCreated(error)),
             };
             held.component = Some(component.clone());
-            for (port, socket) in ports(guest).zip(sockets) {
-                match port.attach(&guest.manager.handle, socket) {
-                    Ok(wire) => held.wires.push(wire),
-                    Err(error) => tracing::error!(guest = &*guest.name, "a port is not read any more: {error}"),
-                }
-            }
+            attach(guest, sockets, held);
             let talk = Talk::resume(guest, &component, held);
             match listen(guest, &component, held, talk).await {
                 Ok(outcome) => return outcome,
@@ -215,13 +251,9 @@ async fn continuation(
             }
             held.wires.clear();
             held.component = None;
-            true
         }
-    };
-    match began {
-        true => conversation(guest, slot, request, held).await,
-        false => Some(Outcome::NotRun),
     }
+    conversation(guest, slot, request, held).await
 }
 
 /// There is no machine yet that could be taken over.

@@ -12,7 +12,7 @@ use crate::{
     changed::Changed,
     cids::Cids,
     component::ComponentStarter,
-    definitions::Definitions,
+    definitions::{self, Definitions},
     durable::chronicle::Chronicle,
     events::Cursor,
     files,
@@ -61,6 +61,8 @@ pub struct Settings {
     pub roles: Roles,
     /// Where is kept what is to outlive the manager.
     pub state: State,
+    /// How often what is known of a guest's failures is written into its definition's file at most: once in this time.
+    pub failures_rest: Duration,
     /// How much memory guests may be promised in all, in bytes; none: each whatever the host has when it is created.
     pub max_memory: Option<u64>,
 }
@@ -68,7 +70,7 @@ pub struct Settings {
 impl Default for Settings {
     /// An ordinary host; 256 KiB of history; 5 s to stop by force; 30 s to shut down; 100 ms to 5 s between restarts; `$TMPDIR`, or
     /// /var/tmp, for what is written to volatile disks; the audit goes to the log; nobody may connect but
-    /// this process's own user and root; nothing is kept; no bound for the memory of all guests.
+    /// this process's own user and root; nothing is kept; failures are written every 10 s at most; no bound for the memory of all guests.
     fn default() -> Self {
         Self {
             host: Host::default(),
@@ -83,6 +85,7 @@ impl Default for Settings {
             audit: Audit::to_log(),
             roles: Roles::new(rustix::process::geteuid().as_raw(), []),
             state: State::default(),
+            failures_rest: Duration::from_secs(10),
             max_memory: None,
         }
     }
@@ -225,6 +228,7 @@ impl Manager {
         let guest = self.slot(id).and_then(|slot| slot.current());
         let output_lost = guest.as_ref().map_or(0, |guest| guest.port.lost());
         let lease_ends_ms = guest.as_ref().map_or(0, |guest| guest.lease_ends_ms());
+        let silent = guest.as_ref().is_some_and(|guest| guest.is_silent());
         let notes = guest.map_or_else(Vec::new, |guest| guest.notes());
         let registry = self.registry.borrow();
         let mut info = registry.info(id, Moment::now())?;
@@ -237,6 +241,7 @@ impl Manager {
             host,
             available_mib,
             output_lost,
+            silent,
         });
         Some(info)
     }
@@ -302,6 +307,7 @@ impl Manager {
             true => self.stop_all(why).await,
             false => self.leave(why).await,
         }
+        definitions::finish(self).await;
     }
 
     /// Stops all guests by force, and returns when they are gone.

@@ -20,9 +20,14 @@ pub(crate) struct Pace {
 }
 
 impl Pace {
-    /// None yet; `first` is the first wait.
-    pub(crate) fn new(first: Duration) -> Self {
-        Self { first, short_runs: 0 }
+    /// After so many, as an earlier manager has counted, or none; `first` is the first wait.
+    pub(crate) fn new(first: Duration, short_runs: u32) -> Self {
+        Self { first, short_runs }
+    }
+
+    /// How many short runs there have been in a row.
+    pub(crate) fn short_runs(&self) -> u32 {
+        self.short_runs
     }
 
     /// How long to wait before the next run, after one that lasted for `uptime`.
@@ -49,9 +54,13 @@ mod tests {
 
     #[test]
     fn a_series_of_short_runs_waits_longer_and_longer() {
-        let mut pace = Pace::new(FIRST);
+        let mut pace = Pace::new(FIRST, 0);
         let waits: Vec<_> = (0..12)
-            .map(|_| pace.after(Duration::from_millis(900)).as_millis())
+            .map(|_| {
+                // Another manager goes on counting.
+                pace = Pace::new(FIRST, pace.short_runs());
+                pace.after(Duration::from_millis(900)).as_millis()
+            })
             .collect();
         assert_eq!(waits, [0, 0, 0, 100, 200, 400, 800, 1600, 3200, 5000, 5000, 5000]);
         assert_eq!(pace.after(SHORT), Duration::ZERO);
@@ -62,7 +71,7 @@ mod tests {
         /// Whatever the runs are: in any 10 s there are few restarts, and nobody waits longer than 5 s.
         #[test]
         fn restarts_are_bounded(uptimes in prop::collection::vec(0u64..12_000, 1..300)) {
-            let mut pace = Pace::new(FIRST);
+            let mut pace = Pace::new(FIRST, 0);
             let (mut now, mut restarts) = (0, Vec::new());
             for uptime in uptimes {
                 let wait = pace.after(Duration::from_millis(uptime));

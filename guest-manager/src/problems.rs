@@ -19,6 +19,8 @@ pub struct Facts<'a> {
     pub available_mib: Option<u64>,
     /// Bytes of serial output that are no longer kept.
     pub output_lost: u64,
+    /// Its component was asked for something, and has not answered for long.
+    pub silent: bool,
 }
 
 /// The problems, the gravest first, at most as many as an answer carries.
@@ -31,6 +33,10 @@ pub fn problems(facts: &Facts<'_>) -> Vec<String> {
     let mut found = Vec::new();
     if info.status == GuestStatus::VmmUnexpectedTermination {
         found.push("The guest's component died. Launching or creating the guest again starts a new one.".to_owned());
+    }
+    if live && facts.silent {
+        let text = "The guest's component does not answer: it stands still, or has too much to do. The guest may run on; stopping it by force works.";
+        found.push(text.to_owned());
     }
     let waived: Vec<_> = info
         .layers
@@ -110,6 +116,7 @@ mod tests {
             host: Host::default(),
             available_mib: Some(1024),
             output_lost: 0,
+            silent: false,
         };
         change(&mut facts);
         problems(&facts)
@@ -141,8 +148,10 @@ mod tests {
             facts.host.unassisted = true;
             facts.available_mib = Some(100);
             facts.output_lost = 17;
+            facts.silent = true;
         });
         let expected = [
+            "does not answer",
             "cgroup",
             "rng",
             "paused",
@@ -155,7 +164,7 @@ mod tests {
         for (sentence, word) in told.iter().zip(expected) {
             assert!(sentence.contains(word), "{sentence}");
         }
-        assert!(!told[0].contains("seccomp"));
+        assert!(!told[1].contains("seccomp"));
     }
 
     #[test]
@@ -170,6 +179,7 @@ mod tests {
             facts.notes = &notes;
             facts.host.unassisted = true;
             facts.available_mib = Some(1);
+            facts.silent = true;
         });
         assert_eq!(told.len(), 1);
     }

@@ -47,6 +47,7 @@ pub use self::restore::{Restored, RestoredPhase};
 use self::{
     crashes::Crashes,
     entry::{Entry, Phase, taken},
+    restore::Told,
 };
 pub use self::{
     entry::Vitals,
@@ -119,6 +120,8 @@ pub struct Registry {
     forgotten: Vec<GuestId>,
     /// Who was behind which name when an earlier manager ended.
     past_ids: HashMap<String, GuestId>,
+    /// What that manager had told.
+    told: Told,
 }
 
 impl Registry {
@@ -134,6 +137,7 @@ impl Registry {
             endings: 0,
             forgotten: Vec::new(),
             past_ids: HashMap::new(),
+            told: Told::default(),
         }
     }
 
@@ -521,7 +525,9 @@ impl Registry {
     }
 
     fn tell(&mut self, id: GuestId, now: Moment, kind: EventKind) {
-        if let Some(entry) = self.entries.get(&id) {
+        if let Some(entry) = self.entries.get(&id)
+            && !self.told.take(id, entry.generation, &kind)
+        {
             self.log.append(now.unix_ns, id, &entry.name, entry.generation, kind);
         }
     }

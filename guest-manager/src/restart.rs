@@ -34,46 +34,47 @@ pub(crate) enum Verdict {
     Again(Duration),
 }
 
+/// What is counted of the runs of a guest since somebody started it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Counted {
+    /// Runs that failed since one was a good one.
+    pub(crate) failures: u32,
+    /// Runs that the policy followed by another since one was a good one.
+    pub(crate) waits: u32,
+    /// How often it was begun again by itself.
+    pub(crate) restarts: u32,
+}
+
 /// The runs of a guest since somebody started it.
 #[derive(Debug, Clone)]
 pub(crate) struct Row {
     rules: Restart,
-    /// Runs that failed since one was a good one.
-    failures: u32,
-    /// Runs that the policy followed by another since one was a good one.
-    waits: u32,
-    restarts: u32,
+    counted: Counted,
 }
 
 impl Row {
     /// Before the first run; or in the middle, where an earlier manager has counted.
-    pub(crate) fn new(rules: Restart, failures: u32, restarts: u32) -> Self {
-        Self {
-            rules,
-            failures,
-            waits: failures,
-            restarts,
-        }
+    pub(crate) fn new(rules: Restart, counted: Counted) -> Self {
+        Self { rules, counted }
     }
 
     /// What a run that ended so, after this time, is followed by.
     pub(crate) fn after(&mut self, how: How, uptime: Duration) -> Verdict {
         self.lasted(uptime);
         if how == How::Failed {
-            self.failures = self.failures.saturating_add(1);
+            self.counted.failures = self.counted.failures.saturating_add(1);
         }
+        let Counted { failures, waits, .. } = self.counted;
         match (self.rules.policy, how) {
             (RestartPolicy::Never, _) | (RestartPolicy::OnFailure, How::Done) => return Verdict::End,
-            (RestartPolicy::OnFailure | RestartPolicy::Always, How::Failed)
-                if self.failures > self.rules.attempts() =>
-            {
-                return Verdict::GiveUp(self.failures);
+            (RestartPolicy::OnFailure | RestartPolicy::Always, How::Failed) if failures > self.rules.attempts() => {
+                return Verdict::GiveUp(failures);
             }
             (RestartPolicy::OnFailure | RestartPolicy::Always, _) => {}
         }
         // 2^31 times the shortest delay is longer than the longest there is.
-        let doubled = self.rules.delay().saturating_mul(1 << self.waits.min(31));
-        self.waits = self.waits.saturating_add(1);
+        let doubled = self.rules.delay().saturating_mul(1 << waits.min(31));
+        self.counted.waits = waits.saturating_add(1);
         Verdict::Again(doubled.min(self.rules.max_delay()))
     }
 
@@ -86,22 +87,17 @@ impl Row {
 
     /// Somebody began it again: a new row.
     pub(crate) fn start_over(&mut self) {
-        (self.failures, self.waits) = (0, 0);
+        (self.counted.failures, self.counted.waits) = (0, 0);
     }
 
     /// It has begun again by itself.
     pub(crate) fn begun_again(&mut self) {
-        self.restarts = self.restarts.saturating_add(1);
+        self.counted.restarts = self.counted.restarts.saturating_add(1);
     }
 
-    /// How many runs in a row have failed.
-    pub(crate) fn failures(&self) -> u32 {
-        self.failures
-    }
-
-    /// How often it was begun again by itself.
-    pub(crate) fn restarts(&self) -> u32 {
-        self.restarts
+    /// What has been counted so far.
+    pub(crate) fn counted(&self) -> Counted {
+        self.counted
     }
 }
 
@@ -121,7 +117,7 @@ mod tests {
             max_delay_ms: 300,
             healthy_ms: 1000,
         };
-        Row::new(rules, 0, 0)
+        Row::new(rules, Counted::default())
     }
 
     fn again(milliseconds: u64) -> Verdict {
@@ -137,7 +133,7 @@ mod tests {
             let mut row = row(policy);
             let verdicts: Vec<_> = (0..4).map(|_| row.after(How::Failed, SHORT)).collect();
             assert_eq!(verdicts, [again(100), again(200), again(300), Verdict::GiveUp(4)]);
-            assert_eq!(row.failures(), 4);
+            assert_eq!(row.counted().failures, 4);
         }
     }
 
@@ -148,9 +144,9 @@ mod tests {
             row.after(How::Failed, SHORT);
         }
         assert_eq!(row.after(How::Failed, GOOD), again(100));
-        assert_eq!(row.failures(), 1);
+        assert_eq!(row.counted().failures, 1);
         row.start_over();
-        assert_eq!(row.failures(), 0);
+        assert_eq!(row.counted().failures, 0);
     }
 
     #[test]
@@ -160,17 +156,20 @@ mod tests {
         let verdicts: Vec<_> = (0..6).map(|_| row.after(How::Done, SHORT)).collect();
         assert_eq!(verdicts[..3], [again(100), again(200), again(300)]);
         assert!(verdicts[3..].iter().all(|verdict| *verdict == again(300)));
-        assert_eq!(row.failures(), 0);
+        assert_eq!(row.counted().failures, 0);
     }
 
     #[test]
     fn what_another_manager_counted_goes_on() {
-        let mut before = row(RestartPolicy::OnFailure);
-        before.after(How::Failed, SHORT);
-        before.begun_again();
-        let mut after = Row::new(before.rules, before.failures(), before.restarts());
-        assert_eq!((after.failures(), after.restarts()), (1, 1));
-        assert_eq!(after.after(How::Failed, SHORT), before.after(How::Failed, SHORT));
+        for how in [How::Failed, How::Done] {
+            let mut before = row(RestartPolicy::Always);
+            before.after(how, SHORT);
+            before.begun_again();
+            let mut after = Row::new(before.rules, before.counted());
+            assert_eq!((after.counted().waits, after.counted().restarts), (1, 1));
+            assert_eq!(after.after(how, SHORT), before.after(how, SHORT));
+            assert_eq!(after.counted(), before.counted());
+        }
     }
 
     fn rules() -> impl Strategy<Value = Restart> {
@@ -198,7 +197,7 @@ mod tests {
         /// Against the sentences of `config.capnp`, whatever the runs are.
         #[test]
         fn the_policy_is_kept(rules in rules(), runs in runs()) {
-            let mut row = Row::new(rules, 0, 0);
+            let mut row = Row::new(rules, Counted::default());
             let (mut failed, mut last_wait) = (0, Duration::ZERO);
             for (how, uptime) in runs {
                 if uptime >= rules.healthy() {
@@ -206,7 +205,7 @@ mod tests {
                 }
                 failed += u32::from(how == How::Failed);
                 let verdict = row.after(how, uptime);
-                prop_assert_eq!(row.failures(), failed);
+                prop_assert_eq!(row.counted().failures, failed);
                 let wanted = match rules.policy {
                     RestartPolicy::Never => false,
                     RestartPolicy::OnFailure => how == How::Failed,
@@ -233,7 +232,7 @@ mod tests {
         /// No policy has a guest that does nothing but fail begin again for ever, or keep the host busy meanwhile.
         #[test]
         fn failing_comes_to_an_end(rules in rules(), uptimes in prop::collection::vec(0u64..20_000, 1..50)) {
-            let mut row = Row::new(rules, 0, 0);
+            let mut row = Row::new(rules, Counted::default());
             let short = uptimes.into_iter().map(Duration::from_millis).filter(|uptime| *uptime < rules.healthy());
             let mut begun = 0;
             for uptime in short.cycle().take(100) {

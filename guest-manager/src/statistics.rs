@@ -3,7 +3,7 @@
 //! ```text
 //!   somebody asks --> a question in flight? --no--> ask the component -----> the answer, whenever it comes: kept with its time
 //!                          | yes                                                |
-//!                          '---> wait 5 ms for an answer <----------------------'
+//!                          '---> wait for an answer <---------------------------'     5 ms; 100 ms for the first one ever
 //!                                   | heard: told with age 0
 //!                                   | not: what is kept, with its age; TIMED_OUT if nothing is
 //! ```
@@ -26,6 +26,7 @@ use std::{
 
 use capnp::message::TypedBuilder;
 use sepal_schema::{
+    config::MAX_CPUS,
     error::{Error, Kind},
     guest_capnp::{VcpuState, guest, statistics::stats_result, stats},
     manager_capnp::guest_manager::named_stats,
@@ -37,6 +38,8 @@ use crate::{changed::Changed, cpu, guest::Guest, model::bounded_error};
 
 /// How long somebody who asks waits for a component.
 const PATIENCE: Duration = Duration::from_millis(5);
+/// The same, of a component that has not told any figures yet: just started, or just taken over.
+const FIRST_PATIENCE: Duration = Duration::from_millis(100);
 /// The longest answer of a component that is kept, in words of 8 bytes: 64 vCPUs and 32 devices of each kind take a tenth.
 const MAX_WORDS: u64 = 8192;
 /// Words that the manager adds to what a component tells: its memory, if it did not tell of any.
@@ -50,6 +53,17 @@ struct Told {
 }
 
 impl Told {
+    /// The vCPUs of which it says that they run.
+    fn running(&self) -> Vec<u8> {
+        let vcpus = self.figures.get_root_as_reader().and_then(|figures| figures.get_vcpus());
+        let vcpus = vcpus.ok().into_iter().flatten();
+        let running = vcpus.filter(|vcpu| matches!(vcpu.get_state(), Ok(VcpuState::Running)));
+        running
+            .map(|vcpu| vcpu.get_index())
+            .take(MAX_CPUS.into())
+            .collect()
+    }
+
     /// Words of 8 bytes that they take in a message.
     fn words(&self) -> u64 {
         let size = self
@@ -62,7 +76,8 @@ impl Told {
 
 #[derive(Default)]
 struct State {
-    asking: bool,
+    /// Since when the component is asked.
+    asked: Option<Instant>,
     /// Counts the answers, failures included.
     answers: u64,
     last: Option<Told>,
@@ -88,13 +103,19 @@ impl Figures {
 
     fn heard(&self, outcome: Result<Told, Error>) {
         self.state.change(|state| {
-            state.asking = false;
+            state.asked = None;
             state.answers += 1;
             match outcome {
                 Ok(told) => (state.last, state.failure) = (Some(told), None),
                 Err(error) => state.failure = Some(error),
             }
         });
+    }
+
+    /// How long the component has owed an answer.
+    pub(crate) fn waited_for(&self) -> Duration {
+        self.state
+            .look(|state| state.asked.map_or(Duration::ZERO, |since| since.elapsed()))
     }
 
     /// Waits for the next answer, whatever it is.
@@ -131,14 +152,17 @@ struct Seen {
 }
 
 impl Seen {
-    fn of(guest: &Guest) -> Self {
+    fn of(guest: &Guest, told: &Told) -> Self {
         let ended = !guest.live();
         let vitals = guest.manager.registry(|registry, now| registry.vitals(guest.id, now));
         match vitals.filter(|vitals| vitals.generation == guest.generation()) {
             Some(vitals) => Self {
                 uptime_ns: vitals.uptime_ns,
                 usage: usage::of(vitals.component_pid).unwrap_or_default(),
-                asleep: cpu::asleep(guest, vitals.component_pid),
+                asleep: match ended {
+                    true => 0,
+                    false => cpu::asleep(guest, vitals.component_pid, told.running().into_iter()),
+                },
                 paused: guest.is_paused(),
                 ended,
             },
@@ -224,7 +248,11 @@ impl Aged {
 pub(crate) async fn of(guest: &Rc<Guest>) -> Result<Aged, Error> {
     let (begin, asked) = (Instant::now(), ask(guest));
     if asked.is_ok() {
-        let heard = guest.manager.handle.timeout(PATIENCE, guest.figures.next());
+        let patience = match guest.figures.last() {
+            Some(_) => PATIENCE,
+            None => FIRST_PATIENCE,
+        };
+        let heard = guest.manager.handle.timeout(patience, guest.figures.next());
         // What has not come by then is told the next time.
         let _ = heard.await;
     }
@@ -241,7 +269,7 @@ fn told(guest: &Rc<Guest>, begin: Instant, asked: Result<(), Error>) -> Result<A
         true => Duration::ZERO,
         false => told.at.elapsed(),
     };
-    let seen = Seen::of(guest);
+    let seen = Seen::of(guest, &told);
     Ok(Aged { told, age, seen })
 }
 
@@ -251,11 +279,13 @@ fn told(guest: &Rc<Guest>, begin: Instant, asked: Result<(), Error>) -> Result<A
 /// There is none to ask: as [`Guest::remote`].
 pub(crate) fn ask(guest: &Rc<Guest>) -> Result<(), Error> {
     let remote = guest.remote()?;
-    if guest
-        .figures
-        .state
-        .change(|state| std::mem::replace(&mut state.asking, true))
-    {
+    cpu::look_for_threads(guest);
+    let asking = guest.figures.state.change(|state| {
+        let asking = state.asked.is_some();
+        state.asked.get_or_insert_with(Instant::now);
+        asking
+    });
+    if asking {
         return Ok(());
     }
     let asked = Rc::downgrade(guest);

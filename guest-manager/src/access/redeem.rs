@@ -32,12 +32,16 @@ pub(crate) fn redeem(manager: &Rc<Manager>, client: &Client, token: &str) -> Res
     redeemed
 }
 
-/// What [`redeem`] would give, without doing it.
+/// What [`redeem`] would give, without doing it. It only looks, so that nothing is noted of it but a token that was tried in vain.
 ///
 /// # Errors
 /// As [`redeem`].
 pub(crate) fn describe(manager: &Rc<Manager>, client: &Client, token: &str) -> Result<Description, Error> {
-    find(manager, client, token).map(|holder| holder.describe())
+    let found = find(manager, client, token);
+    if let Err(error) = &found {
+        Call::new(&manager.audit, client.who, "GuestManager.describe").done(Err(error));
+    }
+    found.map(|holder| holder.describe())
 }
 
 /// What a token stands for, as `client` would hold it; it has not been redeemed by that.

@@ -215,6 +215,7 @@ impl Durable {
             _ => Phase::Creating,
         };
         let uptime = guest.uptime_ns();
+        let (counted, short_runs) = guest.counted();
         Record {
             name: guest.name.to_string(),
             uuid: info.upkeep.uuid.unwrap_or_default().into_bytes(),
@@ -224,11 +225,12 @@ impl Durable {
             phase,
             detached: info.detached,
             lease_tokens: guest.lease.tokens(),
+            lease_ends: guest.lease.ends(),
             uid: self.owner.uid,
             gid: self.owner.gid,
             trusted: self.owner.trusted,
-            restarts: info.upkeep.restarts,
-            failures: info.upkeep.failures,
+            counted,
+            short_runs,
             shares: guest.access.shares.borrow().kept(now),
             crashes: guest.crashes().iter().map(|crash| (**crash).clone()).collect(),
             stop: info.stop,
@@ -245,6 +247,12 @@ impl Durable {
             balloon_taken: guest.ballast.taken(),
             balloon_by_hand: guest.ballast.is_by_hand(),
             origin: guest.origin(),
+            stop_wanted: guest.stop_cause(),
+            again: guest.again_cause(),
+            asked: guest.was_asked(),
+            over: guest.noted_over(),
+            heard: guest.heard(),
+            sequence: guest.manager.registry(|registry, _| registry.log().last()),
         }
     }
 

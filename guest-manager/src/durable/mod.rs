@@ -27,5 +27,5 @@ mod succeed;
 pub use self::succeed::take_over;
 pub(crate) use self::{
     keeping::{Durable, Owner, Successor, check},
-    succeed::Left,
+    succeed::{Bygone, Left},
 };

@@ -21,10 +21,14 @@ use sepal_schema::{
 use crate::{
     access::{secret::Digest, shares::Kept, thing::Thing},
     configuration::Configuration,
+    course::{End, Follow, Over},
     cpu::Share,
-    model::Moment,
+    guest::{Again, StopCause},
+    model::{Ending, Moment},
+    restart::Counted,
 };
 
+use durable_guest::BeginAgain;
 pub(crate) use durable_guest::Phase;
 
 /// A guest, besides its configuration.
@@ -39,11 +43,14 @@ pub(crate) struct Record {
     pub(crate) phase: Phase,
     pub(crate) detached: bool,
     pub(crate) lease_tokens: Vec<Digest>,
+    /// When it is stopped unless its lease is redeemed; none: that is not waited for.
+    pub(crate) lease_ends: Option<Instant>,
     pub(crate) uid: u32,
     pub(crate) gid: u32,
     pub(crate) trusted: bool,
-    pub(crate) restarts: u32,
-    pub(crate) failures: u32,
+    pub(crate) counted: Counted,
+    /// Short runs in a row after which it began again by itself.
+    pub(crate) short_runs: u32,
     pub(crate) shares: Vec<Kept>,
     pub(crate) crashes: Vec<CrashReport>,
     /// How the run before ended.
@@ -65,6 +72,18 @@ pub(crate) struct Record {
     pub(crate) balloon_by_hand: bool,
     /// What would create it again.
     pub(crate) origin: Option<Configuration>,
+    /// Why it is being stopped by force.
+    pub(crate) stop_wanted: Option<StopCause>,
+    /// Why its run is being ended for the next one.
+    pub(crate) again: Option<Again>,
+    /// It was asked to shut down.
+    pub(crate) asked: bool,
+    /// How its run ended, if that is to be told, or another run is to follow.
+    pub(crate) over: Option<Over>,
+    /// The number of the last event of its component that has been told on.
+    pub(crate) heard: u64,
+    /// The number of the last event of all guests when this was written.
+    pub(crate) sequence: u64,
 }
 
 /// Descriptors that a configuration names by number: those of a record.
@@ -145,8 +164,10 @@ impl Record {
         to.set_uid(self.uid);
         to.set_gid(self.gid);
         to.set_trusted(self.trusted);
-        to.set_restarts(self.restarts);
-        to.set_failures(self.failures);
+        to.set_restarts(self.counted.restarts);
+        to.set_failures(self.counted.failures);
+        to.set_waits(self.counted.waits);
+        to.set_short_runs(self.short_runs);
         let mut shares = to.reborrow().init_shares(length(self.shares.len()));
         for (i, share) in (0..).zip(&self.shares) {
             write_share(share, shares.reborrow().get(i), now);
@@ -169,6 +190,19 @@ impl Record {
         if let Some(origin) = &self.origin {
             origin.keep(to.reborrow().init_origin())?;
         }
+        to.set_lease_ends_ns(self.lease_ends.map_or(0, |at| ns_of(at, now)));
+        write_stop_wanted(self.stop_wanted.as_ref(), to.reborrow().init_stop_wanted());
+        to.set_begin_again(match self.again {
+            None => BeginAgain::No,
+            Some(Again::Asked) => BeginAgain::Asked,
+            Some(Again::Panicked) => BeginAgain::Panicked,
+        });
+        to.set_asked(self.asked);
+        if let Some(over) = &self.over {
+            write_over(over, to.reborrow().init_over(), now);
+        }
+        to.set_heard(self.heard);
+        to.set_sequence(self.sequence);
         let mut bytes = Vec::new();
         serialize::write_message(&mut bytes, &message)?;
         Ok(bytes)
@@ -221,11 +255,17 @@ impl Record {
             phase: from.get_phase().unwrap_or(Phase::Creating),
             detached: from.get_detached(),
             lease_tokens: from.get_lease_tokens()?.iter().filter_map(token).collect(),
+            lease_ends: moment_of(from.get_lease_ends_ns(), now),
             uid: from.get_uid(),
             gid: from.get_gid(),
             trusted: from.get_trusted(),
-            restarts: from.get_restarts(),
-            failures: from.get_failures(),
+            counted: Counted {
+                failures: from.get_failures(),
+                // Less was written by a version that did not count them.
+                waits: from.get_waits().max(from.get_failures()),
+                restarts: from.get_restarts(),
+            },
+            short_runs: from.get_short_runs(),
             shares: from.get_shares()?.iter().filter_map(share).collect(),
             crashes,
             stop,
@@ -242,12 +282,96 @@ impl Record {
                 true => Some(Configuration::read(from.get_origin()?)?),
                 false => None,
             },
+            stop_wanted: read_stop_wanted(from.get_stop_wanted())?,
+            again: match from.get_begin_again() {
+                Ok(BeginAgain::Asked) => Some(Again::Asked),
+                Ok(BeginAgain::Panicked) => Some(Again::Panicked),
+                Ok(BeginAgain::No) | Err(_) => None,
+            },
+            asked: from.get_asked(),
+            over: match from.has_over() {
+                true => Some(read_over(from.get_over()?, now)?),
+                false => None,
+            },
+            heard: from.get_heard(),
+            sequence: from.get_sequence(),
         };
         Ok((record, config))
     }
 }
 
-fn write_share(share: &Kept, mut to: durable_share::Builder<'_>, (moment, now): (Moment, Instant)) {
+/// A moment as it is kept: nanoseconds of the monotonic clock, which both managers' hosts have; never 0.
+fn ns_of(at: Instant, (moment, now): (Moment, Instant)) -> u64 {
+    let (ahead, behind) = (at.saturating_duration_since(now), now.saturating_duration_since(at));
+    let at = (u128::from(moment.monotonic_ns) + ahead.as_nanos()).saturating_sub(behind.as_nanos());
+    u64::try_from(at).unwrap_or(u64::MAX).max(1)
+}
+
+/// A moment that was kept, or now if it is over; none: there is none.
+fn moment_of(ns: u64, (moment, now): (Moment, Instant)) -> Option<Instant> {
+    let left = Duration::from_nanos(ns.saturating_sub(moment.monotonic_ns));
+    (ns != 0).then(|| now.checked_add(left).unwrap_or(now))
+}
+
+fn write_stop_wanted(cause: Option<&StopCause>, mut to: durable_guest::stop_wanted::Builder<'_>) {
+    match cause {
+        None => to.set_no(()),
+        Some(StopCause::Killed(why)) => to.set_killed(&**why),
+        Some(StopCause::Hangup(after)) => to.set_hangup(u64::try_from(after.as_millis()).unwrap_or(u64::MAX)),
+        Some(StopCause::Panicked) => to.set_panicked(()),
+    }
+}
+
+fn read_stop_wanted(from: durable_guest::stop_wanted::Reader<'_>) -> Result<Option<StopCause>, capnp::Error> {
+    use durable_guest::stop_wanted::Which;
+    Ok(match from.which() {
+        Ok(Which::No(())) => None,
+        Ok(Which::Killed(why)) => Some(StopCause::Killed(why?.to_string()?)),
+        Ok(Which::Hangup(after)) => Some(StopCause::Hangup(Duration::from_millis(after))),
+        Ok(Which::Panicked(())) => Some(StopCause::Panicked),
+        // Of a later version: it is stopped all the same.
+        Err(_) => Some(StopCause::Killed("it was being stopped by force".to_owned())),
+    })
+}
+
+fn write_over(over: &Over, mut to: durable_guest::over::Builder<'_>, now: (Moment, Instant)) {
+    let End { ending, uptime_ns } = &over.end;
+    let report = ending.clone().report(*uptime_ns, now.0);
+    report.write(to.reborrow().init_report());
+    to.set_gave_up(ending.gave_up);
+    if let Some(follow) = &over.follows {
+        to.set_follows(true);
+        to.set_hold(follow.hold);
+        to.set_by_itself(follow.by_itself);
+        to.set_begins_ns(ns_of(follow.begins, now));
+    }
+}
+
+fn read_over(from: durable_guest::over::Reader<'_>, now: (Moment, Instant)) -> Result<Over, capnp::Error> {
+    let report = StopReport::read(from.get_report()?)?;
+    let uptime_ns = report.uptime_ns;
+    let follow = || Follow {
+        hold: from.get_hold(),
+        by_itself: from.get_by_itself(),
+        begins: moment_of(from.get_begins_ns(), now).unwrap_or(now.1),
+    };
+    Ok(Over {
+        end: End {
+            ending: Ending {
+                error: report.error,
+                about: report.about,
+                rung: report.rung,
+                component: report.component,
+                gave_up: from.get_gave_up(),
+                ..Ending::new(report.reason, report.detail)
+            },
+            uptime_ns,
+        },
+        follows: from.get_follows().then(follow),
+    })
+}
+
+fn write_share(share: &Kept, mut to: durable_share::Builder<'_>, now: (Moment, Instant)) {
     let (kind, port) = (share.thing.kind(), share.thing.port());
     to.set_id(share.id);
     to.set_parent(share.parent);
@@ -261,25 +385,13 @@ fn write_share(share: &Kept, mut to: durable_share::Builder<'_>, (moment, now): 
     to.set_label(&share.terms.label);
     to.set_redeemed(share.redeemed);
     to.set_shared_by_uid(share.shared_by_uid);
-    let expires = share.expires.map_or(0, |at| {
-        let left = at.saturating_duration_since(now).as_nanos();
-        let at = u128::from(moment.monotonic_ns) + left;
-        u64::try_from(at).unwrap_or(u64::MAX).max(1)
-    });
-    to.set_expires_ns(expires);
+    to.set_expires_ns(share.expires.map_or(0, |at| ns_of(at, now)));
 }
 
-fn read_share(from: durable_share::Reader<'_>, (moment, now): (Moment, Instant)) -> Result<Option<Kept>, Error> {
+fn read_share(from: durable_share::Reader<'_>, now: (Moment, Instant)) -> Result<Option<Kept>, Error> {
     let kind = from.get_kind().map_err(capnp::Error::from)?;
     let (Some(thing), Ok(digest)) = (Thing::of(kind, from.get_port()), from.get_token_hash()?.try_into()) else {
         return Ok(None);
-    };
-    let expires = match from.get_expires_ns() {
-        0 => None,
-        at => {
-            let left = Duration::from_nanos(at.saturating_sub(moment.monotonic_ns));
-            Some(now.checked_add(left).unwrap_or(now))
-        }
     };
     Ok(Some(Kept {
         id: from.get_id(),
@@ -287,7 +399,7 @@ fn read_share(from: durable_share::Reader<'_>, (moment, now): (Moment, Instant))
         thing,
         digest,
         bounds: Bounds::read(from.get_bounds()?)?,
-        expires,
+        expires: moment_of(from.get_expires_ns(), now),
         terms: Terms {
             once: from.get_once(),
             uid: from.get_bound_to_uid().then(|| from.get_uid()),
@@ -304,158 +416,4 @@ fn length(of: usize) -> u32 {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::{fs::File, io::Read, os::fd::AsRawFd};
-
-    use sepal_schema::{
-        config::{self, OnReset},
-        facet::{CallRate, Range, Rights},
-        report::{Reason, Rung},
-    };
-
-    use super::*;
-
-    fn record(now: Instant) -> Record {
-        Record {
-            name: "web".into(),
-            uuid: [7; 16],
-            generation: 3,
-            descriptor: Some(GuestDescriptor {
-                cpus: 2,
-                memory_mib: 64,
-                kernel: "embedded".into(),
-                cmdline: "quiet".into(),
-                devices: vec!["serial".into()],
-            }),
-            layers: Vec::new(),
-            phase: Phase::Running,
-            detached: true,
-            lease_tokens: vec![[1; 32], [2; 32]],
-            uid: 1000,
-            gid: 100,
-            trusted: true,
-            restarts: 4,
-            failures: 1,
-            shares: vec![Kept {
-                id: 9,
-                parent: 8,
-                thing: Thing::Console(2),
-                digest: [3; 32],
-                bounds: Bounds {
-                    rate: Some(CallRate {
-                        per_second: 2,
-                        burst: 5,
-                    }),
-                    balloon_pages: Some(Range { min: 1, max: 9 }),
-                    vsock_ports: vec![7],
-                    ..Bounds::only(Rights::ALL)
-                },
-                expires: Some(now + Duration::from_secs(60)),
-                terms: Terms {
-                    once: true,
-                    uid: Some(5),
-                    label: "for the tests".into(),
-                },
-                redeemed: 0,
-                shared_by_uid: 1000,
-            }],
-            crashes: Vec::new(),
-            stop: Some(StopReport {
-                reason: Reason::Crash,
-                detail: "it crashed".into(),
-                error: None,
-                uptime_ns: 5,
-                time_ns: 6,
-                about: "vcpu1".into(),
-                rung: Rung::None,
-                component: None,
-            }),
-            cid: 77,
-            pins: vec![Pin {
-                vcpu: 0,
-                cpus: vec![1, 5],
-            }],
-            share: Share {
-                weight: 50,
-                percent: 150,
-            },
-            started_ns: 12345,
-            agent_ready: true,
-            held: true,
-            paused: true,
-            balloon_taken: 4096,
-            balloon_by_hand: true,
-            origin: Configuration::of(&GuestConfig::default()).ok(),
-        }
-    }
-
-    #[test]
-    fn a_record_survives_with_its_files() {
-        let (moment, now) = (Moment::now(), Instant::now());
-        let folder = tempfile::tempdir().unwrap();
-        let file = |name: &str| {
-            let path = folder.path().join(name);
-            std::fs::write(&path, name).unwrap();
-            File::open(path).unwrap().into()
-        };
-        let config = GuestConfig {
-            name: "web".into(),
-            memory_mib: 64,
-            kernel: config::File::Fd(file("kernel")),
-            initrd: config::File::Fd(file("initrd")),
-            on_reset: OnReset::Restart,
-            durable: true,
-            ..GuestConfig::default()
-        };
-        let kit = Kit::new(config).unwrap();
-        let record = record(now);
-        let bytes = record.write(&kit, (moment, now)).unwrap();
-        let fds = kit.fds.iter().map(|fd| fd.try_clone().unwrap()).collect();
-        let (read, config) = Record::read(&bytes, fds, (moment, now)).unwrap();
-        assert_eq!(read, record);
-        assert!(config.durable && config.on_reset == OnReset::Restart && config.memory_mib() == 64);
-        for (given, content) in [(config.kernel, "kernel"), (config.initrd, "initrd")] {
-            let config::File::Fd(fd) = given else {
-                panic!("no descriptor")
-            };
-            let mut text = String::new();
-            File::from(fd).read_to_string(&mut text).unwrap();
-            assert_eq!(text, content);
-        }
-        // A minute later by both clocks the share has expired, and not before.
-        let later = (
-            Moment {
-                monotonic_ns: moment.monotonic_ns + 61_000_000_000,
-                ..moment
-            },
-            now + Duration::from_secs(61),
-        );
-        let fds = kit.fds.iter().map(|fd| fd.try_clone().unwrap()).collect();
-        let (read, _) = Record::read(&bytes, fds, later).unwrap();
-        assert_eq!(read.shares[0].expires, Some(later.1));
-    }
-
-    #[test]
-    fn what_is_no_record_is_an_error() {
-        let (moment, now) = (Moment::now(), Instant::now());
-        let kit = Kit::new(GuestConfig {
-            kernel: config::File::Fd(File::open("/dev/null").unwrap().into()),
-            ..GuestConfig::default()
-        });
-        let bytes = record(now).write(&kit.unwrap(), (moment, now)).unwrap();
-        // Without the kernel's descriptor.
-        assert!(Record::read(&bytes, Vec::new(), (moment, now)).is_err());
-        for length in [0, 1, 7, bytes.len() / 2] {
-            assert!(Record::read(&bytes[..length], Vec::new(), (moment, now)).is_err());
-        }
-    }
-
-    #[test]
-    fn descriptors_are_taken_once() {
-        let null: OwnedFd = File::open("/dev/null").unwrap().into();
-        let number = null.as_raw_fd();
-        let fds = Descriptors::new(vec![null]);
-        assert_eq!(fds.take(0).unwrap().as_raw_fd(), number);
-        assert!(fds.take(0).is_err() && fds.take(1).is_err() && fds.take(u32::MAX).is_err());
-    }
-}
+mod tests;

@@ -19,8 +19,9 @@ use std::{
     time::Instant,
 };
 
+use futures::future::LocalBoxFuture;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
-use sepal_schema::{config::GuestConfig, error::Error, facet::Rights};
+use sepal_schema::{config::GuestConfig, error::Error, facet::Rights, news::DeviceNews, report::Reason};
 use uuid::Uuid;
 
 use super::{
@@ -34,10 +35,12 @@ use super::{
 use crate::{
     access::holder::expire_in_time,
     component::{Custody, Exit, Started},
+    course::{End, Follow, Over},
+    events::EventLog,
     guest::{Creation, Guest},
     lease, life,
     manager::Manager,
-    model::Moment,
+    model::{Ending, Event, EventKind, Moment},
     registry::{Restored, RestoredPhase},
     slot::Slot,
     starter::{Fate, Inheritance, Orphan},
@@ -60,8 +63,21 @@ pub(crate) enum Left {
     },
     /// The guest was being created.
     Creating,
-    /// The run before was over, and another was to follow.
-    Restarting,
+    /// The run was over.
+    Over(Box<Bygone>),
+}
+
+/// A run that was over before this manager came.
+pub(crate) struct Bygone {
+    /// How it ended, and what follows.
+    pub(crate) over: Over,
+    /// That has been told.
+    pub(crate) told: bool,
+    /// Resolves when its component is gone; none: it is.
+    pub(crate) exit: Option<LocalBoxFuture<'static, Exit>>,
+    pub(crate) log: Option<OwnedFd>,
+    /// The manager's ends of the ports' sockets.
+    pub(crate) sockets: Vec<UnixStream>,
 }
 
 /// What was kept of a guest, read.
@@ -220,7 +236,9 @@ fn restore(manager: &Rc<Manager>, found: Found) -> Result<(), Error> {
         .restore(record.shares.clone(), &root, now);
     grants.iter().for_each(|grant| expire_in_time(&manager.handle, grant));
     guest.lease.restore(record.lease_tokens.clone());
+    let unnoted = manager.registry(|registry, _| told_since(registry.log(), &record));
     guest.go_on(&record);
+    guest.set_heard(record.heard.saturating_add(unnoted));
     let owner = Owner {
         uid: record.uid,
         gid: record.gid,
@@ -231,12 +249,16 @@ fn restore(manager: &Rc<Manager>, found: Found) -> Result<(), Error> {
     let durable = copy.map_err(|error| Error::new(sepal_schema::error::Kind::NoResources, error));
     let durable = durable.and_then(|copy| Durable::restored(copy, owner, slots, Some(orphan.custody.clone())));
     if let Err(error) = durable.and_then(|durable| guest.stay_durable(durable)) {
-        // It goes on all the same, as long as this manager does.
+        // It goes on all the same, as long as this manager does: what is kept of it would be old when the next one comes.
         tracing::error!(guest = &*guest.name, "{error}");
+        orphan.custody.release();
     }
-    guest.save();
-    if !record.detached {
-        lease::wait(&guest);
+    match record.detached {
+        true => guest.save(),
+        false => lease::wait(&guest, record.lease_ends),
+    }
+    if let Some(cause) = record.stop_wanted.clone() {
+        guest.want_stop(cause);
     }
     tracing::info!(guest = &*guest.name, generation = record.generation, "goes on");
     manager.handle.spawn(life::live_on(guest, slot, config, owner, left));
@@ -257,8 +279,9 @@ fn restored(record: &Record, config: &GuestConfig) -> Restored {
         started_ns: Some(record.started_ns).filter(|ns| *ns > 0),
         paused: record.paused,
         detached: record.detached,
-        restarts: record.restarts,
-        failures: record.failures,
+        asked: record.asked,
+        restarts: record.counted.restarts,
+        failures: record.counted.failures,
         restart: config.restart,
         descriptor: record.descriptor.clone(),
         layers: record.layers.clone(),
@@ -271,13 +294,23 @@ fn left(record: &Record, fate: Fate, kept: &mut BTreeMap<String, Vec<OwnedFd>>, 
     let (log, successors) = (first(label::LOG), first(label::SUCCESSORS));
     let ports = kept.remove(label::PORTS).unwrap_or_default();
     let sockets: Vec<UnixStream> = ports.into_iter().map(UnixStream::from).collect();
-    let (pid, kill, exit) = match (record.phase, fate) {
-        (Phase::Restarting, fate) => {
-            if let Fate::Lives { kill, .. } = &fate {
+    if record.phase == Phase::Restarting || record.over.is_some() {
+        let exit = match fate {
+            Fate::Lives { kill, exit, .. } => {
                 kill();
+                Some(exit)
             }
-            return Left::Restarting;
-        }
+            Fate::Ended(_) => None,
+        };
+        return Left::Over(Box::new(Bygone {
+            over: record.over.clone().unwrap_or_else(|| at_once(record)),
+            told: record.phase == Phase::Restarting,
+            exit,
+            log,
+            sockets,
+        }));
+    }
+    let (pid, kill, exit) = match (record.phase, fate) {
         (Phase::Creating, Fate::Ended(_)) => return Left::Creating,
         (_, Fate::Ended(exit)) => return Left::Died { exit, log, sockets },
         (_, Fate::Lives { pid, kill, exit }) => (pid, kill, exit),
@@ -316,6 +349,36 @@ fn left(record: &Record, fate: Fate, kept: &mut BTreeMap<String, Vec<OwnedFd>>, 
             }
         }
     }
+}
+
+/// What follows a run where a version that did not say so has written the record.
+fn at_once(record: &Record) -> Over {
+    let detail = record
+        .stop
+        .as_ref()
+        .map_or_else(String::new, |stop| stop.detail.clone());
+    let reason = record.stop.as_ref().map_or(Reason::Crash, |stop| stop.reason);
+    Over {
+        end: End {
+            ending: Ending::new(reason, detail),
+            uptime_ns: 0,
+        },
+        follows: Some(Follow {
+            hold: false,
+            begins: Instant::now(),
+            by_itself: true,
+        }),
+    }
+}
+
+/// How many events of a guest's component were told on after its record was written: what comes next from the component are those again.
+fn told_since(log: &EventLog, record: &Record) -> u64 {
+    let of_component = |event: &&Event| {
+        let same = *event.guest == *record.name && event.generation == record.generation;
+        // That the manager knows by itself.
+        same && matches!(&event.kind, EventKind::Device(news) if *news != DeviceNews::GuestReady)
+    };
+    log.after(record.sequence).filter(of_component).count() as u64
 }
 
 /// A connection to a component: its end goes there beside one byte.

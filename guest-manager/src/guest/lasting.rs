@@ -5,9 +5,12 @@ use std::{rc::Rc, time::Instant};
 use sepal_schema::error::{Error, Kind};
 
 use super::Guest;
-use crate::durable::{
-    Durable,
-    record::{Phase, Record},
+use crate::{
+    course::Over,
+    durable::{
+        Durable,
+        record::{Phase, Record},
+    },
 };
 
 impl Guest {
@@ -52,8 +55,16 @@ impl Guest {
         self.set_cid(from.cid);
         self.ballast.go_on(from.balloon_taken, from.balloon_by_hand);
         self.agent_ready.change(|ready| *ready = from.agent_ready);
+        self.count_on(from.counted, from.short_runs);
+        self.heard.set(from.heard);
+        self.over.replace(from.over.clone());
         let created = matches!(from.phase, Phase::Created | Phase::Running);
+        let again = from.again.filter(|_| from.phase == Phase::Running);
         self.state.change(|state| {
+            state.run.again_wanted = again;
+            state.run.asked = from.asked;
+            // What waits for its next run begins that when its time has come.
+            state.run.wanted &= from.phase != Phase::Restarting;
             state.run.created = created;
             state.run.held = from.held;
             state.run.started = from.phase == Phase::Running;
@@ -62,6 +73,32 @@ impl Guest {
                 state.created = Some(Ok(()));
             }
         });
+    }
+
+    /// Its run is over, which is on record from now on: before its component's process is gone, and with it what that could tell another manager.
+    pub(crate) fn note_over(&self, over: &Over) {
+        if self.is_durable() {
+            self.over.replace(Some(over.clone()));
+            self.save();
+        }
+    }
+
+    /// How its run ended, if that is to be told, or another run is to follow.
+    pub(crate) fn noted_over(&self) -> Option<Over> {
+        self.over.borrow().clone()
+    }
+
+    /// The number of the last event of its component that has been told on.
+    pub(crate) fn heard(&self) -> u64 {
+        self.heard.get()
+    }
+
+    /// Its component's event of this number (0: it does not count them) has been told on, and what follows from it done.
+    pub(crate) fn set_heard(&self, number: u64) {
+        if number > self.heard.get() {
+            self.heard.set(number);
+            self.save();
+        }
     }
 
     /// What there is to know of it has changed.

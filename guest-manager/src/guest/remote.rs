@@ -50,6 +50,16 @@ impl Guest {
         *self.remote.borrow_mut() = Some(Remote { guest, fds });
     }
 
+    /// Its component does not answer, or does again.
+    pub(crate) fn set_silent(&self, silent: bool) {
+        self.silent.set(silent);
+    }
+
+    /// Whether its component does not answer, as far as anybody has asked it.
+    pub(crate) fn is_silent(&self) -> bool {
+        self.silent.get() || self.figures.waited_for() > self.manager.settings.force_after
+    }
+
     /// Its power button and brakes.
     ///
     /// # Errors

@@ -10,7 +10,11 @@ use sepal_schema::{
 };
 
 use super::Guest;
-use crate::{configuration::Configuration, restart::Row};
+use crate::{
+    configuration::Configuration,
+    pace::Pace,
+    restart::{Counted, Row},
+};
 
 impl Guest {
     /// Whoever begins it does not wait to hear how that went: it is tried again by its restart policy also if it never runs.
@@ -73,15 +77,21 @@ impl Guest {
             .map_or(0, |info| info.uptime_ns)
     }
 
-    /// How many runs in a row have failed, and how often it has begun again by itself: as an earlier manager counted, or none.
-    pub(crate) fn counted(&self) -> (u32, u32) {
-        let info = self.manager.registry(|registry, now| registry.info(self.id, now));
-        info.map_or((0, 0), |info| (info.upkeep.failures, info.upkeep.restarts))
+    /// What is counted of its runs, and how many short ones there have been in a row: as an earlier manager counted, or none.
+    pub(crate) fn counted(&self) -> (Counted, u32) {
+        self.counted.get()
+    }
+
+    /// An earlier manager has counted so far.
+    pub(crate) fn count_on(&self, counted: Counted, short_runs: u32) {
+        self.counted.set((counted, short_runs));
     }
 
     /// A run has ended, or another begins.
-    pub(crate) fn count(&self, row: &Row) {
+    pub(crate) fn count(&self, row: &Row, pace: &Pace) {
+        let counted = row.counted();
+        self.counted.set((counted, pace.short_runs()));
         self.manager
-            .registry(|registry, _| registry.count(self.id, row.failures(), row.restarts()));
+            .registry(|registry, _| registry.count(self.id, counted.failures, counted.restarts));
     }
 }

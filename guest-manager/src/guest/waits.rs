@@ -114,6 +114,7 @@ impl Guest {
                 state.run.again_wanted.get_or_insert(again);
             }
         });
+        self.save();
     }
 
     /// Why the generation is to give way to the next one, if it is.
@@ -140,6 +141,8 @@ impl Guest {
             .registry(|registry, now| registry.stopping(self.id, generation, now));
         self.state
             .change(|state| state.stop_wanted.get_or_insert(cause).clone());
+        // Nothing keeps a stop from completing, not even the end of this manager.
+        self.save();
     }
 
     /// Why it is stopped by force, if it is.

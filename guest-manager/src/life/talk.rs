@@ -293,18 +293,22 @@ fn learn(
 
 /// Whether the guest that there is was run already; none: there is none.
 async fn attached(guest: &Rc<Guest>, attach: Promise<attach_result::Owned>) -> Result<Option<bool>, capnp::Error> {
-    let attach = match guest.is_created() {
-        true => attach.await?,
+    let mut attach = attach;
+    let patience = guest.manager.settings.force_after;
+    let attach = match guest.manager.handle.timeout(patience, &mut attach).await {
+        Ok(attach) => attach?,
         // Nothing is lost by beginning anew.
-        false => match guest
-            .manager
-            .handle
-            .timeout(guest.manager.settings.force_after, attach)
-            .await
-        {
-            Ok(attach) => attach?,
-            Err(_) => return Ok(None),
-        },
+        Err(_) if !guest.is_created() => return Ok(None),
+        Err(_) => {
+            tracing::warn!(
+                guest = &*guest.name,
+                "its component does not answer to this manager; the guest is taken over when it does"
+            );
+            guest.set_silent(true);
+            let attach = attach.await?;
+            guest.set_silent(false);
+            attach
+        }
     };
     let attach = attach.get()?;
     if attach.has_error() {
@@ -321,10 +325,17 @@ async fn attached(guest: &Rc<Guest>, attach: Promise<attach_result::Owned>) -> R
             "events of the time without a manager are lost"
         );
     }
+    // What the manager before had no time to note.
     if runs && !guest.has_started() {
-        // What the manager before had no time to note.
         guest.want_run();
         guest.happened(EventKind::Started);
+    }
+    if runs {
+        guest.set_paused(attach.get_paused());
+    }
+    if runs {
+        // Whoever asks the new manager for figures gets some. Nobody waits for the answer here.
+        let _ = statistics::ask(guest);
     }
     tracing::info!(guest = &*guest.name, generation = guest.generation(), "taken over");
     Ok(Some(runs))
@@ -353,13 +364,20 @@ impl event_sink::Server for Events {
         self: Rc<Self>,
         params: event_sink::EventParams,
     ) -> impl Future<Output = Result<(), capnp::Error>> + 'static {
-        let heard = params.get().and_then(|params| read_event(params.get_event()?));
-        let result = heard.map(|kind| {
+        let heard = params.get().and_then(|params| {
+            let event = params.get_event()?;
+            Ok((event.get_sequence(), read_event(event)?))
+        });
+        let result = heard.map(|(number, kind)| {
             // What comes late of a run that is over is of no interest any more.
             let current = |guest: &Rc<Guest>| guest.generation() == self.generation && !guest.is_restarting();
             if let (Some(kind), Some(guest)) = (kind, self.guest.upgrade().filter(current)) {
                 let panicked = kind == EventKind::Device(DeviceNews::GuestPanicked(Panic::Panicked));
                 let started = kind == EventKind::Started;
+                if number != 0 && number <= guest.heard() {
+                    // A manager that was killed has told it on, and had no time to say so.
+                    return;
+                }
                 guest.happened(kind);
                 if started {
                     // Not at once: who launched it waits for what it does, and nobody for its figures.
@@ -376,6 +394,7 @@ impl event_sink::Server for Events {
                 if panicked {
                     power::panicked(&guest);
                 }
+                guest.set_heard(number);
             }
         });
         futures::future::ready(result)

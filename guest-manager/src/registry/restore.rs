@@ -1,6 +1,10 @@
 //! What an earlier manager knew, taken over by this one.
 
-use std::{collections::HashMap, rc::Rc};
+use std::{
+    collections::{HashMap, HashSet},
+    mem::{Discriminant, discriminant},
+    rc::Rc,
+};
 
 use sepal_schema::{
     config::Restart,
@@ -49,6 +53,8 @@ pub struct Restored {
     pub paused: bool,
     /// It lives on without the client that launched it.
     pub detached: bool,
+    /// It was asked to shut down.
+    pub asked: bool,
     /// How often it was begun again by itself.
     pub restarts: u32,
     /// How many runs in a row have failed.
@@ -63,11 +69,49 @@ pub struct Restored {
     pub stop: Option<StopReport>,
 }
 
+/// What an earlier manager had told when it ended, which its record of a guest may not know yet: events come first.
+#[derive(Debug, Default)]
+pub(super) struct Told {
+    once: HashSet<(GuestId, u64, Discriminant<EventKind>)>,
+    paused: HashMap<GuestId, (u64, bool)>,
+}
+
+impl Told {
+    fn note(&mut self, id: GuestId, generation: u64, kind: &EventKind) {
+        match kind {
+            EventKind::Paused | EventKind::Resumed => {
+                self.paused.insert(id, (generation, *kind == EventKind::Paused));
+            }
+            EventKind::Device(_) | EventKind::Defined | EventKind::Removed => {}
+            // Of those there is one in a generation.
+            EventKind::Starting
+            | EventKind::Started
+            | EventKind::ShuttingDown
+            | EventKind::Stopped(_)
+            | EventKind::Restarting(_)
+            | EventKind::Crashed(_) => {
+                self.once.insert((id, generation, discriminant(kind)));
+            }
+        }
+    }
+
+    /// Whether the vCPUs of a generation were held, as far as that was told.
+    fn paused(&self, id: GuestId, generation: u64) -> Option<bool> {
+        let (_, paused) = self.paused.get(&id).filter(|(of, _)| *of == generation)?;
+        Some(*paused)
+    }
+
+    /// Whether this was told before; it is forgotten by that.
+    pub(super) fn take(&mut self, id: GuestId, generation: u64, kind: &EventKind) -> bool {
+        !self.once.is_empty() && self.once.remove(&(id, generation, discriminant(kind)))
+    }
+}
+
 impl Registry {
     /// Goes on with the events of an earlier manager, before anything else is done.
     pub(crate) fn restore_events(&mut self, past: Vec<Past>) {
         let mut ids: HashMap<String, GuestId> = HashMap::new();
-        let mut last_id = self.last_id;
+        let (mut told, mut last_id) = (Told::default(), self.last_id);
         self.log.restore(past, |past| {
             let mut next = || {
                 last_id += 1;
@@ -81,8 +125,10 @@ impl Registry {
                 EventKind::Removed => ids.remove(&past.guest),
                 _ => ids.insert(past.guest.clone(), id),
             };
+            told.note(id, past.generation, &past.kind);
             id
         });
+        self.told = told;
         self.last_id = last_id;
         self.past_ids = ids;
     }
@@ -119,7 +165,9 @@ impl Registry {
                 (RestoredPhase::Ended, _) => Phase::Stopped,
             },
             started_at: from.started_ns,
-            paused: from.paused,
+            shutdown_told: from.asked,
+            // Noted after it was told.
+            paused: self.told.paused(id, from.generation).unwrap_or(from.paused),
             detached: from.detached,
             descriptor: from.descriptor,
             layers: from.layers,

@@ -1,12 +1,14 @@
 //! A component that does what a test wants, and the starter that "starts" it.
 
+pub(crate) mod keeper;
 mod machine;
+mod server;
 
 use std::{
     cell::{Cell, RefCell},
-    future::Future,
+    collections::BTreeMap,
     io::Write,
-    os::unix::net::UnixStream,
+    os::{fd::OwnedFd, unix::net::UnixStream},
     rc::Rc,
 };
 
@@ -16,17 +18,16 @@ use sepal_guest_manager::{
     component::{ComponentStarter, Exit, StartRequest, Started},
 };
 use sepal_schema::{
-    config::{self, File, GuestConfig},
-    crash::{Registers, write_vcpus},
-    error::{Error, Kind, write_completion},
+    config::{self, GuestConfig},
+    crash::Registers,
+    error::{Error, Kind},
     guest_capnp::event_sink,
-    info::{LayerInfo, LayerState, write_layers},
-    lifecycle_capnp::{component, guest_lifecycle, host_setup},
+    lifecycle_capnp::component,
     report::{Reason, Rung, StopReport},
     transport::{Connection, FdTable, Handle, Limits, guard, serve_with},
 };
 
-use self::machine::Machine;
+use self::{keeper::Keeper, machine::Machine, server::Server};
 use crate::{fake_devices::Told, vsock};
 
 type Reply = Result<(), capnp::Error>;
@@ -57,6 +58,10 @@ pub(crate) struct Behaviour {
     pub(crate) is_the_test: bool,
     /// What it writes to standard error when it starts.
     pub(crate) words: &'static str,
+    /// What it does when the next manager comes.
+    pub(crate) attach: Does,
+    /// It does not go when it is killed, as one in the middle of a system call.
+    pub(crate) lingers: bool,
 }
 
 /// Starts fake components, and remembers them.
@@ -67,6 +72,8 @@ pub(crate) struct Fake {
     pub(crate) requests: RefCell<Vec<StartRequest>>,
     /// Limits that were changed, and of which process.
     pub(crate) limited: RefCell<Vec<(u32, config::Limits)>>,
+    /// The parent of components that go on without their manager; none: there are none.
+    keeper: Option<Rc<Keeper>>,
 }
 
 impl Fake {
@@ -77,7 +84,17 @@ impl Fake {
             processes: RefCell::default(),
             requests: RefCell::default(),
             limited: RefCell::default(),
+            keeper: None,
         })
+    }
+
+    /// One whose components go on, with this keeper.
+    pub(crate) fn kept(handle: &Handle, keeper: &Rc<Keeper>) -> Rc<Self> {
+        let mut fake = Self::new(handle);
+        let inner = Rc::get_mut(&mut fake).unwrap();
+        inner.keeper = Some(keeper.clone());
+        inner.processes.replace(keeper.processes());
+        fake
     }
 
     /// The component that was started last.
@@ -118,8 +135,10 @@ impl ComponentStarter for Starter {
                     true => std::process::id(),
                     false => 1000 + u32::try_from(fake.count()).unwrap(),
                 },
-                behaviour,
+                behaviour: Cell::new(behaviour),
                 exit: RefCell::new(Some(exit)),
+                ended: RefCell::default(),
+                successors: RefCell::default(),
                 connection: RefCell::default(),
                 state: Changed::default(),
                 events: RefCell::default(),
@@ -131,17 +150,12 @@ impl ComponentStarter for Starter {
                 sockets: Rc::default(),
                 told: Rc::default(),
             });
-            let serve = |fds: FdTable| {
-                let process = process.clone();
-                process.sockets.set_fds(fds.clone());
-                guard::new_client::<component::Client, _>(Server { process, fds }).client
-            };
-            let connection = serve_with(&fake.handle, theirs, Limits::default(), serve).unwrap();
-            *process.connection.borrow_mut() = Some(connection);
+            process.serve(&fake.handle, theirs);
             let (stderr, mut words) = std::io::pipe().unwrap();
             words.write_all(behaviour.words.as_bytes()).unwrap();
             let pid = process.pid;
             let killed = Rc::downgrade(&process);
+            let custody = fake.keeper.as_ref().map(|keeper| keeper.custody(&process));
             fake.processes.borrow_mut().push(process);
             Ok(Started {
                 pid,
@@ -149,11 +163,11 @@ impl ComponentStarter for Starter {
                 stderr: Some(stderr.into()),
                 kill: Box::new(move || {
                     if let Some(process) = killed.upgrade() {
-                        process.die(Exit::Signal(9));
+                        process.is_killed();
                     }
                 }),
                 exit: Box::pin(async move { exited.await.unwrap_or(Exit::Unknown("the test is over".into())) }),
-                custody: None,
+                custody,
             })
         })
     }
@@ -164,6 +178,18 @@ impl ComponentStarter for Starter {
             Does::Fails(kind) => Err(Error::new(kind, "the fake has no limits")),
             Does::Works | Does::Hangs => Ok(()),
         }))
+    }
+
+    fn outlived(&self) -> Result<(), Error> {
+        match &self.0.keeper {
+            Some(_) => Ok(()),
+            None => Err(Error::not_supported("durable", "the fake has no keeper")),
+        }
+    }
+
+    fn keep_for_successor(&self, kept: BTreeMap<String, OwnedFd>) -> Result<(), Error> {
+        self.outlived()?;
+        self.0.keeper.as_ref().unwrap().keep_own(kept)
     }
 
     fn check(&self, _: &StartRequest) -> Result<(), Error> {
@@ -184,6 +210,10 @@ struct State {
     stops: usize,
     /// A create that is under way is to give up.
     cancelled: bool,
+    /// Somebody wants its process to go.
+    killed: bool,
+    /// By a later manager.
+    attached: bool,
 }
 
 /// A component's figures.
@@ -200,8 +230,11 @@ pub(crate) struct Figures {
 /// A component's "process".
 pub(crate) struct Process {
     pub(crate) pid: u32,
-    behaviour: Behaviour,
+    behaviour: Cell<Behaviour>,
     exit: RefCell<Option<oneshot::Sender<Exit>>>,
+    ended: RefCell<Option<Exit>>,
+    /// Its end of the socket by which the connection to the next manager comes.
+    successors: RefCell<Option<OwnedFd>>,
     connection: RefCell<Option<Connection>>,
     state: Changed<State>,
     events: RefCell<Option<event_sink::Client>>,
@@ -227,6 +260,9 @@ impl Process {
     /// Ends as a process does: everything that it had open closes.
     pub(crate) fn die(&self, exit: Exit) {
         let told = self.exit.borrow_mut().take();
+        if told.is_some() {
+            self.ended.replace(Some(exit.clone()));
+        }
         drop(self.connection.borrow_mut().take());
         drop(self.serial.borrow_mut().take());
         self.consoles.borrow_mut().clear();
@@ -234,6 +270,30 @@ impl Process {
         if let Some(told) = told {
             let _ = told.send(exit);
         }
+    }
+
+    fn is_killed(&self) {
+        self.state.change(|state| state.killed = true);
+        if !self.behaviour.get().lingers {
+            self.die(Exit::Signal(9));
+        }
+    }
+
+    /// Serves a manager.
+    fn serve(self: &Rc<Self>, handle: &Handle, socket: UnixStream) {
+        let serve = |fds: FdTable| {
+            let process = self.clone();
+            process.sockets.set_fds(fds.clone());
+            guard::new_client::<component::Client, _>(Server { process, fds }).client
+        };
+        let connection = serve_with(handle, socket, Limits::default(), serve).unwrap();
+        *self.connection.borrow_mut() = Some(connection);
+    }
+
+    /// Behaves so from now on.
+    pub(crate) fn behave(&self, behaviour: Behaviour) {
+        self.behaviour.set(behaviour);
+        self.state.change(|_| ());
     }
 
     /// Closes the connection without ending.
@@ -283,6 +343,17 @@ impl Process {
         self.state.until(|state| state.running.then_some(())).await;
     }
 
+    /// Waits until its manager has heard how the run ended.
+    pub(crate) async fn told_of_its_end(&self) {
+        let killed = |state: &mut State| state.killed.then_some(());
+        self.state.until(killed).await;
+    }
+
+    /// Whether a manager has come that did not start it, and hears its events.
+    pub(crate) fn is_attached(&self) -> bool {
+        self.state.look(|state| state.attached)
+    }
+
     /// Whether its guest runs.
     pub(crate) fn is_running(&self) -> bool {
         self.state.look(|state| state.running)
@@ -305,145 +376,25 @@ impl Process {
 
     /// Tells the manager that something happened.
     pub(crate) async fn tell(&self, fill: impl FnOnce(sepal_schema::guest_capnp::event::Builder<'_>)) {
+        self.tell_numbered(0, fill).await;
+    }
+
+    /// The same, with the number of the event, which a component that goes on without its manager counts.
+    pub(crate) async fn tell_numbered(
+        &self,
+        number: u64,
+        fill: impl FnOnce(sepal_schema::guest_capnp::event::Builder<'_>),
+    ) {
         let sink = self.events.borrow().clone().unwrap();
         let mut call = sink.event_request();
-        fill(call.get().init_event());
+        let mut event = call.get().init_event();
+        event.set_sequence(number);
+        fill(event);
         call.hook.send().promise.await.unwrap();
     }
-}
 
-struct Server {
-    process: Rc<Process>,
-    fds: FdTable,
-}
-
-async fn answer(does: Does) -> Result<(), Error> {
-    match does {
-        Does::Works => Ok(()),
-        Does::Fails(kind) => Err(Error::new(kind, "the fake does not do it").about("fake")),
-        Does::Hangs => futures::future::pending().await,
-    }
-}
-
-impl Server {
-    fn take_serial(&self, host: host_setup::Reader<'_>) -> UnixStream {
-        match host.get_serial().which().unwrap() {
-            host_setup::serial::Stream(stream) => self.fds.take(stream.unwrap().get_number()).unwrap().into(),
-            host_setup::serial::None(()) => panic!("the manager gives every component a serial stream"),
-        }
-    }
-}
-
-impl guest_lifecycle::Server for Server {
-    fn create(
-        self: Rc<Self>,
-        params: guest_lifecycle::CreateParams,
-        mut results: guest_lifecycle::CreateResults,
-    ) -> impl Future<Output = Reply> + 'static {
-        let process = self.process.clone();
-        {
-            let params = params.get().unwrap();
-            let config = GuestConfig::decode(params.get_config().unwrap(), &self.fds).unwrap();
-            let file = |file: &File| matches!(file, File::Fd(_) | File::None);
-            assert!(
-                file(&config.kernel) && file(&config.initrd),
-                "a component gets descriptors only"
-            );
-            let host = params.get_host().unwrap();
-            *process.serial.borrow_mut() = Some(self.take_serial(host));
-            let take =
-                |fd: sepal_schema::file_capnp::fd_ref::Reader<'_>| self.fds.take(fd.get_number()).unwrap().into();
-            *process.consoles.borrow_mut() = host.get_consoles().unwrap().iter().map(take).collect();
-            *process.events.borrow_mut() = Some(host.get_events().unwrap());
-            *process.config.borrow_mut() = Some(config);
-        }
-        async move {
-            process.state.change(|state| state.cancelled = false);
-            let stopped = process
-                .state
-                .until(|state| state.cancelled.then(|| Err(Error::new(Kind::Cancelled, "stopped"))));
-            let stopped = std::pin::pin!(stopped);
-            let created = std::pin::pin!(answer(process.behaviour.create));
-            let outcome = futures::future::select(created, stopped).await.factor_first().0;
-            process.state.change(|state| state.created = outcome.is_ok());
-            write_completion(&outcome, results.get());
-            Ok(())
-        }
-    }
-
-    fn bind(
-        self: Rc<Self>,
-        _: guest_lifecycle::BindParams,
-        mut results: guest_lifecycle::BindResults,
-    ) -> impl Future<Output = Reply> + 'static {
-        results
-            .get()
-            .set_guest(guard::new_client(Machine(self.process.clone())));
-        futures::future::ready(Ok(()))
-    }
-
-    fn run(
-        self: Rc<Self>,
-        _: guest_lifecycle::RunParams,
-        mut results: guest_lifecycle::RunResults,
-    ) -> impl Future<Output = Reply> + 'static {
-        let process = self.process.clone();
-        async move {
-            process.state.until(|state| state.created.then_some(())).await;
-            if let Err(error) = answer(process.behaviour.run).await {
-                error.write(results.get().init_error());
-                return Ok(());
-            }
-            process.state.change(|state| state.running = true);
-            if process.behaviour.quick {
-                process.end(Reason::Shutdown);
-            } else {
-                process.tell(|mut event| event.set_started(())).await;
-            }
-            let result = process.state.until(|state| state.result.take()).await;
-            let registers = process.registers.borrow();
-            write_vcpus(&registers, results.get().init_registers(registers.len() as u32));
-            match result {
-                Ok(report) => report.write(results.get().init_ended()),
-                Err(error) => error.write(results.get().init_error()),
-            }
-            Ok(())
-        }
-    }
-
-    fn stop(
-        self: Rc<Self>,
-        _: guest_lifecycle::StopParams,
-        mut results: guest_lifecycle::StopResults,
-    ) -> impl Future<Output = Reply> + 'static {
-        let process = self.process.clone();
-        process.state.change(|state| {
-            state.stops += 1;
-            state.cancelled = true;
-        });
-        async move {
-            let outcome = answer(process.behaviour.stop).await;
-            process.finish(Err(Error::new(Kind::ControllerForcedHalt, "stopped")));
-            process.state.change(|state| state.stops = 0);
-            write_completion(&outcome, results.get());
-            Ok(())
-        }
-    }
-}
-
-impl component::Server for Server {
-    fn layers(
-        self: Rc<Self>,
-        _: component::LayersParams,
-        mut results: component::LayersResults,
-    ) -> impl Future<Output = Reply> + 'static {
-        let layer = |name: &str, state| LayerInfo {
-            name: name.into(),
-            state,
-            detail: "as the fake says".into(),
-        };
-        let layers = [layer("seccomp", LayerState::Holds), layer("cgroup", LayerState::Waived)];
-        write_layers(&layers, results.get().init_layers(2));
-        futures::future::ready(Ok(()))
+    /// Waits until its behaviour is so.
+    async fn behaves(&self, ready: impl Fn(Behaviour) -> bool) {
+        self.state.until(|_| ready(self.behaviour.get()).then_some(())).await;
     }
 }

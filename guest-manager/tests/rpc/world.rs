@@ -23,7 +23,7 @@ use sepal_schema::{
 use crate::fake::{Fake, Starter};
 
 /// A test that has not ended by then hangs.
-const HUNG: Duration = Duration::from_secs(60);
+pub(crate) const HUNG: Duration = Duration::from_secs(60);
 
 pub(crate) struct World {
     pub(crate) handle: Handle,

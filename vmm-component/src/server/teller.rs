@@ -54,7 +54,7 @@ impl Teller {
         })
     }
 
-    /// Tells of an event. Its time and generation are filled in.
+    /// Tells of an event. Its time and generation are filled in, and its number where it is kept: by that the next manager knows what the one before has heard.
     pub(super) fn tell(self: &Rc<Self>, fill: impl FnOnce(event::Builder<'_>)) {
         if self.journal.is_none() && self.host.borrow().events.is_none() {
             return;
@@ -63,14 +63,12 @@ impl Teller {
         let mut event = message.init_root();
         event.set_time_ns(now_ns());
         event.set_generation(self.generation);
+        let number = self.journal.as_ref().map(|journal| journal.borrow().next());
+        event.set_sequence(number.map_or(0, |number| number + 1));
         fill(event);
-        match &self.journal {
-            None => self.send(&message, None),
-            Some(journal) => {
-                let number = journal.borrow().next();
-                self.send(&message, Some(number));
-                journal.borrow_mut().push(message);
-            }
+        self.send(&message, number);
+        if let Some(journal) = &self.journal {
+            journal.borrow_mut().push(message);
         }
     }
 

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use sepal_schema::{
     facet::{Bounds, Right, Terms},
+    facet_capnp::facet::describe_result,
     guest_capnp::{power, serial},
 };
 use serde_json::{Value, json};
@@ -57,10 +58,17 @@ fn what_is_done_to_a_guest_is_noted() {
             call.get().set_bytes(word.as_bytes());
             call.send().await.unwrap();
         }
-        // Looking is not noted, nor is narrowing.
+        // Looking is not noted, nor is narrowing; that a token was tried in vain is.
         info(&launched.guest).await;
         let (narrowed, revoker) = narrow(&Part::Debug.of(&launched.guest), &bounds).await.unwrap();
         describe(&narrowed).await.unwrap();
+        for (token, known) in [(tokens[0].as_str(), true), ("power.2.x", false)] {
+            let mut request = bob.manager.describe_request();
+            request.get().set_token(token);
+            let answer = request.send().promise.await.unwrap();
+            let described = matches!(answer.get().unwrap().which(), Ok(describe_result::Description(_)));
+            assert_eq!(described, known);
+        }
         revoke(&revoker).await;
         revoke(&revoker).await;
         revoke_share(&launched.guest, 2).await.unwrap();
@@ -81,6 +89,7 @@ fn what_is_done_to_a_guest_is_noted() {
         ("Power.nmi", 7, &second, "", "CANCELLED"),
         ("GuestManager.redeem", 7, &none, "serial, share 1", "ok"),
         ("Serial.write", 7, &first, "serial", "ok"),
+        ("GuestManager.describe", 7, &none, "", "NOT_FOUND"),
         ("Revoker.revoke", 1000, &none, "debug", "ok"),
         ("Guest.revokeShare", 1000, &none, "share 2", "ok"),
         ("Power.resume", 7, &second, "", "REVOKED"),

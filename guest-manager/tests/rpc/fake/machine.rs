@@ -122,7 +122,7 @@ impl power::Server for Button {
     ) -> impl Future<Output = Reply> + 'static {
         let process = &self.0;
         process.state.change(|state| state.pressed += 1);
-        let outcome = match process.behaviour.button {
+        let outcome = match process.behaviour.get().button {
             Does::Works => {
                 process.end(Reason::Shutdown);
                 Ok(())
