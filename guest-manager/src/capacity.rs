@@ -2,16 +2,17 @@
 //!
 //! ```text
 //!   configuration --> Need --.
-//!                            +--> admit: yes --> Promise, held until the guest is gone
+//!                            +--> admit: yes --> Promise: of memory until the guest is gone, of descriptors and tasks until it has them
 //!   limits --------> Room ---'         no: an error with the numbers, and which limit to raise
 //! ```
 //!
-//! The decision is pure; [`Capacity`] keeps the account of promises.
+//! The decision is pure; [`Capacity`] keeps the account of promises. Descriptors and tasks that a guest has are counted by the kernel, its memory is not: it
+//! is used as the guest touches it.
 
-use std::{cell::Cell, rc::Rc};
+use std::{cell::Cell, ops::Range, rc::Rc};
 
 use sepal_schema::{
-    config::GuestConfig,
+    config::{DEVICE_HOLE, GuestConfig},
     error::{Error, Kind},
 };
 
@@ -41,8 +42,7 @@ pub struct Need {
 impl Need {
     /// What a guest with this configuration takes.
     pub fn of(config: &GuestConfig) -> Self {
-        let brought: u64 = config.custom_memory.iter().map(|range| range.end - range.start).sum();
-        let at_once = (u64::from(config.memory_mib()) << 20).saturating_sub(brought);
+        let at_once = own_memory(config);
         let pluggable = config.memory_device.as_ref().map_or(0, |device| device.region_size);
         let ports = config.console.as_ref().map_or(0, |console| u64::from(console.ports()));
         let files: usize = config.disks.iter().map(|disk| 2 + disk.backing.len()).sum();
@@ -54,6 +54,20 @@ impl Need {
             tasks: config.least_tasks(),
         }
     }
+}
+
+/// Bytes of a guest's memory that are the host's to give: without the ranges in it that its client brings. Those above it come on top of it.
+fn own_memory(config: &GuestConfig) -> u64 {
+    let size = u64::from(config.memory_mib()) << 20;
+    let low = size.min(DEVICE_HOLE.start);
+    let ranges = [0..low, DEVICE_HOLE.end..DEVICE_HOLE.end + (size - low)];
+    let within = |range: &Range<u64>, start: u64, end: u64| end.min(range.end).saturating_sub(start.max(range.start));
+    let brought = config
+        .custom_memory
+        .iter()
+        .flat_map(|custom| ranges.iter().map(move |range| within(range, custom.start, custom.end)));
+    // They do not overlap each other, or the configuration would have been refused.
+    size.saturating_sub(brought.sum())
 }
 
 /// What there is of something, and how much of it is in use.
@@ -79,9 +93,9 @@ pub struct Room {
     pub memory: Used,
     /// Memory that the host can give away without swapping, in bytes; none if it does not say.
     pub available: Option<u64>,
-    /// The manager's descriptors.
+    /// The manager's descriptors, those that guests were promised included.
     pub descriptors: Used,
-    /// Tasks, by the limit that is nearest.
+    /// Tasks, by the limit that is nearest, those that guests were promised included.
     pub tasks: Used,
 }
 
@@ -111,7 +125,7 @@ pub fn admit(need: &Need, room: &Room) -> Result<(), Error> {
         && need.descriptors + SPARE_DESCRIPTORS > left
     {
         let message = format!(
-            "the guest takes about {} of the guest manager's descriptors, of which {} of {most} are in use and {SPARE_DESCRIPTORS} are kept for \
+            "the guest takes about {} of the guest manager's descriptors, of which {} of {most} are in use or promised and {SPARE_DESCRIPTORS} are kept for \
              connections; raise its limit (ulimit -n, LimitNOFILE= of its service)",
             need.descriptors, room.descriptors.used
         );
@@ -121,7 +135,7 @@ pub fn admit(need: &Need, room: &Room) -> Result<(), Error> {
         && need.tasks + SPARE_TASKS > left
     {
         let message = format!(
-            "the guest's component has about {} threads; {} of the {most} tasks that there may be are there, and {SPARE_TASKS} are kept for others; raise \
+            "the guest's component has about {} threads; {} of the {most} tasks that there may be are there or promised, and {SPARE_TASKS} are kept for others; raise \
              the limit (kernel.pid_max, kernel.threads-max, ulimit -u, TasksMax= of its service)",
             need.tasks, room.tasks.used
         );
@@ -139,21 +153,52 @@ pub fn guests_by_descriptors(descriptors: Used) -> Option<u64> {
 /// The account of what guests were promised.
 #[derive(Debug, Default)]
 pub struct Capacity {
-    promised: Rc<Cell<u64>>,
+    account: Rc<Account>,
+}
+
+#[derive(Debug, Default)]
+struct Account {
+    memory: Cell<u64>,
+    /// Descriptors that nobody counts yet.
+    descriptors: Cell<u64>,
+    /// Tasks that nobody counts yet.
+    tasks: Cell<u64>,
+}
+
+fn more(of: &Cell<u64>, by: u64) {
+    of.set(of.get().saturating_add(by));
+}
+
+fn less(of: &Cell<u64>, by: u64) {
+    of.set(of.get().saturating_sub(by));
 }
 
 impl Capacity {
     /// Memory that guests were promised, in bytes.
     pub fn promised(&self) -> u64 {
-        self.promised.get()
+        self.account.memory.get()
+    }
+
+    /// What is left when what guests were promised of it, and do not have yet, is taken from it.
+    pub fn reserve(&self, descriptors: Used, tasks: Used) -> (Used, Used) {
+        let with = |counted: Used, promised: &Cell<u64>| Used {
+            used: counted.used.saturating_add(promised.get()),
+            ..counted
+        };
+        (
+            with(descriptors, &self.account.descriptors),
+            with(tasks, &self.account.tasks),
+        )
     }
 
     /// Notes that a guest was promised what it needs.
     pub fn promise(&self, need: &Need) -> Promise {
-        self.promised.set(self.promised.get().saturating_add(need.memory));
+        more(&self.account.memory, need.memory);
+        more(&self.account.descriptors, need.descriptors);
+        more(&self.account.tasks, need.tasks);
         Promise {
-            account: self.promised.clone(),
-            memory: need.memory,
+            account: self.account.clone(),
+            need: Cell::new(*need),
         }
     }
 }
@@ -161,20 +206,36 @@ impl Capacity {
 /// What a guest was promised. Dropping it gives that back.
 #[derive(Debug)]
 pub struct Promise {
-    account: Rc<Cell<u64>>,
-    memory: u64,
+    account: Rc<Account>,
+    /// What of it nobody else counts.
+    need: Cell<Need>,
+}
+
+impl Promise {
+    /// The guest is there: its descriptors and tasks are among those that the kernel counts.
+    pub fn is_kept(&self) {
+        let need = self.need.get();
+        less(&self.account.descriptors, need.descriptors);
+        less(&self.account.tasks, need.tasks);
+        self.need.set(Need {
+            descriptors: 0,
+            tasks: 0,
+            ..need
+        });
+    }
 }
 
 impl Drop for Promise {
     fn drop(&mut self) {
-        self.account.set(self.account.get().saturating_sub(self.memory));
+        self.is_kept();
+        less(&self.account.memory, self.need.get().memory);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use sepal_schema::config::{File, device};
+    use sepal_schema::config::{File, MemoryBacking, device};
 
     use super::*;
 
@@ -260,6 +321,57 @@ mod tests {
         assert_eq!(capacity.promised(), 16 * MIB);
         drop(second);
         assert_eq!(capacity.promised(), 0);
+    }
+
+    #[test]
+    fn what_guests_do_not_have_yet_is_not_promised_twice() {
+        let (capacity, need) = (Capacity::default(), small());
+        let room = || capacity.reserve(used(100, 1000), used(10, 500));
+        let (first, second) = (capacity.promise(&need), capacity.promise(&need));
+        let both = (100 + 2 * need.descriptors, 10 + 2 * need.tasks);
+        assert_eq!((room().0.used, room().1.used), both);
+        assert_eq!((room().0.most, room().1.most), (Some(1000), Some(500)));
+        first.is_kept();
+        first.is_kept();
+        assert_eq!(
+            (room().0.used, room().1.used),
+            (100 + need.descriptors, 10 + need.tasks)
+        );
+        assert_eq!(
+            capacity.promised(),
+            2 * need.memory,
+            "its memory is not counted by anybody"
+        );
+        drop(second);
+        drop(first);
+        assert_eq!((room().0.used, room().1.used, capacity.promised()), (100, 10, 0));
+    }
+
+    #[test]
+    fn only_memory_that_is_brought_in_place_of_the_hosts_is_not_asked_of_it() {
+        let need = |memory_mib, ranges: &[(u64, u64)]| {
+            let brought = |&(start, end)| MemoryBacking {
+                memfd: rustix::fs::memfd_create("range", rustix::fs::MemfdFlags::CLOEXEC).unwrap(),
+                start,
+                end,
+            };
+            Need::of(&GuestConfig {
+                memory_mib,
+                custom_memory: ranges.iter().map(brought).collect(),
+                ..GuestConfig::default()
+            })
+        };
+        let high = DEVICE_HOLE.end;
+        assert_eq!(need(16, &[(8 * MIB, 12 * MIB)]).memory, 12 * MIB);
+        // It comes on top, whole or in part.
+        assert_eq!(need(16, &[(high, high + 16 * MIB)]).memory, 16 * MIB);
+        assert_eq!(need(16, &[(12 * MIB, 20 * MIB)]).memory, 12 * MIB);
+        // 4 GiB are 3 GiB, the hole, and another one.
+        assert_eq!(
+            need(4096, &[(high, high + 512 * MIB), (0, MIB)]).memory,
+            (4096 - 513) * MIB
+        );
+        assert_eq!(need(4096, &[(high + 1024 * MIB, high + 1025 * MIB)]).memory, 4096 * MIB);
     }
 
     proptest! {

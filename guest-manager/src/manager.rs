@@ -255,14 +255,15 @@ impl Manager {
 
     /// What the host and the manager's own limits leave for guests.
     pub fn room(&self) -> Room {
+        let (descriptors, tasks) = self.capacity.reserve(limits::descriptors(), self.tasks.look());
         Room {
             memory: Used {
                 used: self.capacity.promised(),
                 most: self.settings.max_memory,
             },
             available: host::available_bytes(),
-            descriptors: limits::descriptors(),
-            tasks: self.tasks.look(),
+            descriptors,
+            tasks,
         }
     }
 

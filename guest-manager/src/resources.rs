@@ -8,7 +8,10 @@
 //!                   '--check--> whether all that could be got; nothing is
 //! ```
 
-use std::{rc::Rc, time::Duration};
+use std::{
+    rc::{Rc, Weak},
+    time::Duration,
+};
 
 use sepal_schema::{
     config::{
@@ -51,7 +54,7 @@ pub(crate) struct Resources {
     /// How often it was used.
     runs: u64,
     trusted: bool,
-    _promise: Promise,
+    promise: Rc<Promise>,
     _images: Vec<ImageUse>,
     _cid: Option<Cid>,
     networks: Networks,
@@ -83,7 +86,7 @@ pub(crate) async fn prepare(guest: &Guest, config: GuestConfig, client: &Client)
     guest.set_only_once(check_only_once(&config)?);
     let need = Need::of(&config);
     capacity::admit(&need, &manager.room())?;
-    let promise = manager.capacity.promise(&need);
+    let promise = Rc::new(manager.capacity.promise(&need));
     guest.ballast.fit(config.balloon.is_some().then_some(need.at_once));
     let files::Opened {
         mut config,
@@ -116,7 +119,7 @@ pub(crate) async fn prepare(guest: &Guest, config: GuestConfig, client: &Client)
         template: config,
         runs: 0,
         trusted: client.trusted,
-        _promise: promise,
+        promise,
         _images: images,
         _cid: held_cid,
         networks: Networks::default(),
@@ -130,6 +133,9 @@ pub(crate) async fn resume(guest: &Guest, mut config: GuestConfig, owner: Owner)
     let manager = &guest.manager;
     let told = |error: Error| tracing::error!(guest = &*guest.name, "not as it was: {error}");
     let need = Need::of(&config);
+    // Before anything is waited for: nobody else is to be promised it meanwhile. What it has, it has.
+    let promise = manager.capacity.promise(&need);
+    promise.is_kept();
     guest.ballast.fit(config.balloon.is_some().then_some(need.at_once));
     pressure::resumed(guest);
     let (mut held_cid, mut listens) = (None, None);
@@ -144,7 +150,7 @@ pub(crate) async fn resume(guest: &Guest, mut config: GuestConfig, owner: Owner)
             });
     }
     Resources {
-        _promise: manager.capacity.promise(&need),
+        promise: Rc::new(promise),
         _images: files::take_again(manager, &guest.name, &config).await,
         _cid: held_cid,
         networks: Networks::default(),
@@ -248,9 +254,12 @@ impl Resources {
     ///
     /// # Errors
     /// With the field's name: what cannot be had. `NO_RESOURCES`: there are no descriptors left.
-    pub(crate) async fn furnish(&mut self, guest: &Guest) -> Result<GuestConfig, Error> {
+    pub(crate) async fn furnish(&mut self, guest: &Rc<Guest>) -> Result<GuestConfig, Error> {
         let handle = &guest.manager.handle;
         let again = self.runs > 0;
+        if !again {
+            handle.spawn(keep_promise(guest.clone(), Rc::downgrade(&self.promise)));
+        }
         self.runs += 1;
         let mut config = match guest.only_once() {
             Some(error) if again => return Err(error),
@@ -277,6 +286,14 @@ impl Resources {
     pub(crate) async fn end_run(&mut self) {
         std::mem::take(&mut self.networks).end().await;
         self.backends = Paths::default();
+    }
+}
+
+/// When a guest is created, it has what it was promised.
+async fn keep_promise(guest: Rc<Guest>, promise: Weak<Promise>) {
+    // If it is not, the promise is void with all else that it was to have.
+    if let (Ok(()), Some(promise)) = (guest.created().await, promise.upgrade()) {
+        promise.is_kept();
     }
 }
 

@@ -30,33 +30,27 @@ pub(crate) fn descriptors() -> Used {
     }
 }
 
-/// The limits of tasks (processes and threads) that hold for this process's components.
+/// The limits of tasks (processes and threads) that hold for this process's components. Each can be another the next time: `systemctl set-property` changes those of
+/// control groups, prlimit(1) and sysctl(8) the others.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Tasks {
-    /// Of all tasks of the host.
-    system: Option<u64>,
-    /// Of this process's user, where it is bound to it.
-    user: Option<u64>,
-    /// The control groups, this process's own and those above it, that have a limit.
+    /// This process is bound to its user's limit.
+    user: bool,
+    /// The control groups, this process's own and those above it, that may have a limit.
     groups: Vec<PathBuf>,
 }
 
 impl Tasks {
-    /// Finds out which limits there are.
+    /// Finds out which limits there may be.
     pub(crate) fn find() -> Self {
-        let setting = |name: &str| number(Path::new("/proc/sys/kernel"), name);
-        let system = [setting("threads-max"), setting("pid_max")].into_iter().flatten().min();
-        // Root is not held to it (setrlimit(2): CAP_SYS_RESOURCE), and each of root's components has a uid of its own.
-        let root = rustix::process::geteuid().is_root();
-        let user = getrlimit(Resource::Nproc).current.filter(|_| !root);
         let own = Hierarchies::discover()
             .ok()
             .and_then(|found| found.own_group(Controller::Pids));
-        let limited = |group: &&Path| number(group, "pids.max").is_some();
-        let groups = own.map_or_else(Vec::new, |own| {
-            own.ancestors().filter(limited).map(Path::to_owned).collect()
-        });
-        Self { system, user, groups }
+        Self {
+            // Root is not held to it (setrlimit(2): CAP_SYS_RESOURCE), and each of root's components has a uid of its own.
+            user: !rustix::process::geteuid().is_root(),
+            groups: own.map_or_else(Vec::new, |own| groups(&own)),
+        }
     }
 
     /// The one that leaves least.
@@ -65,15 +59,19 @@ impl Tasks {
             .ok()
             .and_then(|text| parse_tasks(&text));
         let all = all.unwrap_or(0);
+        let setting = |name: &str| number(Path::new("/proc/sys/kernel"), name);
         let system = Used {
             used: all,
-            most: self.system,
+            most: [setting("threads-max"), setting("pid_max")].into_iter().flatten().min(),
         };
-        let user = self.user.map(|most| Used {
-            // No user has more than there are.
-            used: if all <= most / 2 { all } else { tasks_of_user() },
-            most: Some(most),
-        });
+        let user = getrlimit(Resource::Nproc)
+            .current
+            .filter(|_| self.user)
+            .map(|most| Used {
+                // No user has more than there are.
+                used: if all <= most / 2 { all } else { tasks_of_user() },
+                most: Some(most),
+            });
         let groups = self.groups.iter().map(|group| Used {
             used: number(group, "pids.current").unwrap_or(0),
             most: number(group, "pids.max"),
@@ -83,6 +81,12 @@ impl Tasks {
             .min_by_key(|limit| limit.left().unwrap_or(u64::MAX))
             .unwrap_or_default()
     }
+}
+
+/// A control group and those above it, as far as they can have a limit of tasks: the topmost one of a hierarchy cannot.
+fn groups(own: &Path) -> Vec<PathBuf> {
+    let may_be_limited = |group: &&Path| group.join("pids.max").exists();
+    own.ancestors().filter(may_be_limited).map(Path::to_owned).collect()
 }
 
 /// A file that holds one number; none if it is not there, or holds another thing (`max`).
@@ -135,6 +139,29 @@ mod tests {
         let status = "Name:\ta b\nUid:\t7\t8\t9\t10\nThreads:\t12\n";
         assert_eq!((count_of(status, 7), count_of(status, 8)), (Some(12), None));
         assert_eq!(count_of("Uid:\t7\n", 7), None);
+    }
+
+    #[test]
+    fn the_nearest_group_counts_and_its_limit_may_change() {
+        let top = tempfile::tempdir().unwrap();
+        let own = top.path().join("above/own");
+        fs::create_dir_all(&own).unwrap();
+        let write = |group: &str, file: &str, text: &str| fs::write(top.path().join(group).join(file), text).unwrap();
+        for (group, max, current) in [("above", "100\n", "90\n"), ("above/own", "max\n", "9\n")] {
+            write(group, "pids.max", max);
+            write(group, "pids.current", current);
+        }
+        let tasks = Tasks {
+            user: false,
+            groups: groups(&own),
+        };
+        assert_eq!(tasks.groups, [own.clone(), top.path().join("above")]);
+        let used = |used, most| Used { used, most: Some(most) };
+        assert_eq!(tasks.look(), used(90, 100));
+        write("above/own", "pids.max", "12\n");
+        assert_eq!(tasks.look(), used(9, 12));
+        write("above/own", "pids.max", "max\n");
+        assert_eq!(tasks.look(), used(90, 100));
     }
 
     #[test]
