@@ -6,12 +6,13 @@
 //! ```
 
 use std::{
+    ffi::OsStr,
     io,
     os::{
         fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
-        unix::net::UnixListener,
+        unix::{ffi::OsStrExt, net::UnixListener},
     },
-    path::{Path, PathBuf},
+    path::PathBuf,
 };
 
 use rustix::{
@@ -160,7 +161,7 @@ fn check(fd: BorrowedFd<'_>) -> Result<PathBuf, String> {
     let address = rustix::net::getsockname(fd).map_err(said)?;
     let address = SocketAddrUnix::try_from(address).map_err(said)?;
     match address.path_bytes() {
-        Some(path) => Ok(Path::new(std::ffi::OsStr::new(&*String::from_utf8_lossy(path))).to_owned()),
+        Some(path) => Ok(PathBuf::from(OsStr::from_bytes(path))),
         None => Err("it has no path".to_owned()),
     }
 }

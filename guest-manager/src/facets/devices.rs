@@ -117,9 +117,14 @@ impl balloon_controller::Server for BalloonServer {
         let ask = async {
             self.0.grant.check_balloon(pages.into())?;
             // Before the component knows, so that nothing is asked of it after this that nobody asked for.
-            guest.ballast.set_by_hand(pages);
+            let before = guest.ballast.set_by_hand(pages);
             guest.save();
-            set_balloon(guest, pages).await
+            let set = set_balloon(guest, pages).await;
+            if set.is_err() {
+                guest.ballast.put_back(&before);
+                guest.save();
+            }
+            set
         };
         let outcome = self
             .0

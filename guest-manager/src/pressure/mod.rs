@@ -34,12 +34,31 @@ const PAGE: u64 = 4096;
 pub struct Ballast {
     /// Memory of a guest that has a balloon, in bytes.
     memory: Cell<Option<u64>>,
-    /// What the policy has taken, in bytes.
-    taken: Cell<u64>,
-    /// Somebody has set the balloon by hand.
-    by_hand: Cell<bool>,
+    /// Whose the balloon is, and how large it is to be.
+    held: Cell<Held>,
     /// A component is being told.
     busy: Cell<bool>,
+    /// How often it became another's: somebody set it, or the guest began again.
+    turns: Cell<u64>,
+}
+
+/// What is known of a balloon.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Held {
+    /// What the policy wants taken, in bytes.
+    taken: u64,
+    /// What its component took on last for the policy, in bytes.
+    told: u64,
+    /// Somebody has set the balloon by hand.
+    by_hand: bool,
+    /// Its component takes on no more.
+    refuses: bool,
+}
+
+/// What was known of a balloon before somebody set it by hand.
+pub(crate) struct Before {
+    held: Held,
+    turn: u64,
 }
 
 impl Ballast {
@@ -49,31 +68,87 @@ impl Ballast {
     }
 
     /// Somebody sets the balloon to so many pages, which the policy keeps its hands off; with none, the guest takes part again.
-    pub(crate) fn set_by_hand(&self, pages: u32) {
-        self.by_hand.set(pages > 0);
-        self.taken.set(0);
+    pub(crate) fn set_by_hand(&self, pages: u32) -> Before {
+        let held = self.pass_on(Held {
+            by_hand: pages > 0,
+            ..Held::default()
+        });
+        Before {
+            held,
+            turn: self.turns.get(),
+        }
+    }
+
+    /// The component has not done what somebody wanted by hand: the balloon is as it was, unless it has become another's since.
+    pub(crate) fn put_back(&self, before: &Before) {
+        if self.turns.get() == before.turn {
+            self.held.set(before.held);
+        }
     }
 
     /// As the manager before left it.
     pub(crate) fn go_on(&self, taken: u64, by_hand: bool) {
-        self.taken.set(taken);
-        self.by_hand.set(by_hand);
+        self.held.set(Held {
+            taken,
+            told: taken,
+            by_hand,
+            refuses: false,
+        });
     }
 
-    /// What the policy has taken, in bytes.
+    /// What the next manager is to give back, in bytes: also what is being given back, until the component has been told.
     pub(crate) fn taken(&self) -> u64 {
-        self.taken.get()
+        let held = self.held.get();
+        held.taken.max(held.told)
     }
 
     /// Whether the policy keeps its hands off.
     pub(crate) fn is_by_hand(&self) -> bool {
-        self.by_hand.get()
+        self.held.get().by_hand
     }
 
     /// A new component has a balloon that is empty.
     pub(crate) fn begin_again(&self) {
-        self.by_hand.set(false);
-        self.taken.set(0);
+        self.pass_on(Held::default());
+    }
+
+    /// The balloon becomes another's. What it was before.
+    fn pass_on(&self, to: Held) -> Held {
+        self.turns.set(self.turns.get().wrapping_add(1));
+        self.held.replace(to)
+    }
+
+    /// What the policy wants taken, in bytes.
+    fn wanted(&self) -> u64 {
+        self.held.get().taken
+    }
+
+    /// The policy wants so much taken; whether that is another number than before.
+    fn want(&self, bytes: u64) -> bool {
+        let held = self.held.get();
+        self.held.set(Held { taken: bytes, ..held });
+        held.taken != bytes
+    }
+
+    /// The component has taken on what it was told.
+    fn agreed(&self, bytes: u64) {
+        self.held.set(Held {
+            told: bytes,
+            ..self.held.get()
+        });
+    }
+
+    /// The component has not taken on what it was told, and would not the next time. What it has taken on before is still to be given back; unless that is
+    /// what it refuses.
+    fn refused(&self, bytes: u64) {
+        let held = self.held.get();
+        let left = if bytes > held.told { held.told } else { 0 };
+        self.held.set(Held {
+            taken: left,
+            told: left,
+            refuses: true,
+            ..held
+        });
     }
 }
 
@@ -139,7 +214,7 @@ fn taking_part(manager: &Manager) -> Vec<(Rc<Guest>, u64)> {
     let takes_part = |guest: Rc<Guest>| {
         let memory = guest.ballast.memory.get()?;
         let ready = guest.live() && guest.has_started() && !guest.is_restarting();
-        (ready && !guest.ballast.by_hand.get()).then_some((guest, memory))
+        (ready && !guest.ballast.is_by_hand()).then_some((guest, memory))
     };
     guests.filter_map(takes_part).collect()
 }
@@ -148,7 +223,7 @@ fn taking_part(manager: &Manager) -> Vec<(Rc<Guest>, u64)> {
 fn taken(manager: &Manager) -> u64 {
     taking_part(manager)
         .iter()
-        .map(|(guest, _)| guest.ballast.taken.get())
+        .map(|(guest, _)| guest.ballast.wanted())
         .sum()
 }
 
@@ -168,7 +243,7 @@ pub(crate) fn resumed(guest: &Guest) {
     started(guest);
     let manager = &guest.manager;
     let pressure = &manager.pressure;
-    if guest.ballast.taken.get() > 0 && !guest.ballast.by_hand.get() {
+    if guest.ballast.wanted() > 0 && !guest.ballast.is_by_hand() {
         let (now, policy) = (pressure.now(), pressure.policy());
         pressure.change(|calm| calm.resumed(now, &policy));
         give(manager);
@@ -215,9 +290,10 @@ pub fn pressed(manager: &Rc<Manager>) {
     let now = pressure.now();
     let before = pressure.calm.get().is_pressed(now, &policy);
     pressure.change(|calm| calm.pressed(now, &policy));
-    let (mut changed, guests) = (0, taking_part(manager));
+    let (mut changed, mut guests) = (0, taking_part(manager));
+    guests.retain(|(guest, _)| !guest.ballast.held.get().refuses);
     for (guest, memory) in &guests {
-        let taken = guest.ballast.taken.get();
+        let taken = guest.ballast.wanted();
         changed += u64::from(set(guest, policy.take(*memory, taken)));
     }
     pressure.inflations.set(pressure.inflations.get() + changed);
@@ -253,7 +329,7 @@ async fn give_back(manager: Weak<Manager>) {
         }
         let mut changed = 0;
         for (guest, memory) in taking_part(&manager) {
-            let taken = guest.ballast.taken.get();
+            let taken = guest.ballast.wanted();
             changed += u64::from(set(&guest, policy.give(memory, taken)));
         }
         pressure.deflations.set(pressure.deflations.get() + changed);
@@ -280,7 +356,7 @@ pub fn set_policy(manager: &Rc<Manager>, policy: Policy) {
     pressure.change(|calm| calm.changed(now, &policy));
     let mut changed = 0;
     for (guest, memory) in taking_part(manager) {
-        let taken = guest.ballast.taken.get();
+        let taken = guest.ballast.wanted();
         changed += u64::from(set(&guest, policy.keep(memory, taken)));
     }
     pressure.deflations.set(pressure.deflations.get() + changed);
@@ -296,7 +372,7 @@ pub fn set_policy(manager: &Rc<Manager>, policy: Policy) {
 /// Has so many bytes taken from a guest; whether that is another number than before.
 fn set(guest: &Rc<Guest>, bytes: u64) -> bool {
     let ballast = &guest.ballast;
-    if ballast.taken.replace(bytes) == bytes {
+    if !ballast.want(bytes) {
         return false;
     }
     guest.save();
@@ -312,28 +388,91 @@ fn set(guest: &Rc<Guest>, bytes: u64) -> bool {
 async fn tell(guest: &Guest) {
     let ballast = &guest.ballast;
     loop {
-        let (bytes, generation) = (ballast.taken.get(), guest.generation());
+        let (bytes, turn) = (ballast.wanted(), ballast.turns.get());
         let pages = u32::try_from(bytes / PAGE).unwrap_or(u32::MAX);
         let told = facets::set_balloon(guest, pages).await;
-        if guest.generation() != generation {
-            // Its component is another now, whose balloon is empty.
-            if ballast.taken.get() == 0 {
+        if ballast.turns.get() != turn {
+            // Its component is another now, whose balloon is empty; or somebody has set it since, to nothing at the end if anything is to be taken.
+            if ballast.wanted() == 0 {
                 break;
             }
             continue;
         }
-        if let Err(error) = told {
-            if guest.live() && !guest.is_restarting() {
-                tracing::warn!(guest = &*guest.name, "its balloon cannot be set: {error}");
+        let kept = ballast.taken();
+        match told {
+            Ok(()) => ballast.agreed(bytes),
+            Err(error) => {
+                if guest.live() && !guest.is_restarting() {
+                    tracing::warn!(guest = &*guest.name, "its balloon cannot be set: {error}");
+                }
+                ballast.refused(bytes);
             }
-            // It was not taken, and would not be the next time.
-            ballast.by_hand.set(true);
-            ballast.taken.set(0);
-            break;
         }
-        if ballast.taken.get() == bytes || ballast.by_hand.get() {
+        if ballast.taken() != kept {
+            guest.save();
+        }
+        let held = ballast.held.get();
+        if held.taken == held.told {
             break;
         }
     }
     ballast.busy.set(false);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_forgotten_before_the_component_has_given_it_back() {
+        let ballast = Ballast::default();
+        assert!(ballast.want(10) && !ballast.want(10));
+        assert_eq!(ballast.taken(), 10, "also before it is told");
+        ballast.agreed(10);
+        assert!(ballast.want(0));
+        assert_eq!(
+            (ballast.wanted(), ballast.taken()),
+            (0, 10),
+            "whoever comes next gives it back"
+        );
+        ballast.agreed(0);
+        assert_eq!(ballast.taken(), 0);
+        ballast.go_on(20, false);
+        assert!(ballast.want(15));
+        assert_eq!(ballast.taken(), 20);
+    }
+
+    #[test]
+    fn what_a_component_refuses_was_not_taken_and_the_rest_still_is() {
+        let ballast = Ballast::default();
+        ballast.want(10);
+        ballast.agreed(10);
+        ballast.want(20);
+        ballast.refused(20);
+        assert_eq!(
+            (ballast.wanted(), ballast.taken(), ballast.held.get().refuses),
+            (10, 10, true)
+        );
+        // Nobody asks for ever for what is not given back.
+        ballast.want(5);
+        ballast.refused(5);
+        assert_eq!((ballast.wanted(), ballast.taken()), (0, 0));
+        ballast.begin_again();
+        assert_eq!(ballast.held.get(), Held::default());
+    }
+
+    #[test]
+    fn who_sets_it_by_hand_and_fails_has_changed_nothing() {
+        let ballast = Ballast::default();
+        ballast.want(10);
+        ballast.agreed(10);
+        let before = ballast.set_by_hand(7);
+        assert_eq!((ballast.taken(), ballast.is_by_hand()), (0, true));
+        ballast.put_back(&before);
+        assert_eq!((ballast.taken(), ballast.is_by_hand()), (10, false));
+        let before = ballast.set_by_hand(7);
+        ballast.set_by_hand(8);
+        ballast.put_back(&before);
+        assert!(ballast.is_by_hand(), "somebody else has set it since");
+    }
 }

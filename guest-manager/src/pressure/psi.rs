@@ -164,7 +164,11 @@ fn wait(trigger: &Trigger, ended: &OwnedFd, tell: &OwnedFd) {
             Err(_) => return,
         }
         let [notice, end] = fds.map(|fd| fd.revents());
-        if !end.is_empty() || notice.contains(PollFlags::ERR) {
+        if !end.is_empty() {
+            return;
+        }
+        if notice.contains(PollFlags::ERR) {
+            tracing::warn!("nobody tells any more when the host runs short of memory: the kernel has ended that");
             return;
         }
         if Instant::now() < trigger.counts_from {

@@ -5,11 +5,14 @@ use std::{cell::Cell, rc::Rc};
 use sepal_schema::{
     debug_capnp::debug,
     device_capnp::{balloon_controller, disk_controller, mem_controller, net_controller},
-    error::write_completion,
+    error::{Error, write_completion},
     guest_capnp::{console, output, serial},
 };
 
 type Reply = Result<(), capnp::Error>;
+
+/// The largest balloon: 256 MiB.
+pub(crate) const MOST_PAGES: u32 = 256 * 256;
 
 /// What a component's devices were told.
 #[derive(Default)]
@@ -49,8 +52,15 @@ impl balloon_controller::Server for Devices {
         params: balloon_controller::RequestBalloonSizeParams,
         mut results: balloon_controller::RequestBalloonSizeResults,
     ) -> Reply {
-        self.0.pages.set(params.get()?.get_pages());
-        write_completion(&Ok(()), results.get());
+        let pages = params.get()?.get_pages();
+        let set = match pages {
+            0..=MOST_PAGES => {
+                self.0.pages.set(pages);
+                Ok(())
+            }
+            _ => Err(Error::bad_config("pages", "the fake has less memory")),
+        };
+        write_completion(&set, results.get());
         Ok(())
     }
 

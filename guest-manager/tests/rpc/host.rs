@@ -3,6 +3,7 @@
 use std::rc::Rc;
 
 use sepal_guest_manager::{
+    capacity::Used,
     client::{Client, Who},
     manager::Settings,
     pressure,
@@ -19,7 +20,11 @@ use sepal_schema::{
     node_capnp::{pressure_policy, pressure_state},
 };
 
-use crate::world::{Caller, World, info, kill, named, power, run, with};
+use crate::{
+    fake::{Behaviour, Does},
+    fake_devices::MOST_PAGES,
+    world::{Caller, World, info, kill, named, power, run, wait, with},
+};
 
 const MIB: u64 = 1 << 20;
 
@@ -120,6 +125,51 @@ fn no_more_memory_is_promised_than_may_be() {
 }
 
 #[test]
+fn what_a_guest_was_promised_is_given_back_however_its_creation_fails() {
+    let settings = Settings {
+        max_memory: Some(100 * MIB),
+        ..Settings::default()
+    };
+    with(settings, async |world| {
+        let caller = world.caller();
+        for behaviour in [
+            Behaviour {
+                start: Does::Fails(Kind::StartFailure),
+                ..Behaviour::default()
+            },
+            Behaviour {
+                create: Does::Fails(Kind::BadConfig),
+                ..Behaviour::default()
+            },
+            Behaviour {
+                run: Does::Fails(Kind::VcpuStartFailure),
+                ..Behaviour::default()
+            },
+        ] {
+            world.fake.behaviour.set(behaviour);
+            let launched = caller.launch_config(small("web", 100), true).await;
+            if let Ok(launched) = launched {
+                wait(&launched.guest).await;
+            }
+            assert_eq!(world.manager.capacity.promised(), 0, "{behaviour:?}");
+        }
+        world.fake.behaviour.set(Behaviour::default());
+        // One that is created in the place of another has its memory.
+        let lifecycle = caller.new_guest("again").await.unwrap();
+        for _ in 0..3 {
+            caller.create(&lifecycle, small("again", 100)).await.unwrap();
+        }
+        assert_eq!(world.manager.capacity.promised(), 100 * MIB);
+        drop(lifecycle);
+        while world.manager.capacity.promised() > 0 {
+            caller.list().await;
+        }
+        let promised = world.manager.capacity.reserve(Used::default(), Used::default());
+        assert_eq!((promised.0.used, promised.1.used), (0, 0));
+    });
+}
+
+#[test]
 fn no_more_guests_are_there_than_may_be() {
     let settings = Settings {
         limits: Limits {
@@ -165,10 +215,14 @@ async fn balloon(guest: &guest::Client) -> balloon_controller::Client {
     answer.get().unwrap().outcome().unwrap().get_controller().unwrap()
 }
 
-async fn set_by_hand(guest: &guest::Client, pages: u32) {
+async fn try_by_hand(guest: &guest::Client, pages: u32) -> Result<(), Error> {
     let mut request = balloon(guest).await.request_balloon_size_request();
     request.get().set_pages(pages);
-    read_completion(request.send().promise.await.unwrap().get().unwrap()).unwrap();
+    read_completion(request.send().promise.await.unwrap().get().unwrap())
+}
+
+async fn set_by_hand(guest: &guest::Client, pages: u32) {
+    try_by_hand(guest, pages).await.unwrap();
 }
 
 /// What the guest's component was asked for, in MiB.
@@ -252,6 +306,57 @@ fn who_sets_a_balloon_by_hand_keeps_it() {
             0,
             "it is switched off"
         );
+    });
+}
+
+#[test]
+fn who_fails_to_set_a_balloon_by_hand_keeps_nothing() {
+    run(async |world| {
+        let caller = world.caller();
+        set_policy(&caller, |_| ()).await.unwrap();
+        let web = caller.launch_config(ballooned("web"), true).await.unwrap().guest;
+        pressure::pressed(&world.manager);
+        until_asked(&web, 5).await;
+        let refused = try_by_hand(&web, MOST_PAGES + 1).await.unwrap_err();
+        assert_eq!(refused.kind, Kind::BadConfig);
+        let taken = state(&caller, |state| state.get_taken_bytes()).await;
+        assert_eq!((asked(&web).await, taken), (5, 5 * MIB));
+        pressure::pressed(&world.manager);
+        until_asked(&web, 10).await;
+        set_policy(&caller, |mut policy| policy.set_enabled(false))
+            .await
+            .unwrap();
+        until_asked(&web, 0).await;
+    });
+}
+
+#[test]
+fn a_component_that_takes_no_more_gives_back_what_it_took() {
+    run(async |world| {
+        let caller = world.caller();
+        set_policy(&caller, |mut policy| policy.set_step_percent(40))
+            .await
+            .unwrap();
+        let large = GuestConfig {
+            memory_mib: 600,
+            ..ballooned("large")
+        };
+        let large = caller.launch_config(large, true).await.unwrap().guest;
+        pressure::pressed(&world.manager);
+        until_asked(&large, 240).await;
+        // 300 MiB are more than it can do.
+        pressure::pressed(&world.manager);
+        while state(&caller, |state| state.get_taken_bytes()).await != 240 * MIB {}
+        pressure::pressed(&world.manager);
+        assert_eq!(
+            state(&caller, |state| state.get_inflations()).await,
+            2,
+            "it is not asked again"
+        );
+        set_policy(&caller, |mut policy| policy.set_enabled(false))
+            .await
+            .unwrap();
+        until_asked(&large, 0).await;
     });
 }
 
