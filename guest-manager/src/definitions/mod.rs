@@ -4,13 +4,14 @@
 //!   define         checked (host_check) --> name and UUID claimed --> on the disk --> kept
 //!   undefine       gone from the disk --> let go of; what runs goes on
 //!   setAutostart   on the disk --> kept
-//!   a run fails    what is known of it on the disk
+//!   a run fails    what is known of it on the disk, not too often (`failures`)
 //!   start          a guest is created and run, as launch does with a configuration of the client's; autostart does it for all that are marked
 //! ```
 //!
 //! A change that has begun is gone through with, also if nobody waits for it any more: what is known here and what is on the disk must not differ.
 
 pub mod autostart;
+mod failures;
 mod host_check;
 pub(crate) mod server;
 
@@ -29,6 +30,8 @@ use sepal_schema::{
     transport::Handle,
 };
 
+use self::failures::Failures;
+pub(crate) use self::failures::{finish, keep_crashes};
 use crate::{
     client::Client,
     guest::Guest,
@@ -51,6 +54,8 @@ pub(crate) struct Definitions {
     /// Names that no definition can have: there is a file that this version must leave alone.
     untouchable: BTreeSet<String>,
     problems: Vec<String>,
+    /// What is known of runs that failed and is not on the disk yet.
+    failures: Failures,
     /// Whose turn it is to change something.
     turn: futures::lock::Mutex<()>,
     /// How much is kept for those who read listings.
@@ -68,6 +73,7 @@ impl Definitions {
             records: RefCell::default(),
             untouchable: BTreeSet::new(),
             problems: Vec::new(),
+            failures: Failures::default(),
             turn: futures::lock::Mutex::default(),
             listings: Rc::default(),
         };
@@ -254,6 +260,7 @@ pub(crate) async fn undefine(manager: &Rc<Manager>, name: String) -> Result<(), 
         let _turn = definitions.turn.lock().await;
         definitions.get(&name)?;
         definitions.store()?.delete(&name).await?;
+        definitions.failures.forget(&name);
         definitions.records.borrow_mut().remove(&*name);
         manager.registry(|registry, now| registry.let_go(&name, now));
         Ok(())
@@ -282,36 +289,6 @@ pub(crate) async fn set_autostart(manager: &Rc<Manager>, name: String, autostart
         Ok(())
     };
     gone_through(&handle, work).await
-}
-
-/// Keeps what is known of a guest's run that has failed with its definition, if it has one; does nothing after any other run. Waits for nobody.
-pub(crate) fn keep_crashes(guest: &Guest) {
-    let (manager, name) = (guest.manager.clone(), guest.name.clone());
-    let crashes = guest.crashes();
-    let failed = crashes
-        .first()
-        .is_some_and(|last| last.generation == guest.generation());
-    if !failed || !manager.registry(|registry, _| registry.is_defined(&name)) {
-        return;
-    }
-    let handle = manager.handle.clone();
-    handle.spawn(async move {
-        let definitions = &manager.definitions;
-        let _turn = definitions.turn.lock().await;
-        // It may have been undefined meanwhile.
-        let Ok(record) = definitions.get(&name) else { return };
-        let written = async {
-            let record = record.with_crashes(&crashes)?;
-            definitions.store()?.put(&record).await?;
-            Ok::<_, Error>(record)
-        };
-        match written.await {
-            Ok(record) => {
-                definitions.records.borrow_mut().insert(record.name.clone(), record);
-            }
-            Err(error) => tracing::error!(guest = &*name, "what is known of its failure is not kept: {error}"),
-        }
-    });
 }
 
 /// Begins a guest from its definition, for `client`, which may start it. It may have what its definition asks for: whoever defined it might.

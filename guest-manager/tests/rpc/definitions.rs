@@ -1,5 +1,6 @@
 //! Definitions: what is kept, what starts from them, what the next manager finds.
 
+mod failures;
 mod hostile;
 mod kept;
 
