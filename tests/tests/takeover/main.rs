@@ -5,6 +5,7 @@
 //!   killed    the manager is killed: what is printed, told, shared and counted goes on
 //!   begun     what is created or begun again while there is no manager
 //!   leases    what its owner has to do, and what follows if not
+//!   slow      components that stand still, and waits that outlive their manager
 //!   terminal  who sits at a guest's terminal
 //!   upgrade   the next manager is of another version
 //!   given_up  the manager gives way, or ends with its guests; the keeper is killed; intruders
@@ -21,5 +22,6 @@ mod killed;
 mod leases;
 mod printer;
 mod scene;
+mod slow;
 mod terminal;
 mod upgrade;
