@@ -169,7 +169,9 @@ struct CrashReport {
 struct Event {
   # Something that happened to a guest.
   sequence @0 :UInt64;
-  # Counts the events of a manager, from 1.
+  # Counts the events of a manager, from 1 and without gaps; a manager that takes guests over goes on where the one before stopped. Whoever is told an event
+  # again, because it subscribed anew, knows it by its number. What a component tells its manager is counted by that component instead, where the next manager
+  # may have to be told again.
   timeNs @1 :UInt64;
   # Nanoseconds since 1970-01-01 UTC.
   guest @2 :Text;

@@ -51,7 +51,8 @@ interface GuestManager {
 
   subscribe @5 (sink :Guests.EventSink, replay :UInt32) -> (subscription :Guests.Subscription);
   # The events of all guests from now on, after the last `replay` ones (at most 1024 are kept). Flow-controlled: a subscriber that does not
-  # keep up loses the oldest and is told how many.
+  # keep up loses the oldest and is told how many. Who subscribes again, at this manager or one that took its guests over, and has enough replayed, is told every event
+  # at least once, and each under the number that it had (Event.sequence).
 
   forceShutdown @6 (name :Text) -> Completion;
   # Stops by force; the name can be launched again at once when it returns. NOT_RUNNING if it does not run.
@@ -192,11 +193,12 @@ interface GuestManager {
   interface Lease {
     # Dropping it stops the guest by force, unless it is detached.
     detach @0 () -> Completion;
-    # The guest lives on by its name.
+    # The guest lives on by its name. NOT_SUPPORTED if somebody else has redeemed the lease.
 
     token @1 () -> TokenResult;
     # What stands for this lease. From now on the guest is not stopped at once when this is dropped, but 30 s later unless the lease is redeemed by then,
-    # also if the manager ends meanwhile and the guest is durable.
+    # also if the manager ends meanwhile and the guest is durable: the 30 s begin when a manager first finds that nobody has the lease, and managers after it
+    # do not begin them anew. At most 16 tokens of a guest's lease can be redeemed at a time, the last ones. NOT_SUPPORTED if the guest does not depend on this lease.
 
     struct TokenResult {
       union {
