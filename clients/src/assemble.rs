@@ -219,7 +219,10 @@ fn disk(spec: &DiskSpec) -> Result<Disk> {
         rate_limit: spec.rate_limit,
         backing: spec.backing.iter().map(below).collect::<Result<_>>()?,
         queues: spec.queues,
-        scratch: File::None,
+        scratch: match &spec.scratch {
+            Some(path) => File::Path(name(path)?),
+            None => File::None,
+        },
     })
 }
 

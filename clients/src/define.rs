@@ -99,7 +99,9 @@ pub(crate) async fn definition(handle: &Handle, place: &Place, name: &str) -> Re
     let response = request.send().promise.await?;
     let definition = response.get()?.outcome()?.get_definition()?;
     let config = recreate::read(definition.get_config()?, &[])?;
-    let text = configuration::write(&config, definition.get_autostart(), &[], !place.is_here())?;
+    let nameless = configuration::nameless(&config, &[]);
+    let text = configuration::write(&config, definition.get_autostart(), &nameless, !place.is_here())?;
     show::print(text.as_bytes())?;
+    recreate::tell(&nameless);
     Ok(status::SUCCESS)
 }

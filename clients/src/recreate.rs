@@ -40,12 +40,18 @@ pub(crate) async fn print(observer: &observer::Client, there: bool) -> Result<u8
     let missing = answer.get_missing()?.iter().map(|field| Ok(field?.to_string()?));
     let missing: Vec<String> = missing.collect::<Result<_>>()?;
     let config = read(answer.get_config()?, &missing)?;
+    let missing = configuration::nameless(&config, &missing);
     let text = configuration::write(&config, info.upkeep.autostart, &missing, there)?;
     show::print(text.as_bytes())?;
-    for field in &missing {
+    tell(&missing);
+    Ok(status::SUCCESS)
+}
+
+/// Says which fields are left out.
+pub(crate) fn tell(nameless: &[String]) {
+    for field in nameless {
         say!("{field} has no name that could be written down");
     }
-    Ok(status::SUCCESS)
 }
 
 /// Reads a configuration whose `missing` fields are not there.

@@ -261,7 +261,7 @@ pub(crate) fn parse_balloon(text: &str) -> Result<Balloon, String> {
     Ok(balloon)
 }
 
-/// Reads `SIZE[,requested=SIZE][,block=SIZE]`.
+/// Reads `SIZE[,requested=SIZE][,block=SIZE][,alignment=SIZE]`.
 pub(crate) fn parse_memory_device(text: &str) -> Result<MemoryDevice, String> {
     let (size, options) = split(text);
     let mut device = MemoryDevice {
@@ -272,7 +272,8 @@ pub(crate) fn parse_memory_device(text: &str) -> Result<MemoryDevice, String> {
         match (key.as_str(), value.as_deref()) {
             ("requested", Some(value)) => device.requested = parse_bytes(value)?,
             ("block", Some(value)) => device.block_size = parse_bytes(value)?,
-            (key, value) => return Err(unknown(key, value, "requested= and block=")),
+            ("alignment", Some(value)) => device.region_alignment = parse_bytes(value)?,
+            (key, value) => return Err(unknown(key, value, "requested=, block= and alignment=")),
         }
     }
     Ok(device)
@@ -434,10 +435,15 @@ mod tests {
         assert!(parse_rng("fast").is_err());
         let balloon = parse_balloon("deflate-on-oom,reporting").unwrap();
         assert!(balloon.deflate_on_oom && balloon.free_page_reporting && parse_balloon("air").is_err());
-        let memory = parse_memory_device("1G,requested=512M,block=4M").unwrap();
+        let memory = parse_memory_device("1G,requested=512M,block=4M,alignment=8M").unwrap();
         assert_eq!(
-            (memory.region_size, memory.requested, memory.block_size),
-            (1 << 30, 512 << 20, 4 << 20)
+            (
+                memory.region_size,
+                memory.requested,
+                memory.block_size,
+                memory.region_alignment
+            ),
+            (1 << 30, 512 << 20, 4 << 20, 8 << 20)
         );
         assert!(parse_memory_device("much").is_err());
         let share = parse_share("home=/run/fs.sock,queues=2").unwrap();

@@ -92,7 +92,8 @@ pub(crate) struct Devices {
     /// A disk: FILE, then ro, rw or volatile; id=ID, format=raw or format=qcow2, direct, queues=N, block-size=N, bps=N, iops=N, burst-bytes=N,
     /// burst-ops=N; and for qcow2 the files below it, nearest first: backing=FILE and backing-format=FORMAT
     ///
-    /// All with commas between. rw is the default; with volatile, what the guest writes is forgotten when it stops. May be given several times.
+    /// All with commas between. rw is the default; with volatile, what the guest writes is forgotten when it stops; it is kept in scratch=FILE, which is empty
+    /// at first, or where the guest manager keeps such. May be given several times.
     #[arg(long = "disk", value_name = "FILE[,...]", value_parser = specs::parse_disk)]
     pub(crate) disks: Vec<DiskSpec>,
     /// A network device: user, tap, tap=NAME or bridge=NAME, then mac=ADDRESS, mtu=N, queues=N, offloads=on or off, link=up or down, bps=N,
@@ -119,7 +120,7 @@ pub(crate) struct Devices {
     /// Do not talk to the agent in the guest, which is done over vsock where there is one
     #[arg(long, requires = VSOCK_SOURCE)]
     pub(crate) no_agent: bool,
-    /// Memory that can be plugged while the guest runs: SIZE[,requested=SIZE][,block=SIZE]
+    /// Memory that can be plugged while the guest runs: SIZE[,requested=SIZE][,block=SIZE][,alignment=SIZE]
     #[arg(long, value_name = "SIZE[,...]", value_parser = specs::parse_memory_device)]
     pub(crate) memory_device: Option<MemoryDevice>,
     /// A folder that virtiofsd serves at SOCKET, and the guest mounts by TAG: TAG=SOCKET[,queues=N]; may be given several times

@@ -26,10 +26,15 @@ use anyhow::{Context, Result, anyhow, bail};
 use sepal_schema::config::GuestConfig;
 
 use self::section::Reading;
-pub(crate) use self::{source::Source, write::write};
+pub(crate) use self::{
+    source::Source,
+    write::{nameless, write},
+};
 
 /// Most bytes of a configuration file: far more than all that can be said.
 const MAX_FILE: u64 = 1 << 20;
+/// The byte order mark.
+const MARK: char = '\u{feff}';
 /// What stands for standard input.
 const STDIN: &str = "-";
 
@@ -81,13 +86,7 @@ pub(crate) fn load(path: &Path, files: bool, sockets: bool) -> Result<FileConfig
     if bytes.len() as u64 > MAX_FILE {
         bail!("{name} has more than {MAX_FILE} bytes, and is no configuration");
     }
-    let text = String::from_utf8(bytes).map_err(|error| {
-        let line = 1 + error.as_bytes()[..error.utf8_error().valid_up_to()]
-            .iter()
-            .filter(|byte| **byte == b'\n')
-            .count();
-        anyhow!("{name}:{line}: what is here is not UTF-8, as all of a configuration is")
-    })?;
+    let text = decode(&name, bytes)?;
     // An empty path has no absolute form.
     let folder = match folder.as_os_str().is_empty() {
         true => std::env::current_dir().context("the current folder")?,
@@ -95,6 +94,26 @@ pub(crate) fn load(path: &Path, files: bool, sockets: bool) -> Result<FileConfig
     };
     let naming = Naming { folder, files, sockets };
     read(&name, text, &naming).map_err(anyhow::Error::msg)
+}
+
+/// The text that a file is, without the mark that some editors begin it with.
+fn decode(name: &str, bytes: Vec<u8>) -> Result<String> {
+    let mut text = String::from_utf8(bytes).map_err(|error| {
+        let valid = &error.as_bytes()[..error.utf8_error().valid_up_to()];
+        let valid = String::from_utf8_lossy(valid);
+        let (line, column) = place(valid.strip_prefix(MARK).unwrap_or(&valid));
+        anyhow!("{name}:{line}:{column}: what is here is not UTF-8, as all of a configuration is")
+    })?;
+    if text.starts_with(MARK) {
+        text.remove(0);
+    }
+    Ok(text)
+}
+
+/// Line and column behind a text, in characters, both counted from 1.
+fn place(before: &str) -> (usize, usize) {
+    let begin = before.rfind('\n').map_or(0, |at| at + 1);
+    (before.matches('\n').count() + 1, before[begin..].chars().count() + 1)
 }
 
 /// Reads a text; `name` is what it is called in messages.

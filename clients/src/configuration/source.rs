@@ -4,6 +4,8 @@ use std::{collections::BTreeMap, ops::Range};
 
 use sepal_schema::error::Error;
 
+use super::place;
+
 /// Most problems that are shown at a time.
 const MAX_PROBLEMS: usize = 10;
 /// Most characters of a line that are shown from the place of a problem on; before it, half as many.
@@ -56,12 +58,10 @@ impl Source {
     fn show(&self, span: &Range<usize>, message: &str) -> String {
         // A span is where a value is; that of an error at the end may be past it.
         let start = self.text.floor_char_boundary(span.start);
-        let before = &self.text[..start];
-        let line = before.matches('\n').count() + 1;
-        let begin = before.rfind('\n').map_or(0, |at| at + 1);
+        let (line, column) = place(&self.text[..start]);
+        let begin = self.text[..start].rfind('\n').map_or(0, |at| at + 1);
         let end = self.text[start..].find('\n').map_or(self.text.len(), |at| start + at);
         let shown = self.text[begin..end].trim_end_matches('\r');
-        let column = self.text[begin..start].chars().count() + 1;
         let marked = &self.text[start
             ..self
                 .text
@@ -111,6 +111,12 @@ impl Source {
             field = &field[..field.rfind(['.', '[']).unwrap_or(0)];
         }
         None
+    }
+
+    /// The fields that are said.
+    #[cfg(test)]
+    pub(super) fn fields(&self) -> impl Iterator<Item = &str> {
+        self.places.keys().map(String::as_str)
     }
 
     /// A message about a field, shown with its place if this text says it.

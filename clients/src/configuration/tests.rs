@@ -14,6 +14,7 @@ use sepal_schema::{
     error::{Error, Kind},
 };
 
+mod fields;
 mod numbers;
 
 use super::*;
@@ -286,7 +287,7 @@ fn what_is_missing_is_left_out_and_told() {
     let text = write(&config, true, &missing, false).unwrap();
     for field in &missing {
         assert!(
-            text.contains(&format!("# only its handle could say it: {field}\n")),
+            text.contains(&format!("# has no name that could be written down: {field}\n")),
             "{text}"
         );
     }
@@ -318,12 +319,12 @@ impl<T> std::fmt::Debug for Made<T> {
 }
 
 fn text() -> impl Strategy<Value = String> {
-    // Whatever can be in a command line: no control characters.
-    "[^\\p{Cc}]{0,20}"
+    // Whatever can be in a message, also what no field takes.
+    "(?s).{0,20}"
 }
 
 fn path() -> impl Strategy<Value = String> {
-    "/[^\\p{Cc}]{0,20}"
+    "(?s)/.{0,20}"
 }
 
 fn rate() -> impl Strategy<Value = RateLimit> {

@@ -13,7 +13,27 @@ use serde::Serialize;
 
 use crate::specs::{DEVICE_TYPES, restart_policy_name, show_cpus};
 
-/// Writes a guest; `autostart` is whether it starts with its guest manager. Fields that `missing` names, by the protocol's names, are not known: they are left out,
+/// The files of a guest that have no name, by the protocol's names: those in `missing`, and those that are given by their content.
+pub(crate) fn nameless(config: &GuestConfig, missing: &[String]) -> Vec<String> {
+    let mut nameless = missing.to_vec();
+    let mut look = |field: String, file: &File| match file {
+        File::None | File::Path(_) => {}
+        File::Fd(_) | File::Bytes(_) | File::Upload(_) if nameless.contains(&field) => {}
+        File::Fd(_) | File::Bytes(_) | File::Upload(_) => nameless.push(field),
+    };
+    look("kernel".into(), &config.kernel);
+    look("initrd".into(), &config.initrd);
+    for (i, disk) in config.disks.iter().enumerate() {
+        look(format!("disks[{i}].image"), &disk.image);
+        look(format!("disks[{i}].scratch"), &disk.scratch);
+        for (j, backing) in disk.backing.iter().enumerate() {
+            look(format!("disks[{i}].backing[{j}]"), &backing.file);
+        }
+    }
+    nameless
+}
+
+/// Writes a guest; `autostart` is whether it starts with its guest manager. Fields that `missing` names ([`nameless`]) are not known: they are left out,
 /// and a comment says so. `there` is whether the guest manager's paths are those of another machine.
 ///
 /// # Errors
@@ -22,7 +42,10 @@ pub(crate) fn write(config: &GuestConfig, autostart: bool, missing: &[String], t
     let writer = Writer { missing, there };
     let mut text = String::new();
     for field in missing {
-        text.push_str(&format!("# only its handle could say it: {}\n", field.escape_debug()));
+        text.push_str(&format!(
+            "# has no name that could be written down: {}\n",
+            field.escape_debug()
+        ));
     }
     let written = writer.guest(config, autostart);
     text.push_str(&toml::to_string(&written).context("writing the configuration")?);

@@ -18,6 +18,7 @@ pub(crate) struct DiskSpec {
     pub(crate) block_size: u32,
     pub(crate) rate_limit: RateLimit,
     pub(crate) backing: Vec<(PathBuf, DiskFormat)>,
+    pub(crate) scratch: Option<PathBuf>,
 }
 
 /// Reads what is in an image.
@@ -41,10 +42,10 @@ pub(crate) fn parse_mode(text: &str) -> Result<DiskMode, String> {
     }
 }
 
-/// Reads `FILE[,ro|rw|volatile][,id=..][,format=raw|qcow2][,direct][,queues=N][,block-size=N][,backing=FILE[,backing-format=..]]...[,bps=..]`.
+/// Reads `FILE[,ro|rw|volatile][,id=..][,format=raw|qcow2][,direct][,queues=N][,block-size=N][,backing=FILE[,backing-format=..]]...[,scratch=FILE][,bps=..]`.
 pub(crate) fn parse_disk(text: &str) -> Result<DiskSpec, String> {
-    const KNOWN: &str = "ro, rw, volatile, id=, format=, direct, queues=, block-size=, backing=, backing-format=, bps=, iops=, burst-bytes= \
-                         and burst-ops=";
+    const KNOWN: &str = "ro, rw, volatile, id=, format=, direct, queues=, block-size=, backing=, backing-format=, scratch=, bps=, iops=, \
+                         burst-bytes= and burst-ops=";
     let (file, options) = split(text);
     if file.is_empty() {
         return Err("a disk needs a file: FILE[,ro][,id=ID]...".into());
@@ -59,6 +60,7 @@ pub(crate) fn parse_disk(text: &str) -> Result<DiskSpec, String> {
         block_size: 0,
         rate_limit: RateLimit::default(),
         backing: Vec::new(),
+        scratch: None,
     };
     let modes = |(key, _): &&(String, Option<String>)| matches!(key.as_str(), "ro" | "rw" | "volatile");
     if let [(first, _), (second, _), ..] = options.iter().filter(modes).collect::<Vec<_>>()[..] {
@@ -77,6 +79,7 @@ pub(crate) fn parse_disk(text: &str) -> Result<DiskSpec, String> {
                 Some((_, of_last)) => *of_last = parse_format(value)?,
                 None => return Err("backing-format= comes after the backing= that it is about".into()),
             },
+            ("scratch", Some(file)) => disk.scratch = Some(file.into()),
             (key, value) if rate(&mut disk.rate_limit, key, value)? => {}
             (key, value) => return Err(unknown(key, value, KNOWN)),
         }
