@@ -25,7 +25,7 @@ use sepal_schema::{
 };
 use tracing::Level;
 
-use crate::{changed::Changed, model::cut};
+use crate::{changed::Changed, model::cut, starter::Known};
 
 /// Longest line, in bytes; the rest goes on in the next one.
 const MAX_LINE: usize = 512;
@@ -79,6 +79,9 @@ pub trait Custody {
     /// # Errors
     /// There is no keeper any more.
     fn keep(&self, label: &str, fds: Vec<OwnedFd>) -> Result<(), Error>;
+
+    /// Which guest this is; to be said before [`Custody::set_durable`].
+    fn note(&self, _known: &Known) {}
 
     /// From now on the component outlives this manager, and what is held outlives the component.
     ///
@@ -213,7 +216,7 @@ impl Component {
     /// Connects to a component that was started.
     ///
     /// # Errors
-    /// Its descriptors cannot be put on the event loop.
+    /// Its descriptors cannot be put on the event loop; it is killed then, as nobody else would have it.
     pub fn new(handle: &Handle, request: StartRequest, started: Started) -> io::Result<Rc<Self>> {
         let Started {
             pid,
@@ -223,15 +226,9 @@ impl Component {
             exit,
             custody,
         } = started;
-        let (client, connection) = sepal_schema::transport::connect(handle, socket, Limits::default())?;
-        let stderr = match stderr {
-            Some(pipe) => Some(Rc::new(Stderr {
-                pipe: handle.register(pipe)?,
-                name: request.name.clone(),
-                words: RefCell::default(),
-            })),
-            None => None,
-        };
+        let connected = sepal_schema::transport::connect(handle, socket, Limits::default());
+        let connected = connected.and_then(|connected| Ok((connected, Stderr::new(handle, &request.name, stderr)?)));
+        let ((client, connection), stderr) = connected.inspect_err(|_| kill())?;
         let reader = stderr
             .clone()
             .map(|stderr| handle.spawn_owned(async move { stderr.read_on().await }));
@@ -371,6 +368,15 @@ struct Stderr {
 }
 
 impl Stderr {
+    fn new(handle: &Handle, name: &Rc<str>, pipe: Option<OwnedFd>) -> io::Result<Option<Rc<Self>>> {
+        let Some(pipe) = pipe else { return Ok(None) };
+        Ok(Some(Rc::new(Self {
+            pipe: handle.register(pipe)?,
+            name: name.clone(),
+            words: RefCell::default(),
+        })))
+    }
+
     async fn read_on(&self) {
         let mut buffer = [0; 4096];
         loop {

@@ -242,6 +242,12 @@ impl Course {
         }
     }
 
+    /// Says that it is over, of a guest that was stopped while this manager had nothing of it yet.
+    pub(crate) fn end_stopped(self) {
+        let end = self.stopped();
+        self.end(end);
+    }
+
     /// Says that it is over.
     pub(crate) fn end(self, End { ending, uptime_ns }: End) {
         let guest = self.guest;

@@ -68,7 +68,15 @@ pub(crate) async fn live(guest: Rc<Guest>, slot: Rc<Slot>, config: GuestConfig, 
 pub(crate) async fn live_on(guest: Rc<Guest>, slot: Rc<Slot>, config: GuestConfig, owner: Owner, left: Left) {
     let request = StartRequest::new(guest.name.clone(), &config);
     let course = Course::resumed(guest.clone(), &config);
-    let resources = resources::resume(&guest, config, owner).await;
+    let resumed = resources::resume(&guest, config, owner);
+    let resources = match select(pin!(resumed), pin!(guest.stop_wanted())).await {
+        Either::Left((resources, _)) => resources,
+        Either::Right(_) => {
+            // Whatever its files or back ends make this wait for: what is to be stopped is.
+            left.end().await;
+            return course.end_stopped();
+        }
+    };
     drive(&guest, &slot, &request, course, resources, Some(left)).await;
 }
 

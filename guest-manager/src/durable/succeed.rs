@@ -67,6 +67,24 @@ pub(crate) enum Left {
     Over(Box<Bygone>),
 }
 
+impl Left {
+    /// Ends what there is of it, without taking it over.
+    pub(crate) async fn end(self) {
+        match self {
+            Self::Lives { started, .. } => {
+                (started.kill)();
+                started.exit.await;
+            }
+            Self::Over(bygone) => {
+                if let Some(exit) = bygone.exit {
+                    exit.await;
+                }
+            }
+            Self::Died { .. } | Self::Creating => {}
+        }
+    }
+}
+
 /// A run that was over before this manager came.
 pub(crate) struct Bygone {
     /// How it ended, and what follows.
