@@ -55,13 +55,13 @@ struct Told {
 impl Told {
     /// The vCPUs of which it says that they run.
     fn running(&self) -> Vec<u8> {
-        let vcpus = self.figures.get_root_as_reader().and_then(|figures| figures.get_vcpus());
+        let vcpus = self
+            .figures
+            .get_root_as_reader()
+            .and_then(|figures| figures.get_vcpus());
         let vcpus = vcpus.ok().into_iter().flatten();
         let running = vcpus.filter(|vcpu| matches!(vcpu.get_state(), Ok(VcpuState::Running)));
-        running
-            .map(|vcpu| vcpu.get_index())
-            .take(MAX_CPUS.into())
-            .collect()
+        running.map(|vcpu| vcpu.get_index()).take(MAX_CPUS.into()).collect()
     }
 
     /// Words of 8 bytes that they take in a message.

@@ -6,13 +6,20 @@
 //!   pin, setScheduler --> wanted (kept with the guest) --at once--> the threads and the control group that are there
 //!                            '-----------------------------------> those of each further run, before its vCPUs run
 //! ```
+//!
+//! ```text
+//!   known     which threads of a component run vCPUs, and when to look for them
+//!   threads   what the host shows of them
+//! ```
 
+mod known;
 pub(crate) mod threads;
 
 use std::{
     cell::{Cell, RefCell},
     collections::BTreeMap,
     rc::Rc,
+    time::Instant,
 };
 
 use rustix::io::Errno;
@@ -22,7 +29,7 @@ use sepal_schema::{
     guest_capnp::VcpuState,
 };
 
-use self::threads::Seen;
+use self::{known::Known, threads::Seen};
 use crate::{component::Component, guest::Guest};
 
 /// The most processors that a vCPU is pinned to by name.
@@ -69,8 +76,8 @@ pub struct Cpus {
     count: u8,
     pins: RefCell<BTreeMap<u8, Vec<u16>>>,
     share: Cell<Share>,
-    /// The ids of the threads of a component, once all are there, by its process id.
-    threads: RefCell<Option<(u32, BTreeMap<u8, u32>)>>,
+    /// The threads that run them.
+    known: RefCell<Known>,
 }
 
 impl Cpus {
@@ -81,7 +88,7 @@ impl Cpus {
             count: config.cpus(),
             pins: RefCell::new(pins.collect()),
             share: Cell::new(Share::of(config)),
-            threads: RefCell::default(),
+            known: RefCell::default(),
         }
     }
 
@@ -149,14 +156,15 @@ pub(crate) async fn pin_all(guest: &Guest) -> Result<(), Error> {
     let Some(pid) = pid(guest).filter(|_| !pins.is_empty()) else {
         return Ok(());
     };
-    on_threads(guest, move || {
+    let found = on_threads(guest, move || {
         let threads = threads::find(pid).unwrap_or_default();
         pins.iter().try_for_each(|pin| match threads.get(&pin.vcpu) {
             Some(&id) => set(pid, pin.vcpu, id, &pin.cpus),
             None => Ok(()),
-        })
-    })
-    .await
+        })?;
+        Ok(threads)
+    });
+    found.await.map(|threads| found_threads(guest, pid, threads))
 }
 
 /// Lets a vCPU run on these processors only, or on all that the component may where there are none.
@@ -274,21 +282,43 @@ pub(crate) async fn list(guest: &Rc<Guest>) -> Result<Vec<Vcpu>, Error> {
     Ok(vcpus.collect())
 }
 
-/// Which vCPUs have a thread that waits for something at this moment: bit n for vCPU n. Asks the kernel once for each of them; where the threads are
-/// is found out once a run.
-pub(crate) fn asleep(guest: &Guest, pid: u32) -> u64 {
-    let mut known = guest.cpus.threads.borrow_mut();
-    if known.as_ref().is_none_or(|(of, _)| *of != pid) {
-        let found = threads::find(pid).unwrap_or_default();
-        if found.len() != usize::from(guest.cpus.count) {
-            return 0;
+/// Which of these vCPUs have a thread that waits for something at this moment, as far as the threads are known: bit n for vCPU n. Asks the kernel once for
+/// each of them.
+pub(crate) fn asleep(guest: &Guest, pid: u32, vcpus: impl Iterator<Item = u8>) -> u64 {
+    let mut known = guest.cpus.known.borrow_mut();
+    let mut bits = 0;
+    for vcpu in vcpus {
+        let Some(&id) = known.threads(pid).get(&vcpu) else {
+            continue;
+        };
+        match threads::sleeps(pid, id) {
+            Some(sleeps) => bits |= u64::from(sleeps) << vcpu,
+            None => known.gone(vcpu),
         }
-        *known = Some((pid, found));
     }
-    let threads = known.iter().flat_map(|(_, threads)| threads);
-    threads
-        .filter(|&(_, &id)| threads::sleeps(pid, id))
-        .fold(0, |bits, (&vcpu, _)| bits | 1 << vcpu)
+    bits
+}
+
+/// Has the threads that run vCPUs found in time for the next question, on another thread, unless they are known or were looked for not long ago.
+pub(crate) fn look_for_threads(guest: &Rc<Guest>) {
+    let Some(pid) = pid(guest) else { return };
+    if !guest.cpus.known.borrow_mut().look(pid, Instant::now()) {
+        return;
+    }
+    let (handle, asked) = (guest.manager.handle.clone(), Rc::downgrade(guest));
+    guest.manager.handle.spawn(async move {
+        let found = handle.spawn_blocking(move || threads::find(pid).unwrap_or_default());
+        // Where no thread can be had for that, none are found.
+        let threads = found.await.unwrap_or_default();
+        if let Some(guest) = asked.upgrade() {
+            found_threads(&guest, pid, threads);
+        }
+    });
+}
+
+fn found_threads(guest: &Guest, pid: u32, threads: BTreeMap<u8, u32>) {
+    let cpus = &guest.cpus;
+    cpus.known.borrow_mut().found(pid, threads, cpus.count, Instant::now());
 }
 
 /// Does on another thread what asks the kernel once for each thread of a component.

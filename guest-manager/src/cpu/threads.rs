@@ -74,10 +74,11 @@ fn seen(pid: u32, id: u32) -> Option<Seen> {
     })
 }
 
-/// Whether a thread of a component waits for something at this moment.
-pub(crate) fn sleeps(pid: u32, id: u32) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{pid}/task/{id}/stat"));
-    stat.is_ok_and(|stat| parse_stat(&stat).is_some_and(|(sleeps, _)| sleeps))
+/// Whether a thread of a component waits for something at this moment; none if it is no more.
+pub(crate) fn sleeps(pid: u32, id: u32) -> Option<bool> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/task/{id}/stat")).ok()?;
+    let (sleeps, _) = parse_stat(&stat)?;
+    Some(sleeps)
 }
 
 /// The vCPU that a thread of this name runs: `vcpu12`.
@@ -196,6 +197,8 @@ mod tests {
         let own = own().unwrap();
         let before = look(std::process::id()).unwrap().remove(&41).unwrap();
         assert_eq!((before.id, &before.cpus), (id, &own));
+        assert!(sleeps(std::process::id(), id).is_some());
+        assert_eq!(sleeps(std::process::id(), u32::MAX), None);
         let last = *own.last().unwrap();
         // One that is not there does no harm beside one that is.
         pin(id, &[last, 1023]).unwrap();

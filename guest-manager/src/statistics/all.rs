@@ -101,12 +101,17 @@ async fn ask_all(manager: &Manager, guests: &[(Rc<Guest>, Option<Uuid>)]) -> Vec
         }
     }
     drop(answers);
-    let row = |((guest, uuid), asked): (&(Rc<Guest>, Option<Uuid>), _)| Row {
-        guest: guest.clone(),
-        uuid: *uuid,
-        figures: told(guest, begin, asked),
-    };
-    guests.iter().zip(asked).map(row).collect()
+    let mut rows = Vec::with_capacity(guests.len());
+    for ((guest, uuid), asked) in guests.iter().zip(asked) {
+        rows.push(Row {
+            guest: guest.clone(),
+            uuid: *uuid,
+            figures: told(guest, begin, asked),
+        });
+        // For each the kernel is asked once or more: others get their turn.
+        yield_now().await;
+    }
+    rows
 }
 
 /// The next answer, if it is there already.
