@@ -1,5 +1,5 @@
 @0x8ad4b91e57c20f36;
-# Looking into a guest. Needs the right `debug`.
+# Looking into a guest. Needs the right `debug`. A vCPU that does not come out of the guest for it within 2 s, or a component that does not answer within 5 s, is TIMED_OUT.
 
 using import "error.capnp".Error;
 using import "facet.capnp".Facet;

@@ -1,6 +1,6 @@
 //! `guest peek` and `guest stack`: a guest's memory, and the calls that a vCPU is in.
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use sepal_schema::{debug_capnp::debug, error::Error, transport::Handle};
 use serde::Serialize;
 
@@ -47,6 +47,9 @@ pub(crate) async fn memory(debug: &debug::Client, options: &PeekOptions) -> Resu
         // At a multiple of what is on a line, so that lines are whole.
         let piece = left.min(PIECE - address % ON_A_LINE);
         let bytes = read(debug, options, address, piece as u32).await?;
+        if bytes.len() as u64 != piece {
+            bail!("{piece} bytes from {address:#x} on were asked for, and {} came", bytes.len());
+        }
         let goes_on = match options.raw {
             true => show::print(&bytes)?,
             false => show::print(hex(address, &bytes).as_bytes())?,

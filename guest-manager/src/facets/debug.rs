@@ -1,11 +1,12 @@
 //! Looking into a guest.
 
-use std::rc::Rc;
+use std::{future::Future, rc::Rc, time::Duration};
 
 use sepal_schema::{
     debug_capnp::debug::{self, memory_result, registers_result, stack_result, translate_result},
-    error::Error,
+    error::{Error, Kind},
     facet::Right,
+    transport::Handle,
 };
 
 use super::{Reply, pass};
@@ -24,6 +25,8 @@ const READ_VIRTUAL: Deed = Deed::new("Debug.readVirtual", &[Right::Debug]);
 const TRANSLATE: Deed = Deed::new("Debug.translate", &[Right::Debug]);
 const STACK: Deed = Deed::new("Debug.stack", &[Right::Debug]);
 
+/// How long a component may take for an answer: more than it gives a vCPU to come out of the guest.
+const PATIENCE: Duration = Duration::from_secs(5);
 /// The longest reason for a stack's end that is passed on, in bytes.
 const MAX_END: usize = 256;
 
@@ -36,6 +39,31 @@ fn remote(guest: &Guest) -> Result<debug::Client, Error> {
     Ok(guest.remote()?.debug_request().send().pipeline.get_debug())
 }
 
+/// What a component answers, which may be stopped, or do something else than answer.
+async fn within<T>(
+    handle: &Handle,
+    patience: Duration,
+    answer: impl Future<Output = Result<T, Error>>,
+) -> Result<T, Error> {
+    handle.timeout(patience, answer).await.unwrap_or_else(|_| {
+        let message = format!("the guest's component has not answered within {patience:?}");
+        Err(Error::new(Kind::TimedOut, message))
+    })
+}
+
+impl DebugServer {
+    /// Does what is permitted, as long as that does not take too long.
+    async fn ask<T>(
+        &self,
+        deed: Deed,
+        detail: String,
+        answer: impl Future<Output = Result<T, Error>>,
+    ) -> Result<T, Error> {
+        let answer = within(self.0.handle(), PATIENCE, answer);
+        self.0.perform(deed, detail, answer).await
+    }
+}
+
 impl debug::Server for DebugServer {
     async fn registers(self: Rc<Self>, params: debug::RegistersParams, mut results: debug::RegistersResults) -> Reply {
         let vcpu = params.get()?.get_vcpu();
@@ -45,7 +73,7 @@ impl debug::Server for DebugServer {
             call.get().set_vcpu(vcpu);
             guest.answer(call.send().promise).await
         };
-        let answer = self.0.perform(REGISTERS, format!("vcpu{vcpu}"), ask).await;
+        let answer = self.ask(REGISTERS, format!("vcpu{vcpu}"), ask).await;
         pass!(answer, results, registers_result)
     }
 
@@ -66,7 +94,7 @@ impl debug::Server for DebugServer {
             guest.answer(call.send().promise).await
         };
         let detail = format!("{length} bytes from {address:#x}");
-        let answer = self.0.perform(READ_PHYSICAL, detail, ask).await;
+        let answer = self.ask(READ_PHYSICAL, detail, ask).await;
         pass!(answer, results, memory_result)
     }
 
@@ -88,7 +116,7 @@ impl debug::Server for DebugServer {
             guest.answer(call.send().promise).await
         };
         let detail = format!("{length} bytes from {address:#x} of vcpu{vcpu}");
-        let answer = self.0.perform(READ_VIRTUAL, detail, ask).await;
+        let answer = self.ask(READ_VIRTUAL, detail, ask).await;
         pass!(answer, results, memory_result)
     }
 
@@ -105,7 +133,7 @@ impl debug::Server for DebugServer {
             guest.answer(call.send().promise).await
         };
         let detail = format!("{address:#x} of vcpu{vcpu}");
-        let answer = self.0.perform(TRANSLATE, detail, ask).await;
+        let answer = self.ask(TRANSLATE, detail, ask).await;
         pass!(answer, results, translate_result)
     }
 
@@ -123,7 +151,7 @@ impl debug::Server for DebugServer {
             let end = cut(&String::from_utf8_lossy(answer.get()?.get_end()?.as_bytes()), MAX_END);
             Ok((answer, end))
         };
-        let answer = self.0.perform(STACK, format!("vcpu{vcpu}"), ask).await;
+        let answer = self.ask(STACK, format!("vcpu{vcpu}"), ask).await;
         let (answer, end) = match answer {
             Ok((answer, end)) => (Ok(answer), end),
             Err(error) => (Err(error), String::new()),
@@ -132,5 +160,23 @@ impl debug::Server for DebugServer {
         // What a component says is fit to be shown only now.
         results.get().set_end(end.as_str());
         passed
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use sepal_schema::transport::Reactor;
+
+    use super::*;
+
+    #[test]
+    fn a_component_that_does_not_answer_is_not_waited_for() {
+        let mut reactor = Reactor::new().unwrap();
+        let handle = reactor.handle();
+        let never = within::<()>(&handle, Duration::from_millis(1), futures::future::pending());
+        let error = reactor.run_until(never).unwrap().unwrap_err();
+        assert_eq!(error.kind, Kind::TimedOut);
+        let at_once = within(&handle, PATIENCE, async { Ok(7) });
+        assert_eq!(reactor.run_until(at_once).unwrap(), Ok(7));
     }
 }
