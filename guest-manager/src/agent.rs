@@ -63,18 +63,53 @@ impl vsock_acceptor::Server for Ready {
         let Ok(Ok(socket)) = opened.map(|socket| handle.register(socket)) else {
             return Ok(());
         };
-        if guest.set_agent_ready(true) {
-            guest.happened(EventKind::Device(DeviceNews::GuestReady));
-        }
-        handle.spawn(async move {
-            // Its greeting says nothing that is needed here; the connection ends when the agent does.
-            let mut buffer = [0; 4096];
-            while let Ok(1..) = receive(&socket, &mut buffer).await {}
-            if guest.generation() == generation {
-                guest.set_agent_ready(false);
-            }
-        });
+        handle.spawn(async move { attend(&guest, generation, &socket).await });
         Ok(())
+    }
+}
+
+/// The agent is there for as long as the connection lasts. Its greeting says nothing that is needed here.
+async fn attend(guest: &Guest, generation: u64, socket: &AsyncFd<UnixStream>) {
+    if guest.set_agent_ready(true) {
+        guest.happened(EventKind::Device(DeviceNews::GuestReady));
+    }
+    let mut buffer = [0; 4096];
+    while let Ok(1..) = receive(socket, &mut buffer).await {}
+    if guest.generation() == generation {
+        guest.set_agent_ready(false);
+    }
+}
+
+/// Finds out whether the agent is there, in a guest that an earlier manager had: the connection by which it said so has ended with that manager, or there was
+/// nobody to hear it.
+pub(crate) fn look_again(guest: &Rc<Guest>) {
+    let (guest, generation) = (guest.clone(), guest.generation());
+    let handle = guest.manager.handle.clone();
+    handle.clone().spawn(async move {
+        match handle.timeout(PATIENCE, greeted(&guest)).await {
+            Ok(Some(socket)) => attend(&guest, generation, &socket).await,
+            _ if guest.generation() == generation => drop(guest.set_agent_ready(false)),
+            _ => {}
+        }
+    });
+}
+
+/// A connection to the agent, which has greeted: whatever else listens there does not.
+async fn greeted(guest: &Guest) -> Option<AsyncFd<UnixStream>> {
+    let socket = vsock::connect(guest, &vsock::remote(guest).await.ok()?, AGENT_PORT).await;
+    let socket = guest.manager.handle.register(socket.ok()?).ok()?;
+    let mut client = Client::new(Wish::Greet).ok()?;
+    let mut buffer = [0; 4096];
+    loop {
+        match receive(&socket, &mut buffer).await {
+            Ok(count @ 1..) => client.receive(&buffer[..count]),
+            _ => return None,
+        }
+        match client.next_event() {
+            Ok(None) => {}
+            Ok(Some(Event::Hello(_))) => return Some(socket),
+            _ => return None,
+        }
     }
 }
 

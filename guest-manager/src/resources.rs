@@ -363,6 +363,9 @@ impl Listening {
         if guest.has_agent && !taken {
             let acceptor = agent::ready_acceptor(guest);
             held.push(vsock::listen_here(guest, AGENT_PORT, acceptor).await?);
+            if guest.has_started() {
+                agent::look_again(guest);
+            }
         }
         for Listener { port, acceptor } in std::mem::take(&mut self.listeners) {
             let listener = vsock::listen(guest, port, acceptor, self.fds.clone()).await;
