@@ -263,7 +263,7 @@ fn run(arguments: &Arguments, signals: OwnedFd, places: Places, audit: Audit, ca
     };
     let manager = Manager::new(handle.clone(), settings, Box::new(pool.clone()))?;
 
-    durable::take_over(&manager, starter.inherit());
+    durable::take_over(&manager, reactor.run_until(starter.inherit())?);
 
     let connections = Rc::new(Connections::default());
     let mut ends: Vec<LocalBoxFuture<'_, &str>> = vec![Box::pin(async {

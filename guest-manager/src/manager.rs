@@ -241,6 +241,7 @@ impl Manager {
             host,
             available_mib,
             output_lost,
+            unreached: registry.is_unreached(id),
             silent,
         });
         Some(info)

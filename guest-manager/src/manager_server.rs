@@ -103,14 +103,18 @@ impl ManagerServer {
 
     /// The guest that was created last under a name.
     fn find(&self, name: &str) -> Result<Rc<Guest>, Error> {
-        let (id, defined) = self
-            .manager
-            .registry(|registry, _| Ok::<_, Error>((registry.lookup(name)?, registry.is_defined(name))))?;
+        let (id, defined, unreached) = self.manager.registry(|registry, _| {
+            let id = registry.lookup(name)?;
+            Ok::<_, Error>((id, registry.is_defined(name), registry.is_unreached(id)))
+        })?;
         let guest = self.manager.slot(id).and_then(|slot| slot.current());
         guest.ok_or_else(|| {
-            let message = match defined {
-                true => format!("guest \"{name}\" is defined, and does not run"),
-                false => format!("the name \"{name}\" is taken, but no guest has been created yet"),
+            let message = match (unreached, defined) {
+                (true, _) => format!(
+                    "guest \"{name}\" goes on with the keeper of an earlier guest manager, which does not answer: it is taken over when that does"
+                ),
+                (false, true) => format!("guest \"{name}\" is defined, and does not run"),
+                (false, false) => format!("the name \"{name}\" is taken, but no guest has been created yet"),
             };
             Error::new(Kind::NotFound, message).about("name")
         })

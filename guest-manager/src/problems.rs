@@ -19,6 +19,8 @@ pub struct Facts<'a> {
     pub available_mib: Option<u64>,
     /// Bytes of serial output that are no longer kept.
     pub output_lost: u64,
+    /// It goes on without its manager, and its keeper has not answered this one.
+    pub unreached: bool,
     /// Its component was asked for something, and has not answered for long.
     pub silent: bool,
 }
@@ -36,6 +38,11 @@ pub fn problems(facts: &Facts<'_>) -> Vec<String> {
     }
     if live && facts.silent {
         let text = "The guest's component does not answer: it stands still, or has too much to do. The guest may run on; stopping it by force works.";
+        found.push(text.to_owned());
+    }
+    if facts.unreached {
+        let text = "The keeper of an earlier guest manager, which holds this guest, does not answer: it stands still, or has too much to do. The guest may run \
+                    on, and is taken over when the keeper answers.";
         found.push(text.to_owned());
     }
     let waived: Vec<_> = info
@@ -116,6 +123,7 @@ mod tests {
             host: Host::default(),
             available_mib: Some(1024),
             output_lost: 0,
+            unreached: false,
             silent: false,
         };
         change(&mut facts);
@@ -165,6 +173,12 @@ mod tests {
             assert!(sentence.contains(word), "{sentence}");
         }
         assert!(!told[1].contains("seccomp"));
+    }
+
+    #[test]
+    fn one_that_nobody_has_reached_is_told_so() {
+        let told = of(&guest(), |facts| facts.unreached = true);
+        assert!(told.len() == 1 && told[0].contains("does not answer"), "{told:?}");
     }
 
     #[test]

@@ -27,6 +27,7 @@ mod crashes;
 mod entry;
 mod kept;
 mod restore;
+mod unreached;
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -212,7 +213,12 @@ impl Registry {
                 let detail = "it was created and never run, and a new creation took its place";
                 replaced = self.ended(id, entry.generation, Ending::new(Reason::Killed, detail), 0, now);
             }
-            Phase::Creating | Phase::Launching | Phase::Running | Phase::Restarting | Phase::Stopping => {
+            Phase::Creating
+            | Phase::Launching
+            | Phase::Running
+            | Phase::Restarting
+            | Phase::Stopping
+            | Phase::Unreached => {
                 return Err(taken(entry));
             }
         }
@@ -290,7 +296,9 @@ impl Registry {
                 entry.phase = Phase::Launching;
                 Ok(())
             }
-            Phase::Launching | Phase::Running | Phase::Restarting | Phase::Stopping => Err(taken(entry)),
+            Phase::Launching | Phase::Running | Phase::Restarting | Phase::Stopping | Phase::Unreached => {
+                Err(taken(entry))
+            }
             Phase::Defined
             | Phase::NotStarted
             | Phase::Stopped

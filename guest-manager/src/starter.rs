@@ -5,9 +5,12 @@
 //!   inherited keepers: those of managers before this one, as long as anything lives there
 //! ```
 //!
-//! `link` is the connection with one of them; `succession` is how the next manager finds them.
+//! `link` is the connection with one of them; `succession` is how the next manager finds them, `asking` how it takes them over, `roster` what it knows of one
+//! that does not answer.
 
+mod asking;
 mod link;
+mod roster;
 mod succession;
 
 use std::{
@@ -33,8 +36,13 @@ use sepal_schema::{
     transport::Handle,
 };
 
+pub use self::{
+    asking::{Answer, Asking, Silent},
+    roster::Known,
+};
 use self::{
     link::{Beside, Link, Waiters, exit, failure as start_failure},
+    roster::Roster,
     succession::Keepers,
 };
 use crate::{
@@ -161,45 +169,25 @@ impl KeeperStarter {
         Ok(Self(shared))
     }
 
-    /// Takes over from the keepers that earlier managers have left, and removes what is left of those that have ended. Waits for each of them.
-    #[must_use]
-    pub fn inherit(&self) -> Vec<Inheritance> {
+    /// Takes over from the keepers that earlier managers have left, and removes what is left of those that have ended. Waits for them for 2 s at most; those
+    /// that have not answered by then go on being asked.
+    pub async fn inherit(&self) -> (Vec<Inheritance>, Asking) {
+        let nothing = || (Vec::new(), Asking::default());
         let Ok(state) = self.0.state.folder() else {
-            return Vec::new();
+            return nothing();
         };
-        let keepers = match Keepers::open(&state.keepers(), false) {
-            Ok(Some(keepers)) => keepers,
-            Ok(None) => return Vec::new(),
-            Err(error) => {
-                tracing::error!("{}: {error}", state.keepers().display());
-                return Vec::new();
-            }
+        let folder = state.keepers();
+        let opened =
+            Keepers::open(&folder, false).inspect_err(|error| tracing::error!("{}: {error}", folder.display()));
+        let Ok(Some(keepers)) = opened else {
+            return nothing();
         };
-        let left = keepers.left().unwrap_or_else(|error| {
-            tracing::error!("{}: {error}", state.keepers().display());
-            Vec::new()
-        });
-        let mut inherited = Vec::new();
-        for left in left {
-            let Some(key) = &left.key else { continue };
-            match KeeperClient::succeed(&left.socket, key, START_TIMEOUT) {
-                Ok((keeper, all)) => {
-                    tracing::info!(pid = keeper.pid(), "took over from the keeper {}", left.name());
-                    match Link::new(&self.0.handle, keeper) {
-                        Ok(link) => inherited.push(self.0.inheritance(link, all)),
-                        Err(error) => tracing::error!("{error}"),
-                    }
-                }
-                Err(error @ KeeperError::Ended { .. }) => {
-                    tracing::debug!("{error}");
-                    keepers.remove(&left);
-                }
-                // Left as it is, for whoever finds out what is wrong.
-                Err(error) => tracing::error!("{error}"),
-            }
+        let mut asking = Asking::begin(&self.0, keepers);
+        let inherited = asking.first(&self.0.handle).await;
+        if let Ok(Some(keepers)) = Keepers::open(&folder, false) {
+            keepers.sweep();
         }
-        keepers.sweep();
-        inherited
+        (inherited, asking)
     }
 
     /// Lets go of the keepers. What outlives the manager goes on, everything else is ended, and waited for.
@@ -246,6 +234,11 @@ impl Shared {
             }
             inheritance.orphans.push(Orphan { kept, custody, fate });
         }
+        if let Some(kept) = &*self.for_successor.borrow()
+            && let Err(error) = keep_own(&link, kept)
+        {
+            tracing::debug!("{}", error.message);
+        }
         self.inherited.borrow_mut().push(link);
         inheritance
     }
@@ -270,7 +263,7 @@ impl Shared {
             keeper.remove_unless_locked(file, lock)?;
         }
         tracing::debug!(pid = keeper.pid(), "keeper started");
-        let link = Link::new(&self.handle, keeper)?;
+        let link = Link::new(&self.handle, keeper, None)?;
         *self.own.borrow_mut() = Some(link.clone());
         if let Some(kept) = &*self.for_successor.borrow() {
             // What it can be told later still, nothing depends on yet.
@@ -290,9 +283,11 @@ impl Shared {
         let keepers = Keepers::open(&self.state.folder()?.keepers(), true).map_err(failed)?;
         let keepers = keepers.ok_or_else(|| failed(std::io::ErrorKind::NotFound.into()))?;
         let offer = keepers.offer().map_err(failed)?;
+        link.set_roster(Roster::open(offer.roster).map_err(failed)?);
         link.ask(|keeper| {
-            keeper.remove_with_keeper(&offer.socket_path)?;
-            keeper.remove_with_keeper(&offer.key_path)?;
+            for path in &offer.paths {
+                keeper.remove_with_keeper(path)?;
+            }
             keeper.offer_succession(offer.listener, &offer.key, LINGER)
         })
     }
@@ -301,6 +296,8 @@ impl Shared {
         let failed = |what: &str, error: &dyn std::fmt::Display| start_failure(format!("{what}: {error}"));
         let (socket, theirs) = UnixStream::pair().map_err(|error| failed("no socket for the component", &error))?;
         let (words, stderr) = std::io::pipe().map_err(|error| failed("no pipe for the component's log", &error))?;
+        // Without a manager nobody reads it: a component that waited for room would stand still, and its guest with it.
+        rustix::io::ioctl_fionbio(&stderr, true).map_err(|error| failed("no pipe for the component's log", &error))?;
         let kvm = host::open_kvm()?;
         let mut spec = ComponentSpec::new(self.programs.component()?, c"vmm-component".to_owned());
         spec.stderr = Some(stderr.into());

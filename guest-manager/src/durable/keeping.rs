@@ -26,6 +26,7 @@ use crate::{
     guest::Guest,
     manager::Manager,
     model::Moment,
+    starter::Known,
 };
 
 /// What is kept under which label.
@@ -182,7 +183,18 @@ impl Durable {
             to.keep(label::LOG, vec![log])?;
         }
         to.keep(label::SUCCESSORS, vec![with.successors])?;
+        to.note(&Known {
+            name: guest.name.clone(),
+            uuid: guest.info().upkeep.uuid.unwrap_or_default(),
+            generation: guest.generation(),
+            cid: guest.cid(),
+        });
         to.set_durable()
+    }
+
+    /// Whether this is the memory that it is kept in.
+    pub(super) fn is_in(&self, memory: &Shared) -> bool {
+        self.slots.borrow().memory().is(memory)
     }
 
     /// Writes what there is to know of the guest now.

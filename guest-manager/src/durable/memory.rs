@@ -7,7 +7,10 @@
 use std::{
     fs::File,
     io,
-    os::{fd::OwnedFd, unix::fs::FileExt},
+    os::{
+        fd::OwnedFd,
+        unix::fs::{FileExt, MetadataExt},
+    },
 };
 
 use rustix::fs::MemfdFlags;
@@ -57,6 +60,12 @@ impl Shared {
     pub(crate) fn new() -> io::Result<Self> {
         let fd = rustix::fs::memfd_create("sepal-durable", MemfdFlags::CLOEXEC)?;
         Ok(Self(fd.into()))
+    }
+
+    /// Whether both are the same memory.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        let number = |Self(file): &Self| file.metadata().map(|status| (status.dev(), status.ino()));
+        matches!((number(self), number(other)), (Ok(one), Ok(other)) if one == other)
     }
 
     /// Another descriptor for it, to be kept elsewhere.

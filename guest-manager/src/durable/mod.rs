@@ -18,6 +18,7 @@
 pub(crate) mod chronicle;
 pub(crate) mod journal;
 mod keeping;
+mod late;
 pub(crate) mod memory;
 pub(crate) mod record;
 pub(crate) mod ring;

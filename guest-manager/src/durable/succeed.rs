@@ -4,6 +4,7 @@
 //!   keepers --inherit--> journals: the longest is gone on with        events, and how far they were counted
 //!                        orphans: those of one guest are put together registry, ports, shares, lease; the component gets a connection
 //!                                                                     '--> life: it lives, it died, or it is begun again
+//!            silent: those that have not answered are waited for (`late`)
 //!   what cannot be taken over is ended, and told of
 //! ```
 
@@ -28,6 +29,7 @@ use super::{
     chronicle::past,
     journal::Journal,
     keeping::{Durable, Owner, label},
+    late,
     memory::Shared,
     record::{Phase, Record},
     slots::Slots,
@@ -43,7 +45,7 @@ use crate::{
     model::{Ending, Event, EventKind, Moment},
     registry::{Restored, RestoredPhase},
     slot::Slot,
-    starter::{Fate, Inheritance, Orphan},
+    starter::{Asking, Fate, Inheritance, Orphan},
 };
 
 /// What an earlier manager left of a guest's run.
@@ -99,45 +101,54 @@ pub(crate) struct Bygone {
 }
 
 /// What was kept of a guest, read.
-struct Found {
-    record: Record,
+pub(super) struct Found {
+    pub(super) record: Record,
     config: GuestConfig,
-    slots: Slots<Shared>,
-    orphan: Orphan,
+    pub(super) slots: Slots<Shared>,
+    pub(super) orphan: Orphan,
 }
 
-/// Takes over everything that was left.
-pub fn take_over(manager: &Rc<Manager>, inheritances: Vec<Inheritance>) {
+/// Takes over everything that was left, and waits for what is left with keepers that have not answered.
+pub fn take_over(manager: &Rc<Manager>, (inheritances, asking): (Vec<Inheritance>, Asking)) {
     let mut orphans = Vec::new();
     let mut journals = Vec::new();
-    for inheritance in inheritances {
+    for mut inheritance in inheritances {
         orphans.extend(inheritance.orphans);
-        let own = inheritance.own.into_iter();
-        let fds = own.filter(|(name, _)| name == label::JOURNAL).flat_map(|(_, fds)| fds);
-        journals.extend(fds.filter_map(|fd| Journal::open(Shared::from(fd)).ok()));
+        journals.extend(open_journals(inheritance.own.remove(label::JOURNAL)));
     }
-    // Those of keepers that were not told of a later one are older.
-    let kept = match journals.into_iter().max_by_key(Journal::end) {
-        Some(journal) => {
-            manager.registry(|registry, _| registry.restore_events(past(&journal)));
-            manager.chronicle.go_on_with(journal, &*manager.starter)
-        }
-        None if orphans.is_empty() => Ok(()),
-        None => manager.keep_journal(),
-    };
-    if let Err(error) = kept {
-        tracing::error!("no guest that is started from now on can go on without this manager: {error}");
-    }
+    adopt(manager, journals, orphans.is_empty());
     for found in unite(orphans) {
         let name = found.record.name.clone();
         if let Err(error) = restore(manager, found) {
             tracing::error!(guest = name, "the guest cannot be taken over, and ends: {error}");
         }
     }
+    late::wait(manager, asking);
+}
+
+pub(super) fn open_journals(fds: Option<Vec<OwnedFd>>) -> Vec<Journal<Shared>> {
+    let fds = fds.into_iter().flatten();
+    fds.filter_map(|fd| Journal::open(Shared::from(fd)).ok()).collect()
+}
+
+/// Goes on with the longest of these journals.
+pub(super) fn adopt(manager: &Manager, journals: Vec<Journal<Shared>>, nobody_needs_one: bool) {
+    // Those of keepers that were not told of a later one are older.
+    let kept = match journals.into_iter().max_by_key(Journal::end) {
+        Some(journal) => {
+            manager.registry(|registry, _| registry.restore_events(past(&journal)));
+            manager.chronicle.go_on_with(journal, &*manager.starter)
+        }
+        None if nobody_needs_one => Ok(()),
+        None => manager.keep_journal(),
+    };
+    if let Err(error) = kept {
+        tracing::error!("no guest that is started from now on can go on without this manager: {error}");
+    }
 }
 
 /// One of each guest: where it was moving from one component to the next, what is kept is kept twice.
-fn unite(orphans: Vec<Orphan>) -> Vec<Found> {
+pub(super) fn unite(orphans: Vec<Orphan>) -> Vec<Found> {
     let mut all: BTreeMap<[u8; 16], Found> = BTreeMap::new();
     for orphan in orphans {
         let found = match read(orphan) {
@@ -199,14 +210,14 @@ fn read(mut orphan: Orphan) -> Result<Found, (Orphan, String)> {
 }
 
 /// Ends what an earlier manager left, and what is kept of it.
-fn give_up(orphan: Orphan) {
+pub(super) fn give_up(orphan: Orphan) {
     if let Fate::Lives { kill, .. } = &orphan.fate {
         kill();
     }
     orphan.custody.release();
 }
 
-fn restore(manager: &Rc<Manager>, found: Found) -> Result<(), Error> {
+pub(super) fn restore(manager: &Rc<Manager>, found: Found) -> Result<(), Error> {
     let Found {
         record,
         config,

@@ -23,6 +23,8 @@ pub(super) enum Phase {
     Running,
     Restarting,
     Stopping,
+    /// It goes on with a keeper that does not answer.
+    Unreached,
     Stopped,
     Died,
     /// It failed too often.
@@ -44,7 +46,9 @@ impl Phase {
     fn status(self) -> GuestStatus {
         match self {
             Self::Defined | Self::NotStarted => GuestStatus::NotStarted,
-            Self::Creating | Self::Created | Self::Launching | Self::Restarting => GuestStatus::Starting,
+            Self::Creating | Self::Created | Self::Launching | Self::Restarting | Self::Unreached => {
+                GuestStatus::Starting
+            }
             Self::Running => GuestStatus::Running,
             Self::Stopping => GuestStatus::Stopping,
             Self::Stopped => GuestStatus::Stopped,
@@ -208,6 +212,7 @@ pub(super) fn taken(entry: &Entry) -> Error {
         Phase::Running => "is running",
         Phase::Restarting => "is restarting",
         Phase::Stopping => "is stopping",
+        Phase::Unreached => "goes on with a keeper that does not answer",
     };
     Error::new(Kind::AlreadyRunning, format!("guest \"{}\" {what}", entry.name)).about("name")
 }

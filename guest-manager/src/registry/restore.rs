@@ -138,16 +138,18 @@ impl Registry {
     /// # Errors
     /// `ALREADY_RUNNING`: its name is taken.
     pub fn restore(&mut self, from: Restored) -> Result<GuestId, Error> {
-        let (mut upkeep, mut kept) = (Upkeep::default(), None);
+        let (mut upkeep, mut kept, mut missed) = (Upkeep::default(), None, None);
         if let Some(entry) = self.names.get(&from.name).and_then(|id| self.entries.get(id)) {
-            if !entry.remembered() {
+            if entry.stands_for(from.uuid) {
+                missed = Some(entry.id);
+            } else if !entry.remembered() {
                 return Err(taken(entry));
             }
             upkeep = entry.kept_for(Origin::Definition)?;
             kept = entry.kept.clone();
         }
         // Whose events are known already.
-        let id = self.past_ids.remove(&*from.name).unwrap_or_else(|| {
+        let id = self.past_ids.remove(&*from.name).or(missed).unwrap_or_else(|| {
             self.last_id += 1;
             GuestId(self.last_id)
         });

@@ -30,6 +30,7 @@ use sepal_schema::{
     transport::{AsyncFd, Handle, reactor::Direction},
 };
 
+use super::roster::{Known, Roster};
 use crate::component::{Custody, Exit};
 
 /// Whoever waits for what the keeper says about a component.
@@ -62,11 +63,17 @@ pub(super) struct Link {
     limiting: RefCell<HashMap<u64, VecDeque<Limited>>>,
     /// The ids that outlive the manager.
     durable: RefCell<HashSet<u64>>,
+    /// Where it is noted what they stand for.
+    roster: RefCell<Option<Rc<Roster>>>,
 }
 
 impl Link {
     /// Hears what a keeper says, from now on.
-    pub(super) fn new(handle: &Handle, keeper: KeeperClient) -> Result<Rc<Self>, KeeperError> {
+    pub(super) fn new(
+        handle: &Handle,
+        keeper: KeeperClient,
+        roster: Option<Rc<Roster>>,
+    ) -> Result<Rc<Self>, KeeperError> {
         let system = |source| KeeperError::System {
             action: "watching the connection",
             source,
@@ -82,6 +89,7 @@ impl Link {
             running: RefCell::default(),
             limiting: RefCell::default(),
             durable: RefCell::default(),
+            roster: RefCell::new(roster),
         });
         let listening = link.clone();
         handle.spawn(async move { listening.listen(watched).await });
@@ -96,6 +104,15 @@ impl Link {
     /// Whether anything of it outlives the manager.
     pub(super) fn has_durable(&self) -> bool {
         !self.durable.borrow().is_empty()
+    }
+
+    /// From now on it is noted here what outlives the manager.
+    pub(super) fn set_roster(&self, roster: Roster) {
+        self.roster.replace(Some(Rc::new(roster)));
+    }
+
+    fn roster(&self) -> Option<Rc<Roster>> {
+        self.roster.borrow().clone()
     }
 
     /// Lets go of the keeper.
@@ -289,6 +306,12 @@ impl Custody for Beside {
         self.link.ask(|keeper| keeper.keep_descriptors(self.id, label, fds))
     }
 
+    fn note(&self, known: &Known) {
+        if let Some(roster) = self.link.roster() {
+            roster.add(self.id, known);
+        }
+    }
+
     fn set_durable(&self) -> Result<(), Error> {
         self.link.ask(|keeper| keeper.set_durable(self.id, true))?;
         self.link.durable.borrow_mut().insert(self.id);
@@ -299,6 +322,10 @@ impl Custody for Beside {
         self.link.durable.borrow_mut().remove(&self.id);
         if let Err(error) = self.link.ask(|keeper| keeper.release(self.id)) {
             tracing::debug!("{error}");
+        }
+        // Last: a name that is noted and not held is in nobody's way, once the keeper has answered.
+        if let Some(roster) = self.link.roster() {
+            roster.remove(self.id);
         }
     }
 

@@ -1,8 +1,9 @@
-//! How the next manager finds the keepers of what goes on without this one: a socket and a key for each, in the state folder.
+//! How the next manager finds the keepers of what goes on without this one: three files for each, in the state folder. They go with the keeper.
 //!
 //! ```text
-//!   keepers/ID.sock   where the keeper waits once this manager is gone
-//!   keepers/ID.key    32 bytes that prove who comes (mode 0600); both go with the keeper
+//!   keepers/ID.sock     where the keeper waits once this manager is gone
+//!   keepers/ID.key      32 bytes that prove who comes (mode 0600)
+//!   keepers/ID.guests   what it holds (`roster`): for the case that it does not answer
 //! ```
 
 use std::{
@@ -26,6 +27,7 @@ const BACKLOG: i32 = 8;
 /// How a keeper's files end.
 const SOCKET: &str = ".sock";
 const KEY: &str = ".key";
+const GUESTS: &str = ".guests";
 
 /// The folder.
 #[derive(Debug)]
@@ -39,8 +41,9 @@ pub(super) struct Keepers {
 pub(super) struct Offer {
     pub(super) listener: OwnedFd,
     pub(super) key: Key,
-    pub(super) socket_path: PathBuf,
-    pub(super) key_path: PathBuf,
+    pub(super) roster: File,
+    /// Its files.
+    pub(super) paths: [PathBuf; 3],
 }
 
 /// A keeper that an earlier manager has left.
@@ -50,6 +53,7 @@ pub(super) struct Left {
     /// By which it is connected to, as long as the folder is open.
     pub(super) socket: PathBuf,
     pub(super) key: Option<Key>,
+    pub(super) roster: Option<File>,
 }
 
 impl Keepers {
@@ -87,23 +91,26 @@ impl Keepers {
             getrandom::fill(bytes).map_err(io::Error::other)?;
         }
         let id = format!("{:016x}", u64::from_le_bytes(id));
-        let (socket_name, key_name) = (format!("{id}{SOCKET}"), format!("{id}{KEY}"));
-        let (socket_path, key_path) = (self.path.join(&socket_name), self.path.join(&key_name));
-        let mut file = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&key_path)?;
-        let made = file.write_all(&key).and_then(|()| self.listen(&socket_name));
+        let paths = [SOCKET, KEY, GUESTS].map(|end| self.path.join(format!("{id}{end}")));
+        let [_, key_path, roster_path] = &paths;
+        let make = |path: &Path| {
+            let mut options = OpenOptions::new();
+            options.read(true).write(true).create_new(true).mode(0o600).open(path)
+        };
+        let made = make(key_path)
+            .and_then(|mut file| file.write_all(&key))
+            .and_then(|()| Ok((make(roster_path)?, self.listen(&format!("{id}{SOCKET}"))?)));
         match made {
-            Ok(listener) => Ok(Offer {
+            Ok((roster, listener)) => Ok(Offer {
                 listener,
                 key,
-                socket_path,
-                key_path,
+                roster,
+                paths,
             }),
             Err(error) => {
-                let _ = fs::remove_file(&key_path);
+                for path in &paths {
+                    let _ = fs::remove_file(path);
+                }
                 Err(error)
             }
         }
@@ -133,6 +140,7 @@ impl Keepers {
             all.push(Left {
                 socket: self.short(&name),
                 key: key.ok(),
+                roster: self.open_own(&format!("{id}{GUESTS}"), true).ok(),
                 name: id.to_owned(),
             });
         }
@@ -142,34 +150,49 @@ impl Keepers {
     }
 
     fn key(&self, name: &str) -> io::Result<Key> {
+        let mut file = self.open_own(name, false)?;
+        let mut key = [0; KEY_BYTES];
+        file.read_exact(&mut key)?;
+        Ok(key)
+    }
+
+    /// Opens a file that nobody else can have written or read.
+    fn open_own(&self, name: &str, write: bool) -> io::Result<File> {
         let flags = OFlags::NOFOLLOW.bits().cast_signed();
-        let mut file = OpenOptions::new()
+        let file = OpenOptions::new()
             .read(true)
+            .write(write)
             .custom_flags(flags)
             .open(self.path.join(name))?;
         let status = file.metadata()?;
         if status.uid() != rustix::process::geteuid().as_raw() || status.mode() & 0o077 != 0 {
             return Err(io::Error::other("others may have written or read it"));
         }
-        let mut key = [0; KEY_BYTES];
-        file.read_exact(&mut key)?;
-        Ok(key)
+        Ok(file)
+    }
+
+    /// Where it is.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Removes the files of a keeper that is not there any more.
     pub(super) fn remove(&self, left: &Left) {
-        for end in [SOCKET, KEY] {
+        for end in [SOCKET, KEY, GUESTS] {
             // May have gone already.
             let _ = fs::remove_file(self.path.join(format!("{}{end}", left.name)));
         }
     }
 
-    /// Removes keys without a socket: of keepers that have ended.
+    /// Removes what is there without a socket: of keepers that have ended.
     pub(super) fn sweep(&self) {
         for entry in fs::read_dir(&self.path).into_iter().flatten().flatten() {
             let name = entry.file_name().to_string_lossy().into_owned();
             let alone = |id: &str| !self.path.join(format!("{id}{SOCKET}")).exists();
-            if name.strip_suffix(KEY).is_some_and(alone) {
+            if [KEY, GUESTS]
+                .iter()
+                .any(|end| name.strip_suffix(end).is_some_and(alone))
+            {
                 let _ = fs::remove_file(entry.path());
             }
         }
@@ -200,7 +223,12 @@ mod tests {
         let offer = keepers.offer().unwrap();
         let other = keepers.offer().unwrap();
         assert_ne!(offer.key, other.key);
-        for path in [&offer.key_path, &other.key_path] {
+        for path in offer
+            .paths
+            .iter()
+            .chain(&other.paths)
+            .filter(|path| !path.to_string_lossy().ends_with(SOCKET))
+        {
             assert_eq!(fs::metadata(path).unwrap().permissions().mode() & 0o777, 0o600);
         }
         let left = keepers.left().unwrap();
@@ -218,13 +246,13 @@ mod tests {
         let above = tempfile::tempdir().unwrap();
         let keepers = Keepers::open(above.path(), true).unwrap().unwrap();
         let offer = keepers.offer().unwrap();
-        fs::set_permissions(&offer.key_path, fs::Permissions::from_mode(0o644)).unwrap();
+        fs::set_permissions(&offer.paths[1], fs::Permissions::from_mode(0o644)).unwrap();
         assert_eq!(keepers.left().unwrap()[0].key, None);
-        fs::remove_file(&offer.key_path).unwrap();
+        fs::remove_file(&offer.paths[1]).unwrap();
         assert_eq!(keepers.left().unwrap()[0].key, None);
         // A key alone is of no use.
-        fs::remove_file(&offer.socket_path).unwrap();
-        fs::write(&offer.key_path, offer.key).unwrap();
+        fs::remove_file(&offer.paths[0]).unwrap();
+        fs::write(&offer.paths[1], offer.key).unwrap();
         keepers.sweep();
         assert_eq!(fs::read_dir(above.path()).unwrap().count(), 0);
     }

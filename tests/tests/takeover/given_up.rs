@@ -84,7 +84,7 @@ fn what_goes_on_ends_with_its_keeper() {
         (scene.world.is_gone(&component) && scene.world.is_gone(&keeper)).then_some(())
     });
     // What it would have removed is removed by the next manager.
-    assert_eq!(scene.keepers_files().len(), 2);
+    assert_eq!(scene.keepers_files().len(), 3);
     scene.start_manager();
     assert!(scene.rpc.list().is_empty());
     assert_eq!(scene.keepers_files(), Vec::<String>::new());

@@ -9,6 +9,7 @@
 //!   terminal  who sits at a guest's terminal
 //!   upgrade   the next manager is of another version
 //!   given_up  the manager gives way, or ends with its guests; the keeper is killed; intruders
+//!   stuck     what stands still, says nothing or is full
 //! ```
 
 #![expect(
@@ -22,6 +23,7 @@ mod killed;
 mod leases;
 mod printer;
 mod scene;
+mod stuck;
 mod slow;
 mod terminal;
 mod upgrade;
