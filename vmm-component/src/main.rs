@@ -17,6 +17,7 @@ mod log;
 
 use std::{
     ffi::{c_char, c_int},
+    io::{self, Write},
     os::{fd::OwnedFd, unix::net::UnixStream},
     panic::catch_unwind,
 };
@@ -45,7 +46,8 @@ extern "C" fn main(_: c_int, _: *const *const c_char) -> c_int {
     match catch_unwind(run) {
         Ok(Ok(())) => libc::EXIT_SUCCESS,
         Ok(Err(error)) => {
-            eprintln!("vmm-component: {error:#}");
+            // Who is to read it may be gone, or not reading.
+            let _ = writeln!(io::stderr(), "vmm-component: {error:#}");
             libc::EXIT_FAILURE
         }
         Err(_) => libc::EXIT_FAILURE,
