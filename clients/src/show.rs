@@ -214,7 +214,13 @@ pub(crate) async fn list(handle: &Handle, place: &Place, args: &Json) -> Result<
 pub(crate) async fn info(handle: &Handle, place: &Place, args: &Info) -> Result<u8> {
     let manager = Manager::running(handle, place)?;
     match (calls::lookup(&manager.client, &args.name).await, args.toml) {
-        (Ok(guest), true) => recreate::print(&calls::observer(&guest), !place.is_here()).await,
+        (Ok(guest), true) => {
+            let observer = calls::observer(&guest);
+            match is_to_be_started(&calls::info(&observer).await?) {
+                true => define::definition(handle, place, &args.name).await,
+                false => recreate::print(&observer, !place.is_here()).await,
+            }
+        }
         (Ok(guest), false) => info_of(&calls::observer(&guest), args.json).await,
         (Err(error), toml) => {
             // One that only is defined has nobody who observes it.
@@ -226,6 +232,18 @@ pub(crate) async fn info(handle: &Handle, place: &Place, args: &Info) -> Result<
             }
         }
     }
+}
+
+/// Whether it is what its definition says that there is to know of a guest: it has one, and does not run.
+fn is_to_be_started(info: &GuestInfo) -> bool {
+    let rests = match info.status {
+        GuestStatus::NotStarted
+        | GuestStatus::Stopped
+        | GuestStatus::VmmUnexpectedTermination
+        | GuestStatus::CrashLoop => true,
+        GuestStatus::Starting | GuestStatus::Running | GuestStatus::Stopping => false,
+    };
+    info.upkeep.defined && rests
 }
 
 /// Shows what an observer sees.

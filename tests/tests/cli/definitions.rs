@@ -194,6 +194,40 @@ fn a_guest_starts_from_its_definition_by_itself_if_it_shall() {
 }
 
 #[test]
+fn a_guest_that_rests_is_shown_as_it_would_be_started() {
+    if kvm_missing() {
+        return;
+    }
+    let world = World::with_manager();
+    let define = |options: &[&str]| {
+        let all: Vec<&str> = ["define", "bee", "--replace"].iter().chain(options).copied().collect();
+        world.guest(&all).expect_code(0);
+    };
+    define(&["--memory", "64M"]);
+    world.guest(&["start", "bee"]).expect_code(0);
+    define(&["--memory", "128M", "--restart", "on-failure,attempts=2", "--durable"]);
+    let shown = |memory: u64, policy: &str, durable: bool| {
+        let info = json(&world, &["info", "bee"]);
+        let told = (&info["memoryMib"], &info["restart"]["policy"], &info["durable"]);
+        assert_eq!(told, (&memory.into(), &policy.into(), &durable.into()), "{info}");
+        let row = json(&world, &["list"])[0].clone();
+        assert_eq!(row["memoryMib"], memory, "{row}");
+        let toml = world.guest(&["info", "bee", "--toml"]).expect_code(0).out();
+        assert!(toml.contains(&format!("memory = \"{memory}M\"")), "{toml}");
+    };
+    shown(64, "never", false);
+    world.guest(&["stop", "bee", "--kill"]).expect_code(0);
+    shown(128, "on-failure", true);
+    let text = world.guest(&["info", "bee"]).expect_code(0).out();
+    for words in ["on-failure: after 0.1s", "given up after 3", "durable", "128 MiB"] {
+        assert!(text.contains(words), "{words:?} in {text}");
+    }
+    define(&["--memory", "32M"]);
+    shown(32, "never", false);
+    world.end();
+}
+
+#[test]
 fn what_a_guest_runs_with_makes_it_again() {
     if kvm_missing() {
         return;
