@@ -30,8 +30,8 @@ impl Controller {
     }
 }
 
-/// The directory at the top of a hierarchy in which root's starters make theirs.
-pub(super) const ROOT_PARENT: &str = "sepal";
+/// The directory in which starters make theirs: root's at the top of a hierarchy, a user's at the top of what the user's service manager has.
+pub(super) const SHARED_PARENT: &str = "sepal";
 
 /// The mounted hierarchies, and this process's place in them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -49,6 +49,23 @@ struct Mounted {
     mount: PathBuf,
     /// This process's group, relative to the mount; empty for the topmost one.
     own: PathBuf,
+}
+
+impl Mounted {
+    /// The group, of version 2, at the top of what this user may change, if no process is in it: the topmost one for root; that of the user's service manager
+    /// (`user@1000.service`), which has its processes and those of its units in groups below. A group with processes, as a unit's own, can pass no
+    /// controllers on (linux/Documentation/admin-guide/cgroup-v2.rst, No Internal Process Constraint).
+    fn top(&self, root: bool) -> Option<PathBuf> {
+        if root {
+            return Some(self.mount.clone());
+        }
+        let is_managers = |group: &&Path| {
+            let name = group.file_name().and_then(|name| name.to_str());
+            name.is_some_and(|name| name.starts_with("user@") && name.ends_with(".service"))
+        };
+        let managers = self.own.ancestors().find(is_managers)?;
+        Some(self.mount.join(managers))
+    }
 }
 
 /// Where one controller's groups are made.
@@ -76,7 +93,7 @@ impl Hierarchies {
         );
         if let Some(v2) = &found.v2 {
             // Below the topmost group this file lists what may be passed on; at the top it lists what the tree has.
-            let offered = if root { v2.mount.clone() } else { v2.mount.join(&v2.own) };
+            let offered = v2.top(root).unwrap_or_else(|| v2.mount.join(&v2.own));
             let offered = fs::read_to_string(offered.join("cgroup.controllers")).unwrap_or_default();
             found.v2_controllers = Controller::ALL
                 .into_iter()
@@ -176,17 +193,13 @@ impl Hierarchies {
     pub(super) fn place(&self, controller: Controller) -> Option<Place> {
         let v2 = self.v2_controllers.contains(&controller);
         let mounted = self.mounted(controller)?;
-        // Root passes controllers on from the top; a user from the group that was delegated, its own.
-        let levels = if v2 && self.root {
-            vec![mounted.mount.clone()]
-        } else {
-            Vec::new()
-        };
+        let top = mounted.top(self.root).filter(|_| v2);
         Some(Place {
             controller,
             v2,
-            parent: self.parent_in(mounted),
-            levels,
+            parent: self.parent_in(mounted, v2),
+            // A user without a service manager passes controllers on from the group that was delegated, its own.
+            levels: top.into_iter().collect(),
         })
     }
 
@@ -201,23 +214,18 @@ impl Hierarchies {
 
     /// Every directory in which starters of this kind make theirs.
     pub(super) fn parents(&self) -> Vec<PathBuf> {
-        let mut parents: Vec<PathBuf> = self
-            .v2
-            .iter()
-            .chain(self.v1.iter().map(|(_, mounted)| mounted))
-            .map(|m| self.parent_in(m))
-            .collect();
+        let v2 = self.v2.iter().map(|mounted| (mounted, true));
+        let v1 = self.v1.iter().map(|(_, mounted)| (mounted, false));
+        let mut parents: Vec<PathBuf> = v2.chain(v1).map(|(mounted, v2)| self.parent_in(mounted, v2)).collect();
         parents.dedup();
         parents
     }
 
-    fn parent_in(&self, mounted: &Mounted) -> PathBuf {
-        let below: &Path = if self.root {
-            Path::new(ROOT_PARENT)
-        } else {
-            &mounted.own
-        };
-        mounted.mount.join(below)
+    fn parent_in(&self, mounted: &Mounted, v2: bool) -> PathBuf {
+        match mounted.top(self.root) {
+            Some(top) if v2 || self.root => top.join(SHARED_PARENT),
+            _ => mounted.mount.join(&mounted.own),
+        }
     }
 }
 
@@ -253,6 +261,29 @@ broken line
             root.place(Controller::Cpu).unwrap().parent,
             PathBuf::from("/sys/fs/cgroup/cpu/sepal")
         );
+    }
+
+    #[test]
+    fn a_users_groups_are_where_no_process_is() {
+        let service = "0::/user.slice/user-7.slice/user@7.service/app.slice/sepal.service\n2:memory:/x\n";
+        let mut found = Hierarchies::parse(HYBRID, service, false);
+        found.v2_controllers = vec![Controller::Pids];
+        let place = found.place(Controller::Pids).unwrap();
+        let top = PathBuf::from("/sys/fs/cgroup/unified/user.slice/user-7.slice/user@7.service");
+        assert_eq!((place.parent, place.levels), (top.join("sepal"), vec![top.clone()]));
+        // Nobody delegates anything of version 1 so.
+        let v1 = found.place(Controller::Memory).unwrap();
+        assert_eq!(
+            (v1.parent, v1.levels),
+            (PathBuf::from("/sys/fs/cgroup/memory/x"), vec![])
+        );
+        assert!(found.parents().contains(&top.join("sepal")));
+        // A tree that was delegated in another way.
+        let mut other = Hierarchies::parse(HYBRID, OWN, false);
+        other.v2_controllers = vec![Controller::Pids];
+        let place = other.place(Controller::Pids).unwrap();
+        let own = PathBuf::from("/sys/fs/cgroup/unified/user.slice/x");
+        assert_eq!((place.parent, place.levels), (own, vec![]));
     }
 
     #[test]

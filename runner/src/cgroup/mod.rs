@@ -6,8 +6,8 @@
 //!   <hierarchy>/<parent>/sepal-<pid>-<start time>/<component>
 //! ```
 //!
-//! so that the next starter can tell which are left from one that died ([`Groups::sweep`]). `parent` is `sepal` for root,
-//! and the starter's own group for an ordinary user, who can make groups only where a part of the tree was delegated.
+//! so that the next starter can tell which are left from one that died ([`Groups::sweep`]). `parent` is `sepal` for root, and for an ordinary user
+//! `sepal` in the group of the user's service manager, all of which is the user's; or the starter's own group, where that was delegated in another way.
 
 mod hierarchy;
 
@@ -246,9 +246,9 @@ fn refused(action: &'static str, path: &Path, source: impl Into<io::Error>) -> C
 /// How often the shared parent is made again when it vanishes.
 const SHARED_TRIES: usize = 16;
 
-/// Removes the directory that root's starters share, unless another one uses it. A user's own group is not ours to remove.
+/// Removes the directory that starters share, unless another one uses it. A user's own group is not ours to remove.
 fn remove_shared(parent: &Path) {
-    if parent.ends_with(hierarchy::ROOT_PARENT) {
+    if parent.ends_with(hierarchy::SHARED_PARENT) {
         let _ = fs::remove_dir(parent);
     }
 }
