@@ -196,3 +196,6 @@ impl Registry {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -7,7 +7,10 @@ use std::time::Duration;
 
 use sepal_guest_manager::manager::Settings;
 use sepal_schema::{
-    config::GuestConfig,
+    config::{
+        File, GuestConfig,
+        device::{Disk, DiskMode},
+    },
     error::{Kind, read_completion},
     info::GuestStatus,
     report::Reason,
@@ -209,4 +212,40 @@ fn a_component_that_stands_still_is_stopped_by_force() {
         });
         assert!(!process.alive());
     }
+}
+
+#[test]
+fn a_guest_whose_files_hang_when_it_is_taken_over_can_be_stopped() {
+    let keeper = Keeper::new();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("image");
+    std::fs::write(&path, vec![0; 4096]).unwrap();
+    let config = GuestConfig {
+        disks: vec![Disk::new(
+            File::Path(path.to_str().unwrap().into()),
+            DiskMode::ReadWrite,
+        )],
+        ..durable("web")
+    };
+    keeper.manager(Settings::default(), async |world| {
+        let caller = world.caller();
+        caller.launch_config(config, true).await.unwrap();
+    });
+    let process = keeper.processes().remove(0);
+    keeper.manager(brisk(), async |world| {
+        // As files on dead storage do, until its server is there again.
+        let hang = |_| {
+            let (server, client) = std::sync::mpsc::channel::<()>();
+            (server, world.handle.spawn_foreign(move || client.recv()))
+        };
+        let hangs: Vec<_> = (0..64).map(hang).collect();
+        let caller = world.caller();
+        let guest = caller.lookup("web").await.unwrap();
+        assert_eq!(status(&guest).await, GuestStatus::Running);
+        assert!(!process.is_attached() && process.alive());
+        assert_eq!(kill(&guest).await.unwrap().reason, Reason::Killed);
+        assert!(!process.alive());
+        drop(hangs);
+    });
+    assert!(keeper.holds().is_empty());
 }

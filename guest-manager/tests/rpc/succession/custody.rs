@@ -1,11 +1,17 @@
 //! What is kept with the keeper, in which order, and what becomes of a guest where that cannot be.
 
-use sepal_guest_manager::{component::Exit, manager::Settings};
+use std::{cell::Cell, os::unix::net::UnixStream, rc::Rc};
+
+use sepal_guest_manager::{
+    component::{Component, Exit, StartRequest, Started},
+    manager::Settings,
+};
 use sepal_schema::{
     config::{GuestConfig, Restart, RestartPolicy},
     error::Kind,
     info::GuestStatus,
     report::Reason,
+    transport::Reactor,
 };
 
 use super::durable;
@@ -113,4 +119,24 @@ fn what_is_taken_over_where_nothing_more_can_be_kept_goes_on() {
     keeper.manager(Settings::default(), async |world| {
         assert_eq!(world.caller().list().await.len(), 1);
     });
+}
+
+#[test]
+fn a_component_that_nobody_can_hear_is_killed() {
+    let reactor = Reactor::new().unwrap();
+    let (ours, _theirs) = UnixStream::pair().unwrap();
+    let killed = Rc::new(Cell::new(false));
+    let kill = killed.clone();
+    let started = Started {
+        pid: 1,
+        socket: ours,
+        // Nothing that an event loop could wait for.
+        stderr: Some(tempfile::tempfile().unwrap().into()),
+        kill: Box::new(move || kill.set(true)),
+        exit: Box::pin(std::future::pending()),
+        custody: None,
+    };
+    let request = StartRequest::new("web".into(), &GuestConfig::default());
+    assert!(Component::new(&reactor.handle(), request, started).is_err());
+    assert!(killed.get());
 }
