@@ -23,7 +23,7 @@ use sepal_guest_manager::{
     component::{Custody, Exit},
     durable,
     manager::{Manager, Settings},
-    starter::{Fate, Inheritance, Orphan},
+    starter::{Asking, Fate, Inheritance, Orphan},
 };
 use sepal_schema::{
     error::{Error, Kind},
@@ -67,7 +67,7 @@ impl Keeper {
         let handle = reactor.handle();
         let fake = Fake::kept(&handle, self);
         let manager = Manager::new(handle.clone(), settings, Box::new(Starter(fake.clone()))).unwrap();
-        durable::take_over(&manager, self.inherit());
+        durable::take_over(&manager, (self.inherit(), Asking::default()));
         self.connect(&handle);
         let world = World {
             handle: handle.clone(),
