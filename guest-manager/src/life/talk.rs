@@ -305,9 +305,9 @@ async fn attached(guest: &Rc<Guest>, attach: Promise<attach_result::Owned>) -> R
                 "its component does not answer to this manager; the guest is taken over when it does"
             );
             guest.set_silent(true);
-            let attach = attach.await?;
+            let attach = attach.await;
             guest.set_silent(false);
-            attach
+            attach?
         }
     };
     let attach = attach.get()?;
