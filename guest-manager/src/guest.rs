@@ -124,7 +124,7 @@ pub struct Guest {
     /// Its component has not answered for so long that a person is told.
     silent: Cell<bool>,
     agent_ready: Changed<bool>,
-    remote: RefCell<Option<Remote>>,
+    remote: Changed<Option<Remote>>,
     state: Changed<State>,
 }
 
@@ -167,7 +167,7 @@ impl Guest {
             heard: Cell::default(),
             silent: Cell::default(),
             agent_ready: Changed::default(),
-            remote: RefCell::default(),
+            remote: Changed::default(),
             state: Changed::new(state),
         })
     }
@@ -286,7 +286,7 @@ impl Guest {
         let report = self
             .manager
             .registry(|registry, now| registry.restarting(self.id, generation, ending, uptime_ns, now))?;
-        *self.remote.borrow_mut() = None;
+        self.forget_remote();
         self.set_agent_ready(false);
         self.state.change(|state| {
             state.run = Run {
@@ -336,7 +336,7 @@ impl Guest {
             .manager
             .info(self.id, None)
             .filter(|info| info.generation == generation);
-        *self.remote.borrow_mut() = None;
+        self.forget_remote();
         let durable = self.durable.take();
         self.state.change(|state| {
             let error = report.error.clone();

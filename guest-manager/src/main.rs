@@ -264,6 +264,7 @@ fn run(arguments: &Arguments, signals: OwnedFd, places: Places, audit: Audit, ca
     let manager = Manager::new(handle.clone(), settings, Box::new(pool.clone()))?;
 
     durable::take_over(&manager, reactor.run_until(starter.inherit())?);
+    reactor.run_until(manager.guests_reached())?;
 
     let connections = Rc::new(Connections::default());
     let mut ends: Vec<LocalBoxFuture<'_, &str>> = vec![Box::pin(async {

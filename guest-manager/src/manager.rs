@@ -33,6 +33,8 @@ use crate::{
 
 /// How long a guest that is being created when the manager leaves is waited for.
 const LEAVE_WITHIN: Duration = Duration::from_secs(10);
+/// How long nobody is listened to because guests are being taken over.
+const REACHED_WITHIN: Duration = Duration::from_secs(1);
 
 /// What can differ from one manager to another.
 #[derive(Debug, Clone)]
@@ -221,6 +223,14 @@ impl Manager {
     /// The guests that were created last under their names.
     pub(crate) fn guests(&self) -> Vec<Rc<Guest>> {
         self.slots.borrow().values().filter_map(|slot| slot.current()).collect()
+    }
+
+    /// Waits until the components of all guests that were taken over can be asked, for a moment: so that who connects finds none that cannot.
+    pub async fn guests_reached(&self) {
+        let guests = self.guests();
+        let all = join_all(guests.iter().map(|guest| guest.reached()));
+        // One that takes longer is waited for by nobody else.
+        let _ = self.handle.timeout(REACHED_WITHIN, all).await;
     }
 
     /// All that is known about a guest, problems included; none if its name was let go of. `available_mib` as the host said last.

@@ -1,7 +1,8 @@
 //! The component's side of a guest: how it is reached, and what is said when it cannot be.
 
-use std::future::Future;
+use std::{future::Future, pin::pin};
 
+use futures::future::select;
 use sepal_schema::{
     error::{Error, Kind},
     guest_capnp::{guest as component_guest, power},
@@ -37,7 +38,7 @@ impl Guest {
 
     fn connected(&self) -> Result<Remote, Error> {
         self.check_live()?;
-        self.remote.borrow().clone().ok_or_else(|| {
+        self.remote.look(Clone::clone).ok_or_else(|| {
             Error::new(
                 Kind::NotCreated,
                 format!("guest \"{}\" is still being created", self.name),
@@ -47,7 +48,22 @@ impl Guest {
 
     /// Its component has been given the task of creating it.
     pub(crate) fn set_remote(&self, guest: component_guest::Client, fds: FdTable) {
-        *self.remote.borrow_mut() = Some(Remote { guest, fds });
+        let before = self.remote.change(|remote| remote.replace(Remote { guest, fds }));
+        drop(before);
+    }
+
+    /// The run is over, and its component with it.
+    pub(super) fn forget_remote(&self) {
+        let before = self.remote.change(Option::take);
+        drop(before);
+    }
+
+    /// Waits until its component can be asked. That is at once, unless the guest is being taken over; not waited for is a guest without a machine.
+    pub(crate) async fn reached(&self) {
+        if self.is_created() {
+            let reached = pin!(self.remote.until(|remote| remote.as_ref().map(drop)));
+            select(reached, pin!(self.over(self.generation()))).await;
+        }
     }
 
     /// Its component does not answer, or does again.
