@@ -3,7 +3,7 @@
 
 use std::{cell::RefCell, collections::BTreeMap, rc::Rc};
 
-use capnp::message::{Builder, HeapAllocator};
+use capnp::message::{AllocationStrategy, Builder, HeapAllocator};
 use sepal_schema::{
     error::{Error, Kind},
     info::GuestInfo,
@@ -11,8 +11,6 @@ use sepal_schema::{
 
 /// Room for the answer, in bytes: a message has at most 128 KiB, and needs some for itself.
 const ROOM: usize = 120 * 1024;
-/// Words of 8 bytes that the information on a guest takes, as a rule.
-const WORDS: u32 = 128;
 /// Sentences are cut to this length, in bytes, where there are many guests.
 const SHORT: usize = 40;
 /// Most guests in all listings of a user who is not an admin: 24 listings where there are as many guests as there can be.
@@ -133,10 +131,12 @@ fn shorten(text: &mut String) {
     text.truncate(text.floor_char_boundary(SHORT));
 }
 
-/// Bytes that a guest's information takes in a message.
+/// Bytes that a guest's information takes in a message at most.
 fn size(info: &GuestInfo) -> usize {
-    // Not the usual 8 KiB, all of which would be zeroed for each guest.
-    let allocator = HeapAllocator::new().first_segment_words(WORDS);
+    // How an answer falls into segments is not known: each pointer from one into another takes a word more there. Here all of them do.
+    let allocator = HeapAllocator::new()
+        .first_segment_words(1)
+        .allocation_strategy(AllocationStrategy::FixedSize);
     let mut message = Builder::new(allocator);
     info.write(message.init_root());
     message.size_in_words() * 8
@@ -147,6 +147,7 @@ mod tests {
     use sepal_schema::{
         error::{Error, Kind},
         info::{GuestDescriptor, GuestStatus, LayerInfo, LayerState, Upkeep},
+        manager_capnp::guest_manager::listing,
         report::{Reason, StopReport},
     };
 
@@ -239,6 +240,37 @@ mod tests {
         }
         assert!(names.iter().enumerate().all(|(i, name)| *name == format!("guest-{i}")));
         assert_eq!(names.len(), 1500);
+    }
+
+    #[test]
+    fn pages_are_messages_that_can_be_sent() {
+        // As definitions are, which are the smallest, and from there to what runs.
+        for (texts, layers) in [(0, 0), (8, 0), (8, 3), (40, 15), (200, 15)] {
+            let one = GuestInfo {
+                stop: None,
+                problems: Vec::new(),
+                layers: info(texts).layers[..layers].to_vec(),
+                ..info(texts)
+            };
+            let all = vec![one; 2000];
+            let listed = fit(all.clone()).unwrap_or_default();
+            let mut infos = all.into_iter();
+            let mut messages = vec![listed];
+            while !infos.as_slice().is_empty() {
+                messages.push(page(&mut infos, 0));
+            }
+            for infos in messages {
+                // As the answer to a call is made.
+                let mut message = Builder::new_default();
+                let results = message.init_root::<listing::next_results::Builder<'_>>();
+                let mut to = results.init_guests(u32::try_from(infos.len()).unwrap());
+                for (i, info) in (0..).zip(&infos) {
+                    info.write(to.reborrow().get(i));
+                }
+                let bytes = message.size_in_words() * 8;
+                assert!(bytes <= 126 * 1024, "{} guests take {bytes} bytes", infos.len());
+            }
+        }
     }
 
     #[test]
