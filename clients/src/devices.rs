@@ -311,7 +311,7 @@ pub(crate) async fn list_disks(disks: &disk_controller::Client, json: bool) -> R
             if disk.id.is_empty() { "-".into() } else { disk.id },
             disk.mode.into(),
             disk.format.into(),
-            table::size(disk.bytes),
+            table::short(disk.bytes),
             disk.block_size.to_string(),
             disk.queues.to_string(),
             if disk.direct { "yes" } else { "no" }.into(),

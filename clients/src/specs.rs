@@ -108,6 +108,9 @@ fn unknown(key: &str, value: Option<&str>, known: &str) -> String {
 pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
     let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
+    let number: u64 = number
+        .parse()
+        .map_err(|_| format!("'{text}' is no size: a size starts with a number, as 512M or 2G do"))?;
     let shift = match unit.trim().to_ascii_lowercase().as_str() {
         "" | "b" => 0,
         "k" | "kb" | "kib" => 10,
@@ -116,9 +119,6 @@ pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
         "t" | "tb" | "tib" => 40,
         _ => return Err(format!("'{unit}' is no unit; K, M, G and T are (KiB, MiB, GiB, TiB)")),
     };
-    let number: u64 = number
-        .parse()
-        .map_err(|_| format!("'{text}' is no size: a size starts with a number, as 512M or 2G do"))?;
     number
         .checked_mul(1 << shift)
         .ok_or_else(|| format!("{text} is more than can be said"))

@@ -6,18 +6,23 @@ use std::time::Duration;
 const COLUMNS: usize = 80;
 /// The narrowest that a column is made for the others' sake.
 const NARROWEST: usize = 12;
+/// The widest that a first column is left as it is: the longest name of a guest. One in two pieces is none that a script, or a mouse, can take.
+const NAME: usize = 64;
 /// Blanks between columns.
 const GAP: usize = 2;
 
-/// Rows under headings, in columns as wide as their widest cell; the last column is not padded. Where that is wider than 80 columns, the widest ones are
-/// made narrower, and what does not fit goes on in the next line.
+/// Rows under headings, in columns as wide as their widest cell; the last column is not padded. Where that is wider than 80 columns, the widest ones but for
+/// the first, which has names, are made narrower, and what does not fit goes on in the next line.
 pub(crate) fn table<const N: usize>(headings: &[&str; N], rows: impl IntoIterator<Item = [String; N]>) -> String {
     let mut lines = vec![headings.map(String::from)];
     lines.extend(rows);
     let mut widths: [usize; N] =
         std::array::from_fn(|column| lines.iter().map(|line| line[column].chars().count()).max().unwrap_or(0));
+    if let Some(first) = widths.first_mut() {
+        *first = (*first).min(NAME);
+    }
     while widths.iter().sum::<usize>() + GAP * N.saturating_sub(1) > COLUMNS {
-        match widths.iter_mut().max() {
+        match widths.iter_mut().skip(1).max() {
             Some(widest) if *widest > NARROWEST => *widest -= 1,
             _ => break,
         }
@@ -184,7 +189,7 @@ mod tests {
     fn nothing_is_wider_than_a_terminal_and_nothing_is_lost() {
         let long = "a sentence of several words ".repeat(6);
         let word = "x".repeat(200);
-        let text = table(&["NAME", "DETAIL"], [[word.clone(), long.clone()]]);
+        let text = table(&["NAME", "DETAIL", "WORD"], [["web".into(), long.clone(), word.clone()]]);
         let joined = facts(&[("detail", long.clone()), ("word", word.clone())]);
         for text in [&text, &joined] {
             assert!(text.lines().all(|line| line.chars().count() <= COLUMNS), "{text}");
@@ -204,6 +209,15 @@ mod tests {
         assert_eq!(wrap("a\x1b[2Jb\n", 20), ["a [2Jb "]);
         assert_eq!(cut(&word).chars().count(), COLUMNS);
         assert_eq!(cut("short"), "short");
+    }
+
+    #[test]
+    fn names_stay_in_one_piece() {
+        let name = "n".repeat(NAME);
+        let text = table(&["NAME", "DETAIL"], [[name.clone(), "two words or three".into()]]);
+        assert!(text.contains(&format!("\n{name}  two words or\n")), "{text}");
+        let text = table(&["NAME"], [["n".repeat(2 * NAME)]]);
+        assert_eq!(text, format!("NAME\n{name}\n{name}\n"));
     }
 
     #[test]

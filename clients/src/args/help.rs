@@ -1,6 +1,6 @@
 //! What `guest --help` says: the commands in groups, examples, exit statuses.
 
-use clap::Command;
+use clap::{Arg, ArgAction, Command};
 
 /// The groups of commands, each with what belongs to it.
 const GROUPS: [(&str, &[&str]); 8] = [
@@ -57,10 +57,19 @@ pub(super) fn add(command: Command) -> Command {
     let template = format!(
         "{{about-with-newline}}\n{{usage-heading}} {{usage}}\n\n{commands}\nOptions:\n{{options}}{{after-help}}"
     );
-    command
+    negatives(command)
         .help_template(template)
         .after_help(EXAMPLES)
         .after_long_help(format!("{EXAMPLES}\n\n{EXIT_STATUS}"))
+}
+
+/// Takes what begins like a negative number for the value that it is meant as, so that what is said of it is what the value can be.
+fn negatives(command: Command) -> Command {
+    let value = |arg: Arg| match arg.get_action() {
+        ArgAction::Set | ArgAction::Append => arg.allow_negative_numbers(true),
+        _ => arg,
+    };
+    command.mut_args(value).mut_subcommands(negatives)
 }
 
 /// The commands with what each is for, in groups.

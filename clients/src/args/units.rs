@@ -10,15 +10,15 @@ use crate::specs::parse_bytes;
 pub(crate) fn parse_mib(text: &str) -> Result<u64, String> {
     let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
+    let number: u64 = number
+        .parse()
+        .map_err(|_| format!("'{text}' is no size of memory: one starts with a number, as 512M and 2G do"))?;
     let mib: u64 = match unit.trim().to_ascii_lowercase().as_str() {
         "" | "m" | "mb" | "mib" => 1,
         "g" | "gb" | "gib" => 1 << 10,
         "t" | "tb" | "tib" => 1 << 20,
         _ => return Err(format!("'{unit}' is no unit of memory; M, G and T are (MiB, GiB, TiB)")),
     };
-    let number: u64 = number
-        .parse()
-        .map_err(|_| "a memory size starts with a number: 512M, 2G".to_owned())?;
     let size = number.checked_mul(mib);
     size.ok_or_else(|| format!("{text} is more than can be said"))
 }

@@ -120,7 +120,7 @@ fn every_command_works_where_no_descriptor_can_be_passed() {
     run(&["mem", "request", "bee", "4M"], 0, "");
     run(&["mem", "show", "bee"], 0, "requested  4 MiB");
     run(&["disk", "resize", "bee", "disk0", "16M"], 0, "");
-    run(&["disk", "list", "bee"], 0, "16 MiB");
+    run(&["disk", "list", "bee"], 0, "16M");
     run(&["net", "link", "bee", "net0", "down"], 0, "");
     run(&["net", "list", "bee"], 0, "down");
     run(&["vsock", "connect", "bee", "7"], 1, "CONNECTION_REFUSED");
