@@ -356,18 +356,22 @@ mod tests {
     }
 
     #[test]
-    fn what_takes_its_place_are_other_files() {
+    fn who_cleans_up_behind_the_one_before_can_tell_its_files() {
         let folder = folder();
         let path = folder.path().join("m.sock");
         let lock = folder.path().join("m.sock.lock");
         fs::write(&lock, "1\n").unwrap();
         drop(bind(&path).unwrap());
         let number = |path: &Path| fs::symlink_metadata(path).unwrap().ino();
-        let before = (number(&path), number(&lock));
+        let before = number(&path);
         let _listening = Listening::new(&path, Reach::Owner).unwrap();
-        // A keeper that still cleans up behind the one before knows them by their numbers.
-        assert_ne!(number(&path), before.0);
-        assert_ne!(number(&lock), before.1);
+        // The socket by its number, and both by whose lock it is: it asks for that first.
+        assert_ne!(number(&path), before);
+        let file = fs::File::open(&lock).unwrap();
+        let asked = rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive);
+        assert_eq!(asked, Err(rustix::io::Errno::WOULDBLOCK));
+        let holder = fs::read_to_string(&lock).unwrap();
+        assert_eq!(holder.trim(), std::process::id().to_string());
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! A lock file: only one process has it, and it goes with that process, however it ends.
 //!
-//! The file is removed while the lock is held, so nobody's is removed by mistake; the process's id is in it, for whoever comes second.
+//! The file is removed while the lock is held, so nobody's is removed by mistake; the process's id is in it, for whoever comes second. One that a process
+//! left which was killed is taken as it is: the keeper that cleans up behind that process looks whose lock it is by then (`KeeperClient::remove_unless_locked`).
 
 use std::{
     fs,
@@ -62,21 +63,17 @@ impl Lock {
             move |error| LockError::Io { doing, path, error }
         };
         let deadline = Instant::now() + PATIENCE;
-        // Kept open, so that the file that takes its place has another number.
-        let mut left: Option<fs::File> = None;
         loop {
             let nofollow = OFlags::NOFOLLOW.bits().cast_signed();
             let mut options = fs::OpenOptions::new();
-            options.read(true).write(true).mode(0o600).custom_flags(nofollow);
-            let (opened, is_new) = match options.clone().create_new(true).open(&path) {
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => (options.open(&path), false),
-                opened => (opened, true),
-            };
-            let mut file = match opened {
-                // Removed between the two.
-                Err(error) if error.kind() == io::ErrorKind::NotFound && !is_new => continue,
-                opened => opened.map_err(failed("cannot open the lock file"))?,
-            };
+            options
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .mode(0o600)
+                .custom_flags(nofollow);
+            let mut file = options.open(&path).map_err(failed("cannot open the lock file"))?;
             match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => {}
                 Err(Errno::WOULDBLOCK) => {
@@ -99,12 +96,6 @@ impl Lock {
             let ours = file.metadata().map_err(failed("cannot look at"))?;
             let there = fs::symlink_metadata(&path).ok();
             if there.is_none_or(|there| (there.dev(), there.ino()) != (ours.dev(), ours.ino())) {
-                continue;
-            }
-            if !is_new && left.is_none() {
-                // Of a process that was killed. Whoever cleans up behind that one may yet come to remove this file, and is not to remove ours.
-                fs::remove_file(&path).map_err(failed("cannot remove"))?;
-                left = Some(file);
                 continue;
             }
             let write = |file: &mut fs::File| {
