@@ -23,6 +23,7 @@
 //! A guest that begins again goes from any of the live phases but Stopping to Restarting, and from there, when its time has come, to Creating
 //! with the next generation, without its name or anything else having been let go of.
 
+mod bygone;
 mod crashes;
 mod entry;
 mod kept;
@@ -120,7 +121,7 @@ pub struct Registry {
     endings: u64,
     forgotten: Vec<GuestId>,
     /// Who was behind which name when an earlier manager ended.
-    past_ids: HashMap<String, GuestId>,
+    past: bygone::Names,
     /// What that manager had told.
     told: Told,
 }
@@ -137,7 +138,7 @@ impl Registry {
             last_chosen: 0,
             endings: 0,
             forgotten: Vec::new(),
-            past_ids: HashMap::new(),
+            past: bygone::Names::default(),
             told: Told::default(),
         }
     }
@@ -175,6 +176,7 @@ impl Registry {
         } else {
             name.into()
         };
+        generation = generation.max(self.past.take(&name).map_or(0, |bygone| bygone.generation()));
         self.last_id += 1;
         let id = GuestId(self.last_id);
         if let Some(old) = self.names.insert(name.clone(), id) {

@@ -111,6 +111,7 @@ fn arrive(manager: &Rc<Manager>, inheritance: Inheritance, mut missed: Vec<Misse
         }
     }
     missed.iter().for_each(|missed| let_go(manager, missed));
+    manager.registry(|registry, _| registry.remember_bygone());
 }
 
 /// Gives a guest another name where somebody took its own meanwhile, which only happens where the earlier manager could not note it: neither is lost.

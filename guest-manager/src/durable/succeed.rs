@@ -123,6 +123,7 @@ pub fn take_over(manager: &Rc<Manager>, (inheritances, asking): (Vec<Inheritance
             tracing::error!(guest = name, "the guest cannot be taken over, and ends: {error}");
         }
     }
+    manager.registry(|registry, _| registry.remember_bygone());
     late::wait(manager, asking);
 }
 

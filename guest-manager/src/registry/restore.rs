@@ -16,6 +16,7 @@ use uuid::Uuid;
 
 use super::{
     Origin, Registry,
+    bygone::Names,
     entry::{Entry, Phase, taken},
 };
 use crate::{
@@ -110,27 +111,19 @@ impl Told {
 impl Registry {
     /// Goes on with the events of an earlier manager, before anything else is done.
     pub(crate) fn restore_events(&mut self, past: Vec<Past>) {
-        let mut ids: HashMap<String, GuestId> = HashMap::new();
+        let mut names = Names::default();
         let (mut told, mut last_id) = (Told::default(), self.last_id);
         self.log.restore(past, |past| {
-            let mut next = || {
+            let id = names.note(past, || {
                 last_id += 1;
                 GuestId(last_id)
-            };
-            let id = match (&past.kind, ids.get(&past.guest)) {
-                (EventKind::Defined, _) | (_, None) => next(),
-                (_, Some(id)) => *id,
-            };
-            match past.kind {
-                EventKind::Removed => ids.remove(&past.guest),
-                _ => ids.insert(past.guest.clone(), id),
-            };
+            });
             told.note(id, past.generation, &past.kind);
             id
         });
         self.told = told;
         self.last_id = last_id;
-        self.past_ids = ids;
+        self.past = names;
     }
 
     /// Takes over a guest. No event tells it: nothing has happened to it.
@@ -149,10 +142,15 @@ impl Registry {
             kept = entry.kept.clone();
         }
         // Whose events are known already.
-        let id = self.past_ids.remove(&*from.name).or(missed).unwrap_or_else(|| {
-            self.last_id += 1;
-            GuestId(self.last_id)
-        });
+        let id = self
+            .past
+            .take(&from.name)
+            .map(|bygone| bygone.id)
+            .or(missed)
+            .unwrap_or_else(|| {
+                self.last_id += 1;
+                GuestId(self.last_id)
+            });
         if let Some(old) = self.names.insert(from.name.clone(), id) {
             self.entries.remove(&old);
             self.forgotten.push(old);

@@ -42,7 +42,11 @@ fn a_manager_that_retires_leaves_what_goes_on() {
     let names: Vec<_> = guests.iter().map(|info| (&info.name[..], info.status)).collect();
     assert_eq!(
         names,
-        [("detached", GuestStatus::Running), ("kept", GuestStatus::Running)]
+        [
+            ("detached", GuestStatus::Running),
+            ("goes", GuestStatus::Stopped),
+            ("kept", GuestStatus::Running)
+        ]
     );
     // Who held the lease is waited for, as if the manager had been killed.
     assert!(scene.info("kept").upkeep.lease_ends_ms > 0);

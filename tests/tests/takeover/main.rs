@@ -9,6 +9,7 @@
 //!   terminal  who sits at a guest's terminal
 //!   upgrade   the next manager is of another version
 //!   given_up  the manager gives way, or ends with its guests; the keeper is killed; intruders
+//!   remembered guests that had ended
 //!   stuck     what stands still, says nothing or is full
 //! ```
 
@@ -22,6 +23,7 @@ mod given_up;
 mod killed;
 mod leases;
 mod printer;
+mod remembered;
 mod scene;
 mod stuck;
 mod slow;

@@ -90,6 +90,9 @@ fn a_keeper_that_stands_still_keeps_its_guests() {
     );
     let text = scene.lines("bee", &mut 0, 100);
     printer::check(&text, 0);
+    // It has cleaned up behind the manager that it was started by, and left the next one's files alone.
+    let socket = scene.world.socket();
+    assert!(socket.exists() && socket.with_extension("sock.lock").exists());
     // It is this manager's now, and the next one's.
     scene.replace_manager();
     for name in ["bee", "cat"] {
