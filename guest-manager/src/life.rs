@@ -33,7 +33,7 @@ use crate::{
     course::{Course, Over},
     durable::{Bygone, Left, Owner},
     guest::Guest,
-    model::{EventKind, Trace},
+    model::Trace,
     outcome::Outcome,
     resources::{self, Resources},
     serial::Wire,
@@ -192,12 +192,6 @@ async fn conversation(
         Either::Left((Err(error), _)) => return Some(Outcome::NotCreated(error)),
         Either::Right(_) => return Some(Outcome::NotRun),
     };
-    let told = Rc::downgrade(guest);
-    held.resources.watch(move |news| {
-        if let Some(guest) = told.upgrade() {
-            guest.happened(EventKind::Device(news));
-        }
-    });
     // Not interrupted by a stop: a component that is half started would have to be waited for all the same.
     let request = StartRequest {
         limits: guest.cpus.limits(request.limits),

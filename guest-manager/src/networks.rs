@@ -1,19 +1,13 @@
-//! The networks of a guest: made on worker threads, watched, and taken away again.
+//! The networks of a guest: made on worker threads, and taken away again. That what serves one is gone, the component tells: its end of the socket is closed.
 //!
 //! ```text
 //!   taps, once: names become descriptors --> start, for each of the guest's runs: what else has to serve a network --> end
 //! ```
 
-use std::os::fd::{AsFd, OwnedFd};
-
 use sepal_schema::{
     config::device::{Link, Network},
     error::{Error, Kind},
-    news::DeviceNews,
-    transport::{
-        Handle,
-        reactor::{Direction, Task},
-    },
+    transport::Handle,
 };
 
 use crate::network::{self, Guard};
@@ -23,7 +17,6 @@ use crate::network::{self, Guard};
 pub(crate) struct Networks {
     handle: Option<Handle>,
     guards: Vec<Guard>,
-    watches: Vec<Task>,
 }
 
 /// Opens or makes the taps that `networks` name. `trusted` tells whether the client has the manager's own authority, which that needs.
@@ -85,55 +78,15 @@ impl Networks {
         let opened = open(handle, networks, |_| true).await?;
         let (networks, guards) = opened.into_iter().unzip();
         let handle = Some(handle.clone());
-        Ok((
-            networks,
-            Self {
-                handle,
-                guards,
-                watches: Vec::new(),
-            },
-        ))
-    }
-
-    /// Tells when a process that serves a network has ended by itself.
-    pub(crate) fn watch(&mut self, tell: impl Fn(DeviceNews) + Clone + 'static) {
-        let Some(handle) = &self.handle else { return };
-        for (i, guard) in self.guards.iter().enumerate() {
-            let copy = guard.process().map(|process| process.try_clone_to_owned());
-            let Some(Ok(process)) = copy else { continue };
-            let Ok(process) = handle.register(process) else {
-                continue;
-            };
-            let tell = tell.clone();
-            self.watches.push(handle.spawn_owned(async move {
-                // A process's descriptor is readable when it has ended (pidfd_open(2)).
-                let ended = |process: &OwnedFd| is_readable(process);
-                if process.io(Direction::Read, ended).await.is_ok() {
-                    tell(DeviceNews::BackendLost {
-                        device: format!("net{i}"),
-                        reason: "the process that serves its network has ended".to_owned(),
-                    });
-                }
-            }));
-        }
+        Ok((networks, Self { handle, guards }))
     }
 
     /// Ends what serves the networks, and returns when it is gone.
     pub(crate) async fn end(mut self) {
-        self.watches.clear();
         let guards = std::mem::take(&mut self.guards);
         if let Some(handle) = self.handle.take() {
             // Without a thread they end all the same, unwaited for.
             let _ = handle.spawn_blocking(move || drop(guards)).await;
         }
-    }
-}
-
-fn is_readable(fd: &impl AsFd) -> std::io::Result<()> {
-    use rustix::event::{PollFd, PollFlags, Timespec, poll};
-    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-    match poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&now))? {
-        0 => Err(std::io::ErrorKind::WouldBlock.into()),
-        _ => Ok(()),
     }
 }

@@ -19,7 +19,6 @@ use sepal_schema::{
         device::{AGENT_PORT, Backend, Link, Listener, Vsock},
     },
     error::{Error, Kind},
-    news::DeviceNews,
     transport::{FdTable, Handle},
     vsock_capnp::vsock_listener,
 };
@@ -275,11 +274,6 @@ impl Resources {
         let networks = std::mem::take(&mut config.networks);
         (config.networks, self.networks) = Networks::start(handle, networks).await?;
         Ok(config)
-    }
-
-    /// Tells when a process that serves a network has ended by itself.
-    pub(crate) fn watch(&mut self, tell: impl Fn(DeviceNews) + Clone + 'static) {
-        self.networks.watch(tell);
     }
 
     /// Ends what served one run, whose component is gone.

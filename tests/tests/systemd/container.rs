@@ -6,6 +6,7 @@ use std::{
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    sync::atomic::{AtomicU32, Ordering},
 };
 
 use rustix::process::Signal;
@@ -45,7 +46,9 @@ impl Container {
         }
         let systemd = PLACES.into_iter().find(|place| Path::new(place).exists());
         let systemd = systemd.ok_or("it is not installed")?;
-        let group = own_group()?.join(format!("sepal-test-{}", std::process::id()));
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let group = own_group()?.join(format!("sepal-test-{}-{count}", std::process::id()));
         fs::create_dir(&group).map_err(|error| format!("{}: {error}", group.display()))?;
         let folder = tempfile::tempdir().unwrap();
         let here = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -95,7 +98,7 @@ impl Container {
     }
 
     /// Whether a command of the shell succeeds in the container, and what it prints.
-    fn try_run(&self, command: &str) -> (bool, String) {
+    pub(crate) fn try_run(&self, command: &str) -> (bool, String) {
         let output = Command::new("nsenter")
             .args([
                 "--target",

@@ -25,7 +25,8 @@ device random 1 8
 device urandom 1 9
 device tty 5 0
 device kvm 10 232
-mkdir dev/pts dev/shm
+mkdir dev/pts dev/shm dev/net
+device net/tun 10 200
 mount -t devpts -o newinstance,ptmxmode=0666,mode=620 devpts dev/pts
 ln -s pts/ptmx dev/ptmx
 ln -s /proc/self/fd dev/fd

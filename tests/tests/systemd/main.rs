@@ -17,16 +17,16 @@ fn documented() -> Vec<String> {
     block.map(|line| line.trim().to_owned()).collect()
 }
 
-/// What `guest list` tells: names, and the processes of their components.
+/// The guests that run, by name, and the processes of their components.
 fn running(container: &Container) -> Vec<(String, u64)> {
     let listed = container.guest("list --json");
     let listed: Value = serde_json::from_str(&listed).unwrap();
+    let runs = listed.as_array().unwrap().iter();
     let of = |guest: &Value| {
-        assert_eq!(guest["status"], "running", "{guest}");
         let name = guest["name"].as_str().unwrap().to_owned();
         (name, guest["componentPid"].as_u64().unwrap())
     };
-    listed.as_array().unwrap().iter().map(of).collect()
+    runs.filter(|guest| guest["status"] == "running").map(of).collect()
 }
 
 /// Lines of the service's log with at most this priority (3: errors, 6: all but the debugger's).
@@ -114,4 +114,43 @@ fn the_units_do_what_the_documentation_says() {
     });
     assert!(container.property("ControlGroup").is_empty(), "nothing is left of it");
     assert_eq!(container.run("systemctl is-active sepal.socket"), "active");
+}
+
+/// Has a way out of the container, over a tap, which is all that passt wants to see.
+const WAY_OUT: &str = "ip tuntap add dev out mode tap && ip address add 192.0.2.1/24 dev out && ip link set out up && \
+                       ip route add default via 192.0.2.2 && passt --version";
+
+#[test]
+fn networks_work_within_what_the_unit_leaves_the_manager() {
+    let Some(container) = Container::start() else { return };
+    if kvm_missing() {
+        return;
+    }
+    if let (false, why) = container.try_run(WAY_OUT) {
+        println!("skipped: no network here: {why}");
+        return;
+    }
+    for command in &documented()[..2] {
+        container.run(command);
+    }
+    container.run("systemctl daemon-reload && systemctl start sepal.socket");
+    container.guest("launch one --net user --net tap --detach");
+    container.guest("launch two --net user --cmdline 'quiet run=shutdown' < /dev/null");
+    container.guest("stop one --force");
+    // What serves a network ends with the guest, which is nothing to tell.
+    assert!(!log(&container, 4).contains("BackendLost"), "{}", log(&container, 6));
+
+    container.guest("launch three --net user --detach");
+    container.run("kill -KILL $(pgrep -f '^passt ')");
+    until("it is told", || {
+        log(&container, 4).contains("BackendLost").then_some(())
+    });
+    container.guest("stop three --force");
+    assert_eq!(
+        log(&container, 4).matches("BackendLost").count(),
+        1,
+        "{}",
+        log(&container, 6)
+    );
+    container.guest("end-manager");
 }
