@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow, bail};
 use sepal_schema::{
     config::{
-        File, GuestConfig, MAX_CMDLINE, MAX_DEVICES, OnPanic,
+        File, GuestConfig, MAX_CMDLINE, MAX_DEVICES, OnPanic, Pin,
         device::{Backend, Backing, Disk, DiskFormat, DiskMode, Link, Network, Share, VhostUser, Vsock},
     },
     error::Error,
@@ -94,6 +94,41 @@ fn check_size(config: &GuestConfig) -> Result<(), Error> {
         return Err(Error::bad_config("devices", message));
     }
     Ok(())
+}
+
+/// Whether all that can be long together fits into a message, which has to have room for the rest.
+fn check_message(config: &GuestConfig) -> Result<(), Error> {
+    /// What an entry of a list takes besides its texts and files, about.
+    const ENTRY: usize = 160;
+    /// Bytes that are left for it.
+    const ROOM: usize = 112 * 1024;
+    let path = |file: &File| match file {
+        File::Path(path) => path.len() + 24,
+        File::Bytes(bytes) => bytes.len() + 24,
+        File::None | File::Fd(_) | File::Upload(_) => 24,
+    };
+    let disk = |disk: &Disk| {
+        let below: usize = disk.backing.iter().map(|backing| path(&backing.file) + 2).sum();
+        ENTRY + path(&disk.image) + path(&disk.scratch) + below
+    };
+    let texts = |texts: &[String]| texts.iter().map(|text| text.len() + 16).sum::<usize>();
+    let pin = |pin: &Pin| 32 + 2 * pin.cpus.len();
+    let parts = [
+        ("pins", config.pins.iter().map(pin).sum::<usize>()),
+        ("disks", config.disks.iter().map(disk).sum()),
+        ("waivedLayers", texts(&config.waived_layers)),
+        ("cmdlineAdd", texts(&config.cmdline_add)),
+        ("name", config.name.len()),
+    ];
+    let all: usize = parts.iter().map(|(_, bytes)| bytes).sum();
+    match parts.iter().max_by_key(|(_, bytes)| bytes) {
+        Some((field, most)) if all > ROOM => {
+            let message =
+                format!("{field} takes {most} bytes in a message, and all that can be long has to do with {ROOM}");
+            Err(Error::bad_config(*field, message))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The options about the guest as a whole.
@@ -365,6 +400,7 @@ impl Assembled {
             let resolved = resolve(&of);
             *of.file = resolved.map_err(|error| anyhow!(self.source.about(&of.field, format!("{error:#}"))))?;
         }
+        check_message(&config).map_err(|error| self.source.explain(error))?;
         Ok(config)
     }
 
@@ -410,6 +446,40 @@ mod tests {
         };
         assert_eq!(about(&|config| disks(config, 32)), Ok(()));
         assert_eq!(about(&|config| disks(config, 2000)), Err("devices".into()));
+    }
+
+    #[test]
+    fn what_takes_too_much_of_a_message_is_told_by_its_field() {
+        let about = |config: &GuestConfig| check_message(config).map_err(|error| error.about);
+        let pins = |count| GuestConfig {
+            pins: (0..count)
+                .map(|vcpu| Pin {
+                    vcpu,
+                    cpus: (0..1024).collect(),
+                })
+                .collect(),
+            ..GuestConfig::default()
+        };
+        assert_eq!(about(&pins(32)), Ok(()));
+        assert_eq!(about(&pins(64)), Err("pins".into()));
+        let mut disk = Disk::new(File::Path("x".repeat(4000)), DiskMode::ReadOnly);
+        disk.backing = (0..8)
+            .map(|_| Backing {
+                file: File::Path("x".repeat(4000)),
+                format: DiskFormat::Raw,
+            })
+            .collect();
+        let mut config = pins(10);
+        config.disks.push(disk);
+        assert_eq!(about(&config), Ok(()));
+        for _ in 0..3 {
+            let all = config.try_clone().unwrap().disks;
+            config.disks.extend(all);
+        }
+        assert_eq!(about(&config), Err("disks".into()));
+        config.disks.clear();
+        config.waived_layers = vec!["x".repeat(1000); 900];
+        assert_eq!(about(&config), Err("waivedLayers".into()));
     }
 
     #[test]
