@@ -89,6 +89,15 @@ struct DurableGuest {
   # The number of the last event of all guests when this was written.
   beginAgain @36 :BeginAgain;
   # Its run is being ended for the next one to begin.
+  notes @37 :List(Text);
+  # What it got from the host and is not as it should be, in whole sentences.
+  broken @38 :List(BrokenDevice);
+
+  struct BrokenDevice {
+    # A device that broke in this run, and was quarantined.
+    device @0 :Text;
+    reason @1 :Text;
+  }
 
   enum BeginAgain {
     no @0;

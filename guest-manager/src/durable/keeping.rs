@@ -265,6 +265,8 @@ impl Durable {
             over: guest.noted_over(),
             heard: guest.heard(),
             sequence: guest.manager.registry(|registry, _| registry.log().last()),
+            notes: guest.notes(),
+            broken: guest.manager.registry(|registry, _| registry.failures(guest.id).to_vec()),
         }
     }
 

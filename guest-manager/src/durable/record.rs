@@ -84,6 +84,10 @@ pub(crate) struct Record {
     pub(crate) heard: u64,
     /// The number of the last event of all guests when this was written.
     pub(crate) sequence: u64,
+    /// Sentences about what it got from the host.
+    pub(crate) notes: Vec<String>,
+    /// Devices that broke in this run, each with its reason.
+    pub(crate) broken: Vec<(String, String)>,
 }
 
 /// Descriptors that a configuration names by number: those of a record.
@@ -203,6 +207,16 @@ impl Record {
         }
         to.set_heard(self.heard);
         to.set_sequence(self.sequence);
+        let mut notes = to.reborrow().init_notes(length(self.notes.len()));
+        for (i, note) in (0..).zip(&self.notes) {
+            notes.set(i, note);
+        }
+        let mut broken = to.reborrow().init_broken(length(self.broken.len()));
+        for (i, (device, reason)) in (0..).zip(&self.broken) {
+            let mut to = broken.reborrow().get(i);
+            to.set_device(device);
+            to.set_reason(reason);
+        }
         let mut bytes = Vec::new();
         serialize::write_message(&mut bytes, &message)?;
         Ok(bytes)
@@ -295,6 +309,16 @@ impl Record {
             },
             heard: from.get_heard(),
             sequence: from.get_sequence(),
+            notes: from
+                .get_notes()?
+                .iter()
+                .map(|note| Ok(note?.to_string()?))
+                .collect::<Result<_, capnp::Error>>()?,
+            broken: from
+                .get_broken()?
+                .iter()
+                .map(|from| Ok((from.get_device()?.to_string()?, from.get_reason()?.to_string()?)))
+                .collect::<Result<_, capnp::Error>>()?,
         };
         Ok((record, config))
     }

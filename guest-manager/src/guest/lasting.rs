@@ -58,6 +58,9 @@ impl Guest {
         self.count_on(from.counted, from.short_runs);
         self.heard.set(from.heard);
         self.over.replace(from.over.clone());
+        self.set_notes(from.notes.clone());
+        self.manager
+            .registry(|registry, _| registry.restore_failures(self.id, from.broken.clone()));
         let created = matches!(from.phase, Phase::Created | Phase::Running);
         let again = from.again.filter(|_| from.phase == Phase::Running);
         self.state.change(|state| {

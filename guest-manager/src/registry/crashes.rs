@@ -42,6 +42,13 @@ impl Registry {
         }
     }
 
+    /// The devices that broke in a guest's run, each with its reason, as an earlier manager knew them.
+    pub(crate) fn restore_failures(&mut self, id: GuestId, failures: Vec<(String, String)>) {
+        if let Some(entry) = self.entries.get_mut(&id) {
+            entry.failures = failures;
+        }
+    }
+
     /// How many runs of a guest have failed in a row, and how often it has begun again by itself since somebody started it.
     pub fn count(&mut self, id: GuestId, failures: u32, restarts: u32) {
         if let Some(entry) = self.entries.get_mut(&id) {

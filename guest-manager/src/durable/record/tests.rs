@@ -106,6 +106,8 @@ fn record(now: Instant) -> Record {
         }),
         heard: 11,
         sequence: 12,
+        notes: vec!["What it writes is kept in memory.".into()],
+        broken: vec![("rng".into(), "a bug".into())],
     }
 }
 
