@@ -63,6 +63,13 @@ impl Folder {
         }
         Ok(Self(folder))
     }
+
+    /// The error for a folder that somebody has taken away. One of its name is another one.
+    fn gone(&self) -> Option<io::Error> {
+        let links = rustix::fs::fstat(&self.0).map(|status| status.st_nlink);
+        let message = "the folder was taken away; the guest manager has to be started again when it is back";
+        (links == Ok(0)).then(|| io::Error::new(io::ErrorKind::NotFound, message))
+    }
 }
 
 impl Disk for Folder {
@@ -92,7 +99,8 @@ impl Disk for Folder {
     fn write(&self, name: &str, content: &[u8]) -> io::Result<()> {
         let flags =
             OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let mut file = File::from(rustix::fs::openat(&self.0, name, flags, Mode::RUSR | Mode::WUSR)?);
+        let opened = rustix::fs::openat(&self.0, name, flags, Mode::RUSR | Mode::WUSR);
+        let mut file = File::from(opened.map_err(|error| self.gone().unwrap_or_else(|| error.into()))?);
         if !file.metadata()?.is_file() {
             return Err(io::Error::other("it is not a regular file"));
         }

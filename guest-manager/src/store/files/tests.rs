@@ -280,3 +280,16 @@ fn what_another_version_has_another_use_for_is_left_alone() {
     assert!(found.contents.is_empty() && found.untouchable.contains("later"));
     assert_eq!(folder(above.path()).recover(|_, _| Ok(())).unwrap().contents.len(), 1);
 }
+
+#[test]
+fn a_folder_that_was_taken_away_is_told() {
+    let above = tempfile::tempdir().unwrap();
+    let path = above.path().join("definitions");
+    let files = folder(&path);
+    files.put("web", b"web").unwrap();
+    fs::remove_dir_all(&path).unwrap();
+    fs::create_dir(&path).unwrap();
+    let error = files.put("web", b"again").unwrap_err();
+    assert!(error.to_string().contains("was taken away"), "{error}");
+    files.delete("web").unwrap();
+}
