@@ -115,6 +115,7 @@ pub(crate) enum Command {
     /// One line an event, cut at 80 columns; --json has all of it. Goes on until the guest has ended.
     Events(Events),
     /// Show what a guest's vCPUs and devices did so far, or all guests'
+    #[command(override_usage = "guest stats [--json] <NAME>\n       guest stats [--json] --all")]
     Stats(Stats),
     /// Show what the guests that run use, as it changes
     ///

@@ -48,7 +48,10 @@ pub(crate) async fn memory(debug: &debug::Client, options: &PeekOptions) -> Resu
         let piece = left.min(PIECE - address % ON_A_LINE);
         let bytes = read(debug, options, address, piece as u32).await?;
         if bytes.len() as u64 != piece {
-            bail!("{piece} bytes from {address:#x} on were asked for, and {} came", bytes.len());
+            bail!(
+                "{piece} bytes from {address:#x} on were asked for, and {} came",
+                bytes.len()
+            );
         }
         let goes_on = match options.raw {
             true => show::print(&bytes)?,

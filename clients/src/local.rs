@@ -48,6 +48,9 @@ pub(crate) fn connect(socket: Option<&Path>, otherwise: Otherwise) -> Result<Loc
         Otherwise::Private | Otherwise::Daemon if socket.is_some() => bail!(
             "no guest manager runs (nobody listens at {path}); `guest launch` starts one only where no address is given"
         ),
+        Otherwise::Fail | Otherwise::Resume if socket.is_some() => {
+            bail!("no guest manager runs (nobody listens at {path}, the address that was given)")
+        }
         Otherwise::Fail | Otherwise::Resume => {
             bail!("no guest manager runs (nobody listens at {path}); `guest launch --detach` starts one that stays")
         }

@@ -266,8 +266,10 @@ fn tell(info: &GuestInfo, crashes: &[CrashReport], json: bool) -> Result<u8> {
         facts.push(("vCPUs", descriptor.cpus.to_string()));
         facts.push(("memory", format!("{} MiB", descriptor.memory_mib)));
         facts.push(("kernel", descriptor.kernel.clone()));
-        facts.push(("cmdline", descriptor.cmdline.clone()));
-        // What only is defined has none yet.
+        // What only is defined may have none yet.
+        if !descriptor.cmdline.is_empty() {
+            facts.push(("cmdline", descriptor.cmdline.clone()));
+        }
         if !descriptor.devices.is_empty() {
             facts.push(("devices", descriptor.devices.join(", ")));
         }

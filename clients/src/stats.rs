@@ -65,7 +65,8 @@ fn show_all(stats: &Stats, json: bool) -> Result<u8> {
 
 fn facts(stats: &Stats) -> Vec<(&'static str, String)> {
     let mut facts = Vec::new();
-    if stats.age_seconds > 0.0 {
+    // What would be told as 0.0s is of now.
+    if stats.age_seconds >= 0.05 {
         let age = table::duration(ns(stats.age_seconds));
         facts.push(("age", format!("{age}: its component has told nothing since")));
     }

@@ -189,7 +189,10 @@ mod tests {
     fn nothing_is_wider_than_a_terminal_and_nothing_is_lost() {
         let long = "a sentence of several words ".repeat(6);
         let word = "x".repeat(200);
-        let text = table(&["NAME", "DETAIL", "WORD"], [["web".into(), long.clone(), word.clone()]]);
+        let text = table(
+            &["NAME", "DETAIL", "WORD"],
+            [["web".into(), long.clone(), word.clone()]],
+        );
         let joined = facts(&[("detail", long.clone()), ("word", word.clone())]);
         for text in [&text, &joined] {
             assert!(text.lines().all(|line| line.chars().count() <= COLUMNS), "{text}");

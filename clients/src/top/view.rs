@@ -134,12 +134,13 @@ impl View {
         lines
     }
 
-    /// All of it, for whoever has no screen.
+    /// All of it, for whoever has no screen: 80 columns wide, or as wide as the longest name makes it, which a script wants whole.
     pub(super) fn block(&self, clock: &str, rows: &[Row]) -> String {
-        const COLUMNS: usize = 80;
-        let mut text = format!("{}\n{}\n", sums(clock, rows), self.headings(COLUMNS).text.trim_end());
+        let longest = rows.iter().map(|row| row.name.chars().count()).max().unwrap_or(0);
+        let columns = (longest + beside_names()).max(80);
+        let mut text = format!("{}\n{}\n", sums(clock, rows), self.headings(columns).text.trim_end());
         for row in self.sorted(rows) {
-            text.push_str(line(row, COLUMNS).trim_end());
+            text.push_str(line(row, columns).trim_end());
             text.push('\n');
         }
         text
@@ -188,9 +189,13 @@ fn most_first(a: f64, b: f64) -> Ordering {
     b.total_cmp(&a)
 }
 
+/// What all columns but the first take.
+fn beside_names() -> usize {
+    COLUMNS.iter().map(|(_, width, _)| width + 1).sum()
+}
+
 fn name_width(columns: usize) -> usize {
-    let others: usize = COLUMNS.iter().map(|(_, width, _)| width + 1).sum();
-    columns.saturating_sub(others).clamp(NAME.0, NAME.1)
+    columns.saturating_sub(beside_names()).clamp(NAME.0, NAME.1)
 }
 
 /// What all guests together are and do.
@@ -388,6 +393,9 @@ mod tests {
             "silent            -      -    -      -      -      -      -      -      -      -"
         );
         assert!(lines[1..].iter().all(|line| line.chars().count() <= 80), "{text}");
+        rows[0].name = "n".repeat(NAME.1);
+        let text = View::new(Sort::Name).block("12:00:00", &rows);
+        assert!(text.contains(&format!("\n{}  ", rows[0].name)), "{text}");
     }
 
     #[test]
