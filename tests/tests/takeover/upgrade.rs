@@ -103,11 +103,18 @@ fn copy(from: &Path, to: &Path) {
         let text = grown.fold(String::from_utf8(content).unwrap(), |text, (_, name)| grow(&text, name));
         content = text.into_bytes();
     }
-    // That is made anew from the schema.
     let generated = from.parent().is_some_and(|folder| folder.ends_with("generated"));
-    if !(generated && to.exists()) {
+    if generated {
+        // Made anew from the schema below; until then as it is in the tree, whose code may use what was not there when the copy was made.
+        let copied = to.parent().and_then(Path::parent).unwrap().join(format!(".{name}"));
+        if to.exists() && fs::read(&copied).is_ok_and(|there| there == content) {
+            return;
+        }
         write(to, &content);
+        write(&copied, &content);
+        return;
     }
+    write(to, &content);
 }
 
 /// Builds the next version of the manager.
