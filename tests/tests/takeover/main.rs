@@ -4,6 +4,8 @@
 //!   scene     a world whose managers come and go while guests stay; printer is a guest that never stops printing
 //!   killed    the manager is killed: what is printed, told, shared and counted goes on
 //!   begun     what is created or begun again while there is no manager
+//!   devices   what has another side on the host: sockets, ports, disks, processors
+//!   found     what the next manager knows, counts and answers at once
 //!   leases    what its owner has to do, and what follows if not
 //!   slow      components that stand still, and waits that outlive their manager
 //!   terminal  who sits at a guest's terminal
@@ -19,13 +21,15 @@
 )]
 
 mod begun;
+mod devices;
+mod found;
 mod given_up;
 mod killed;
 mod leases;
 mod printer;
 mod remembered;
 mod scene;
-mod stuck;
 mod slow;
+mod stuck;
 mod terminal;
 mod upgrade;
