@@ -242,7 +242,7 @@ async fn write_definition(
             Ok(uuid)
         }
         Err(error) => {
-            manager.registry(|registry, _| registry.unclaim(claim));
+            manager.registry(|registry, now| registry.unclaim(claim, now));
             Err(error)
         }
     }

@@ -205,8 +205,8 @@ impl Registry {
         id
     }
 
-    /// What was claimed is not kept after all.
-    pub fn unclaim(&mut self, claim: Claim) {
+    /// What was claimed is not kept after all. A guest that would have been forgotten meanwhile is.
+    pub fn unclaim(&mut self, claim: Claim, now: Moment) {
         let Some(id) = self.names.get(&claim.name).copied() else {
             return;
         };
@@ -215,6 +215,9 @@ impl Registry {
                 entry.upkeep.defined = before.defined;
                 if !entry.phase.live() {
                     entry.upkeep.uuid = before.uuid;
+                }
+                if entry.is_gone() && entry.ended_as == 0 {
+                    self.forget(id, now);
                 }
             }
             // Nobody was told of it.

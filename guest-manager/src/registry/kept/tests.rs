@@ -261,7 +261,7 @@ fn a_claim_that_fails_leaves_no_trace() {
     let mut registry = registry(4, 4);
     let claim = registry.claim("web", None, uuid(1), false).unwrap();
     assert!(registry.is_defined("web"));
-    registry.unclaim(claim);
+    registry.unclaim(claim, now());
     assert!(info(&registry, "web").is_none() && registry.log().last() == 0);
     define(&mut registry, "web", Some(uuid(1))).unwrap();
     assert_eq!(
@@ -269,9 +269,30 @@ fn a_claim_that_fails_leaves_no_trace() {
         Kind::AlreadyBound
     );
     let claim = registry.claim("web", Some(uuid(2)), uuid(9), true).unwrap();
-    registry.unclaim(claim);
+    registry.unclaim(claim, now());
     let there = info(&registry, "web").unwrap().upkeep;
     assert_eq!((there.defined, there.uuid), (true, Some(uuid(1))));
+}
+
+#[test]
+fn what_was_forgotten_while_it_was_claimed_does_not_stay() {
+    // One that was launched and never created; and two that ended, where one is remembered.
+    let mut registry = registry(4, 1);
+    let id = registry.reserve("web", Origin::Launch, now()).unwrap();
+    let claim = registry.claim("web", None, uuid(1), false).unwrap();
+    registry.release(id, killed(), now());
+    registry.unclaim(claim, now());
+    assert!(info(&registry, "web").is_none());
+    for (i, name) in (2..).zip(["first", "second"]) {
+        let (id, generation) = begin(&mut registry, name, Origin::Launch, Some(uuid(i))).unwrap();
+        let claim = (name == "second").then(|| registry.claim("first", None, uuid(9), false).unwrap());
+        registry.ended(id, generation, killed(), 0, now());
+        if let Some(claim) = claim {
+            registry.unclaim(claim, now());
+        }
+    }
+    assert!(info(&registry, "first").is_none() && info(&registry, "second").is_some());
+    assert_eq!(last_event(&registry), EventKind::Removed);
 }
 
 #[test]
@@ -340,7 +361,7 @@ proptest! {
                         registry.keep(&name, kept(its), Some(claim), now());
                         defined.insert(name, its);
                     } else {
-                        registry.unclaim(claim);
+                        registry.unclaim(claim, now());
                     }
                 }
                 Step::Undefine(name) => {
