@@ -19,7 +19,6 @@ mod tap;
 mod tests;
 
 use std::io;
-use std::os::fd::BorrowedFd;
 
 use sepal_schema::config::device::{Link, Network};
 use sepal_schema::error::{Error, Kind};
@@ -117,18 +116,6 @@ fn failed(what: impl Into<String>) -> impl FnOnce(io::Error) -> NetworkError {
 #[derive(Debug, Default)]
 pub struct Guard {
     passt: Option<Passt>,
-}
-
-impl Guard {
-    /// Becomes readable when the process that serves the network ends by itself; `None` if there is none.
-    pub fn process(&self) -> Option<BorrowedFd<'_>> {
-        self.passt.as_ref().map(Passt::process)
-    }
-
-    /// How the process ended and its last words, for a person; `None` while it runs, or if there is none.
-    pub fn end(&mut self) -> Option<String> {
-        self.passt.as_mut()?.end()
-    }
 }
 
 /// The network device `index` of a configuration, with its other end as handles, and what has to be kept until the guest ends.

@@ -10,12 +10,10 @@
 //! system-call filter for itself. Its standard error is a pipe that never blocks it: what nobody reads is lost.
 
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
-
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use super::{NetworkError, failed};
 
@@ -39,11 +37,8 @@ const ASKING: [u8; 6] = [0x02, 0, 0, 0, 0, 0x0f];
 /// A running passt. Dropping it ends the process.
 #[derive(Debug)]
 pub struct Passt {
-    child: Child,
-    pidfd: OwnedFd,
+    pub(super) child: Child,
     stderr: OwnedFd,
-    /// How it ended.
-    end: Option<String>,
 }
 
 /// Starts `program` for a network with `mtu` and a guest with the address `mac`; returns the guest's end once it works.
@@ -69,7 +64,7 @@ pub(super) fn start(program: &str, mtu: u16, mac: Option<[u8; 6]>) -> Result<(Ow
         io::ErrorKind::NotFound => NetworkError::NoPasst(program.to_owned()),
         _ => failed(format!("start {program}"))(error),
     })?;
-    let mut passt = Passt::new(child, stderr).map_err(failed("watch passt"))?;
+    let mut passt = Passt { child, stderr };
     match wait_for_gateway(&ours, mac.unwrap_or(ASKING)) {
         Ok(()) => Ok((ours.into(), passt)),
         Err(error) => Err(NetworkError::PasstFailed(passt.explain(&error))),
@@ -95,43 +90,6 @@ fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
 }
 
 impl Passt {
-    fn new(mut child: Child, stderr: OwnedFd) -> io::Result<Self> {
-        let pidfd = i32::try_from(child.id())
-            .ok()
-            .and_then(Pid::from_raw)
-            .ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))
-            .and_then(|pid| Ok(pidfd_open(pid, PidfdFlags::empty())?));
-        match pidfd {
-            Ok(pidfd) => Ok(Self {
-                child,
-                pidfd,
-                stderr,
-                end: None,
-            }),
-            Err(error) => {
-                // Nobody else would.
-                let _ = child.kill();
-                let _ = child.wait();
-                Err(error)
-            }
-        }
-    }
-
-    pub(super) fn process(&self) -> BorrowedFd<'_> {
-        self.pidfd.as_fd()
-    }
-
-    pub(super) fn end(&mut self) -> Option<String> {
-        if self.end.is_none()
-            && let Ok(Some(status)) = self.child.try_wait()
-        {
-            let words = self.last_words();
-            let pause = if words.is_empty() { "" } else { ": " };
-            self.end = Some(format!("passt ended ({status}){pause}{words}"));
-        }
-        self.end.clone()
-    }
-
     /// Why it did not come up.
     fn explain(&mut self, error: &io::Error) -> String {
         let _ = self.child.kill();
