@@ -6,9 +6,11 @@
 //!    forgotten            kept                 still to come
 //! ```
 //!
+//! Of a guest that goes on without its manager the bytes are in memory that the next manager gets, and are not kept here a second time.
+//!
 //! Pure: no waiting, no I/O. Readers keep their own position, so they disturb neither each other nor the guest.
 
-use std::collections::VecDeque;
+use std::{collections::VecDeque, fmt, rc::Rc};
 
 /// How much is kept for a guest, in bytes, unless something else is configured.
 pub const DEFAULT_CAPACITY: usize = 256 * 1024;
@@ -28,10 +30,28 @@ pub struct Piece {
     pub ended: bool,
 }
 
+/// What keeps the last bytes elsewhere.
+pub(crate) trait Tail: fmt::Debug {
+    /// Position of the first byte.
+    fn start(&self) -> u64;
+
+    /// Position after the last byte.
+    fn end(&self) -> u64;
+
+    /// At most so many bytes from a position on; none if they cannot be read.
+    fn read(&self, position: u64, most: usize) -> Vec<u8>;
+}
+
+#[derive(Debug)]
+enum Kept {
+    Here(VecDeque<u8>),
+    Elsewhere(Rc<dyn Tail>),
+}
+
 /// The ring.
 #[derive(Debug)]
 pub struct History {
-    kept: VecDeque<u8>,
+    kept: Kept,
     capacity: usize,
     end: u64,
     ended: bool,
@@ -41,40 +61,58 @@ impl History {
     /// An empty ring that keeps at most `capacity` bytes, and takes memory only as it fills.
     pub fn new(capacity: usize) -> Self {
         Self {
-            kept: VecDeque::new(),
+            kept: Kept::Here(VecDeque::new()),
             capacity,
             end: 0,
             ended: false,
         }
     }
 
-    /// What an earlier manager has kept: these bytes, the last of them before position `end`.
-    pub fn restored(capacity: usize, end: u64, bytes: &[u8]) -> Self {
-        let bytes = &bytes[bytes.len().saturating_sub(capacity)..];
+    /// What an earlier manager has kept.
+    pub(crate) fn restored(capacity: usize, tail: Rc<dyn Tail>) -> Self {
         Self {
-            kept: bytes.iter().copied().collect(),
             capacity,
-            end: end.max(bytes.len() as u64),
+            end: tail.end(),
+            kept: Kept::Elsewhere(tail),
             ended: false,
         }
     }
 
-    /// Appends output, forgetting the oldest where there is no room. After [`History::finish`] nothing is added.
+    /// From now on the bytes are kept elsewhere; before there are any.
+    pub(crate) fn keep_elsewhere(&mut self, tail: Rc<dyn Tail>) {
+        if (self.end, tail.end()) == (0, 0) {
+            self.kept = Kept::Elsewhere(tail);
+        }
+    }
+
+    /// The next bytes could not be kept elsewhere: from now on they are here, and what came before them.
+    pub(crate) fn keep_here(&mut self) {
+        if let Kept::Elsewhere(tail) = &self.kept {
+            self.kept = Kept::Here(tail.read(tail.start(), self.capacity).into());
+        }
+    }
+
+    /// Appends output, forgetting the oldest where there is no room; where it is kept elsewhere, it is there already. After [`History::finish`] nothing is
+    /// added.
     pub fn push(&mut self, bytes: &[u8]) {
         if self.ended {
             return;
         }
         self.end = self.end.saturating_add(bytes.len() as u64);
-        let bytes = &bytes[bytes.len().saturating_sub(self.capacity)..];
-        let surplus = (self.kept.len() + bytes.len()).saturating_sub(self.capacity);
-        self.kept.drain(..surplus);
-        self.kept.extend(bytes);
+        if let Kept::Here(kept) = &mut self.kept {
+            let bytes = &bytes[bytes.len().saturating_sub(self.capacity)..];
+            let surplus = (kept.len() + bytes.len()).saturating_sub(self.capacity);
+            kept.drain(..surplus);
+            kept.extend(bytes);
+        }
     }
 
     /// Nothing more will come.
     pub fn finish(&mut self) {
         self.ended = true;
-        self.kept.shrink_to_fit();
+        if let Kept::Here(kept) = &mut self.kept {
+            kept.shrink_to_fit();
+        }
     }
 
     /// Whether nothing more will come.
@@ -89,7 +127,10 @@ impl History {
 
     /// Position of the oldest byte that is kept.
     pub fn start(&self) -> u64 {
-        self.end - self.kept.len() as u64
+        match &self.kept {
+            Kept::Here(kept) => self.end - kept.len() as u64,
+            Kept::Elsewhere(tail) => tail.start(),
+        }
     }
 
     /// Position after the last byte.
@@ -108,13 +149,21 @@ impl History {
                 ended: self.ended,
             };
         }
-        let from = position.max(self.start());
-        // Both differences are at most the length of what is kept, which fits into memory.
-        let skip = usize::try_from(from - self.start())
-            .unwrap_or(usize::MAX)
-            .min(self.kept.len());
-        let take = most.min(self.kept.len() - skip);
-        let bytes: Vec<u8> = self.kept.range(skip..skip + take).copied().collect();
+        let start = self.start();
+        let mut from = position.max(start);
+        let bytes: Vec<u8> = match &self.kept {
+            Kept::Here(kept) => {
+                // Both differences are at most the length of what is kept, which fits into memory.
+                let skip = usize::try_from(from - start).unwrap_or(usize::MAX).min(kept.len());
+                let take = most.min(kept.len() - skip);
+                kept.range(skip..skip + take).copied().collect()
+            }
+            Kept::Elsewhere(tail) => tail.read(from, most),
+        };
+        if bytes.is_empty() {
+            // Lost: whoever reads goes on behind it.
+            from = self.end;
+        }
         let ended = self.ended && from + bytes.len() as u64 == self.end;
         Piece {
             position: from,
@@ -129,7 +178,10 @@ impl History {
 mod tests {
     use proptest::prelude::*;
 
+    use std::cell::RefCell;
+
     use super::*;
+    use crate::durable::{memory::Shared, ring::Ring};
 
     #[test]
     fn a_reader_gets_what_was_printed_and_then_nothing() {
@@ -184,21 +236,33 @@ mod tests {
     }
 
     proptest! {
-        /// Against the plain model: all bytes ever printed, of which the last `capacity` are kept.
+        /// Against the plain model: all bytes ever printed, of which the last `capacity` are kept, here or elsewhere, or here since that failed.
         #[test]
         fn reads_match_the_whole_output(
             capacity in 1usize..64,
-            pushes in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..100), 0..20),
+            pushes in prop::collection::vec((prop::collection::vec(any::<u8>(), 0..100), prop::bool::weighted(0.9)), 0..20),
+            elsewhere: bool,
             position in 0u64..2200,
             most in 0usize..70,
             finish: bool,
         ) {
             let mut history = History::new(capacity);
             let mut all = Vec::new();
-            for bytes in &pushes {
+            let ring = Rc::new(RefCell::new(Ring::create(Shared::new().unwrap(), capacity).unwrap()));
+            if elsewhere {
+                history.keep_elsewhere(ring.clone());
+            }
+            for (bytes, is_kept) in &pushes {
+                match is_kept {
+                    true => ring.borrow_mut().publish(bytes).unwrap(),
+                    false => history.keep_here(),
+                }
                 history.push(bytes);
+                if !is_kept {
+                    ring.borrow_mut().skip(bytes.len()).unwrap();
+                }
                 all.extend_from_slice(bytes);
-                prop_assert!(history.kept.len() <= capacity);
+                prop_assert_eq!(history.end - history.start(), all.len().min(capacity) as u64);
             }
             if finish {
                 history.finish();

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   component --socket--> history (ring) ---> readers, each with a position; streams
-//!                             '---> mirror, of a guest that goes on without its manager: first of all
+//!                             '--- of a guest that goes on without its manager the bytes are in the mirror, first of all
 //!   component <--socket-- input (64 KiB) <--- writers wait for room;         streams
 //! ```
 //!
@@ -77,7 +77,9 @@ impl Port {
 
     /// What is kept of the output for the next manager, which it is from now on.
     pub(crate) fn mirror(&self) -> io::Result<OwnedFd> {
-        self.mirror.descriptor(self.history.look(History::capacity))
+        let (descriptor, ring) = self.mirror.descriptor(self.history.look(History::capacity))?;
+        self.history.change(|history| history.keep_elsewhere(ring));
+        Ok(descriptor)
     }
 
     /// Goes on where an earlier manager stopped reading, whose descriptor this is.
@@ -89,8 +91,14 @@ impl Port {
 
     /// Takes output out of the component's socket, and returns how much.
     fn take(&self, socket: &UnixStream, room: &mut [MaybeUninit<u8>]) -> io::Result<usize> {
-        self.mirror
-            .take(socket, room, |bytes| self.history.change(|history| history.push(bytes)))
+        self.mirror.take(socket, room, |bytes, is_kept| {
+            self.history.change(|history| {
+                if !is_kept {
+                    history.keep_here();
+                }
+                history.push(bytes);
+            });
+        })
     }
 
     /// Reads output; see [`History::read`]. With `wait`, not before there is a byte or the end.

@@ -159,13 +159,18 @@ impl<M: Memory> Ring<M> {
         Ok(())
     }
 
-    /// What is kept: the position of its first byte, and the bytes.
+    /// Position of the first byte that is kept.
+    pub(crate) fn start(&self) -> u64 {
+        self.end.saturating_sub(self.capacity).max(self.begin).min(self.end)
+    }
+
+    /// What is kept from a position on: the position of its first byte, and at most so many bytes.
     ///
     /// # Errors
     /// The memory cannot be read.
-    pub(crate) fn kept(&self) -> io::Result<(u64, Vec<u8>)> {
-        let start = self.end.saturating_sub(self.capacity).max(self.begin).min(self.end);
-        let length = usize::try_from(self.end - start).map_err(io::Error::other)?;
+    pub(crate) fn read(&self, position: u64, most: usize) -> io::Result<(u64, Vec<u8>)> {
+        let start = position.clamp(self.start(), self.end);
+        let length = usize::try_from(self.end - start).unwrap_or(usize::MAX).min(most);
         let mut bytes = vec![0; length];
         let at = start % self.size();
         let first = usize::try_from(self.size() - at).unwrap_or(usize::MAX).min(length);
@@ -173,6 +178,14 @@ impl<M: Memory> Ring<M> {
         self.memory.read(one, DATA + at)?;
         self.memory.read(other, DATA)?;
         Ok((start, bytes))
+    }
+
+    /// All that is kept: the position of its first byte, and the bytes.
+    ///
+    /// # Errors
+    /// The memory cannot be read.
+    pub(crate) fn kept(&self) -> io::Result<(u64, Vec<u8>)> {
+        self.read(0, usize::MAX)
     }
 }
 

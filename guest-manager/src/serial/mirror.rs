@@ -11,51 +11,51 @@ use std::{
         fd::{AsRawFd, OwnedFd},
         unix::net::UnixStream,
     },
+    rc::Rc,
 };
 
 use rustix::net::RecvFlags;
 
 use crate::{
     durable::{memory::Shared, ring::Ring},
-    history::History,
+    history::{History, Tail},
 };
 
 /// The ring of a port, if there is one.
 #[derive(Debug, Default)]
 pub(super) struct Mirror {
-    ring: RefCell<Option<Ring<Shared>>>,
+    ring: RefCell<Option<Rc<RefCell<Ring<Shared>>>>>,
     /// That something is not kept has been told.
     told: Cell<bool>,
 }
 
 impl Mirror {
-    /// A descriptor of the ring, which is made, to keep the last `capacity` bytes, where there is none yet: before anything was printed.
-    pub(super) fn descriptor(&self, capacity: usize) -> io::Result<OwnedFd> {
+    /// A descriptor of the ring, and what is in it. It is made, to keep the last `capacity` bytes, where there is none yet: before anything was printed.
+    pub(super) fn descriptor(&self, capacity: usize) -> io::Result<(OwnedFd, Rc<dyn Tail>)> {
         let mut slot = self.ring.borrow_mut();
         let ring = match slot.take() {
             Some(ring) => ring,
-            None => Ring::create(Shared::new()?, capacity)?,
+            None => Rc::new(RefCell::new(Ring::create(Shared::new()?, capacity)?)),
         };
-        let descriptor = ring.memory().descriptor();
-        *slot = Some(ring);
-        descriptor
+        let descriptor = ring.borrow().memory().descriptor();
+        *slot = Some(ring.clone());
+        Ok((descriptor?, ring))
     }
 
-    /// Goes on with the ring of an earlier manager; returns what is in it, which keeps the last `capacity` bytes or more.
+    /// Goes on with the ring of an earlier manager; returns what is in it.
     pub(super) fn restore(&self, ring: OwnedFd, capacity: usize) -> io::Result<History> {
-        let ring = Ring::open(Shared::from(ring))?;
-        let (_, bytes) = ring.kept()?;
-        let history = History::restored(capacity.max(bytes.len()), ring.end(), &bytes);
-        *self.ring.borrow_mut() = Some(ring);
-        Ok(history)
+        let ring = Rc::new(RefCell::new(Ring::open(Shared::from(ring))?));
+        *self.ring.borrow_mut() = Some(ring.clone());
+        Ok(History::restored(capacity, ring))
     }
 
     /// Output comes from this socket now: one that nobody has read from yet, or that of which an earlier manager has kept what is in the ring. What has been
     /// kept already is taken out of it.
     pub(super) fn attach(&self, socket: &UnixStream) -> io::Result<()> {
-        let Some(ring) = &mut *self.ring.borrow_mut() else {
+        let Some(ring) = self.ring.borrow().clone() else {
             return Ok(());
         };
+        let mut ring = ring.borrow_mut();
         let twice = ring.published(peek_offset(socket)?.unwrap_or(0));
         set_peek_offset(socket)?;
         let mut rest = usize::try_from(twice).unwrap_or(usize::MAX);
@@ -70,33 +70,33 @@ impl Mirror {
         ring.all_consumed()
     }
 
-    /// Takes what there is out of the socket, keeps it, and tells it; returns how much it was.
+    /// Takes what there is out of the socket, keeps it, and tells it, and whether it is kept; returns how much it was.
     pub(super) fn take(
         &self,
         socket: &UnixStream,
         room: &mut [MaybeUninit<u8>],
-        tell: impl FnOnce(&[u8]),
+        tell: impl FnOnce(&[u8], bool),
     ) -> io::Result<usize> {
-        let mut slot = self.ring.borrow_mut();
-        let Some(ring) = &mut *slot else {
-            drop(slot);
+        let Some(ring) = self.ring.borrow().clone() else {
             let ((bytes, _), _) = rustix::net::recv(socket, room, RecvFlags::DONTWAIT)?;
-            tell(bytes);
+            tell(bytes, false);
             return Ok(bytes.len());
         };
-        ring.all_consumed()?;
+        ring.borrow_mut().all_consumed()?;
         let ((bytes, _), _) = rustix::net::recv(socket, &mut *room, RecvFlags::DONTWAIT | RecvFlags::PEEK)?;
-        if let Err(error) = ring.publish(bytes) {
+        let published = ring.borrow_mut().publish(bytes);
+        // The ring is to be read from by those who are told.
+        tell(bytes, published.is_ok());
+        if let Err(error) = published {
             // The guest goes on, and who reads it now loses nothing. There may be memory for what it prints next.
             if !self.told.replace(true) {
-                let position = ring.end();
+                let position = ring.borrow().end();
                 tracing::error!(
                     "what a guest printed is not kept for the next manager, from byte {position} on: {error}"
                 );
             }
-            ring.skip(bytes.len())?;
+            ring.borrow_mut().skip(bytes.len())?;
         }
-        tell(bytes);
         let count = bytes.len();
         let mut taken = 0;
         while taken < count {
@@ -106,6 +106,22 @@ impl Mirror {
             }
         }
         Ok(count)
+    }
+}
+
+impl Tail for RefCell<Ring<Shared>> {
+    fn start(&self) -> u64 {
+        self.borrow().start()
+    }
+
+    fn end(&self) -> u64 {
+        self.borrow().end()
+    }
+
+    fn read(&self, position: u64, most: usize) -> Vec<u8> {
+        let read = self.borrow().read(position, most);
+        let read = read.inspect_err(|error| tracing::error!("what a guest printed cannot be read: {error}"));
+        read.map(|(_, bytes)| bytes).unwrap_or_default()
     }
 }
 
@@ -160,7 +176,7 @@ mod tests {
 
     fn take(mirror: &Mirror, socket: &UnixStream) -> (usize, Vec<u8>) {
         let (mut room, mut told) = ([MaybeUninit::uninit(); 8], Vec::new());
-        let count = mirror.take(socket, &mut room, |bytes| told.extend(bytes)).unwrap();
+        let count = mirror.take(socket, &mut room, |bytes, _| told.extend(bytes)).unwrap();
         (count, told)
     }
 
@@ -168,7 +184,7 @@ mod tests {
     fn whoever_comes_next_loses_nothing_and_has_nothing_twice() {
         let (mut component, ours) = UnixStream::pair().unwrap();
         let mirror = Mirror::default();
-        let kept = mirror.descriptor(64).unwrap();
+        let (kept, _) = mirror.descriptor(64).unwrap();
         mirror.attach(&ours).unwrap();
         component.write_all(b"one two three four").unwrap();
         assert_eq!(take(&mirror, &ours), (8, b"one two ".into()));
@@ -176,8 +192,8 @@ mod tests {
 
         // Killed after it has kept the rest, and before it has taken it.
         {
-            let mut slot = mirror.ring.borrow_mut();
-            let ring = slot.as_mut().unwrap();
+            let ring = mirror.ring.borrow().clone().unwrap();
+            let mut ring = ring.borrow_mut();
             ring.all_consumed().unwrap();
             let mut room = [0; 8];
             let (_, count) = rustix::net::recv(&ours, &mut room, RecvFlags::DONTWAIT | RecvFlags::PEEK).unwrap();
@@ -195,7 +211,8 @@ mod tests {
 
         // Killed after it has looked, and before it has kept anything.
         component.write_all(b" six").unwrap();
-        next.ring.borrow_mut().as_mut().unwrap().all_consumed().unwrap();
+        let ring = next.ring.borrow().clone().unwrap();
+        ring.borrow_mut().all_consumed().unwrap();
         let _ = rustix::net::recv(&ours, &mut [0; 8], RecvFlags::DONTWAIT | RecvFlags::PEEK).unwrap();
         let last = Mirror::default();
         let history = last.restore(kept, 64).unwrap();
@@ -211,7 +228,9 @@ mod tests {
         let kept = rustix::fs::memfd_create("full", flags).unwrap();
         let mirror = Mirror::default();
         let memory = Shared::from(kept.try_clone().unwrap());
-        mirror.ring.replace(Some(Ring::create(memory, 64).unwrap()));
+        mirror
+            .ring
+            .replace(Some(Rc::new(RefCell::new(Ring::create(memory, 64).unwrap()))));
         mirror.attach(&ours).unwrap();
         component.write_all(b"one two ").unwrap();
         assert_eq!(take(&mirror, &ours), (8, b"one two ".into()));
