@@ -3,10 +3,15 @@
 //! A context id in use is a Unix socket bound to an abstract name (unix(7)). All managers of a host share that name space, whoever runs them;
 //! the kernel gives the name free when the manager ends, however that comes about; and nothing is left behind anywhere. Guests of other monitors
 //! are seen where the kernel knows them.
+//!
+//! ```text
+//!   take --> Cid --fds-----> kept beside the component of a guest that goes on without its manager
+//!              '- dropped: free, in a moment                    '--hold--> (the next manager) take --> Cid
+//! ```
 
 use std::{
     cell::RefCell,
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     io,
     os::{
         fd::OwnedFd,
@@ -14,29 +19,52 @@ use std::{
         unix::net::{SocketAddr, UnixDatagram},
     },
     rc::Rc,
+    time::{Duration, Instant},
 };
 
 use sepal_schema::{
     config::device::MIN_CID,
     error::{Error, Kind},
+    transport::Handle,
 };
 
-use crate::vsock::reservation::{Reservation, reserve};
+use crate::vsock::reservation::reserve;
 
 /// How many context ids are tried before there is said to be none.
 const MAX_TRIES: u32 = 4096;
 
+/// How long a context id that was let go of may be held by whoever kept a copy.
+const LET_GO: Duration = Duration::from_secs(1);
+/// Pause before another try to take such a one.
+const BETWEEN_TRIES: Duration = Duration::from_millis(2);
+/// Most context ids that are remembered as let go of.
+const MOST_LET_GO: usize = 256;
+
+/// Who has a context id.
+#[derive(Debug)]
+struct Holder {
+    guest: String,
+    /// What an earlier manager held it by, until it is taken.
+    kept: Vec<OwnedFd>,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    holders: HashMap<u32, Holder>,
+    let_go: VecDeque<(Instant, u32)>,
+}
+
 /// The context ids that guests of this manager have, and who has them.
 #[derive(Debug, Clone, Default)]
-pub struct Cids(Rc<RefCell<HashMap<u32, String>>>);
+pub struct Cids(Rc<RefCell<Table>>);
 
 /// A context id, held until this is dropped.
 #[derive(Debug)]
 pub struct Cid {
     number: u32,
     cids: Cids,
-    _name: OwnedFd,
-    _reserved: Reservation,
+    /// Its name, and what the host's kernel gives it by, if it does.
+    fds: Vec<OwnedFd>,
 }
 
 impl Cid {
@@ -44,11 +72,19 @@ impl Cid {
     pub fn number(&self) -> u32 {
         self.number
     }
+
+    /// What keeps it for as long as a copy of it is open, whoever has that.
+    pub(crate) fn fds(&self) -> &[OwnedFd] {
+        &self.fds
+    }
 }
 
 impl Drop for Cid {
     fn drop(&mut self) {
-        self.cids.0.borrow_mut().remove(&self.number);
+        let table = &mut *self.cids.0.borrow_mut();
+        table.holders.remove(&self.number);
+        table.let_go.truncate(MOST_LET_GO - 1);
+        table.let_go.push_front((Instant::now(), self.number));
     }
 }
 
@@ -59,7 +95,10 @@ impl Cids {
     /// `ALREADY_BOUND` about `vsock.cid`, saying who has it; `NO_RESOURCES`.
     pub fn take(&self, wanted: u32, guest: &str) -> Result<Cid, Error> {
         if wanted != 0 {
-            return self.bind(wanted, guest)?.ok_or_else(|| self.taken(wanted));
+            let kept = self
+                .claim(wanted, guest)
+                .map_or_else(|| self.bind(wanted, guest), |cid| Ok(Some(cid)));
+            return kept?.ok_or_else(|| self.taken(wanted));
         }
         for number in MIN_CID..MIN_CID + MAX_TRIES {
             if let Some(cid) = self.bind(number, guest)? {
@@ -68,6 +107,46 @@ impl Cids {
         }
         let message = format!("the first {MAX_TRIES} context ids are all taken; choose one");
         Err(Error::new(Kind::NoResources, message).about("vsock.cid"))
+    }
+
+    /// As [`Cids::take`]; waits for one that a guest of this manager has let go of a moment ago.
+    ///
+    /// # Errors
+    /// As for [`Cids::take`].
+    pub(crate) async fn take_in_time(&self, handle: &Handle, wanted: u32, guest: &str) -> Result<Cid, Error> {
+        loop {
+            match self.take(wanted, guest) {
+                Err(_) if self.was_let_go(wanted) => handle.sleep(BETWEEN_TRIES).await,
+                outcome => return outcome,
+            }
+        }
+    }
+
+    /// Whether nobody here has it, and somebody had a moment ago.
+    fn was_let_go(&self, number: u32) -> bool {
+        let table = self.0.borrow();
+        let recent = |(at, known): &(Instant, u32)| *known == number && at.elapsed() < LET_GO;
+        !table.holders.contains_key(&number) && table.let_go.iter().any(recent)
+    }
+
+    /// A guest has a context id by these [copies](Cid::fds), and takes it later.
+    pub(crate) fn hold(&self, number: u32, guest: &str, kept: Vec<OwnedFd>) {
+        if number != 0 && !kept.is_empty() {
+            let guest = guest.to_owned();
+            self.0.borrow_mut().holders.insert(number, Holder { guest, kept });
+        }
+    }
+
+    /// Takes what is held for the guest.
+    fn claim(&self, number: u32, guest: &str) -> Option<Cid> {
+        let table = &mut *self.0.borrow_mut();
+        let holder = table.holders.get_mut(&number).filter(|holder| holder.guest == guest)?;
+        let fds = std::mem::take(&mut holder.kept);
+        (!fds.is_empty()).then(|| Cid {
+            number,
+            cids: self.clone(),
+            fds,
+        })
     }
 
     /// Whether the context id `wanted` could be taken, without taking it. Guests of other monitors, which only who takes one meets, are not looked at.
@@ -80,14 +159,14 @@ impl Cids {
         }
         // Whoever has the name can be connected to.
         let has_holder = || -> io::Result<()> { UnixDatagram::unbound()?.connect_addr(&name(wanted)?) };
-        match self.0.borrow().contains_key(&wanted) || has_holder().is_ok() {
+        match self.0.borrow().holders.contains_key(&wanted) || (has_holder().is_ok() && !self.was_let_go(wanted)) {
             true => Err(self.taken(wanted)),
             false => Ok(()),
         }
     }
 
     fn taken(&self, number: u32) -> Error {
-        let holder = self.0.borrow().get(&number).cloned();
+        let holder = self.0.borrow().holders.get(&number).map(|holder| holder.guest.clone());
         let who = holder.map_or("a guest of another manager or monitor".to_owned(), |name| {
             format!("guest \"{name}\"")
         });
@@ -97,7 +176,7 @@ impl Cids {
 
     /// Takes one; none if somebody has it.
     fn bind(&self, number: u32, guest: &str) -> Result<Option<Cid>, Error> {
-        if self.0.borrow().contains_key(&number) {
+        if self.0.borrow().holders.contains_key(&number) {
             return Ok(None);
         }
         let bound = name(number).and_then(|name| UnixDatagram::bind_addr(&name));
@@ -106,12 +185,15 @@ impl Cids {
                 let Ok(reserved) = reserve(number) else {
                     return Ok(None);
                 };
-                self.0.borrow_mut().insert(number, guest.to_owned());
+                let holder = Holder {
+                    guest: guest.to_owned(),
+                    kept: Vec::new(),
+                };
+                self.0.borrow_mut().holders.insert(number, holder);
                 Ok(Some(Cid {
                     number,
                     cids: self.clone(),
-                    _name: socket.into(),
-                    _reserved: reserved,
+                    fds: [socket.into()].into_iter().chain(reserved.into_fd()).collect(),
                 }))
             }
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => Ok(None),
@@ -152,6 +234,25 @@ mod tests {
         ours.look(somewhere()).unwrap();
         ours.look(0).unwrap();
         theirs.take(somewhere(), "db").unwrap();
+    }
+
+    #[test]
+    fn a_context_id_outlives_its_manager_by_what_holds_it() {
+        let (before, others, after) = (Cids::default(), Cids::default(), Cids::default());
+        let number = somewhere() + 1;
+        let cid = before.take(number, "web").unwrap();
+        let kept: Vec<OwnedFd> = cid.fds().iter().map(|fd| fd.try_clone().unwrap()).collect();
+        drop(cid);
+        assert!(before.was_let_go(number) && !others.was_let_go(number));
+        assert_eq!(others.take(number, "db").unwrap_err().kind, Kind::AlreadyBound);
+        after.hold(number, "web", kept);
+        let error = after.take(number, "db").unwrap_err();
+        assert!(error.message.contains("guest \"web\""), "{error}");
+        let cid = after.take(number, "web").unwrap();
+        assert_eq!(after.take(number, "web").unwrap_err().kind, Kind::AlreadyBound);
+        assert_eq!(others.take(number, "db").unwrap_err().kind, Kind::AlreadyBound);
+        drop(cid);
+        others.take(number, "db").unwrap();
     }
 
     #[test]

@@ -101,7 +101,10 @@ pub(crate) async fn prepare(guest: &Guest, config: GuestConfig, client: &Client)
     let (mut held_cid, mut listens, mut socket_path) = (None, None, String::new());
     if let Some(vsock) = &mut config.vsock {
         socket_path.clone_from(&vsock.socket_path);
-        let cid = manager.cids.take(vsock.cid, &guest.name)?;
+        let cid = manager
+            .cids
+            .take_in_time(&manager.handle, vsock.cid, &guest.name)
+            .await?;
         vsock.cid = cid.number();
         guest.set_cid(cid.number());
         held_cid = Some(cid);
@@ -112,7 +115,9 @@ pub(crate) async fn prepare(guest: &Guest, config: GuestConfig, client: &Client)
         if let Some(vsock) = &mut config.vsock {
             vsock.socket_path = socket_path;
         }
-        guest.set_durable(Durable::new(config, client.into())?)?;
+        let held = durable::copies(held_cid.as_ref().map_or(&[], Cid::fds));
+        let held = held.map_err(|error| no_descriptors(&error))?;
+        guest.set_durable(Durable::new(config, client.into(), held)?)?;
     }
     Ok(Resources {
         template: config,

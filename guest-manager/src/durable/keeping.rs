@@ -39,6 +39,8 @@ pub(crate) mod label {
     pub(crate) const RINGS: &str = "rings";
     /// The manager's ends of the ports' sockets, in the same order.
     pub(crate) const PORTS: &str = "ports";
+    /// What the context id is held by.
+    pub(crate) const CID: &str = "cid";
     /// The component's standard error.
     pub(crate) const LOG: &str = "log";
     /// By which the component gets the connection to the next manager.
@@ -89,6 +91,8 @@ impl Successor {
 pub(crate) struct Durable {
     kit: Kit,
     owner: Owner,
+    /// What its context id is held by.
+    cid: Vec<OwnedFd>,
     slots: RefCell<Slots<Shared>>,
     /// Beside which component.
     custody: RefCell<Option<Rc<dyn Custody>>>,
@@ -116,14 +120,15 @@ pub(crate) fn check(manager: &Manager, config: &GuestConfig) -> Result<(), Error
 }
 
 impl Durable {
-    /// Nothing is kept anywhere yet. `config` is what the guest is created from, its files descriptors; `owner` launched it.
+    /// Nothing is kept anywhere yet. `config` is what the guest is created from, its files descriptors; `owner` launched it;
+    /// `cid` is what its context id is held by.
     ///
     /// # Errors
     /// `NO_RESOURCES`: there is no memory for the record.
-    pub(crate) fn new(config: GuestConfig, owner: Owner) -> Result<Rc<Self>, Error> {
+    pub(crate) fn new(config: GuestConfig, owner: Owner, cid: Vec<OwnedFd>) -> Result<Rc<Self>, Error> {
         let memory = Shared::new().and_then(Slots::open);
         let (slots, _) = memory.map_err(|error| no_resources(&error))?;
-        Self::restored(config, owner, slots, None)
+        Self::restored(config, owner, cid, slots, None)
     }
 
     /// What is kept beside a component already.
@@ -133,12 +138,14 @@ impl Durable {
     pub(crate) fn restored(
         config: GuestConfig,
         owner: Owner,
+        cid: Vec<OwnedFd>,
         slots: Slots<Shared>,
         custody: Option<Rc<dyn Custody>>,
     ) -> Result<Rc<Self>, Error> {
         Ok(Rc::new(Self {
             kit: Kit::new(config)?,
             owner,
+            cid,
             slots: RefCell::new(slots),
             custody: RefCell::new(custody),
         }))
@@ -169,11 +176,10 @@ impl Durable {
         let record = self.slots.borrow().memory().descriptor().map_err(resources)?;
         to.keep(label::RECORD, vec![record])?;
         for (i, fds) in self.kit.fds.chunks(MAX_KEPT).enumerate() {
-            let copies = fds
-                .iter()
-                .map(|fd| fd.as_fd().try_clone_to_owned())
-                .collect::<Result<_, _>>();
-            to.keep(&format!("{}{i}", label::CONFIG), copies.map_err(resources)?)?;
+            to.keep(&format!("{}{i}", label::CONFIG), copies(fds).map_err(resources)?)?;
+        }
+        if !self.cid.is_empty() {
+            to.keep(label::CID, copies(&self.cid).map_err(resources)?)?;
         }
         let ports = std::iter::once(&guest.port).chain(&guest.consoles);
         let rings = ports.map(|port| port.mirror()).collect::<Result<_, _>>();
@@ -266,7 +272,9 @@ impl Durable {
             heard: guest.heard(),
             sequence: guest.manager.registry(|registry, _| registry.log().last()),
             notes: guest.notes(),
-            broken: guest.manager.registry(|registry, _| registry.failures(guest.id).to_vec()),
+            broken: guest
+                .manager
+                .registry(|registry, _| registry.failures(guest.id).to_vec()),
         }
     }
 
@@ -276,6 +284,14 @@ impl Durable {
             custody.release();
         }
     }
+}
+
+/// Copies of descriptors.
+///
+/// # Errors
+/// There are none left.
+pub(crate) fn copies(fds: &[OwnedFd]) -> io::Result<Vec<OwnedFd>> {
+    fds.iter().map(|fd| fd.as_fd().try_clone_to_owned()).collect()
 }
 
 fn no_resources(error: &io::Error) -> Error {

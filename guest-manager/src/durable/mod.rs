@@ -5,6 +5,7 @@
 //!               record      (slots: a record, `record`)          journal  (ring: the events of all guests, `journal`)
 //!               config.N    (descriptors of the configuration)
 //!               rings       (what each port printed: `ring`)
+//!               cid         (what holds its context id)
 //!               ports       (the manager's ends of their sockets)
 //!               log         (the component's standard error)
 //!               successors  (by which it gets the connection to the next manager)
@@ -27,6 +28,6 @@ mod succeed;
 
 pub use self::succeed::take_over;
 pub(crate) use self::{
-    keeping::{Durable, Owner, Successor, check},
+    keeping::{Durable, Owner, Successor, check, copies},
     succeed::{Bygone, Left},
 };

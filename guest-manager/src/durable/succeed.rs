@@ -28,7 +28,7 @@ use uuid::Uuid;
 use super::{
     chronicle::past,
     journal::Journal,
-    keeping::{Durable, Owner, label},
+    keeping::{Durable, Owner, copies, label},
     late,
     memory::Shared,
     record::{Phase, Record},
@@ -252,6 +252,11 @@ pub(super) fn restore(manager: &Rc<Manager>, found: Found) -> Result<(), Error> 
         // As far as it can be told from what the guest got.
         None => guest.note(&config),
     }
+    let cid = orphan.kept.remove(label::CID).unwrap_or_default();
+    // Without copies it is taken as by anybody else.
+    manager
+        .cids
+        .hold(record.cid, &guest.name, copies(&cid).unwrap_or_default());
     let rings = orphan.kept.remove(label::RINGS).unwrap_or_default();
     for (port, ring) in std::iter::once(&guest.port).chain(&guest.consoles).zip(rings) {
         if let Err(error) = port.restore(ring) {
@@ -277,7 +282,7 @@ pub(super) fn restore(manager: &Rc<Manager>, found: Found) -> Result<(), Error> 
     let left = left(&record, orphan.fate, &mut orphan.kept, &orphan.custody);
     let copy = config.try_clone().map_err(|error| error.to_string());
     let durable = copy.map_err(|error| Error::new(sepal_schema::error::Kind::NoResources, error));
-    let durable = durable.and_then(|copy| Durable::restored(copy, owner, slots, Some(orphan.custody.clone())));
+    let durable = durable.and_then(|copy| Durable::restored(copy, owner, cid, slots, Some(orphan.custody.clone())));
     if let Err(error) = durable.and_then(|durable| guest.stay_durable(durable)) {
         // It goes on all the same, as long as this manager does: what is kept of it would be old when the next one comes.
         tracing::error!(guest = &*guest.name, "{error}");

@@ -25,10 +25,17 @@ const SET_GUEST_CID: rustix::ioctl::Opcode = opcode::write::<u64>(0xaf, 0x60);
 #[error("a guest of another monitor has the context id {0}")]
 pub(crate) struct InUse(u32);
 
-/// A context id that the kernel gives to nobody else until this is dropped.
+/// A context id that the kernel gives to nobody else until what is in here is closed.
 #[derive(Debug)]
 pub(crate) struct Reservation {
-    _device: Option<OwnedFd>,
+    device: Option<OwnedFd>,
+}
+
+impl Reservation {
+    /// What holds it, if anything has to.
+    pub(crate) fn into_fd(self) -> Option<OwnedFd> {
+        self.device
+    }
 }
 
 /// Reserves `cid` with the kernel, as far as that has such guests and lets this user ask.
@@ -37,7 +44,7 @@ pub(crate) struct Reservation {
 /// Somebody else's guest has it.
 pub(crate) fn reserve(cid: u32) -> Result<Reservation, InUse> {
     if !Path::new(MODULE).exists() {
-        return Ok(Reservation { _device: None });
+        return Ok(Reservation { device: None });
     }
     reserve_at(Path::new(DEVICE), cid)
 }
@@ -45,14 +52,14 @@ pub(crate) fn reserve(cid: u32) -> Result<Reservation, InUse> {
 fn reserve_at(device: &Path, cid: u32) -> Result<Reservation, InUse> {
     let unknown = |error: io::Error| {
         tracing::debug!("{}: {error}; other monitors' context ids are unknown", device.display());
-        Ok(Reservation { _device: None })
+        Ok(Reservation { device: None })
     };
     let device: OwnedFd = match OpenOptions::new().read(true).write(true).open(device) {
         Ok(device) => device.into(),
         Err(error) => return unknown(error),
     };
     match set_cid(device.as_fd(), cid) {
-        Ok(()) => Ok(Reservation { _device: Some(device) }),
+        Ok(()) => Ok(Reservation { device: Some(device) }),
         Err(rustix::io::Errno::ADDRINUSE) => Err(InUse(cid)),
         Err(error) => unknown(error.into()),
     }
@@ -75,14 +82,14 @@ mod tests {
     }
 
     #[test]
-    fn a_host_without_the_device_keeps_nobody_from_a_number() {
+    fn a_host_without_thedevice_keeps_nobody_from_a_number() {
         let folder = tempfile::tempdir().unwrap();
         let none = reserve_at(&folder.path().join("vhost-vsock"), 3).unwrap();
-        assert!(none._device.is_none());
+        assert!(none.device.is_none());
         // Something else than the device knows no such request.
         let file = folder.path().join("file");
         std::fs::write(&file, "").unwrap();
-        assert!(reserve_at(&file, 3).unwrap()._device.is_none());
+        assert!(reserve_at(&file, 3).unwrap().device.is_none());
     }
 
     #[test]
@@ -90,7 +97,7 @@ mod tests {
         // Far from what anybody chooses.
         let cid = 0x7000_0000 + std::process::id();
         let first = reserve(cid).unwrap();
-        if first._device.is_none() {
+        if first.device.is_none() {
             println!("skipped: no vhost-vsock");
             return;
         }

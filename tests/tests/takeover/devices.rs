@@ -9,9 +9,12 @@
 use std::{
     fs::{self, File},
     io::{Read, Write},
-    os::unix::{
-        fs::FileExt,
-        net::{UnixListener, UnixStream},
+    os::{
+        linux::net::SocketAddrExt,
+        unix::{
+            fs::FileExt,
+            net::{SocketAddr, UnixDatagram, UnixListener, UnixStream},
+        },
     },
     path::PathBuf,
     thread,
@@ -346,6 +349,11 @@ fn devices_have_their_other_side_after_takeover_and_restart() {
 
     bee.scene.kill_manager();
     bee.go_on_alone(1);
+    let name = SocketAddr::from_abstract_name(format!("sepal/cid/{}", cid())).unwrap();
+    assert!(
+        UnixDatagram::bind_addr(&name).is_err(),
+        "nobody else gets the context id"
+    );
     bee.scene.start_manager();
     // At once: nobody has to wait for what is there.
     for ((what, before), (_, after)) in view.iter().zip(bee.view()) {
@@ -375,6 +383,12 @@ fn devices_have_their_other_side_after_takeover_and_restart() {
         assert_eq!(vcpu["cpus"], Value::from(vec![last_processor()]), "{cpu}");
     }
     let sockets = bee.sockets.clone();
+    // Whatever was held for it can be had again when it has ended.
+    for _ in 0..5 {
+        bee.cli(&["stop", "bee", "--force"]);
+        let config = bee.config();
+        bee.scene.launch(config);
+    }
     bee.scene.end();
     assert!(!sockets.exists(), "the socket's file is gone with the guest");
 }
