@@ -88,7 +88,7 @@ fn a_keeper_that_stands_still_keeps_its_guests() {
         info.problems.iter().all(|problem| !problem.contains("does not answer")),
         "{info:?}"
     );
-    let text = scene.lines("bee", &mut 0, 100);
+    let text = scene.lines("bee", &mut 0, 20);
     printer::check(&text, 0);
     // It has cleaned up behind the manager that it was started by, and left the next one's files alone.
     let socket = scene.world.socket();
