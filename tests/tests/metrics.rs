@@ -227,7 +227,10 @@ fn who_never_asks_or_never_listens_makes_room_for_who_does() {
         .collect();
     for _ in 0..3 {
         let (head, body) = ask(connect(), GET);
-        assert!(head.starts_with("HTTP/1.1 200 OK\r\n") && body.contains("sepal_up 1"), "{head}");
+        assert!(
+            head.starts_with("HTTP/1.1 200 OK\r\n") && body.contains("sepal_up 1"),
+            "{head}"
+        );
     }
     // The first that was silent had to go, and was not told that its time is over.
     let mut told = Vec::new();
