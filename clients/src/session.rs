@@ -8,7 +8,7 @@
 //! The stream is a socket of the guest manager's, or leads to one (`streams`), which never makes the guest wait: a terminal that stands still loses the oldest output. Two threads
 //! copy, because a terminal or a file cannot be waited for by an event loop in every case.
 
-use std::{net::Shutdown, os::unix::net::UnixStream};
+use std::{future::Future, net::Shutdown, os::unix::net::UnixStream};
 
 use anyhow::{Context, Result, bail};
 use capnp::capability::FromClientHook;
@@ -311,12 +311,9 @@ impl Port<'_> {
         position: &mut u64,
     ) -> Result<Over> {
         let printed = copy_output(stream.try_clone()?)?;
-        let ended = async {
-            // All output has been printed before the end is told; output that cannot be printed ends the session.
-            let copied = printed.await.unwrap_or(Ok(0)).context("writing the guest's output")?;
-            Ok::<_, anyhow::Error>((copied, self.ended().await))
-        }
-        .fuse();
+        // All output has been printed before the end is told; output that cannot be printed ends the session.
+        let printed = async { printed.await.unwrap_or(Ok(0)).context("writing the guest's output") };
+        let ended = self.ended(printed).fuse();
         futures::pin_mut!(ended);
         let (copied, report, reason) = select! {
             ended = ended => {
@@ -325,9 +322,6 @@ impl Port<'_> {
             }
             () = escaped => return Ok(Over::Left),
             reason = connection.ended().fuse() => {
-                if self.back.is_none() {
-                    return Ok(Over::Lost(reason.to_string()));
-                }
                 // What has arrived is printed still. Its other end may be kept by nobody who would close it.
                 let _ = stream.shutdown(Shutdown::Both);
                 let (copied, report) = ended.await?;
@@ -340,7 +334,7 @@ impl Port<'_> {
             Ok(report) => Ok(Over::Ended(report)),
             Err(error) => match (reason, error.downcast_ref::<capnp::Error>()) {
                 (Some(reason), _) => Ok(Over::Lost(reason)),
-                (None, Some(broken)) if broken.kind == capnp::ErrorKind::Disconnected && self.back.is_some() => {
+                (None, Some(broken)) if broken.kind == capnp::ErrorKind::Disconnected => {
                     Ok(Over::Lost(broken.to_string()))
                 }
                 (None, _) => Err(error),
@@ -348,14 +342,19 @@ impl Port<'_> {
         }
     }
 
-    /// Why there is no more output: the guest's end, which who holds the port alone is not told about.
-    async fn ended(&self) -> Result<Option<StopReport>> {
+    /// What `printed` comes to, and why there is no more output: the guest's end, which who holds the port alone is not told about.
+    async fn ended(&self, printed: impl Future<Output = Result<u64>>) -> Result<(u64, Result<Option<StopReport>>)> {
         match &self.holder {
-            Holder::Launched(guest) | Holder::Attached(guest) => calls::wait(&calls::observer(guest)).await.map(Some),
+            Holder::Launched(guest) | Holder::Attached(guest) => {
+                // Asked from the beginning: a manager that ends with its guests answers that, and nothing that comes later.
+                let report = async { Ok(calls::wait(&calls::observer(guest)).await.map(Some)) };
+                future::try_join(printed, report).await
+            }
             Holder::Port => {
+                let copied = printed.await?;
                 let port: facet::Client = self.port.clone().cast_to();
                 // A capability that was taken back says so.
-                calls::describe(&port).await.map(|_| None)
+                Ok((copied, calls::describe(&port).await.map(|_| None)))
             }
         }
     }
