@@ -106,6 +106,8 @@ fn arrive(manager: &Rc<Manager>, inheritance: Inheritance, mut missed: Vec<Misse
             tracing::error!(guest = found.record.name, "{}", error.message);
         }
         let name = found.record.name.clone();
+        // Nobody could have redeemed its lease before.
+        found.record.lease_ends = None;
         if let Err(error) = restore(manager, found) {
             tracing::error!(guest = name, "the guest cannot be taken over, and ends: {error}");
         }
@@ -140,6 +142,10 @@ fn rename(manager: &Manager, found: &mut Found) -> Result<(), Error> {
 /// A keeper has ended without an answer.
 fn end(manager: &Rc<Manager>, keeper: &str, missed: Vec<Missed>) {
     for Missed { id, known, .. } in missed {
+        // Another keeper has answered for it: it was moving from this one to that.
+        if !manager.registry(|registry, _| registry.is_unreached(id)) {
+            continue;
+        }
         let name = &*known.name;
         tracing::error!(
             guest = name,

@@ -83,12 +83,14 @@ impl Asked {
         match rustix::net::connect(&socket, &address) {
             Ok(()) => {}
             Err(Errno::AGAIN) => return Err(KeeperError::Crowded { path: path.to_owned() }),
-            Err(errno) => {
+            Err(errno @ (Errno::CONNREFUSED | Errno::NOENT)) => {
                 return Err(KeeperError::Ended {
                     path: path.to_owned(),
                     source: errno.into(),
                 });
             }
+            // Whatever it is, the keeper may be there.
+            Err(errno) => return Err(system("connecting to a keeper")(errno)),
         }
         // Of whoever made the socket listen.
         let maker = sockopt::socket_peercred(&socket).map_err(system("asking who made the socket"))?;
