@@ -41,6 +41,8 @@ type Reply = Result<(), capnp::Error>;
 
 /// How long an operation waits for an agent that is not there yet.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// Seconds between the attempts to reach an agent that an earlier manager knew to be there.
+const LOOKS_AGAIN: [u64; 5] = [5, 10, 20, 40, 80];
 /// Longest sentence of an agent that is told, in bytes.
 const MAX_SENTENCE: usize = 512;
 /// What is sent at a time.
@@ -86,10 +88,20 @@ pub(crate) fn look_again(guest: &Rc<Guest>) {
     let (guest, generation) = (guest.clone(), guest.generation());
     let handle = guest.manager.handle.clone();
     handle.clone().spawn(async move {
-        match handle.timeout(PATIENCE, greeted(&guest)).await {
-            Ok(Some(socket)) => attend(&guest, generation, &socket).await,
-            _ if guest.generation() == generation => drop(guest.set_agent_ready(false)),
-            _ => {}
+        let same = || guest.generation() == generation && guest.live();
+        let mut pauses = LOOKS_AGAIN.iter();
+        while same() {
+            if let Ok(Some(socket)) = handle.timeout(PATIENCE, greeted(&guest)).await {
+                return attend(&guest, generation, &socket).await;
+            }
+            // The guest may be paused, or its host busy: what was there is not taken to be gone at once.
+            let Some(pause) = pauses.next().filter(|_| guest.agent_is_ready()) else {
+                break;
+            };
+            handle.sleep(Duration::from_secs(*pause)).await;
+        }
+        if guest.generation() == generation {
+            guest.set_agent_ready(false);
         }
     });
 }
