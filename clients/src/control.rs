@@ -57,7 +57,7 @@ pub(crate) async fn stop_by(handle: &Handle, power: &power::Client, name: &str, 
 fn insist(error: anyhow::Error, name: &str) -> anyhow::Error {
     match error.downcast::<Error>() {
         Ok(error) if error.kind == Kind::TimedOut => {
-            let message = format!("{}; `guest stop --force {name}` stops it in any case", error.message);
+            let message = format!("{} `guest stop --force {name}` stops it in any case", error.message);
             Error { message, ..error }.into()
         }
         Ok(error) => error.into(),

@@ -69,13 +69,9 @@ fn timed_out(guest: &Guest, timeout: Duration) -> Error {
     let message = if guest.is_paused() {
         format!("guest \"{name}\" is paused, and cannot shut down. Resume it, or stop it by force.")
     } else if !guest.has_started() {
-        format!(
-            "guest \"{name}\" was not created within {after} ms, and could not be asked to shut down; it goes on. Wait longer, or stop it by force."
-        )
+        format!("guest \"{name}\" was not created within {after} ms, and could not be asked to shut down; it goes on.")
     } else {
-        format!(
-            "guest \"{name}\" was asked to shut down and has not within {after} ms; it goes on. Wait longer, or stop it by force."
-        )
+        format!("guest \"{name}\" was asked to shut down and has not within {after} ms; it goes on.")
     };
     Error::new(Kind::TimedOut, message)
 }

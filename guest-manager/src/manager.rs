@@ -237,7 +237,10 @@ impl Manager {
     pub fn info(&self, id: GuestId, available_mib: Option<u64>) -> Option<GuestInfo> {
         let guest = self.slot(id).and_then(|slot| slot.current());
         let output_lost = guest.as_ref().map_or(0, |guest| guest.port.lost());
-        let lease_ends_ms = guest.as_ref().map_or(0, |guest| guest.lease_ends_ms());
+        let lease_ends_ms = guest
+            .as_ref()
+            .filter(|guest| guest.live())
+            .map_or(0, |guest| guest.lease_ends_ms());
         let silent = guest.as_ref().is_some_and(|guest| guest.is_silent());
         let notes = guest.map_or_else(Vec::new, |guest| guest.notes());
         let registry = self.registry.borrow();

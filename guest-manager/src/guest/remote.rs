@@ -1,6 +1,6 @@
 //! The component's side of a guest: how it is reached, and what is said when it cannot be.
 
-use std::{future::Future, pin::pin};
+use std::{future::Future, pin::pin, time::Duration};
 
 use futures::future::select;
 use sepal_schema::{
@@ -11,6 +11,9 @@ use sepal_schema::{
 };
 
 use super::Guest;
+
+/// How long a component may take for an answer. Nothing that it is asked takes so long unless it stands still.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The component's side of a guest.
 #[derive(Clone)]
@@ -98,12 +101,17 @@ impl Guest {
     /// The answer of its component to `call`; when there is none, because the guest ended meanwhile, how it ended.
     ///
     /// # Errors
-    /// `VMM_TERMINATED`, `NOT_RUNNING` (also of a guest that has begun again meanwhile), or what else kept the component from answering.
+    /// `VMM_TERMINATED`, `NOT_RUNNING` (also of a guest that has begun again meanwhile), `TIMED_OUT` of a component that stands still, or what else kept it
+    /// from answering.
     pub async fn answer<T>(&self, call: impl Future<Output = Result<T, capnp::Error>>) -> Result<T, Error> {
         let generation = self.generation();
-        let broken = match call.await {
-            Ok(answer) => return Ok(answer),
-            Err(error) => error,
+        let broken = match self.manager.handle.timeout(PATIENCE, call).await {
+            Ok(Ok(answer)) => return Ok(answer),
+            Ok(Err(error)) => error,
+            Err(_) => {
+                let message = format!("the guest's component has not answered within {PATIENCE:?}");
+                return Err(Error::new(Kind::TimedOut, message));
+            }
         };
         if broken.kind != capnp::ErrorKind::Disconnected {
             self.check_live()?;

@@ -140,7 +140,9 @@ impl Registry {
         let own = there.map(|entry| entry.id);
         if let Some(entry) = there {
             if entry.upkeep.defined && !replace {
-                let message = format!("guest \"{name}\" is defined; to replace its definition has to be asked for");
+                let message = format!(
+                    "guest \"{name}\" is defined already, and its definition is only replaced where that is asked for (replace)"
+                );
                 return Err(Error::new(Kind::AlreadyBound, message).about("name"));
             }
             if entry.origin == Origin::Lifecycle {
