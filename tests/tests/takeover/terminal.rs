@@ -49,12 +49,12 @@ fn a_terminal_at_any_other_guest_ends_with_the_manager() {
 #[test]
 fn who_watches_a_guest_end_with_its_manager_is_told_how_it_ended() {
     let mut scene = Scene::new();
-    let mut owner = scene.world.pty(&["launch", "bee", "--memory=32M", "--durable"]);
+    let owner = scene.world.pty(&["launch", "bee", "--memory=32M", "--durable"]);
     owner.expect(PROMPT);
-    let mut other = scene.world.pty(&["launch", "cat", "--memory=32M"]);
+    let other = scene.world.pty(&["launch", "cat", "--memory=32M"]);
     other.expect(PROMPT);
     scene.until_running("bee");
-    let mut watching = scene.world.pty(&["attach", "bee"]);
+    let watching = scene.world.pty(&["attach", "bee"]);
     watching.expect("connected to bee");
     scene.world.guest(&["end-manager"]).expect_code(0);
     for mut terminal in [owner, other, watching] {
