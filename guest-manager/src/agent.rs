@@ -91,8 +91,10 @@ pub(crate) fn look_again(guest: &Rc<Guest>) {
         let same = || guest.generation() == generation && guest.live();
         let mut pauses = LOOKS_AGAIN.iter();
         while same() {
-            if let Ok(Some(socket)) = handle.timeout(PATIENCE, greeted(&guest)).await {
-                return attend(&guest, generation, &socket).await;
+            match handle.timeout(PATIENCE, greeted(&guest)).await {
+                Ok(Ok(socket)) => return attend(&guest, generation, &socket).await,
+                Ok(Err(error)) if error.kind == Kind::ConnectionRefused => break,
+                _ => {}
             }
             // The guest may be paused, or its host busy: what was there is not taken to be gone at once.
             let Some(pause) = pauses.next().filter(|_| guest.agent_is_ready()) else {
@@ -107,20 +109,21 @@ pub(crate) fn look_again(guest: &Rc<Guest>) {
 }
 
 /// A connection to the agent, which has greeted: whatever else listens there does not.
-async fn greeted(guest: &Guest) -> Option<AsyncFd<UnixStream>> {
-    let socket = vsock::connect(guest, &vsock::remote(guest).await.ok()?, AGENT_PORT).await;
-    let socket = guest.manager.handle.register(socket.ok()?).ok()?;
-    let mut client = Client::new(Wish::Greet).ok()?;
+async fn greeted(guest: &Guest) -> Result<AsyncFd<UnixStream>, Error> {
+    let silent = || Error::new(Kind::TimedOut, "no agent has greeted");
+    let socket = vsock::connect(guest, &vsock::remote(guest).await?, AGENT_PORT).await?;
+    let socket = guest.manager.handle.register(socket).map_err(|_| silent())?;
+    let mut client = Client::new(Wish::Greet).map_err(|_| silent())?;
     let mut buffer = [0; 4096];
     loop {
         match receive(&socket, &mut buffer).await {
             Ok(count @ 1..) => client.receive(&buffer[..count]),
-            _ => return None,
+            _ => return Err(silent()),
         }
         match client.next_event() {
             Ok(None) => {}
-            Ok(Some(Event::Hello(_))) => return Some(socket),
-            _ => return None,
+            Ok(Some(Event::Hello(_))) => return Ok(socket),
+            _ => return Err(silent()),
         }
     }
 }
@@ -169,9 +172,10 @@ fn client_error(error: &ClientError) -> Error {
 /// Connects to the agent; with `patience`, waits that long for it to be there, else for as long as the guest runs.
 async fn connect(guest: &Guest, patience: Option<Duration>) -> Result<UnixStream, Error> {
     let remote = vsock::remote(guest).await?;
-    let absent = |error: &Error| matches!(error.kind, Kind::ConnectionRefused | Kind::TimedOut);
     match vsock::connect(guest, &remote, AGENT_PORT).await {
-        Err(error) if absent(&error) => {}
+        // Whoever had said that it is there is not any more; the next one says so again.
+        Err(error) if error.kind == Kind::ConnectionRefused => drop(guest.set_agent_ready(false)),
+        Err(error) if error.kind == Kind::TimedOut => {}
         answer => return answer,
     }
     let ended = pin!(guest.ended());
