@@ -35,10 +35,12 @@ fn killed(scene: Scene) {
 
 /// Every process of the world's that goes by this name.
 fn named(world: &World, name: &str) -> Vec<Process> {
-    let family = world.family().into_iter();
-    family
-        .filter(|process| process.name == name && process.state != 'Z')
-        .collect()
+    let mut all = world.family();
+    all.retain(|process| process.name == name && process.state != 'Z');
+    // What one has forked has its name for a moment.
+    let pids: Vec<_> = all.iter().map(|process| process.pid).collect();
+    all.retain(|process| !pids.contains(&process.parent));
+    all
 }
 
 #[test]
