@@ -30,6 +30,7 @@ use sepal_schema::{
 };
 
 pub use self::cause::{Again, StopCause};
+pub(crate) use self::remote::within;
 use self::{
     remote::Remote,
     state::{Ended, Run, State},

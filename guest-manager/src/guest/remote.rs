@@ -7,13 +7,24 @@ use sepal_schema::{
     error::{Error, Kind},
     guest_capnp::{guest as component_guest, power},
     report::{Reason, StopReport},
-    transport::FdTable,
+    transport::{FdTable, Handle},
 };
 
 use super::Guest;
 
 /// How long a component may take for an answer. Nothing that it is asked takes so long unless it stands still.
 const PATIENCE: Duration = Duration::from_secs(30);
+
+/// What a component answers, which may be stopped, or do something else than answer.
+///
+/// # Errors
+/// `TIMED_OUT`.
+pub(crate) async fn within<F: Future>(handle: &Handle, patience: Duration, answer: F) -> Result<F::Output, Error> {
+    handle.timeout(patience, answer).await.map_err(|_| {
+        let message = format!("the guest's component has not answered within {patience:?}");
+        Error::new(Kind::TimedOut, message)
+    })
+}
 
 /// The component's side of a guest.
 #[derive(Clone)]
@@ -105,13 +116,9 @@ impl Guest {
     /// from answering.
     pub async fn answer<T>(&self, call: impl Future<Output = Result<T, capnp::Error>>) -> Result<T, Error> {
         let generation = self.generation();
-        let broken = match self.manager.handle.timeout(PATIENCE, call).await {
-            Ok(Ok(answer)) => return Ok(answer),
-            Ok(Err(error)) => error,
-            Err(_) => {
-                let message = format!("the guest's component has not answered within {PATIENCE:?}");
-                return Err(Error::new(Kind::TimedOut, message));
-            }
+        let broken = match within(&self.manager.handle, PATIENCE, call).await? {
+            Ok(answer) => return Ok(answer),
+            Err(error) => error,
         };
         if broken.kind != capnp::ErrorKind::Disconnected {
             self.check_live()?;
@@ -131,5 +138,23 @@ impl Guest {
     fn not_running(&self, report: &StopReport) -> Error {
         let message = format!("guest \"{}\" has ended: {}", self.name, report.detail);
         Error::new(Kind::NotRunning, message)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use sepal_schema::transport::Reactor;
+
+    use super::*;
+
+    #[test]
+    fn a_component_that_does_not_answer_is_not_waited_for() {
+        let mut reactor = Reactor::new().unwrap();
+        let handle = reactor.handle();
+        let never = within(&handle, Duration::from_millis(1), futures::future::pending::<()>());
+        let error = reactor.run_until(never).unwrap().unwrap_err();
+        assert_eq!(error.kind, Kind::TimedOut);
+        let at_once = within(&handle, PATIENCE, async { 7 });
+        assert_eq!(reactor.run_until(at_once).unwrap(), Ok(7));
     }
 }
