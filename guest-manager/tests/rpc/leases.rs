@@ -8,7 +8,7 @@ use sepal_guest_manager::{
     roles::Role,
 };
 use sepal_schema::{
-    error::{Error, Kind, Outcome, read_completion},
+    error::{Error, Kind, read_completion},
     guest_capnp::guest,
     info::GuestStatus,
     manager_capnp::guest_manager::lease::{self, token_result},
@@ -41,13 +41,7 @@ impl Caller {
     pub(crate) async fn redeem_lease(&self, token: &str) -> Result<Launched, Error> {
         let mut request = self.manager.redeem_lease_request();
         request.get().set_token(token);
-        let answer = request.send().promise.await?;
-        let launched = answer.get()?.outcome()?;
-        Ok(Launched {
-            name: launched.get_name()?.to_string().unwrap(),
-            guest: launched.get_guest()?,
-            lease: launched.get_lease()?,
-        })
+        Launched::read(request.send().promise.await?.get()?)
     }
 }
 

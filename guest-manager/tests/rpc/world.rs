@@ -44,6 +44,18 @@ pub(crate) struct Launched {
     pub(crate) lease: lease::Client,
 }
 
+impl Launched {
+    /// What a launch, a start or a lease that was redeemed was answered.
+    pub(crate) fn read(answer: guest_manager::launch_result::Reader<'_>) -> Result<Self, Error> {
+        let launched = answer.outcome()?;
+        Ok(Self {
+            name: launched.get_name()?.to_string().unwrap(),
+            guest: launched.get_guest()?,
+            lease: launched.get_lease()?,
+        })
+    }
+}
+
 /// Runs a test on a manager with these settings.
 pub(crate) fn with(settings: Settings, test: impl AsyncFnOnce(World)) {
     let mut reactor = Reactor::new().unwrap();
@@ -130,13 +142,7 @@ impl Caller {
         let mut request = self.manager.launch_request();
         request.get().set_detach(detach);
         config.encode(request.get().init_config(), &self.connection.fds())?;
-        let answer = request.send().promise.await?;
-        let launched = answer.get()?.outcome()?;
-        Ok(Launched {
-            name: launched.get_name()?.to_string().unwrap(),
-            guest: launched.get_guest()?,
-            lease: launched.get_lease()?,
-        })
+        Launched::read(request.send().promise.await?.get()?)
     }
 
     pub(crate) async fn check(&self, config: GuestConfig) -> Result<(), Error> {

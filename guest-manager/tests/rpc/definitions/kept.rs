@@ -8,7 +8,7 @@ use sepal_guest_manager::{
 };
 use sepal_schema::{
     config::{File, GuestConfig, Uuid},
-    error::{Error, Kind, Outcome, read_completion},
+    error::{Error, Kind, read_completion},
     info::GuestInfo,
     manager_capnp::guest_manager::listing,
 };
@@ -131,13 +131,7 @@ impl Caller {
         let mut request = self.manager.start_request();
         request.get().set_name(name);
         request.get().set_detach(detach);
-        let answer = request.send().promise.await?;
-        let started = answer.get()?.outcome()?;
-        Ok(Launched {
-            name: started.get_name()?.to_string().unwrap(),
-            guest: started.get_guest()?,
-            lease: started.get_lease()?,
-        })
+        Launched::read(request.send().promise.await?.get()?)
     }
 
     pub(super) async fn browse(&self) -> Result<(listing::Client, u32), Error> {
