@@ -5,6 +5,8 @@
     reason = "helpers of tests: a failure is a panic with a message"
 )]
 
+mod signals;
+
 use rustix::process::Signal;
 use sepal_tests::{World, kvm_missing, process::Process, until};
 use serde_json::Value;

@@ -1,11 +1,6 @@
 //! Components that die of a signal of their own making: what is on record of it, and what follows. A component is the first process of its namespace, so that
 //! no signal from outside but SIGKILL ends it; these are what the kernel sends it for what it does itself.
 
-#![expect(
-    clippy::unwrap_used,
-    reason = "helpers of tests: a failure is a panic with a message"
-)]
-
 use std::{fs::File, io, mem::MaybeUninit, ptr::null_mut};
 
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -13,25 +8,11 @@ use sepal_schema::config::{GuestConfig, MemoryBacking, Restart, RestartPolicy};
 use sepal_tests::{Rpc, World, kvm_missing, process::Process, until};
 use serde_json::Value;
 
+use crate::{component, info};
+
 /// Where the guest has memory of the test's.
 const SHARED: u64 = 1 << 32;
 const SHARED_BYTES: u64 = 64 << 10;
-
-/// What there is to know about the guest.
-fn info(world: &World) -> Value {
-    let told = world.guest(&["info", "bee", "--json"]).expect_code(0);
-    serde_json::from_str(&told.out()).unwrap()
-}
-
-/// The component of this run, once the guest runs.
-fn component(world: &World, generation: u64) -> Process {
-    until("the guest runs", || {
-        let info = info(world);
-        let runs = info["status"] == "running" && info["generation"] == generation;
-        let pid = info["componentPid"].as_u64().filter(|_| runs)?;
-        Process::of(u32::try_from(pid).unwrap())
-    })
-}
 
 /// The only crash on record, once there is one.
 fn crash(world: &World) -> Value {
