@@ -155,7 +155,7 @@ pub(crate) async fn resume(guest: &Guest, mut config: GuestConfig, owner: Owner)
     }
     Resources {
         promise: Rc::new(promise),
-        _images: files::take_again(manager, &guest.name, &config).await,
+        _images: files::take_again(manager, &guest.name, &config),
         _cid: held_cid,
         networks: Networks::default(),
         backends: backends::paths(&mut config),

@@ -16,7 +16,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rustix::fs::{FileType, FlockOperation, flock, major, minor};
+use rustix::fs::{AtFlags, FileType, FlockOperation, StatxFlags, flock, makedev, statx};
 use sepal_schema::error::{Error, Kind};
 
 use super::no_resources;
@@ -159,20 +159,31 @@ struct Identity {
 
 impl Identity {
     fn of(field: &str, image: &OwnedFd) -> Result<Self, Error> {
-        let status = rustix::fs::fstat(image).map_err(|error| no_resources(field, &error.into()))?;
-        let file = match FileType::from_raw_mode(status.st_mode) {
+        Self::by(field, image, AtFlags::empty())
+    }
+
+    /// As the kernel remembers it: nothing is asked of what the file lies on.
+    fn remembered(field: &str, image: &OwnedFd) -> Result<Self, Error> {
+        Self::by(field, image, AtFlags::STATX_DONT_SYNC)
+    }
+
+    fn by(field: &str, image: &OwnedFd, flags: AtFlags) -> Result<Self, Error> {
+        let wanted = StatxFlags::TYPE | StatxFlags::INO;
+        let status = statx(image, c"", flags | AtFlags::EMPTY_PATH, wanted);
+        let status = status.map_err(|error| no_resources(field, &error.into()))?;
+        let file = match FileType::from_raw_mode(status.stx_mode.into()) {
             // Whatever node leads to it.
             FileType::BlockDevice => FileId {
                 device: u64::MAX,
-                inode: status.st_rdev,
+                inode: makedev(status.stx_rdev_major, status.stx_rdev_minor),
             },
             _ => FileId {
-                device: status.st_dev,
-                inode: status.st_ino,
+                device: makedev(status.stx_dev_major, status.stx_dev_minor),
+                inode: status.stx_ino,
             },
         };
-        let (major, minor) = (major(status.st_dev), minor(status.st_dev));
-        let place = format!("{major:02x}:{minor:02x}:{}", status.st_ino);
+        let (major, minor) = (status.stx_dev_major, status.stx_dev_minor);
+        let place = format!("{major:02x}:{minor:02x}:{}", status.stx_ino);
         Ok(Self { file, place })
     }
 }
@@ -208,6 +219,20 @@ impl Images {
                 Ok(claimed)
             }
         }
+    }
+
+    /// Notes that a guest goes on using `image`, by the open file that has carried the lock all along. Does not block.
+    ///
+    /// # Errors
+    /// `ALREADY_RUNNING`, naming who uses it.
+    pub(super) fn claim_again(
+        &self,
+        guest: &str,
+        field: &str,
+        image: &OwnedFd,
+        exclusive: bool,
+    ) -> Result<ImageUse, Error> {
+        self.note(guest, field, Identity::remembered(field, image)?.file, exclusive)
     }
 
     /// Whether `image` could be taken into use.
@@ -379,6 +404,23 @@ mod tests {
         theirs
             .claim("db", "disks[1].image", &open(image.path()), false)
             .unwrap();
+    }
+
+    #[test]
+    fn who_goes_on_using_an_image_is_in_the_way_of_others_and_asks_for_no_lock() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        let (before, now) = (Images::default(), Images::default());
+        let (field, kept) = ("disks[0].image", open(image.path()));
+        let used = before.claim("web", field, &kept, true).unwrap();
+        // Also if somebody else had the lock.
+        let again = now.claim_again("web", field, &open(image.path()), true).unwrap();
+        assert_eq!(again.file, used.file);
+        for error in [
+            now.claim("db", field, &open(image.path()), false).unwrap_err(),
+            now.claim_again("db", field, &kept, false).unwrap_err(),
+        ] {
+            assert!(error.message.contains("guest \"web\" writes to it"), "{error}");
+        }
     }
 
     #[test]

@@ -9,7 +9,7 @@ use sepal_guest_manager::manager::Settings;
 use sepal_schema::{
     config::{
         File, GuestConfig,
-        device::{Disk, DiskMode},
+        device::{Disk, DiskMode, Vsock},
     },
     error::{Kind, read_completion},
     info::GuestStatus,
@@ -18,11 +18,11 @@ use sepal_schema::{
 
 use crate::{
     fake::{
-        Behaviour, Does,
+        Behaviour, Does, Process,
         keeper::{Keeper, brisk},
     },
     leases::{detach, ends_in, hasty, token},
-    world::{info, kill, named, status, stop, wait},
+    world::{Caller, info, kill, named, status, stop, wait},
 };
 
 /// A guest that goes on without its manager.
@@ -216,26 +216,15 @@ fn a_component_that_stands_still_is_stopped_by_force() {
     }
 }
 
-#[test]
-fn a_guest_whose_files_hang_when_it_is_taken_over_can_be_stopped() {
+/// A guest that is taken over by a manager whose threads all wait, as for files on dead storage until its server is there again.
+fn taken_over_by_a_stuck_manager(config: GuestConfig, test: impl AsyncFnOnce(&Caller, &Process)) {
     let keeper = Keeper::new();
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("image");
-    std::fs::write(&path, vec![0; 4096]).unwrap();
-    let config = GuestConfig {
-        disks: vec![Disk::new(
-            File::Path(path.to_str().unwrap().into()),
-            DiskMode::ReadWrite,
-        )],
-        ..durable("web")
-    };
     keeper.manager(Settings::default(), async |world| {
         let caller = world.caller();
         caller.launch_config(config, true).await.unwrap();
     });
     let process = keeper.processes().remove(0);
     keeper.manager(brisk(), async |world| {
-        // As files on dead storage do, until its server is there again.
         let hang = |_| {
             let (server, client) = std::sync::mpsc::channel::<()>();
             (server, world.handle.spawn_foreign(move || client.recv()))
@@ -244,10 +233,42 @@ fn a_guest_whose_files_hang_when_it_is_taken_over_can_be_stopped() {
         let caller = world.caller();
         let guest = caller.lookup("web").await.unwrap();
         assert_eq!(status(&guest).await, GuestStatus::Running);
-        assert!(!process.is_attached() && process.alive());
+        test(&caller, &process).await;
         assert_eq!(kill(&guest).await.unwrap().reason, Reason::Killed);
         assert!(!process.alive());
         drop(hangs);
     });
     assert!(keeper.holds().is_empty());
+}
+
+#[test]
+fn a_guest_whose_images_hang_is_taken_over_all_the_same() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("image");
+    std::fs::write(&path, vec![0; 4096]).unwrap();
+    let disk = || Disk::new(File::Path(path.to_str().unwrap().into()), DiskMode::ReadWrite);
+    let config = GuestConfig {
+        disks: vec![disk()],
+        ..durable("web")
+    };
+    taken_over_by_a_stuck_manager(config, async |caller, process| {
+        while !process.is_attached() {
+            caller.list().await;
+        }
+    });
+}
+
+#[test]
+fn a_guest_whose_socket_hangs_when_it_is_taken_over_can_be_stopped() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = GuestConfig {
+        vsock: Some(Vsock {
+            socket_path: folder.path().join("vsock").to_str().unwrap().into(),
+            ..Vsock::default()
+        }),
+        ..durable("web")
+    };
+    taken_over_by_a_stuck_manager(config, async |_, process| {
+        assert!(!process.is_attached() && process.alive());
+    });
 }
