@@ -9,7 +9,7 @@
 //!    └────────────────── later, and later ──────────'
 //! ```
 
-use std::{fs::File, rc::Rc, time::Duration};
+use std::{fs::File, io, rc::Rc, time::Duration};
 
 use futures::{
     future::LocalBoxFuture,
@@ -65,7 +65,6 @@ impl Asking {
         });
         let (keepers, mut asking) = (Rc::new(keepers), Self::default());
         for mut left in left {
-            let Some(key) = left.key.take() else { continue };
             let roster = left.roster.take().and_then(|file| open(file, left.name()));
             asking.silent.push(Silent {
                 keeper: left.name().to_owned(),
@@ -73,7 +72,7 @@ impl Asking {
             });
             let (shared, keepers) = (shared.clone(), keepers.clone());
             asking.asked.push(Box::pin(async move {
-                let answer = ask(&shared, &keepers, &left, &key, roster).await;
+                let answer = ask(&shared, &keepers, &left, roster).await;
                 (left.name().to_owned(), answer)
             }));
         }
@@ -116,10 +115,14 @@ fn open(file: File, keeper: &str) -> Option<Rc<Roster>> {
 }
 
 /// Asks a keeper until it has answered.
-async fn ask(shared: &Rc<Shared>, keepers: &Keepers, left: &Left, key: &Key, roster: Option<Rc<Roster>>) -> Answer {
+async fn ask(shared: &Rc<Shared>, keepers: &Keepers, left: &Left, roster: Option<Rc<Roster>>) -> Answer {
     let (mut wait, mut told) = (AGAIN.0, false);
     loop {
-        match attempt(&shared.handle, left, key).await {
+        let attempted = match keepers.key(left) {
+            Ok(key) => attempt(&shared.handle, left, &key).await,
+            Err(source) => Err(keyless(left, source)),
+        };
+        match attempted {
             Ok((keeper, all)) => {
                 tracing::info!(pid = keeper.pid(), "took over from the keeper {}", left.name());
                 match Link::new(&shared.handle, keeper, roster.clone()) {
@@ -140,11 +143,18 @@ async fn ask(shared: &Rc<Shared>, keepers: &Keepers, left: &Left, key: &Key, ros
             // That there is no room soon changes, as a rule; if not, it is told which guests are missing.
             Err(error @ KeeperError::Crowded { .. }) => tracing::debug!("{error}"),
             Err(error) if std::mem::replace(&mut told, true) => tracing::debug!("{error}"),
-            Err(error) => tracing::error!("{error}; it is asked again"),
+            Err(error) => tracing::error!("the keeper {}: {error}; it is asked again", left.name()),
         }
         shared.handle.sleep(wait).await;
         wait = (wait * 2).min(AGAIN.1);
     }
+}
+
+/// What keeps a keeper from being asked whose key cannot be used: that it has ended, or that.
+fn keyless(left: &Left, source: io::Error) -> KeeperError {
+    let action = "reading its key";
+    let there = KeeperClient::look(&left.socket);
+    there.err().unwrap_or(KeeperError::System { action, source })
 }
 
 /// Asks a keeper once, and waits for what it has for as long as the connection lasts.

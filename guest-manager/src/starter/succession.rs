@@ -52,7 +52,6 @@ pub(super) struct Left {
     name: String,
     /// By which it is connected to, as long as the folder is open.
     pub(super) socket: PathBuf,
-    pub(super) key: Option<Key>,
     pub(super) roster: Option<File>,
 }
 
@@ -124,22 +123,14 @@ impl Keepers {
         Ok(socket)
     }
 
-    /// The keepers that earlier managers have left, as far as their files tell; those of others are left alone, and told of.
+    /// The keepers that earlier managers have left, as far as their files tell.
     pub(super) fn left(&self) -> io::Result<Vec<Left>> {
         let mut all = Vec::new();
         for entry in fs::read_dir(&self.path)? {
             let name = entry?.file_name().to_string_lossy().into_owned();
             let Some(id) = name.strip_suffix(SOCKET) else { continue };
-            let key = self.key(&format!("{id}{KEY}"));
-            if let Err(error) = &key {
-                tracing::warn!(
-                    "{}: the key of a keeper cannot be used: {error}",
-                    self.path.join(id).display()
-                );
-            }
             all.push(Left {
                 socket: self.short(&name),
-                key: key.ok(),
                 roster: self.open_own(&format!("{id}{GUESTS}"), true).ok(),
                 name: id.to_owned(),
             });
@@ -149,8 +140,9 @@ impl Keepers {
         Ok(all)
     }
 
-    fn key(&self, name: &str) -> io::Result<Key> {
-        let mut file = self.open_own(name, false)?;
+    /// What proves to this keeper who comes.
+    pub(super) fn key(&self, left: &Left) -> io::Result<Key> {
+        let mut file = self.open_own(&format!("{}{KEY}", left.name), false)?;
         let mut key = [0; KEY_BYTES];
         file.read_exact(&mut key)?;
         Ok(key)
@@ -234,7 +226,7 @@ mod tests {
         let left = keepers.left().unwrap();
         assert_eq!(left.len(), 2);
         for left in &left {
-            assert!([Some(offer.key), Some(other.key)].contains(&left.key));
+            assert!([offer.key, other.key].contains(&keepers.key(left).unwrap()));
             assert!(left.socket.exists());
             keepers.remove(left);
         }
@@ -246,10 +238,13 @@ mod tests {
         let above = tempfile::tempdir().unwrap();
         let keepers = Keepers::open(above.path(), true).unwrap().unwrap();
         let offer = keepers.offer().unwrap();
-        fs::set_permissions(&offer.paths[1], fs::Permissions::from_mode(0o644)).unwrap();
-        assert_eq!(keepers.left().unwrap()[0].key, None);
+        let left = &keepers.left().unwrap()[0];
+        for (mode, usable) in [(0o644, false), (0o600, true), (0o660, false)] {
+            fs::set_permissions(&offer.paths[1], fs::Permissions::from_mode(mode)).unwrap();
+            assert_eq!(keepers.key(left).is_ok(), usable, "{mode:o}");
+        }
         fs::remove_file(&offer.paths[1]).unwrap();
-        assert_eq!(keepers.left().unwrap()[0].key, None);
+        assert!(keepers.key(left).is_err());
         // A key alone is of no use.
         fs::remove_file(&offer.paths[0]).unwrap();
         fs::write(&offer.paths[1], offer.key).unwrap();

@@ -178,6 +178,15 @@ impl KeeperClient {
         Asked::new(path, key)
     }
 
+    /// Looks whether a keeper listens at `path`, and says nothing to it: for who has no key. Never blocks.
+    ///
+    /// # Errors
+    ///
+    /// As [`KeeperClient::ask`].
+    pub fn look(path: &Path) -> Result<(), KeeperError> {
+        Asked::connect(path).map(drop)
+    }
+
     /// Asks for a component; `id` is the caller's to choose, and free again after `Failed` or `Exited`.
     ///
     /// # Errors

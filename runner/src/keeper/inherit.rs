@@ -74,8 +74,20 @@ pub(super) struct Succession {
 }
 
 impl Asked {
-    /// Connects to the keeper that listens at `path`, sees to it that it is somebody who may know the key, and says it. Never blocks.
+    /// Connects to the keeper that listens at `path`, and says the key. Never blocks.
     pub(super) fn new(path: &Path, key: &Key) -> Result<Self, KeeperError> {
+        let socket = Self::connect(path)?;
+        rustix::net::send(&socket, &door::proof(key), SendFlags::NOSIGNAL).map_err(system("proving who this is"))?;
+        Ok(Self {
+            path: path.to_owned(),
+            channel: Some(Channel::new(socket).map_err(system("using the connection"))?),
+            taken: BTreeMap::new(),
+            pid: None,
+        })
+    }
+
+    /// A connection to the keeper that listens at `path`, which is somebody who may know the key. Never blocks.
+    pub(super) fn connect(path: &Path) -> Result<OwnedFd, KeeperError> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
             .map_err(system("making a socket"))?;
@@ -100,13 +112,7 @@ impl Asked {
                 uid: maker.uid.as_raw(),
             });
         }
-        rustix::net::send(&socket, &door::proof(key), SendFlags::NOSIGNAL).map_err(system("proving who this is"))?;
-        Ok(Self {
-            path: path.to_owned(),
-            channel: Some(Channel::new(socket).map_err(system("using the connection"))?),
-            taken: BTreeMap::new(),
-            pid: None,
-        })
+        Ok(socket)
     }
 
     /// Takes what has come; none as long as that is not all.

@@ -1,9 +1,12 @@
 //! What stands still, says nothing or is full when one manager follows another: none of it costs a guest.
 
 use std::{
-    fs::OpenOptions,
+    fs::{self, OpenOptions, Permissions},
     io::{ErrorKind, Write},
-    os::{fd::OwnedFd, unix::fs::OpenOptionsExt},
+    os::{
+        fd::OwnedFd,
+        unix::fs::{OpenOptionsExt, PermissionsExt},
+    },
 };
 
 use rustix::{
@@ -99,6 +102,37 @@ fn a_keeper_that_stands_still_keeps_its_guests() {
         assert_eq!(scene.info(name).status, GuestStatus::Running);
     }
     assert_eq!(scene.info("bee").component_pid, component.pid);
+    scene.end();
+}
+
+#[test]
+fn a_keeper_whose_key_cannot_be_used_keeps_its_guests_until_it_can() {
+    if kvm_missing() {
+        return;
+    }
+    let mut scene = Scene::new();
+    scene.launch(Scene::config("bee"));
+    scene.until_running("bee");
+    let component = scene.component("bee");
+    let files = scene.keepers_files();
+    let key = files.iter().find(|name| name.ends_with(".key")).unwrap();
+    let key = scene.world.state().join("keepers").join(key);
+    // As a backup may have restored it.
+    let set_mode = |mode| fs::set_permissions(&key, Permissions::from_mode(mode)).unwrap();
+    scene.kill_manager();
+    set_mode(0o644);
+    scene.start_manager();
+    let info = scene.info("bee");
+    assert_eq!((info.status, info.component_pid), (GuestStatus::Starting, 0));
+    let log = scene.log();
+    assert!(log.contains("reading its key: others may have"), "{log}");
+    assert_eq!(
+        scene.rpc.launch(Scene::config("bee"), true).map(drop).unwrap_err().kind,
+        Kind::AlreadyRunning
+    );
+    set_mode(0o600);
+    let info = scene.until("bee", "it is taken over", |info| info.component_pid != 0);
+    assert_eq!((info.component_pid, info.generation), (component.pid, 1));
     scene.end();
 }
 
