@@ -1,8 +1,9 @@
-//! What is started when the manager starts.
+//! What is started because the manager is there: when that starts, or when it finds out that what went on without it has ended.
 
 use std::{pin::pin, rc::Rc, time::Duration};
 
 use futures::{
+    FutureExt,
     future::{join_all, select},
     stream::{self, StreamExt},
 };
@@ -15,6 +16,9 @@ use crate::{client::Client, guest::Guest, manager::Manager};
 const AT_A_TIME: usize = 4;
 /// How long those that follow wait for one that is being created: its files may lie on dead storage.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// Milliseconds between the attempts to start a guest whose image another program uses: the component of its run before may be about to end, as after the
+/// death of manager and keeper.
+const IMAGES_FREE: [u64; 5] = [100, 200, 400, 800, 1600];
 
 /// Starts all guests that are marked for it and do not run, by name, and returns when each runs or was given up. One that cannot be started is tried again
 /// if its restart policy says so.
@@ -25,27 +29,51 @@ pub async fn start_all(manager: Rc<Manager>) {
 /// As [`start_all`]; those that follow one wait for it for so long at most.
 pub async fn start_all_within(manager: Rc<Manager>, patience: Duration) {
     let marked = manager.definitions.marked();
-    let begun = stream::iter(marked).map(|name| begin(&manager, name, patience));
+    start_these(manager, marked, patience).await;
+}
+
+/// As [`start_all`], of those of these names that are marked for it.
+pub(crate) async fn start_marked(manager: Rc<Manager>, mut names: Vec<Rc<str>>) {
+    let marked = manager.definitions.marked();
+    names.retain(|name| marked.contains(name));
+    start_these(manager, names, PATIENCE).await;
+}
+
+async fn start_these(manager: Rc<Manager>, names: Vec<Rc<str>>, patience: Duration) {
+    let begun = stream::iter(names).map(|name| begin(&manager, name, patience));
     let begun: Vec<Option<Rc<Guest>>> = begun.buffer_unordered(AT_A_TIME).collect().await;
     join_all(begun.iter().flatten().map(|guest| settle(guest))).await;
 }
 
 /// Begins a guest, and returns when it runs, its first attempt has failed, or that takes too long: those that follow keep nobody waiting.
 async fn begin(manager: &Rc<Manager>, name: Rc<str>, patience: Duration) -> Option<Rc<Guest>> {
-    match start(manager, &Client::of_the_manager(), &name, true) {
-        Ok(guest) => {
-            guest.insist();
-            if manager.handle.timeout(patience, first_attempt(&guest)).await.is_err() {
-                tracing::warn!(guest = &*name, "it takes long to be started; others are meanwhile");
+    let mut pauses = IMAGES_FREE.iter();
+    loop {
+        let guest = match start(manager, &Client::of_the_manager(), &name, true) {
+            Ok(guest) => guest,
+            // It goes on from an earlier manager, or somebody was faster.
+            Err(error) if error.kind == Kind::AlreadyRunning => return None,
+            Err(error) => {
+                tracing::error!(guest = &*name, "it cannot be started: {error}");
+                return None;
             }
-            Some(guest)
+        };
+        guest.insist();
+        if manager.handle.timeout(patience, first_attempt(&guest)).await.is_err() {
+            tracing::warn!(guest = &*name, "it takes long to be started; others are meanwhile");
         }
-        // It goes on from an earlier manager, or somebody was faster.
-        Err(error) if error.kind == Kind::AlreadyRunning => None,
-        Err(error) => {
-            tracing::error!(guest = &*name, "it cannot be started: {error}");
-            None
-        }
+        let Some(pause) = pauses.next().filter(|_| is_kept_by_an_image(&guest)) else {
+            return Some(guest);
+        };
+        manager.handle.sleep(Duration::from_millis(*pause)).await;
+    }
+}
+
+/// Whether it has ended, since one of its images is in use.
+fn is_kept_by_an_image(guest: &Guest) -> bool {
+    match guest.started().now_or_never() {
+        Some(Err(error)) => error.kind == Kind::AlreadyRunning && error.about.starts_with("disks["),
+        _ => false,
     }
 }
 

@@ -18,8 +18,7 @@ use super::{
 };
 use crate::{
     cids::Cid,
-    client::Client,
-    definitions,
+    definitions::{self, autostart},
     guest::Guest,
     manager::Manager,
     model::{Ending, GuestId},
@@ -141,28 +140,21 @@ fn rename(manager: &Manager, found: &mut Found) -> Result<(), Error> {
 
 /// A keeper has ended without an answer.
 fn end(manager: &Rc<Manager>, keeper: &str, missed: Vec<Missed>) {
+    let mut names = Vec::new();
     for Missed { id, known, .. } in missed {
         // Another keeper has answered for it: it was moving from this one to that.
         if !manager.registry(|registry, _| registry.is_unreached(id)) {
             continue;
         }
-        let name = &*known.name;
         tracing::error!(
-            guest = name,
+            guest = &*known.name,
             "its keeper {keeper} ended without an answer, and the guest with it"
         );
         let ending = Ending::new(Reason::VmmTerminated, "its keeper ended, and the guest with it");
-        let info = manager.registry(|registry, now| {
-            registry.ended(id, known.generation, ending, 0, now);
-            registry.info(id, now)
-        });
-        if !info.is_some_and(|info| info.upkeep.autostart) {
-            continue;
-        }
-        // As it would have been started with this manager, had that known.
-        match definitions::start(manager, &Client::of_the_manager(), name, true) {
-            Ok(guest) => guest.insist(),
-            Err(error) => tracing::error!(guest = name, "it cannot be started: {error}"),
-        }
+        manager.registry(|registry, now| registry.ended(id, known.generation, ending, 0, now));
+        names.push(Rc::from(&*known.name));
     }
+    // As they would have been started with this manager, had that known.
+    let started = autostart::start_marked(manager.clone(), names);
+    manager.handle.spawn(started);
 }

@@ -7,7 +7,8 @@ use std::{
     time::Duration,
 };
 
-use futures::future::join_all;
+use futures::future::{join, join_all};
+use rustix::fs::{FlockOperation, flock};
 use sepal_guest_manager::{definitions::autostart, roles::Role};
 use sepal_schema::{
     config::{
@@ -80,6 +81,35 @@ fn one_that_is_never_created_does_not_keep_the_others_from_starting_with_the_man
         }
         let all = caller.list().await;
         assert!(all.iter().all(|info| info.status == GuestStatus::Starting));
+    });
+}
+
+#[test]
+fn an_image_that_is_let_go_of_late_does_not_keep_its_guest_from_starting_with_the_manager() {
+    let kept = Kept::new();
+    kept.manager(async |world| {
+        let config = GuestConfig {
+            disks: vec![Disk::new(kept.file("image"), DiskMode::ReadWrite)],
+            ..named("web")
+        };
+        world.caller().define_as(config, true, false).await.unwrap();
+    });
+    // As a component keeps it whose manager and keeper have been killed, until it has ended.
+    let kept_open = fs::File::open(kept.path("image")).unwrap();
+    flock(&kept_open, FlockOperation::LockExclusive).unwrap();
+    kept.manager(async |world| {
+        let caller = world.caller();
+        let lets_go = async {
+            let failed = loop {
+                if let Some(stop) = caller.seen("web").await.unwrap().stop {
+                    break stop.error.unwrap();
+                }
+            };
+            assert_eq!((failed.kind, &*failed.about), (Kind::AlreadyRunning, "disks[0].image"));
+            drop(kept_open);
+        };
+        join(autostart::start_all(world.manager.clone()), lets_go).await;
+        assert_eq!(caller.seen("web").await.unwrap().status, GuestStatus::Running);
     });
 }
 
