@@ -235,7 +235,7 @@ struct Event {
     watchdogExpired @29 :Text;
     # The guest did not keep its watchdog from expiring; what is done about it: "reset", "stop", "none".
     guestReady @30 :Void;
-    # The agent in the guest has answered for the first time.
+    # The agent in the guest has answered for the first time in this run.
     restarting @32 :StopReport;
     # It has ended so, and is created again under the same capabilities, because it was reset or its configuration says so.
     crashed @33 :StopReport;

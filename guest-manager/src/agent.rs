@@ -20,7 +20,6 @@ use sepal_schema::{
     config::device::AGENT_PORT,
     error::{Error, Kind, write_completion},
     facet::Right,
-    news::DeviceNews,
     transport::{AsyncFd, guard, reactor::Task},
     vsock_capnp::vsock_acceptor,
 };
@@ -32,7 +31,7 @@ use crate::{
     },
     changed::Changed,
     guest::Guest,
-    model::{EventKind, cut},
+    model::cut,
     serial::{hang_up, receive, send},
     vsock,
 };
@@ -59,22 +58,21 @@ impl vsock_acceptor::Server for Ready {
     async fn accept(self: Rc<Self>, params: vsock_acceptor::AcceptParams, _: vsock_acceptor::AcceptResults) -> Reply {
         let connection = params.get()?.get_connection()?;
         let guest = self.0.clone();
-        let generation = guest.generation();
-        let handle = guest.manager.handle.clone();
-        let opened = vsock::open(&guest, &connection).await;
-        let Ok(Ok(socket)) = opened.map(|socket| handle.register(socket)) else {
-            return Ok(());
-        };
-        handle.spawn(async move { attend(&guest, generation, &socket).await });
+        let (generation, handle) = (guest.generation(), guest.manager.handle.clone());
+        // The component need not wait for that.
+        handle.clone().spawn(async move {
+            let opened = vsock::open(&guest, &connection).await;
+            if let Ok(Ok(socket)) = opened.map(|socket| handle.register(socket)) {
+                attend(&guest, generation, &socket).await;
+            }
+        });
         Ok(())
     }
 }
 
 /// The agent is there for as long as the connection lasts. Its greeting says nothing that is needed here.
 async fn attend(guest: &Guest, generation: u64, socket: &AsyncFd<UnixStream>) {
-    if guest.set_agent_ready(true) {
-        guest.happened(EventKind::Device(DeviceNews::GuestReady));
-    }
+    guest.agent_arrives();
     let mut buffer = [0; 4096];
     while let Ok(1..) = receive(socket, &mut buffer).await {}
     if guest.generation() == generation {
@@ -174,7 +172,7 @@ async fn connect(guest: &Guest, patience: Option<Duration>) -> Result<UnixStream
     let remote = vsock::remote(guest).await?;
     match vsock::connect(guest, &remote, AGENT_PORT).await {
         // Whoever had said that it is there is not any more; the next one says so again.
-        Err(error) if error.kind == Kind::ConnectionRefused => drop(guest.set_agent_ready(false)),
+        Err(error) if error.kind == Kind::ConnectionRefused => guest.set_agent_ready(false),
         Err(error) if error.kind == Kind::TimedOut => {}
         answer => return answer,
     }

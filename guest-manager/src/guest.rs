@@ -26,6 +26,7 @@ use sepal_schema::{
     config::{GuestConfig, OnPanic},
     error::{Error, Kind},
     info::{GuestDescriptor, GuestInfo, GuestStatus, Upkeep},
+    news::DeviceNews,
     report::StopReport,
 };
 
@@ -125,6 +126,8 @@ pub struct Guest {
     /// Its component has not answered for so long that a person is told.
     silent: Cell<bool>,
     agent_ready: Changed<bool>,
+    /// The generation whose agent was told of last.
+    agent_told: Cell<u64>,
     remote: Changed<Option<Remote>>,
     state: Changed<State>,
 }
@@ -168,6 +171,7 @@ impl Guest {
             heard: Cell::default(),
             silent: Cell::default(),
             agent_ready: Changed::default(),
+            agent_told: Cell::default(),
             remote: Changed::default(),
             state: Changed::new(state),
         })
@@ -203,13 +207,19 @@ impl Guest {
         self.agent_ready.look(|ready| *ready)
     }
 
-    /// The agent in it is there, or is no more; whether that is news.
-    pub(crate) fn set_agent_ready(&self, ready: bool) -> bool {
-        let news = self
-            .agent_ready
-            .change(|known| std::mem::replace(known, ready) != ready);
+    /// The agent in it is there, or is no more.
+    pub(crate) fn set_agent_ready(&self, ready: bool) {
+        self.agent_ready.change(|known| *known = ready);
         self.save();
-        news
+    }
+
+    /// The agent in it is there, which is told once for each run: how often it comes and goes is the guest's to say, and not to fill everybody's history.
+    pub(crate) fn agent_arrives(&self) {
+        self.set_agent_ready(true);
+        let generation = self.generation();
+        if self.agent_told.replace(generation) != generation {
+            self.happened(EventKind::Device(DeviceNews::GuestReady));
+        }
     }
 
     /// It has a context id.
@@ -374,7 +384,10 @@ impl Guest {
             EventKind::Resumed => self.set_paused(false),
             EventKind::ShuttingDown => self.set_shutting_down(),
             EventKind::Device(news) => {
-                tracing::warn!(guest = &*self.name, ?news, "a device reports");
+                match news.is_trouble() {
+                    true => tracing::warn!(guest = &*self.name, ?news, "a device reports"),
+                    false => tracing::info!(guest = &*self.name, ?news, "a device reports"),
+                }
                 self.manager
                     .registry(|registry, now| registry.device_news(id, generation, news, now));
             }

@@ -75,11 +75,28 @@ pub enum DeviceNews {
         /// What is done about it.
         action: String,
     },
-    /// The agent in the guest has answered for the first time.
+    /// The agent in the guest has answered for the first time in this run.
     GuestReady,
 }
 
 impl DeviceNews {
+    /// Whether somebody may have to do something about it.
+    pub fn is_trouble(&self) -> bool {
+        match self {
+            Self::Recovered { .. }
+            | Self::Balloon { .. }
+            | Self::Memory { .. }
+            | Self::BackendRestored { .. }
+            | Self::GuestReady => false,
+            Self::Failed { .. }
+            | Self::NeedsReset { .. }
+            | Self::IoError { .. }
+            | Self::BackendLost { .. }
+            | Self::GuestPanicked(_)
+            | Self::WatchdogExpired { .. } => true,
+        }
+    }
+
     /// Writes the news into an event.
     pub fn write(&self, mut to: event::Builder<'_>) {
         match self {

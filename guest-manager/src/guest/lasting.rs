@@ -55,6 +55,9 @@ impl Guest {
         self.set_cid(from.cid);
         self.ballast.go_on(from.balloon_taken, from.balloon_by_hand);
         self.agent_ready.change(|ready| *ready = from.agent_ready);
+        if from.agent_ready {
+            self.agent_told.set(from.generation);
+        }
         self.count_on(from.counted, from.short_runs);
         self.heard.set(from.heard);
         self.over.replace(from.over.clone());

@@ -4,11 +4,18 @@ use std::{cell::RefCell, future::Future, rc::Rc};
 
 use sepal_guest_manager::{changed::Changed, manager::Settings, registry::Limits};
 use sepal_schema::{
+    config::{
+        GuestConfig,
+        device::{AGENT_PORT, Vsock},
+    },
     guest_capnp::{event, event_sink, subscription},
     transport::guard,
 };
 
-use crate::world::{Caller, kill, observer, power, run, with};
+use crate::{
+    vsock::with_vsock,
+    world::{Caller, kill, observer, power, run, with},
+};
 
 /// What a subscriber heard: guest, what happened, how many were lost before.
 type Heard = (String, &'static str, u64);
@@ -25,6 +32,7 @@ fn what(event: event::Reader<'_>) -> &'static str {
         event::Removed(()) => "removed",
         event::DeviceFailed(_) => "device-failed",
         event::IoError(_) => "io-error",
+        event::GuestReady(()) => "guest-ready",
         _ => "another",
     }
 }
@@ -118,6 +126,39 @@ fn a_life_is_told_in_order() {
         let heard = sink.hears(expected.len()).await;
         assert_eq!(kinds(&heard), expected);
         assert!(heard.iter().all(|(name, _, dropped)| name == "web" && *dropped == 0));
+    });
+}
+
+#[test]
+fn an_agent_that_comes_and_goes_is_told_of_once_a_run() {
+    run(async |world| {
+        let caller = world.caller();
+        let sink = Rc::new(Sink::default());
+        let _subscription = subscribe(&caller, &sink, 0).await;
+        let config = GuestConfig {
+            agent: true,
+            ..with_vsock(Vsock::default())
+        };
+        let launched = caller.launch_config(config, true).await.unwrap();
+        let sockets = world.fake.last().sockets.clone();
+        for _ in 0..5 {
+            drop(sockets.connect(&world, AGENT_PORT).await.unwrap());
+            // By then the manager has seen that it is gone.
+            for _ in 0..3 {
+                caller.list().await;
+            }
+        }
+        kill(&launched.guest).await.unwrap();
+        let heard = kinds(&sink.hears(6).await);
+        let expected = [
+            "defined",
+            "starting",
+            "started",
+            "guest-ready",
+            "shutting-down",
+            "stopped",
+        ];
+        assert_eq!(heard, expected);
     });
 }
 
