@@ -147,13 +147,13 @@ struct Seen {
     /// Bit n: the thread of vCPU n waits for something.
     asleep: u64,
     paused: bool,
-    /// It has ended: whatever its component told last, no vCPU does anything.
+    /// It has ended, or waits for its next run: whatever its component told last, no vCPU does anything.
     ended: bool,
 }
 
 impl Seen {
     fn of(guest: &Guest, told: &Told) -> Self {
-        let ended = !guest.live();
+        let ended = !guest.live() || guest.is_restarting();
         let vitals = guest.manager.registry(|registry, now| registry.vitals(guest.id, now));
         match vitals.filter(|vitals| vitals.generation == guest.generation()) {
             Some(vitals) => Self {

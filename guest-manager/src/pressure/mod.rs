@@ -299,7 +299,10 @@ pub fn pressed(manager: &Rc<Manager>) {
     pressure.inflations.set(pressure.inflations.get() + changed);
     if !before {
         let (mib, count) = (taken(manager) >> 20, guests.len());
-        tracing::warn!("the host runs short of memory: {mib} MiB are taken from {count} guests with balloons");
+        match count {
+            0 => tracing::warn!("the host runs short of memory, and no guest has a balloon to take some from"),
+            _ => tracing::warn!("the host runs short of memory: {mib} MiB are taken from {count} guests with balloons"),
+        }
     }
     give(manager);
 }

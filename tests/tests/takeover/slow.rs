@@ -6,6 +6,7 @@ use sepal_schema::{
     info::GuestStatus,
 };
 use sepal_tests::{kvm_missing, rpc::observer, until};
+use serde_json::Value;
 
 use crate::{
     printer,
@@ -121,8 +122,15 @@ fn who_waits_to_begin_again_waits_on() {
     };
     scene.launch(config);
     scene.until_running("bee");
+    let vcpu = |scene: &Scene| {
+        let told = scene.world.guest(&["stats", "bee", "--json"]).expect_code(0).out();
+        let told: Value = serde_json::from_str(&told).unwrap();
+        told["vcpus"][0]["state"].clone()
+    };
+    assert_ne!(vcpu(&scene), "stopped");
     scene.component("bee").signal(Signal::KILL);
     scene.until("bee", "it waits", |info| info.upkeep.failures == 1);
+    assert_eq!(vcpu(&scene), "stopped");
     let events = scene.events();
     scene.replace_manager();
     let info = scene.info("bee");
