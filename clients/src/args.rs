@@ -40,7 +40,7 @@ use crate::place::Address;
 
 /// Runs virtual machines, each in a jail of its own.
 ///
-/// Without a running guest manager, `launch` starts a private one that lives as long as the guest.
+/// Without a running guest manager, `launch` starts a private one that lives as long as the command; a guest that is --durable outlives it.
 #[derive(Debug, Parser)]
 #[command(name = "guest", version, max_term_width = 100)]
 pub(crate) struct Cli {

@@ -52,7 +52,9 @@ pub(crate) fn connect(socket: Option<&Path>, otherwise: Otherwise) -> Result<Loc
             bail!("no guest manager runs (nobody listens at {path}, the address that was given)")
         }
         Otherwise::Fail | Otherwise::Resume => {
-            bail!("no guest manager runs (nobody listens at {path}); `guest launch --detach` starts one that stays")
+            bail!(
+                "no guest manager runs (nobody listens at {path}); `guest launch --detach` starts one that stays, and so does `guest start` for a guest that is defined"
+            )
         }
         Otherwise::Private => start_private(),
         Otherwise::Daemon => {

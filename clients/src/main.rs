@@ -40,6 +40,7 @@ mod manager;
 mod metrics;
 mod place;
 mod pressure;
+mod readers;
 mod recreate;
 mod redeem;
 mod registers;
@@ -68,6 +69,7 @@ use crate::{
     args::{Cli, Command},
     control::Press,
     place::Place,
+    readers::while_read,
 };
 
 fn main() -> ExitCode {
@@ -105,9 +107,9 @@ fn run(cli: &Cli, place: &Place) -> Result<u8> {
         Command::Definition(args) => reactor.run_until(define::definition(&handle, place, &args.name)),
         Command::List(args) => reactor.run_until(show::list(&handle, place, args)),
         Command::Info(args) => reactor.run_until(show::info(&handle, place, args)),
-        Command::Logs(args) => reactor.run_until(show::logs(&handle, place, args)),
+        Command::Logs(args) => reactor.run_until(while_read(&handle, show::logs(&handle, place, args))),
         Command::Version(args) => reactor.run_until(show::version(&handle, place, args)),
-        Command::Events(args) => reactor.run_until(events::events(&handle, place, args)),
+        Command::Events(args) => reactor.run_until(while_read(&handle, events::events(&handle, place, args))),
         Command::Stats(args) => reactor.run_until(stats::stats(&handle, place, args)),
         Command::Top(args) => reactor.run_until(top::top(&handle, place, args)),
         Command::Metrics(args) => reactor.run_until(metrics::metrics(&handle, place, args)),

@@ -21,7 +21,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use futures::{
     AsyncReadExt, AsyncWriteExt, FutureExt, StreamExt, future::select, lock::Mutex, pin_mut, select,
     stream::FuturesUnordered,
@@ -132,10 +132,17 @@ impl Source<'_> {
     }
 }
 
+fn cannot_listen(at: &Listen, error: io::Error) -> anyhow::Error {
+    match error.kind() {
+        io::ErrorKind::AddrInUse => anyhow!("listening on {at}: another program listens there, or it is a file's path"),
+        _ => anyhow::Error::from(error).context(format!("listening on {at}")),
+    }
+}
+
 /// Serves metrics until a signal ends it.
 async fn serve(handle: &Handle, place: &Place, at: &Listen) -> Result<()> {
     let ending = terminal::endings(handle)?;
-    let socket = Socket::bind(at).with_context(|| format!("listening on {at}"))?;
+    let socket = Socket::bind(at).map_err(|error| cannot_listen(at, error))?;
     let on_port = matches!(socket.at, Listen::Tcp(_));
     let listener = handle.register(socket.fd.try_clone()?)?;
     let source = Source {

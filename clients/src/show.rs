@@ -440,7 +440,7 @@ fn kept(info: &GuestInfo) -> &'static str {
 
 fn kept_in_words(info: &GuestInfo) -> &'static str {
     match kept(info) {
-        "-" => "no: nothing is left when it has ended",
+        "-" => "no: it cannot be started again once it has ended",
         "yes" => "yes",
         _ => "yes, and started whenever the guest manager starts",
     }

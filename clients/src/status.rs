@@ -99,7 +99,7 @@ fn hint(error: &Error) -> Option<&'static str> {
             Some("whoever gave it has taken it back, or its time is over: only they can give another, by `guest share`")
         }
         Kind::AlreadyRunning if error.about == "name" => {
-            Some("`guest stop NAME` ends it; `guest launch` without a name chooses a free one")
+            Some("`guest info NAME` tells of it, `guest stop NAME` ends it; a launch without a name chooses a free one")
         }
         Kind::AlreadyBound if error.about == "name" => {
             Some("`guest define --replace` puts a definition in the place of the one that there is")

@@ -108,11 +108,13 @@ fn without_a_terminal_it_prints_blocks() {
     let text = top(&["--batch=2"]);
     assert_eq!(text.matches("NAME ").count(), 2, "{text}");
 
-    // Standard output that nobody reads any more ends it.
-    let (ours, theirs) = std::io::pipe().unwrap();
-    let endless = world.start_command(world.command(&["top", "-i", "100ms"]), Some(theirs.into()));
-    drop(ours);
-    endless.wait().expect_code(0);
+    // Standard output that nobody reads any more ends whatever goes on printing, also if there is nothing to print.
+    for endless in [&["top", "-i", "100ms"][..], &["events"], &["logs", "-f", "ant"]] {
+        let (ours, theirs) = std::io::pipe().unwrap();
+        let endless = world.start_command(world.command(endless), Some(theirs.into()));
+        drop(ours);
+        endless.wait().expect_code(0);
+    }
 
     let text = world.guest(&["stats", "--all"]).expect_code(0).out();
     assert_eq!(text.lines().count(), 3, "{text}");
