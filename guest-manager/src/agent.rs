@@ -3,8 +3,10 @@
 //! ```text
 //!   Agent.exec, putFile, getFile --> Operation: socket <--> Client (state machine) --> byte streams of the caller
 //!                                     '- dropped with the Process or stream that stands for it: the connection ends, and what it was for
-//!   guest --connects to port 1024 of the host--> the agent is there (guestReady)
+//!   presence: whether the agent is there
 //! ```
+
+mod presence;
 
 use std::{os::unix::net::UnixStream, pin::pin, rc::Rc, time::Duration};
 
@@ -21,9 +23,9 @@ use sepal_schema::{
     error::{Error, Kind, write_completion},
     facet::Right,
     transport::{AsyncFd, guard, reactor::Task},
-    vsock_capnp::vsock_acceptor,
 };
 
+pub(crate) use self::presence::{look_again, ready_acceptor};
 use crate::{
     access::{
         facet::facets,
@@ -40,91 +42,10 @@ type Reply = Result<(), capnp::Error>;
 
 /// How long an operation waits for an agent that is not there yet.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Seconds between the attempts to reach an agent that an earlier manager knew to be there.
-const LOOKS_AGAIN: [u64; 5] = [5, 10, 20, 40, 80];
 /// Longest sentence of an agent that is told, in bytes.
 const MAX_SENTENCE: usize = 512;
 /// What is sent at a time.
 const CHUNK: usize = 64 * 1024;
-
-/// Hears from the guest that its agent is there.
-pub(crate) fn ready_acceptor(guest: &Rc<Guest>) -> vsock_acceptor::Client {
-    guard::new_client(Ready(guest.clone()))
-}
-
-struct Ready(Rc<Guest>);
-
-impl vsock_acceptor::Server for Ready {
-    async fn accept(self: Rc<Self>, params: vsock_acceptor::AcceptParams, _: vsock_acceptor::AcceptResults) -> Reply {
-        let connection = params.get()?.get_connection()?;
-        let guest = self.0.clone();
-        let (generation, handle) = (guest.generation(), guest.manager.handle.clone());
-        // The component need not wait for that.
-        handle.clone().spawn(async move {
-            let opened = vsock::open(&guest, &connection).await;
-            if let Ok(Ok(socket)) = opened.map(|socket| handle.register(socket)) {
-                attend(&guest, generation, &socket).await;
-            }
-        });
-        Ok(())
-    }
-}
-
-/// The agent is there for as long as the connection lasts. Its greeting says nothing that is needed here.
-async fn attend(guest: &Guest, generation: u64, socket: &AsyncFd<UnixStream>) {
-    guest.agent_arrives();
-    let mut buffer = [0; 4096];
-    while let Ok(1..) = receive(socket, &mut buffer).await {}
-    if guest.generation() == generation {
-        guest.set_agent_ready(false);
-    }
-}
-
-/// Finds out whether the agent is there, in a guest that an earlier manager had: the connection by which it said so has ended with that manager, or there was
-/// nobody to hear it.
-pub(crate) fn look_again(guest: &Rc<Guest>) {
-    let (guest, generation) = (guest.clone(), guest.generation());
-    let handle = guest.manager.handle.clone();
-    handle.clone().spawn(async move {
-        let same = || guest.generation() == generation && guest.live();
-        let mut pauses = LOOKS_AGAIN.iter();
-        while same() {
-            match handle.timeout(PATIENCE, greeted(&guest)).await {
-                Ok(Ok(socket)) => return attend(&guest, generation, &socket).await,
-                Ok(Err(error)) if error.kind == Kind::ConnectionRefused => break,
-                _ => {}
-            }
-            // The guest may be paused, or its host busy: what was there is not taken to be gone at once.
-            let Some(pause) = pauses.next().filter(|_| guest.agent_is_ready()) else {
-                break;
-            };
-            handle.sleep(Duration::from_secs(*pause)).await;
-        }
-        if guest.generation() == generation {
-            guest.set_agent_ready(false);
-        }
-    });
-}
-
-/// A connection to the agent, which has greeted: whatever else listens there does not.
-async fn greeted(guest: &Guest) -> Result<AsyncFd<UnixStream>, Error> {
-    let silent = || Error::new(Kind::TimedOut, "no agent has greeted");
-    let socket = vsock::connect(guest, &vsock::remote(guest).await?, AGENT_PORT).await?;
-    let socket = guest.manager.handle.register(socket).map_err(|_| silent())?;
-    let mut client = Client::new(Wish::Greet).map_err(|_| silent())?;
-    let mut buffer = [0; 4096];
-    loop {
-        match receive(&socket, &mut buffer).await {
-            Ok(count @ 1..) => client.receive(&buffer[..count]),
-            _ => return Err(silent()),
-        }
-        match client.next_event() {
-            Ok(None) => {}
-            Ok(Some(Event::Hello(_))) => return Ok(socket),
-            _ => return Err(silent()),
-        }
-    }
-}
 
 /// How an operation ended.
 #[derive(Debug, Clone)]

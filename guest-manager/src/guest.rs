@@ -105,6 +105,8 @@ pub struct Guest {
     pub on_panic: OnPanic,
     /// What is wanted for its vCPUs.
     pub cpus: Cpus,
+    /// How many connections say that its agent is there.
+    pub(crate) agents: Cell<u32>,
     /// Who listens for it on ports of the host.
     pub(crate) listeners: Listeners,
     only_once: RefCell<Option<Error>>,
@@ -172,6 +174,7 @@ impl Guest {
             silent: Cell::default(),
             agent_ready: Changed::default(),
             agent_told: Cell::default(),
+            agents: Cell::default(),
             remote: Changed::default(),
             state: Changed::new(state),
         })

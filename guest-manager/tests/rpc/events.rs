@@ -148,6 +148,12 @@ fn an_agent_that_comes_and_goes_is_told_of_once_a_run() {
                 caller.list().await;
             }
         }
+        // So many connections are heard at a time, and no more.
+        let mut heard = Vec::new();
+        while let Some(connection) = sockets.connect(&world, AGENT_PORT).await {
+            heard.push(connection);
+        }
+        assert_eq!(heard.len(), 8);
         kill(&launched.guest).await.unwrap();
         let heard = kinds(&sink.hears(6).await);
         let expected = [
