@@ -45,6 +45,8 @@ use crate::{
 /// How long a guest that begins again waits for the processes behind its devices. They end with the connection, as a rule, and whoever started
 /// them starts them again.
 const BACKENDS_AGAIN: Duration = Duration::from_secs(10);
+/// Milliseconds between the attempts to get what a component may hold that is about to end. The kernel takes that long for one with much memory.
+const HELD_AGAIN: [u64; 5] = [100, 200, 400, 800, 1600];
 
 /// What is held for a guest. Dropping it gives all of it back.
 pub(crate) struct Resources {
@@ -75,9 +77,34 @@ pub(crate) struct Listening {
 
 /// Gets what `config` needs from the host, for the client who sent it.
 ///
+/// What a guest needs that is started because the manager is there may still be with the component that it had before, as after the death of manager and
+/// keeper: that is waited for.
+///
 /// # Errors
 /// With the field's name: what cannot be had, who has it, or which privilege is lacking.
 pub(crate) async fn prepare(guest: &Guest, config: GuestConfig, client: &Client) -> Result<Resources, Error> {
+    for pause in HELD_AGAIN.iter().take_while(|_| guest.insists()) {
+        let copy = config.try_clone().map_err(|error| no_descriptors(&error))?;
+        match get(guest, copy, client).await {
+            Err(error) if may_be_held(&error) => {
+                tracing::info!(guest = &*guest.name, "waiting for {}: {error}", error.about);
+                guest.manager.handle.sleep(Duration::from_millis(*pause)).await;
+            }
+            outcome => return outcome,
+        }
+    }
+    get(guest, config, client).await
+}
+
+/// Whether a component that is about to end may hold what could not be had: images, taps and context ids, or the host's memory.
+fn may_be_held(error: &Error) -> bool {
+    matches!(
+        error.kind,
+        Kind::AlreadyRunning | Kind::AlreadyBound | Kind::GuestInitializationFailure
+    )
+}
+
+async fn get(guest: &Guest, config: GuestConfig, client: &Client) -> Result<Resources, Error> {
     let manager = &guest.manager;
     check_protection(&config)?;
     check_durable(manager, &config)?;
@@ -142,6 +169,7 @@ pub(crate) async fn resume(guest: &Guest, mut config: GuestConfig, owner: Owner)
     promise.is_kept();
     guest.ballast.fit(config.balloon.is_some().then_some(need.at_once));
     pressure::resumed(guest);
+    let images = files::take_again(manager, &guest.name, &config);
     let (mut held_cid, mut listens) = (None, None);
     if let Some(vsock) = &mut config.vsock {
         held_cid = manager.cids.take(vsock.cid, &guest.name).map_err(told).ok();
@@ -155,7 +183,7 @@ pub(crate) async fn resume(guest: &Guest, mut config: GuestConfig, owner: Owner)
     }
     Resources {
         promise: Rc::new(promise),
-        _images: files::take_again(manager, &guest.name, &config),
+        _images: images,
         _cid: held_cid,
         networks: Networks::default(),
         backends: backends::paths(&mut config),

@@ -3,7 +3,6 @@
 use std::{pin::pin, rc::Rc, time::Duration};
 
 use futures::{
-    FutureExt,
     future::{join_all, select},
     stream::{self, StreamExt},
 };
@@ -16,9 +15,6 @@ use crate::{client::Client, guest::Guest, manager::Manager};
 const AT_A_TIME: usize = 4;
 /// How long those that follow wait for one that is being created: its files may lie on dead storage.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// Milliseconds between the attempts to start a guest whose image another program uses: the component of its run before may be about to end, as after the
-/// death of manager and keeper.
-const IMAGES_FREE: [u64; 5] = [100, 200, 400, 800, 1600];
 
 /// Starts all guests that are marked for it and do not run, by name, and returns when each runs or was given up. One that cannot be started is tried again
 /// if its restart policy says so.
@@ -47,33 +43,20 @@ async fn start_these(manager: Rc<Manager>, names: Vec<Rc<str>>, patience: Durati
 
 /// Begins a guest, and returns when it runs, its first attempt has failed, or that takes too long: those that follow keep nobody waiting.
 async fn begin(manager: &Rc<Manager>, name: Rc<str>, patience: Duration) -> Option<Rc<Guest>> {
-    let mut pauses = IMAGES_FREE.iter();
-    loop {
-        let guest = match start(manager, &Client::of_the_manager(), &name, true) {
-            Ok(guest) => guest,
-            // It goes on from an earlier manager, or somebody was faster.
-            Err(error) if error.kind == Kind::AlreadyRunning => return None,
-            Err(error) => {
-                tracing::error!(guest = &*name, "it cannot be started: {error}");
-                return None;
+    match start(manager, &Client::of_the_manager(), &name, true) {
+        Ok(guest) => {
+            guest.insist();
+            if manager.handle.timeout(patience, first_attempt(&guest)).await.is_err() {
+                tracing::warn!(guest = &*name, "it takes long to be started; others are meanwhile");
             }
-        };
-        guest.insist();
-        if manager.handle.timeout(patience, first_attempt(&guest)).await.is_err() {
-            tracing::warn!(guest = &*name, "it takes long to be started; others are meanwhile");
+            Some(guest)
         }
-        let Some(pause) = pauses.next().filter(|_| is_kept_by_an_image(&guest)) else {
-            return Some(guest);
-        };
-        manager.handle.sleep(Duration::from_millis(*pause)).await;
-    }
-}
-
-/// Whether it has ended, since one of its images is in use.
-fn is_kept_by_an_image(guest: &Guest) -> bool {
-    match guest.started().now_or_never() {
-        Some(Err(error)) => error.kind == Kind::AlreadyRunning && error.about.starts_with("disks["),
-        _ => false,
+        // It goes on from an earlier manager, or somebody was faster.
+        Err(error) if error.kind == Kind::AlreadyRunning => None,
+        Err(error) => {
+            tracing::error!(guest = &*name, "it cannot be started: {error}");
+            None
+        }
     }
 }
 

@@ -268,7 +268,10 @@ fn a_guest_whose_socket_hangs_when_it_is_taken_over_can_be_stopped() {
         }),
         ..durable("web")
     };
-    taken_over_by_a_stuck_manager(config, async |_, process| {
+    taken_over_by_a_stuck_manager(config, async |caller, process| {
+        for _ in 0..3 {
+            caller.list().await;
+        }
         assert!(!process.is_attached() && process.alive());
     });
 }
