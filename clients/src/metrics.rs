@@ -133,8 +133,11 @@ impl Source<'_> {
 }
 
 fn cannot_listen(at: &Listen, error: io::Error) -> anyhow::Error {
-    match error.kind() {
-        io::ErrorKind::AddrInUse => anyhow!("listening on {at}: another program listens there, or it is a file's path"),
+    match (error.kind(), at) {
+        (io::ErrorKind::AddrInUse, Listen::Unix(_)) => {
+            anyhow!("listening on {at}: another program listens there, or it is another file's path")
+        }
+        (io::ErrorKind::AddrInUse, Listen::Tcp(_)) => anyhow!("listening on {at}: another program listens there"),
         _ => anyhow::Error::from(error).context(format!("listening on {at}")),
     }
 }

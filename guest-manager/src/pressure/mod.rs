@@ -300,7 +300,9 @@ pub fn pressed(manager: &Rc<Manager>) {
     if !before {
         let (mib, count) = (taken(manager) >> 20, guests.len());
         match count {
-            0 => tracing::warn!("the host runs short of memory, and no guest has a balloon to take some from"),
+            0 => tracing::warn!(
+                "the host runs short of memory, and there is no guest with a balloon to take some from now"
+            ),
             _ => tracing::warn!("the host runs short of memory: {mib} MiB are taken from {count} guests with balloons"),
         }
     }

@@ -1,5 +1,7 @@
 //! `guest top` on a terminal and without one, and `guest stats --all`.
 
+use std::io::Read;
+
 use rustix::process::Signal;
 use sepal_tests::{World, kvm_missing};
 use serde_json::Value;
@@ -109,12 +111,21 @@ fn without_a_terminal_it_prints_blocks() {
     assert_eq!(text.matches("NAME ").count(), 2, "{text}");
 
     // Standard output that nobody reads any more ends whatever goes on printing, also if there is nothing to print.
-    for endless in [&["top", "-i", "100ms"][..], &["events"], &["logs", "-f", "ant"]] {
-        let (ours, theirs) = std::io::pipe().unwrap();
+    for (endless, prints) in [
+        (&["top", "-i", "100ms"][..], false),
+        (&["events"], false),
+        (&["logs", "-f", "ant"], true),
+    ] {
+        let (mut ours, theirs) = std::io::pipe().unwrap();
         let endless = world.start_command(world.command(endless), Some(theirs.into()));
+        if prints {
+            // All that there is, which is one piece.
+            assert!(ours.read(&mut [0; 1 << 16]).unwrap() > 0);
+        }
         drop(ours);
         endless.wait().expect_code(0);
     }
+    world.guest(&["logs", "nobody"]).expect_code(1);
 
     let text = world.guest(&["stats", "--all"]).expect_code(0).out();
     assert_eq!(text.lines().count(), 3, "{text}");
