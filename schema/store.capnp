@@ -20,6 +20,11 @@ struct StoredDefinition {
   changedNs @2 :UInt64;
   # Nanoseconds since 1970-01-01 UTC.
   crashes @3 :List(CrashReport);
+  # The last runs that failed, newest first.
+  generation @4 :UInt64;
+  # The last run that had ended when `crashes` was written, whether it failed or not; 0: only `crashes` tell.
+  stop @5 :StopReport;
+  # How that run ended.
 }
 
 struct StoredSettings {
