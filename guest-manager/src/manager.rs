@@ -136,9 +136,9 @@ impl Manager {
         let default_kernel = files::sealed_memory("kernel", sepal_default_guest::IMAGE)?;
         let definitions = Definitions::open(&handle, &settings.state)?;
         let mut registry = Registry::new(settings.limits);
-        for (name, kept, crashes) in definitions.kept() {
+        for (name, kept, runs) in definitions.kept() {
             let id = registry.keep(&name, kept, None, Moment::now());
-            registry.restore_crashes(id, crashes);
+            registry.restore_runs(id, runs);
         }
         Ok(Rc::new(Self {
             handle,

@@ -101,7 +101,21 @@ impl ManagerServer {
         Ok(config)
     }
 
-    /// The guest that was created last under a name.
+    /// The guest that was created last under a name, also by an earlier manager if it has ended and that is known.
+    fn look_up(&self, name: &str) -> Result<Rc<Guest>, Error> {
+        self.find(name).or_else(|error| {
+            let manager = &self.manager;
+            let past = manager.registry(|registry, _| {
+                let id = registry.lookup(name).ok()?;
+                Some((id, registry.past_runs(id)?))
+            });
+            let (id, runs) = past.ok_or(error)?;
+            let config = manager.definitions.get(name).and_then(|record| record.config());
+            Ok(Guest::bygone(manager, id, name, &config.unwrap_or_default(), runs))
+        })
+    }
+
+    /// The guest that was created last under a name, by this manager.
     fn find(&self, name: &str) -> Result<Rc<Guest>, Error> {
         let (id, defined, unreached) = self.manager.registry(|registry, _| {
             let id = registry.lookup(name)?;
@@ -249,7 +263,7 @@ impl guest_manager::Server for ManagerServer {
     ) -> impl Future<Output = Reply> + 'static {
         let find = || {
             self.client.check(Role::Observe, "lookup")?;
-            self.find(&name_of(params.get()?.get_name())?)
+            self.look_up(&name_of(params.get()?.get_name())?)
         };
         let guest = find().map(|guest| GuestServer::new_client(self.client.clone(), guest));
         answer!(results, set_guest, guest);

@@ -18,7 +18,8 @@
 //! remembered after the end, until it is removed, launched again, or 64 others have ended since. A name that a client drives itself
 //! (`newGuest`) is held until that client lets go of it.
 //!
-//! A name that is defined (`kept`) is Defined where it is not held or remembered otherwise; it is not forgotten, and `start` alone takes it.
+//! A name that is defined (`kept`) is Defined where it is not held or remembered otherwise; it is not forgotten, and `start` alone takes it. If it is known
+//! from the disk how its last run ended, it begins with that.
 //!
 //! A guest that begins again goes from any of the live phases but Stopping to Restarting, and from there, when its time has come, to Creating
 //! with the next generation, without its name or anything else having been let go of.
@@ -52,6 +53,7 @@ use self::{
     restore::Told,
 };
 pub use self::{
+    crashes::Runs,
     entry::Vitals,
     kept::{Claim, Kept, MAX_DEFINITIONS},
 };

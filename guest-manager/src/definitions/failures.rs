@@ -1,4 +1,5 @@
-//! What is known of failed runs on its way to the disk: not each time, so that a guest that fails again and again does not keep the disk busy.
+//! What is known of failed runs on its way to the disk: not each time, so that a guest that fails again and again does not keep the disk busy. Of one that has
+//! failed, the runs that do not fail are known there, too, so that none of them is forgotten for an older one that did.
 //!
 //! ```text
 //!   a run fails --> its name rests? --no--> on the disk, at once --> rests for a while --> more has come: on the disk, rests again
@@ -15,9 +16,9 @@ use std::{
     time::Duration,
 };
 
-use sepal_schema::{crash::CrashReport, error::Error};
+use sepal_schema::error::Error;
 
-use crate::{guest::Guest, manager::Manager};
+use crate::{guest::Guest, manager::Manager, registry::Runs};
 
 /// How long the manager waits for the disk in the end.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -25,7 +26,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// What is to be written, by name.
 #[derive(Default)]
 pub(super) struct Failures {
-    waiting: RefCell<BTreeMap<Rc<str>, Vec<Rc<CrashReport>>>>,
+    waiting: RefCell<BTreeMap<Rc<str>, Runs>>,
     resting: RefCell<BTreeSet<Rc<str>>>,
 }
 
@@ -36,18 +37,15 @@ impl Failures {
     }
 }
 
-/// Keeps what is known of a guest's run that has failed with its definition, if it has one; does nothing after any other run. Waits for nobody.
+/// A guest's run is over: keeps what is known of it with the guest's definition, if it has one, and this run or one before has failed. Waits for nobody.
 pub(crate) fn keep_crashes(guest: &Guest) {
     let (manager, name) = (guest.manager.clone(), guest.name.clone());
-    let crashes = guest.crashes();
-    let failed = crashes
-        .first()
-        .is_some_and(|last| last.generation == guest.generation());
-    if !failed || !manager.registry(|registry, _| registry.is_defined(&name)) {
+    let (defined, runs) = manager.registry(|registry, _| (registry.is_defined(&name), registry.runs(guest.id)));
+    if !defined || runs.crashes.is_empty() {
         return;
     }
     let failures = &manager.definitions.failures;
-    failures.waiting.borrow_mut().insert(name.clone(), crashes);
+    failures.waiting.borrow_mut().insert(name.clone(), runs);
     if !failures.resting.borrow_mut().insert(name.clone()) {
         return;
     }
@@ -83,13 +81,13 @@ async fn write_all(manager: &Manager) {
 async fn write(manager: &Manager, name: &Rc<str>) -> bool {
     let definitions = &manager.definitions;
     let _turn = definitions.turn.lock().await;
-    let Some(crashes) = definitions.failures.waiting.borrow_mut().remove(name) else {
+    let Some(runs) = definitions.failures.waiting.borrow_mut().remove(name) else {
         return false;
     };
     // It may have been undefined meanwhile.
     let Ok(record) = definitions.get(name) else { return true };
     let written = async {
-        let record = record.with_crashes(&crashes)?;
+        let record = record.with_runs(&runs)?;
         definitions.store()?.put(&record).await?;
         Ok::<_, Error>(record)
     };

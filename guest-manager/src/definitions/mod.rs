@@ -25,7 +25,6 @@ use std::{
 use futures::channel::oneshot;
 use sepal_schema::{
     config::{GuestConfig, Uuid},
-    crash::CrashReport,
     error::{Error, Kind},
     transport::Handle,
 };
@@ -38,7 +37,7 @@ use crate::{
     list::Listings,
     manager::Manager,
     model::{Moment, cut},
-    registry::{Kept, Origin},
+    registry::{Kept, Origin, Runs},
     slot::{self, Slot},
     state::State,
     store::{
@@ -107,10 +106,10 @@ impl Definitions {
         &self.problems
     }
 
-    /// What the registry is to know of all of them, with the last runs of each that failed.
-    pub(crate) fn kept(&self) -> Vec<(Rc<str>, Kept, Vec<Rc<CrashReport>>)> {
+    /// What the registry is to know of all of them, with what is known of the runs of each.
+    pub(crate) fn kept(&self) -> Vec<(Rc<str>, Kept, Runs)> {
         let records = self.records.borrow();
-        let kept = |(name, record): (&Rc<str>, &Record)| (name.clone(), kept(record), record.crashes());
+        let kept = |(name, record): (&Rc<str>, &Record)| (name.clone(), kept(record), record.runs());
         records.iter().map(kept).collect()
     }
 
@@ -228,10 +227,10 @@ async fn write_definition(
     let claim = manager.registry(|registry, _| registry.claim(&config.name, wanted, fresh, replace))?;
     let uuid = claim.uuid;
     config.uuid = Some(uuid);
-    let crashes = definitions.get(&config.name).map(|record| record.crashes());
+    let runs = definitions.get(&config.name).map(|record| record.runs());
     let written = async {
         let record = Record::new(config, autostart, Moment::now().unix_ns)?;
-        let record = record.with_crashes(&crashes.unwrap_or_default())?;
+        let record = record.with_runs(&runs.unwrap_or_default())?;
         definitions.store()?.put(&record).await?;
         Ok(record)
     };

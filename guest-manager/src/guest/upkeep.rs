@@ -7,16 +7,38 @@ use sepal_schema::{
     crash::CrashReport,
     error::{Error, Kind},
     guest_capnp::observer::configuration_result,
+    report::Reason,
 };
 
-use super::Guest;
+use super::{Creation, Ended, Guest};
 use crate::{
     configuration::Configuration,
+    manager::Manager,
+    model::{Ending, GuestId, Moment},
     pace::Pace,
+    registry::Runs,
     restart::{Counted, Row},
 };
 
 impl Guest {
+    /// One whose runs are over, as far as they are still known: there is nothing left of it but that.
+    pub(crate) fn bygone(manager: &Rc<Manager>, id: GuestId, name: &str, config: &GuestConfig, runs: Runs) -> Rc<Self> {
+        let creation = Creation::of(config, runs.generation, false);
+        let guest = Self::new(manager.clone(), id, name.into(), creation);
+        let info = manager.info(id, None);
+        let report = runs.stop.unwrap_or_else(|| {
+            let ending = Ending::new(Reason::Unknown, "how its last run ended is not known");
+            ending.report(0, Moment::default())
+        });
+        guest.close_ports();
+        guest.state.change(|state| {
+            let never = || Error::new(Kind::NotCreated, report.detail.clone());
+            state.created = Some(Err(report.error.clone().unwrap_or_else(never)));
+            state.ended = Some(Ended { report, info });
+        });
+        guest
+    }
+
     /// Whoever begins it does not wait to hear how that went: it is tried again by its restart policy also if it never runs.
     pub fn insist(&self) {
         self.insists.set(true);

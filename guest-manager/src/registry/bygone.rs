@@ -3,12 +3,9 @@
 
 use std::{collections::HashMap, rc::Rc};
 
-use sepal_schema::report::{Reason, StopReport};
+use sepal_schema::report::StopReport;
 
-use super::{
-    Origin, Registry,
-    entry::{Entry, Phase},
-};
+use super::{Origin, Registry, entry::Entry};
 use crate::{
     durable::chronicle::Past,
     model::{EventKind, GuestId},
@@ -76,8 +73,9 @@ impl Registry {
         let mut surplus = past.iter().filter(ended).count().saturating_sub(self.limits.remembered);
         for (name, bygone) in past {
             let there = self.names.get(&*name).and_then(|id| self.entries.get(id));
-            match (there.map(|entry| (entry.id, entry.phase)), &bygone.stop) {
-                (Some((id, Phase::Defined)), _) => self.go_on_counting(id, bygone),
+            let rests = |entry: &Entry| entry.upkeep.defined && entry.remembered();
+            match (there.map(|entry| (entry.id, rests(entry))), &bygone.stop) {
+                (Some((id, true)), _) => self.go_on_counting(id, bygone),
                 // It goes on, and has all that there is to know.
                 (Some(_), _) => {}
                 (None, Some(_)) if surplus > 0 => surplus -= 1,
@@ -88,17 +86,19 @@ impl Registry {
         }
     }
 
-    /// A name that is defined is the one whose events are known.
+    /// A name that is defined is the one whose events are known, which may know of later runs than the disk does.
     fn go_on_counting(&mut self, id: GuestId, bygone: Bygone) {
         let Some(mut entry) = self.entries.remove(&id) else {
             return;
         };
         entry.id = bygone.id;
-        entry.generation = entry.generation.max(bygone.generation);
-        if let Some((_, stop)) = bygone.stop {
-            entry.phase = phase(&stop);
-            entry.stop = Some(stop);
+        match bygone.stop {
+            Some((_, stop)) if bygone.generation >= entry.generation => entry.has_ended(stop),
+            // Another run had begun, and nobody has told how it ended.
+            None if bygone.generation > entry.generation => entry.ended_somehow(),
+            _ => {}
         }
+        entry.generation = entry.generation.max(bygone.generation);
         self.names.insert(entry.name.clone(), entry.id);
         self.entries.insert(entry.id, entry);
     }
@@ -106,31 +106,27 @@ impl Registry {
     fn remember(&mut self, name: Rc<str>, bygone: Bygone) {
         let Some((_, stop)) = bygone.stop else { return };
         self.endings += 1;
-        let entry = Entry {
-            phase: phase(&stop),
+        let mut entry = Entry {
             generation: bygone.generation,
             ended_as: self.endings,
-            stop: Some(stop),
             ..Entry::new(bygone.id, name.clone(), Origin::Launch)
         };
+        entry.has_ended(stop);
         self.names.insert(name, bygone.id);
         self.entries.insert(bygone.id, entry);
     }
 }
 
-fn phase(stop: &StopReport) -> Phase {
-    match stop.reason {
-        Reason::VmmTerminated => Phase::Died,
-        _ => Phase::Stopped,
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use sepal_schema::info::{GuestDescriptor, GuestStatus};
+    use sepal_schema::{
+        crash::CrashReport,
+        info::{GuestDescriptor, GuestStatus},
+        report::Reason,
+    };
 
     use super::{
-        super::{Kept, Limits},
+        super::{Kept, Limits, Runs},
         *,
     };
     use crate::model::{Ending, Moment};
@@ -150,6 +146,16 @@ mod tests {
         EventKind::Stopped(Ending::new(reason, "why").report(3, Moment::now()))
     }
 
+    fn kept() -> Kept {
+        Kept {
+            uuid: uuid::Uuid::from_bytes([7; 16]),
+            autostart: false,
+            durable: false,
+            restart: sepal_schema::config::Restart::default(),
+            descriptor: None,
+        }
+    }
+
     #[test]
     fn who_had_ended_is_remembered_and_names_go_on_being_counted() {
         let limits = Limits {
@@ -157,15 +163,8 @@ mod tests {
             ..Limits::default()
         };
         let (mut registry, now) = (Registry::new(limits), Moment::now());
-        let kept = Kept {
-            uuid: uuid::Uuid::from_bytes([7; 16]),
-            autostart: false,
-            durable: false,
-            restart: sepal_schema::config::Restart::default(),
-            descriptor: None,
-        };
         for name in ["defined", "never"] {
-            registry.keep(name, kept.clone(), None, now);
+            registry.keep(name, kept(), None, now);
         }
         registry.restore_events(past(&[
             ("oldest", 1, EventKind::Starting),
@@ -205,6 +204,52 @@ mod tests {
             let id = registry.reserve(name, origin, now).unwrap();
             let creation = registry.create(id, GuestDescriptor::default(), now).unwrap();
             assert_eq!(creation.generation, generation, "{name}");
+        }
+    }
+
+    #[test]
+    fn of_what_the_disk_and_the_events_know_the_later_run_counts() {
+        let report = |reason| Ending::new(reason, "why").report(3, Moment::now());
+        // The last run that the disk knows; what the events tell.
+        let cases = [
+            (5, vec![(6, stopped(Reason::Shutdown))], 6, Some(Reason::Shutdown)),
+            (5, vec![(5, stopped(Reason::Shutdown))], 5, Some(Reason::Shutdown)),
+            (5, vec![(4, stopped(Reason::Shutdown))], 5, Some(Reason::Crash)),
+            (5, vec![(5, EventKind::Starting)], 5, Some(Reason::Crash)),
+            (5, vec![(6, EventKind::Starting)], 6, None),
+            (5, vec![], 5, Some(Reason::Crash)),
+        ];
+        for (generation, events, last, reason) in cases {
+            let (mut registry, now) = (Registry::new(Limits::default()), Moment::now());
+            let id = registry.keep("web", kept(), None, now);
+            let crash = CrashReport {
+                report: report(Reason::Crash),
+                generation,
+                last_lines: Vec::new(),
+                registers: Vec::new(),
+                output: String::new(),
+            };
+            let runs = Runs {
+                stop: Some(crash.report.clone()),
+                crashes: vec![crash.into()],
+                generation,
+            };
+            registry.restore_runs(id, runs.clone());
+            let events: Vec<_> = events.into_iter().map(|(of, kind)| ("web", of, kind)).collect();
+            registry.restore_events(past(&events));
+            registry.remember_bygone();
+            let id = registry.lookup("web").unwrap();
+            let found = registry.past_runs(id).unwrap();
+            assert_eq!(
+                (found.generation, found.stop.map(|stop| stop.reason)),
+                (last, reason),
+                "{events:?}"
+            );
+            assert_eq!(found.crashes, runs.crashes);
+            let id = registry.reserve("web", Origin::Definition, now).unwrap();
+            assert_eq!(registry.past_runs(id), None);
+            let creation = registry.create(id, GuestDescriptor::default(), now).unwrap();
+            assert_eq!(creation.generation, last + 1);
         }
     }
 }

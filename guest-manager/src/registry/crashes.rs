@@ -4,10 +4,13 @@ use std::{collections::VecDeque, rc::Rc};
 
 use sepal_schema::{
     crash::{CrashReport, MAX_CRASHES},
-    report::StopReport,
+    report::{Reason, StopReport},
 };
 
-use super::Registry;
+use super::{
+    Registry,
+    entry::{Entry, Phase},
+};
 use crate::model::{GuestId, Trace};
 
 /// The last runs under a name that failed, newest first. What is known of each does not change any more.
@@ -28,7 +31,64 @@ impl Crashes {
     }
 }
 
+/// What is known of the runs under a name that are over, also where none was of this manager.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Runs {
+    /// The last ones that failed, newest first.
+    pub crashes: Vec<Rc<CrashReport>>,
+    /// The number of the last one; 0: none is known.
+    pub generation: u64,
+    /// How it ended, if that is known.
+    pub stop: Option<StopReport>,
+}
+
+impl Entry {
+    /// How it ended, of one that runs no more.
+    pub(super) fn has_ended(&mut self, stop: StopReport) {
+        self.phase = match stop.reason {
+            Reason::VmmTerminated => Phase::Died,
+            _ => Phase::Stopped,
+        };
+        self.stop = Some(stop);
+    }
+
+    /// A defined one runs no more, and nobody knows how its last run ended.
+    pub(super) fn ended_somehow(&mut self) {
+        (self.phase, self.stop) = (Phase::Defined, None);
+    }
+}
+
 impl Registry {
+    /// What is known of the runs under a guest's name that are over.
+    pub(crate) fn runs(&self, id: GuestId) -> Runs {
+        let Some(entry) = self.entries.get(&id) else {
+            return Runs::default();
+        };
+        Runs {
+            crashes: self.crashes(id),
+            generation: entry.generation,
+            stop: entry.stop.clone(),
+        }
+    }
+
+    /// As [`Registry::runs`], of a guest that is only remembered, or only defined; none if nothing is known of one, or it has not ended.
+    pub(crate) fn past_runs(&self, id: GuestId) -> Option<Runs> {
+        self.entries.get(&id).filter(|entry| entry.remembered())?;
+        let runs = self.runs(id);
+        (runs.stop.is_some() || !runs.crashes.is_empty()).then_some(runs)
+    }
+
+    /// What is known from the disk of the runs of a guest that is only defined.
+    pub(crate) fn restore_runs(&mut self, id: GuestId, runs: Runs) {
+        self.restore_crashes(id, runs.crashes);
+        if let Some(entry) = self.entries.get_mut(&id) {
+            entry.generation = entry.generation.max(runs.generation);
+            if let Some(stop) = runs.stop {
+                entry.has_ended(stop);
+            }
+        }
+    }
+
     /// The last runs under a guest's name that failed, newest first.
     pub fn crashes(&self, id: GuestId) -> Vec<Rc<CrashReport>> {
         let entry = self.entries.get(&id);

@@ -129,7 +129,8 @@ impl Entry {
     /// Its next generation.
     pub(super) fn begin(&mut self) -> u64 {
         self.phase = Phase::Creating;
-        self.generation += 1;
+        // What it goes on from may have been read from the disk.
+        self.generation = self.generation.saturating_add(1);
         self.started_at = None;
         self.shutdown_told = false;
         self.paused = false;

@@ -13,6 +13,7 @@ use uuid::Uuid;
 
 use super::{
     Origin, Registry,
+    crashes::Crashes,
     entry::{Entry, Phase, taken},
 };
 use crate::model::{GuestId, Moment};
@@ -33,13 +34,13 @@ impl Registry {
     /// # Errors
     /// `ALREADY_RUNNING`: its name is taken.
     pub(crate) fn miss(&mut self, name: &Rc<str>, uuid: Uuid, generation: u64) -> Result<GuestId, Error> {
-        let (mut upkeep, mut kept) = (Upkeep::default(), None);
+        let (mut upkeep, mut kept, mut crashes) = (Upkeep::default(), None, Crashes::default());
         if let Some(entry) = self.names.get(name).and_then(|id| self.entries.get(id)) {
             if !entry.remembered() {
                 return Err(taken(entry));
             }
             upkeep = entry.kept_for(Origin::Definition)?;
-            kept = entry.kept.clone();
+            (kept, crashes) = (entry.kept.clone(), entry.crashes.clone());
         }
         self.last_id += 1;
         let id = GuestId(self.last_id);
@@ -54,6 +55,7 @@ impl Registry {
             generation,
             upkeep,
             kept,
+            crashes,
             ..Entry::new(id, name.clone(), Origin::Launch)
         };
         self.entries.insert(id, entry);

@@ -10,8 +10,11 @@ use sepal_schema::{
     crash::{CrashReport, MAX_CRASHES},
     error::Error,
     manager_capnp::guest_manager::definition,
+    report::StopReport,
     store_capnp::stored_definition,
 };
+
+use crate::registry::Runs;
 
 /// A definition that is valid but for what its host may make of it.
 #[derive(Debug, Clone)]
@@ -79,10 +82,15 @@ impl Record {
         })
     }
 
-    /// The same, but for the last runs that failed, newest first.
-    pub(crate) fn with_crashes(&self, crashes: &[Rc<CrashReport>]) -> capnp::Result<Self> {
-        self.changed(|stored| {
-            let crashes = &crashes[..crashes.len().min(MAX_CRASHES)];
+    /// The same, but for what is known of its runs.
+    pub(crate) fn with_runs(&self, runs: &Runs) -> capnp::Result<Self> {
+        self.changed(|mut stored| {
+            stored.set_generation(0);
+            if let Some(stop) = &runs.stop {
+                stored.set_generation(runs.generation);
+                stop.write(stored.reborrow().init_stop());
+            }
+            let crashes = &runs.crashes[..runs.crashes.len().min(MAX_CRASHES)];
             let mut list = stored.init_crashes(u32::try_from(crashes.len()).unwrap_or(0));
             for (i, crash) in (0..).zip(crashes) {
                 crash.write(list.reborrow().get(i));
@@ -91,14 +99,27 @@ impl Record {
         })
     }
 
-    /// The last runs that failed, newest first. What cannot be read is left out: it is only to be looked at.
-    pub(crate) fn crashes(&self) -> Vec<Rc<CrashReport>> {
+    /// What is known of its runs. What cannot be read is left out: it is only to be looked at.
+    pub(crate) fn runs(&self) -> Runs {
         let read = || {
             let message = serialize::read_message(&self.content[..], options())?;
             let stored: stored_definition::Reader<'_> = message.get_root()?;
             let crashes = stored.get_crashes()?.iter().take(MAX_CRASHES);
-            let crashes: capnp::Result<Vec<_>> = crashes.map(|crash| CrashReport::read(crash).map(Rc::new)).collect();
-            crashes
+            let crashes = crashes.map(|crash| CrashReport::read(crash).map(Rc::new));
+            let crashes = crashes.collect::<capnp::Result<Vec<_>>>()?;
+            let failed = crashes.iter().map(|crash| crash.generation).max().unwrap_or(0);
+            let (generation, stop) = match stored.get_generation() {
+                generation if stored.has_stop() && generation >= failed => {
+                    (generation, Some(StopReport::read(stored.get_stop()?)?))
+                }
+                // A version that knew of nothing else has written them.
+                _ => (failed, crashes.first().map(|crash| crash.report.clone())),
+            };
+            Ok::<_, capnp::Error>(Runs {
+                crashes,
+                generation,
+                stop,
+            })
         };
         read().unwrap_or_default()
     }
@@ -222,8 +243,8 @@ mod tests {
         assert!(matches!(&back.kernel, File::Path(path) if path == "/boot/vmlinuz"));
         assert!(matches!(&back.disks[0].image, File::Path(path) if path == "/srv/web.img"));
         let off = record.with_autostart(false, 6).unwrap();
-        assert!(off.crashes().is_empty());
-        let report = sepal_schema::report::StopReport {
+        assert_eq!(off.runs(), Runs::default());
+        let report = StopReport {
             reason: sepal_schema::report::Reason::Crash,
             detail: "a triple fault".into(),
             error: None,
@@ -240,9 +261,29 @@ mod tests {
             registers: Vec::new(),
             output: "Oops".into(),
         };
-        let crashed = off.with_crashes(&[Rc::new(crash.clone())]).unwrap();
-        let crashed = crashed.with_autostart(true, 7).unwrap();
-        assert_eq!(crashed.crashes(), [Rc::new(crash)]);
+        let after = |generation, detail: &str| Runs {
+            crashes: vec![Rc::new(crash.clone())],
+            generation,
+            stop: Some(StopReport {
+                detail: detail.into(),
+                ..crash.report.clone()
+            }),
+        };
+        for runs in [after(5, "a triple fault"), after(7, "it shut down")] {
+            let crashed = off.with_runs(&runs).unwrap();
+            assert_eq!(crashed.with_autostart(true, 7).unwrap().runs(), runs);
+        }
+        // Where only crashes are known, or newer ones than the rest, the newest was the last.
+        let newest = after(5, "a triple fault");
+        for runs in [
+            Runs {
+                stop: None,
+                ..newest.clone()
+            },
+            after(4, "it shut down"),
+        ] {
+            assert_eq!(off.with_runs(&runs).unwrap().runs(), newest);
+        }
         assert_eq!(
             (off.autostart, off.uuid, off.config().unwrap().cpus),
             (false, record.uuid, 2)

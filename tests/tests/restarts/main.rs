@@ -27,6 +27,14 @@ fn component(world: &World, generation: u64) -> Process {
     })
 }
 
+/// Ends the manager as a service manager would, and starts the next one.
+fn next_manager(world: &mut World) {
+    let manager = world.take_manager();
+    manager.signal(Signal::TERM);
+    manager.wait().expect_code(0);
+    world.start_manager();
+}
+
 #[test]
 fn a_guest_that_crashes_in_a_loop_is_given_up_and_says_why() {
     if kvm_missing() {
@@ -197,5 +205,54 @@ fn a_guest_that_waits_for_its_next_run_can_be_seen_and_stopped() {
     });
     world.guest(&["stop", "bee", "--force"]).expect_code(0);
     guest.wait().expect_code(12);
+    world.end();
+}
+
+#[test]
+fn what_is_known_of_a_defined_guest_that_crashed_outlives_the_manager() {
+    if kvm_missing() {
+        return;
+    }
+    let mut world = World::with_manager();
+    world
+        .guest(&["define", "bee", "--cmdline", "quiet run=crash"])
+        .expect_code(0);
+    let crash = |world: &World, generation: u64| {
+        world.guest(&["start", "bee"]).expect_code(0);
+        until("it has crashed", || {
+            let info = info(world);
+            (info["status"] == "stopped" && info["generation"] == generation).then_some(info)
+        })
+    };
+    let before = crash(&world, 1);
+    next_manager(&mut world);
+    let told = info(&world);
+    assert_eq!(
+        (&told["status"], &told["generation"]),
+        (&"stopped".into(), &1.into()),
+        "{told}"
+    );
+    assert_eq!((&told["stop"], &told["crashes"]), (&before["stop"], &before["crashes"]));
+    assert_eq!(told["crashes"].as_array().unwrap().len(), 1);
+    let shown = world.guest(&["info", "bee"]).expect_code(0).out();
+    assert!(shown.contains("vCPU 0 in run 1") && shown.contains("rip "), "{shown}");
+
+    crash(&world, 2);
+    // One that ends with its manager is known to have been the last.
+    world
+        .guest(&["define", "bee", "--replace", "--cmdline", "quiet"])
+        .expect_code(0);
+    world.guest(&["start", "bee"]).expect_code(0);
+    component(&world, 3);
+    next_manager(&mut world);
+    let told = info(&world);
+    let crashes = told["crashes"].as_array().unwrap();
+    let runs: Vec<_> = crashes.iter().map(|crash| &crash["generation"]).collect();
+    assert_eq!(runs, [2, 1], "{told}");
+    assert_eq!(
+        (&told["stop"]["reason"], &told["generation"]),
+        (&"killed".into(), &3.into()),
+        "{told}"
+    );
     world.end();
 }

@@ -3,13 +3,24 @@
 use std::{fs, time::Duration};
 
 use sepal_guest_manager::{component::Exit, manager::Settings};
-use sepal_schema::config::{GuestConfig, Restart, RestartPolicy};
+use sepal_schema::{
+    config::{GuestConfig, Restart, RestartPolicy},
+    error::Kind,
+    guest_capnp::guest,
+    info::GuestStatus,
+    report::Reason,
+};
 
-use super::kept::Kept;
+use super::kept::{Kept, about};
 use crate::{
     restarts::crashes,
-    world::{World, named, with},
+    world::{World, info, kill, named, stop, wait, with},
 };
+
+/// Which runs are known to have failed, newest first.
+async fn failed(guest: &guest::Client) -> Vec<u64> {
+    crashes(guest).await.iter().map(|crash| crash.generation).collect()
+}
 
 /// The component of the run of this number dies.
 async fn dies(world: &World, run: usize) {
@@ -64,9 +75,7 @@ fn a_guest_that_fails_again_and_again_does_not_keep_the_disk_busy() {
     kept.manager(async |world| {
         let caller = world.caller();
         let started = caller.start("web", true).await.unwrap();
-        let crashes = crashes(&started.guest).await;
-        let generations: Vec<_> = crashes.iter().map(|crash| crash.generation).collect();
-        assert_eq!(generations, [20, 19, 18, 17]);
+        assert_eq!(failed(&started.guest).await, [20, 19, 18, 17]);
     });
 }
 
@@ -83,7 +92,7 @@ fn what_was_still_to_be_written_goes_with_the_definition() {
         for run in 1..=2 {
             let started = caller.start("web", true).await.unwrap();
             dies(&world, run).await;
-            crate::world::wait(&started.guest).await;
+            wait(&started.guest).await;
         }
         caller.undefine("web").await.unwrap();
         caller.define(named("web")).await.unwrap();
@@ -93,5 +102,90 @@ fn what_was_still_to_be_written_goes_with_the_definition() {
         let caller = world.caller();
         let started = caller.start("web", true).await.unwrap();
         assert!(crashes(&started.guest).await.is_empty());
+    });
+}
+
+#[test]
+fn what_is_known_of_failures_is_there_before_the_guest_is_started_again() {
+    let kept = Kept::new();
+    kept.manager(async |world| {
+        let caller = world.caller();
+        caller.define(named("web")).await.unwrap();
+        caller.define(named("quiet")).await.unwrap();
+        for run in 1..=2 {
+            let started = caller.start("web", true).await.unwrap();
+            dies(&world, run).await;
+            wait(&started.guest).await;
+        }
+        let started = caller.start("quiet", true).await.unwrap();
+        kill(&started.guest).await.unwrap();
+        world.manager.end("the test is over").await;
+    });
+    kept.manager(async |world| {
+        let caller = world.caller();
+        let guest = caller.lookup("web").await.unwrap();
+        assert_eq!(failed(&guest).await, [2, 1]);
+        let seen = caller.seen("web").await.unwrap();
+        assert_eq!(
+            (seen.status, seen.generation),
+            (GuestStatus::VmmUnexpectedTermination, 2)
+        );
+        assert_eq!(info(&guest).await, seen);
+        let last = seen.stop.unwrap();
+        assert_eq!(last, crashes(&guest).await[0].report);
+        assert_eq!(wait(&guest).await, last);
+        // It is what it would be after its end: nothing that could be stopped.
+        assert_eq!(stop(&guest, 1, true).await.unwrap_err().kind, Kind::NotRunning);
+        assert_eq!(caller.force_shutdown("web").await.unwrap_err().kind, Kind::NotRunning);
+        assert_eq!(about(caller.remove("web").await, Kind::AlreadyBound), "name");
+        // Nothing is written of a guest that has never failed.
+        let seen = caller.seen("quiet").await.unwrap();
+        assert_eq!((seen.status, seen.stop), (GuestStatus::NotStarted, None));
+        assert_eq!(about(caller.lookup("quiet").await, Kind::NotFound), "name");
+    });
+    kept.manager(async |world| {
+        let caller = world.caller();
+        // A new definition of the same name keeps what is known.
+        caller.define_as(named("web"), false, true).await.unwrap();
+        let started = caller.start("web", true).await.unwrap();
+        assert_eq!(info(&started.guest).await.generation, 3);
+        dies(&world, 1).await;
+        wait(&started.guest).await;
+        assert_eq!(failed(&started.guest).await, [3, 2, 1]);
+        world.manager.end("the test is over").await;
+    });
+    kept.manager(async |world| {
+        let caller = world.caller();
+        assert_eq!(failed(&caller.lookup("web").await.unwrap()).await, [3, 2, 1]);
+        caller.undefine("web").await.unwrap();
+        assert!(caller.seen("web").await.is_none());
+        assert_eq!(about(caller.lookup("web").await, Kind::NotFound), "name");
+    });
+}
+
+#[test]
+fn a_run_that_did_not_fail_is_known_to_be_the_last_where_an_older_one_did() {
+    let kept = Kept::new();
+    kept.manager(async |world| {
+        let caller = world.caller();
+        caller.define(named("web")).await.unwrap();
+        let started = caller.start("web", true).await.unwrap();
+        dies(&world, 1).await;
+        wait(&started.guest).await;
+        world.manager.end("the test is over").await;
+    });
+    kept.manager(async |world| {
+        // It ends with its manager.
+        let caller = world.caller();
+        caller.start("web", true).await.unwrap();
+        world.manager.end("the test is over").await;
+    });
+    kept.manager(async |world| {
+        let caller = world.caller();
+        let guest = caller.lookup("web").await.unwrap();
+        let seen = info(&guest).await;
+        assert_eq!((seen.status, seen.generation), (GuestStatus::Stopped, 2));
+        assert_eq!(seen.stop.unwrap().reason, Reason::Killed);
+        assert_eq!(failed(&guest).await, [1]);
     });
 }
