@@ -66,7 +66,7 @@ pub struct Started {
     pub stderr: Option<OwnedFd>,
     /// Kills the process; may be called again, and after the end.
     pub kill: Box<dyn Fn()>,
-    /// Resolves when the process is gone and reaped.
+    /// Resolves when the process has ended, and has been reaped if whoever is to do that does not stand still.
     pub exit: LocalBoxFuture<'static, Exit>,
     /// Where what belongs to it can be kept for the next manager; none: nowhere.
     pub custody: Option<Rc<dyn Custody>>,
@@ -329,7 +329,7 @@ impl Component {
         self.exit.look(Clone::clone)
     }
 
-    /// Waits until the process is gone and reaped.
+    /// Waits until the process has ended, and as a rule been reaped.
     pub async fn exited(&self) -> Exit {
         self.exit.until(|exit| exit.clone()).await
     }

@@ -1,16 +1,18 @@
 //! Starts components through the keeper, which is their parent: it jails them, reaps them, and cleans up behind a manager that is killed.
 //!
 //! ```text
-//!   own keeper:        none --(first start, or one after its death)--> there --(its connection closes)--> none
-//!   inherited keepers: those of managers before this one, as long as anything lives there
+//!   own keeper:    none --(first start, or one after its death)--> there --(its connection closes)--> none
+//!                                                                    '--(it stands still)--> another one; it is one of the others
+//!   other keepers: those of managers before this one, as long as anything lives there
 //! ```
 //!
-//! `link` is the connection with one of them; `succession` is how the next manager finds them, `asking` how it takes them over, `roster` what it knows of one
+//! `still` is about one that stands still. `link` is the connection with one of them; `succession` is how the next manager finds them, `asking` how it takes them over, `roster` what it knows of one
 //! that does not answer.
 
 mod asking;
 mod link;
 mod roster;
+mod still;
 mod succession;
 
 use std::{
@@ -57,6 +59,10 @@ const KEEPER: &str = "sepal-keeper";
 
 /// How long a start may take until the component's program runs.
 const START_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long the keeper may take to take notice of a start; that takes less than a millisecond.
+const NOTICE: Duration = Duration::from_secs(3);
+/// How long the manager waits for a keeper at its own end.
+const PARTING: Duration = Duration::from_secs(2);
 
 /// The programs that the manager runs.
 #[derive(Debug)]
@@ -105,7 +111,7 @@ struct Shared {
     /// Where the next manager finds the keepers.
     state: State,
     own: RefCell<Option<Rc<Link>>>,
-    inherited: RefCell<Vec<Rc<Link>>>,
+    others: RefCell<Vec<Rc<Link>>>,
     /// What is kept for the next manager beside no component; none as long as there is to be no next one.
     for_successor: RefCell<Option<BTreeMap<String, OwnedFd>>>,
     last_id: Cell<u64>,
@@ -161,7 +167,7 @@ impl KeeperStarter {
             files,
             state,
             own: RefCell::default(),
-            inherited: RefCell::default(),
+            others: RefCell::default(),
             for_successor: RefCell::default(),
             last_id: Cell::new(0),
         });
@@ -190,21 +196,27 @@ impl KeeperStarter {
         (inherited, asking)
     }
 
-    /// Lets go of the keepers. What outlives the manager goes on, everything else is ended, and waited for.
+    /// Lets go of the keepers. What outlives the manager goes on, everything else is ended, and waited for; a keeper that stands still, for 2 s at most.
     pub fn close(&self) {
-        for link in self.0.inherited.take() {
-            if let Some(Err(error)) = link.take().map(KeeperClient::leave) {
-                tracing::warn!("{error}");
+        let part = |link: &Link, stays: bool| {
+            link.end_rest();
+            let closed = link.take().map(|keeper| match stays {
+                true => keeper.leave(PARTING),
+                false => keeper.close_within(PARTING),
+            });
+            match closed {
+                Some(Err(KeeperError::Unresponsive { .. })) => {
+                    tracing::warn!("{}; it is not waited for", link.silence())
+                }
+                Some(Err(error)) => tracing::warn!("{error}"),
+                Some(Ok(())) | None => {}
             }
+        };
+        for link in self.0.others.take() {
+            part(&link, true);
         }
-        let Some(link) = self.0.own.take() else { return };
-        let stays = link.has_durable();
-        let closed = link.take().map(|keeper| match stays {
-            true => keeper.leave(),
-            false => keeper.close(),
-        });
-        if let Some(Err(error)) = closed {
-            tracing::warn!("{error}");
+        if let Some(link) = self.0.own.take() {
+            part(&link, link.has_durable());
         }
     }
 }
@@ -224,8 +236,8 @@ impl Shared {
                 InheritedState::None => Fate::Ended(Exit::Unknown("it was never started".to_owned())),
                 InheritedState::Failed(message) => Fate::Ended(Exit::Unknown(message)),
                 InheritedState::Exited(status) => Fate::Ended(exit(status)),
-                InheritedState::Starting => Self::lives(&link, id, 0),
-                InheritedState::Running { pid, .. } => Self::lives(&link, id, pid),
+                InheritedState::Starting => Self::lives(&link, id, 0, None),
+                InheritedState::Running { pid, pidfd, .. } => Self::lives(&link, id, pid, Some(pidfd)),
             };
             let custody: Rc<dyn Custody> = Rc::new(Beside { link: link.clone(), id });
             // Until it is released: whatever becomes of this manager, the next one is to find it.
@@ -239,13 +251,13 @@ impl Shared {
         {
             tracing::debug!("{}", error.message);
         }
-        self.inherited.borrow_mut().push(link);
+        self.others.borrow_mut().push(link);
         inheritance
     }
 
-    fn lives(link: &Rc<Link>, id: u64, pid: u32) -> Fate {
+    fn lives(link: &Rc<Link>, id: u64, pid: u32, process: Option<OwnedFd>) -> Fate {
         let (killed, waiters) = (link.clone(), link.expect(id));
-        link.runs(id, pid);
+        link.runs(id, pid, process);
         Fate::Lives {
             pid,
             kill: Box::new(move || killed.kill(id)),
@@ -255,7 +267,8 @@ impl Shared {
 
     /// The keeper for what is started from now on.
     fn own_keeper(&self) -> Result<Rc<Link>, KeeperError> {
-        if let Some(link) = self.own.borrow().as_ref().filter(|link| link.is_there()) {
+        let usable = |link: &&Rc<Link>| link.is_there() && !link.stands_still();
+        if let Some(link) = self.own.borrow().as_ref().filter(usable) {
             return Ok(link.clone());
         }
         let mut keeper = KeeperClient::start(&self.programs.keeper)?;
@@ -264,7 +277,10 @@ impl Shared {
         }
         tracing::debug!(pid = keeper.pid(), "keeper started");
         let link = Link::new(&self.handle, keeper, None)?;
-        *self.own.borrow_mut() = Some(link.clone());
+        if let Some(still) = self.own.replace(Some(link.clone())).filter(|before| before.is_there()) {
+            tracing::error!("{}; components are started by another one from now on", still.silence());
+            self.others.borrow_mut().push(still);
+        }
         if let Some(kept) = &*self.for_successor.borrow() {
             // What it can be told later still, nothing depends on yet.
             if let Err(error) = self.offer(&link).and_then(|()| keep_own(&link, kept)) {
@@ -328,6 +344,75 @@ impl Shared {
     }
 }
 
+impl Shared {
+    /// Follows a start to its end.
+    async fn follow(&self, spawned: Spawned) -> Result<Started, NotStarted> {
+        let Spawned {
+            link,
+            id,
+            waiters,
+            socket,
+            stderr,
+        } = spawned;
+        let mut unwanted = Unwanted {
+            link: link.clone(),
+            id: Some(id),
+        };
+        let Waiters {
+            mut has_started,
+            has_exited,
+        } = waiters;
+        let mut answer = self.handle.timeout(NOTICE, &mut has_started).await;
+        if answer.is_err() {
+            if link.look() {
+                return Err(NotStarted::Still(link.silence()));
+            }
+            answer = self.handle.timeout(START_TIMEOUT - NOTICE, has_started).await;
+        }
+        let pid = match answer {
+            Ok(Ok(started)) => started?,
+            Ok(Err(_)) => return Err(start_failure("the keeper is gone".to_owned()).into()),
+            Err(_) if link.look() => return Err(NotStarted::Still(link.silence())),
+            Err(_) => {
+                let seconds = START_TIMEOUT.as_secs();
+                return Err(start_failure(format!("the component did not start within {seconds} s")).into());
+            }
+        };
+        unwanted.id = None;
+        let killed = link.clone();
+        Ok(Started {
+            pid,
+            socket,
+            stderr: Some(stderr),
+            kill: Box::new(move || killed.kill(id)),
+            exit: told(has_exited),
+            custody: Some(Rc::new(Beside { link, id })),
+        })
+    }
+}
+
+/// Why a component does not run.
+enum NotStarted {
+    /// The keeper stands still, in words.
+    Still(String),
+    Failed(Error),
+}
+
+impl From<Error> for NotStarted {
+    fn from(error: Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+impl From<NotStarted> for Error {
+    fn from(reason: NotStarted) -> Self {
+        match reason {
+            NotStarted::Still(words) => start_failure(format!("the component did not start: {words}")),
+            NotStarted::Failed(error) => error,
+        }
+    }
+}
+
 /// A component that was asked for.
 struct Spawned {
     link: Rc<Link>,
@@ -372,39 +457,14 @@ impl ComponentStarter for KeeperStarter {
     fn start(&self, request: StartRequest) -> LocalBoxFuture<'static, Result<Started, Error>> {
         let shared = self.0.clone();
         Box::pin(async move {
-            let Spawned {
-                link,
-                id,
-                waiters,
-                socket,
-                stderr,
-            } = shared.spawn(&request)?;
-            let mut unwanted = Unwanted {
-                link: link.clone(),
-                id: Some(id),
-            };
-            let Waiters {
-                has_started,
-                has_exited,
-            } = waiters;
-            let pid = match shared.handle.timeout(START_TIMEOUT, has_started).await {
-                Ok(Ok(started)) => started?,
-                Ok(Err(_)) => return Err(start_failure("the keeper is gone".to_owned())),
-                Err(_) => {
-                    let seconds = START_TIMEOUT.as_secs();
-                    return Err(start_failure(format!("the component did not start within {seconds} s")));
-                }
-            };
-            unwanted.id = None;
-            let killed = link.clone();
-            Ok(Started {
-                pid,
-                socket,
-                stderr: Some(stderr),
-                kill: Box::new(move || killed.kill(id)),
-                exit: told(has_exited),
-                custody: Some(Rc::new(Beside { link, id })),
-            })
+            let spawned = shared.spawn(&request)?;
+            match shared.follow(spawned).await {
+                // By another one.
+                Err(NotStarted::Still(_)) => {}
+                started => return Ok(started?),
+            }
+            let spawned = shared.spawn(&request)?;
+            Ok(shared.follow(spawned).await?)
         })
     }
 
@@ -414,8 +474,8 @@ impl ComponentStarter for KeeperStarter {
     }
 
     fn set_limits(&self, pid: u32, limits: ResourceLimits) -> LocalBoxFuture<'static, Result<(), Error>> {
-        let (own, inherited) = (self.0.own.borrow(), self.0.inherited.borrow());
-        let mut links = inherited.iter().chain(own.iter());
+        let (own, others) = (self.0.own.borrow(), self.0.others.borrow());
+        let mut links = others.iter().chain(own.iter());
         let found = links.find_map(|link| Some((link.clone(), link.id_of(pid)?)));
         Box::pin(async move {
             match found {
@@ -438,9 +498,9 @@ impl ComponentStarter for KeeperStarter {
         };
         let told = offered.and_then(|()| keep_own(&link, &kept));
         // Whether or not anything of this manager's own can go on: what it has taken over does.
-        for inherited in self.0.inherited.borrow().iter().filter(|link| link.is_there()) {
+        for other in self.0.others.borrow().iter().filter(|link| link.is_there()) {
             // One that had nothing any more has ended meanwhile, and takes nothing along.
-            if let Err(error) = keep_own(inherited, &kept) {
+            if let Err(error) = keep_own(other, &kept) {
                 tracing::debug!("{}", error.message);
             }
         }

@@ -5,12 +5,15 @@
 //!                    '----> Failed
 //!                    '----------------> the keeper is gone, and every component with it
 //! ```
+//!
+//! One that is to end, and of which the keeper says nothing, is ended without it (`still`): the keeper's late word is nobody's then.
 
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     collections::{HashMap, HashSet, VecDeque},
     os::fd::{AsFd, OwnedFd},
     rc::Rc,
+    time::Duration,
 };
 
 use event_listener::Event;
@@ -27,16 +30,34 @@ use sepal_runner::{
 };
 use sepal_schema::{
     error::{Error, Kind},
-    transport::{AsyncFd, Handle, reactor::Direction},
+    transport::{
+        AsyncFd, Handle,
+        reactor::{Direction, Task},
+    },
 };
 
-use super::roster::{Known, Roster};
+use super::{
+    roster::{Known, Roster},
+    still,
+};
 use crate::component::{Custody, Exit};
+
+/// How long it is waited for a keeper that is asked for something that takes it a moment.
+const ANSWER: Duration = Duration::from_secs(10);
 
 /// Whoever waits for what the keeper says about a component.
 struct Waiting {
     started: Option<oneshot::Sender<Result<u32, Error>>>,
     exited: Option<oneshot::Sender<Exit>>,
+    /// It is to end, with the keeper or without.
+    ending: Option<Task>,
+}
+
+/// A component that runs.
+struct Running {
+    pid: u32,
+    /// Its pidfd; none as long as it starts.
+    process: Option<Rc<OwnedFd>>,
 }
 
 /// Is told what kept limits from holding, if something did.
@@ -51,14 +72,18 @@ pub(super) struct Waiters {
 /// The connection.
 pub(super) struct Link {
     handle: Handle,
+    /// The keeper's process id.
+    pid: u32,
+    /// It stood still when it was last looked, and has said nothing since.
+    still: Cell<bool>,
     /// None once it is gone, or was let go of.
     keeper: RefCell<Option<KeeperClient>>,
     asked: Event,
     /// Nothing waits to be sent any more.
     sent: Event,
     waiting: RefCell<HashMap<u64, Waiting>>,
-    /// The ids of components that run, by their process ids.
-    running: RefCell<HashMap<u32, u64>>,
+    /// The components that run, by their ids.
+    running: RefCell<HashMap<u64, Running>>,
     /// Who waits to hear that the limits of an id hold, in the order in which they asked.
     limiting: RefCell<HashMap<u64, VecDeque<Limited>>>,
     /// The ids that outlive the manager.
@@ -82,6 +107,8 @@ impl Link {
         let watched = handle.register(watched).map_err(system)?;
         let link = Rc::new(Self {
             handle: handle.clone(),
+            pid: keeper.pid(),
+            still: Cell::new(false),
             keeper: RefCell::new(Some(keeper)),
             asked: Event::new(),
             sent: Event::new(),
@@ -101,6 +128,23 @@ impl Link {
         self.keeper.borrow().is_some()
     }
 
+    /// What there is to say of the keeper when it does not answer.
+    pub(super) fn silence(&self) -> String {
+        still::words(self.pid)
+    }
+
+    /// Looks whether the keeper stands still: it has not read what was said to it a while ago, or is stopped.
+    pub(super) fn look(&self) -> bool {
+        let unheard = self.keeper.borrow().as_ref().is_some_and(KeeperClient::has_unheard);
+        self.still.set(unheard || still::is_stopped(self.pid));
+        self.still.get()
+    }
+
+    /// Whether it stood still at the last look, and has said nothing since.
+    pub(super) fn stands_still(&self) -> bool {
+        self.still.get()
+    }
+
     /// Whether anything of it outlives the manager.
     pub(super) fn has_durable(&self) -> bool {
         !self.durable.borrow().is_empty()
@@ -113,6 +157,17 @@ impl Link {
 
     fn roster(&self) -> Option<Rc<Roster>> {
         self.roster.borrow().clone()
+    }
+
+    /// Kills what does not outlive the manager. The keeper does that, too, as soon as it is let go of and runs.
+    pub(super) fn end_rest(&self) {
+        let durable = self.durable.borrow();
+        for (id, running) in &*self.running.borrow() {
+            if let Some(process) = running.process.as_ref().filter(|_| !durable.contains(id)) {
+                // Where that is not permitted, it is the keeper's.
+                let _ = still::kill(process);
+            }
+        }
     }
 
     /// Lets go of the keeper.
@@ -140,6 +195,7 @@ impl Link {
         let waiting = Waiting {
             started: Some(started),
             exited: Some(exited),
+            ending: None,
         };
         self.waiting.borrow_mut().insert(id, waiting);
         Waiters {
@@ -154,9 +210,14 @@ impl Link {
     }
 
     /// Kills a component that is waited for.
-    pub(super) fn kill(&self, id: u64) {
-        if !self.waiting.borrow().contains_key(&id) {
-            return;
+    pub(super) fn kill(self: &Rc<Self>, id: u64) {
+        match self.waiting.borrow_mut().get_mut(&id) {
+            None => return,
+            Some(waiting) if waiting.ending.is_some() => {}
+            Some(waiting) => {
+                let link = self.clone();
+                waiting.ending = Some(self.handle.spawn_owned(async move { link.see_to_end(id).await }));
+            }
         }
         if let Err(error) = self.ask(|keeper| keeper.kill(id)) {
             // What comes of it is heard by the listener.
@@ -164,28 +225,64 @@ impl Link {
         }
     }
 
-    /// A component runs under this process id.
-    pub(super) fn runs(&self, id: u64, pid: u32) {
-        self.running.borrow_mut().insert(pid, id);
+    /// Ends a component without the keeper, if that does not say soon that it has ended: given up as soon as it does.
+    async fn see_to_end(&self, id: u64) {
+        self.handle.sleep(still::PATIENCE).await;
+        let running = self
+            .running
+            .borrow()
+            .get(&id)
+            .map(|running| (running.pid, running.process.clone()));
+        // One that has not started yet the keeper kills when it goes on, before that has done anything.
+        let Some((pid, Some(process))) = running else { return };
+        match still::end(&self.handle, process, self.pid).await {
+            Ok(exit) => {
+                tracing::warn!(pid, "{}; the component was ended without it", self.silence());
+                self.has_exited(id, exit);
+            }
+            Err(error) => tracing::error!(
+                pid,
+                "{}, and the component cannot be ended without it: {error}",
+                self.silence()
+            ),
+        }
+    }
+
+    fn has_exited(&self, id: u64, exit: Exit) {
+        self.running.borrow_mut().remove(&id);
+        let waiting = self.waiting.borrow_mut().remove(&id);
+        if let Some(exited) = waiting.and_then(|waiting| waiting.exited) {
+            let _ = exited.send(exit);
+        }
+    }
+
+    /// A component runs under this process id, and pidfd, if it has started.
+    pub(super) fn runs(&self, id: u64, pid: u32, process: Option<OwnedFd>) {
+        let process = process.map(Rc::new);
+        self.running.borrow_mut().insert(id, Running { pid, process });
     }
 
     /// The id of the component that runs under this process id, if it is one of this keeper's.
     pub(super) fn id_of(&self, pid: u32) -> Option<u64> {
-        self.running.borrow().get(&pid).copied()
+        let running = self.running.borrow();
+        running
+            .iter()
+            .find_map(|(id, running)| (running.pid == pid).then_some(*id))
     }
 
     /// Changes the limits of a component, and waits until they hold.
     ///
     /// # Errors
-    /// `NOT_SUPPORTED`: what the host lacks; `START_FAILURE`: the keeper is gone.
+    /// `NOT_SUPPORTED`: what the host lacks; `START_FAILURE`: the keeper is gone, or does not answer.
     pub(super) async fn set_limits(&self, id: u64, limits: Limits) -> Result<(), Error> {
         let (limited, holds) = oneshot::channel();
         self.ask(|keeper| keeper.set_limits(id, limits))?;
         self.limiting.borrow_mut().entry(id).or_default().push_back(limited);
-        match holds.await {
-            Ok(None) => Ok(()),
-            Ok(Some(why)) => Err(Error::new(Kind::NotSupported, why)),
-            Err(_) => Err(failure("the keeper is gone".to_owned())),
+        match self.handle.timeout(ANSWER, holds).await {
+            Ok(Ok(None)) => Ok(()),
+            Ok(Ok(Some(why))) => Err(Error::new(Kind::NotSupported, why)),
+            Ok(Err(_)) => Err(failure("the keeper is gone".to_owned())),
+            Err(_) => Err(failure(format!("{}; the limits hold when it does", self.silence()))),
         }
     }
 
@@ -240,10 +337,11 @@ impl Link {
     }
 
     fn heard(&self, event: KeeperEvent) {
+        self.still.set(false);
         let mut waiting = self.waiting.borrow_mut();
         match event {
-            KeeperEvent::Started { id, pid, .. } => {
-                self.runs(id, pid);
+            KeeperEvent::Started { id, pid, pidfd, .. } => {
+                self.runs(id, pid, Some(pidfd));
                 if let Some(started) = waiting.get_mut(&id).and_then(|waiting| waiting.started.take()) {
                     let _ = started.send(Ok(pid));
                 }
@@ -255,10 +353,8 @@ impl Link {
                 }
             }
             KeeperEvent::Exited { id, status } => {
-                self.running.borrow_mut().retain(|_, running| *running != id);
-                if let Some(exited) = waiting.remove(&id).and_then(|waiting| waiting.exited) {
-                    let _ = exited.send(exit(status));
-                }
+                drop(waiting);
+                self.has_exited(id, exit(status));
             }
             KeeperEvent::NotKept { id, label, message } => {
                 tracing::error!(id, label, "not kept for the manager after this one: {message}");
@@ -287,7 +383,9 @@ impl Link {
             }
         }
         // Reaped away from the loop: it has closed its connection, but may not have ended yet.
-        let reaping = self.handle.spawn_blocking(|| keeper.map(KeeperClient::close));
+        let reaping = self
+            .handle
+            .spawn_blocking(|| keeper.map(|keeper| keeper.close_within(ANSWER)));
         self.handle.spawn(async move {
             // How it ended has been told, and work that nobody awaits is not done.
             let _ = reaping.await;

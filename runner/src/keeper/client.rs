@@ -8,9 +8,10 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags};
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use rustix::process::{Pid, PidfdFlags};
 
 use super::inherit::{Asked, Inherited, Succession};
 use super::wire::{Channel, CleanFile, Event, MAX_KEPT, MAX_LABEL, Received, Request, Spawn};
@@ -394,61 +395,99 @@ impl KeeperClient {
         self.pid
     }
 
+    /// Whether the keeper has not yet read all that was said: soon it has, unless it stands still.
+    #[must_use]
+    pub fn has_unheard(&self) -> bool {
+        self.channel.has_unsent() || self.channel.has_unread()
+    }
+
     /// Ends all components, durable or not, and the keeper, and waits until it is done.
     ///
     /// # Errors
     ///
     /// [`KeeperError::Gone`] if the keeper did not end as it should.
-    pub fn close(mut self) -> Result<(), KeeperError> {
-        // One that is gone already has nothing left to end.
+    pub fn close(self) -> Result<(), KeeperError> {
+        self.close_by(None)
+    }
+
+    /// As [`KeeperClient::close`], but waits for `patience` at most. A keeper that stands still ends when it goes on.
+    ///
+    /// # Errors
+    ///
+    /// As [`KeeperClient::close`], and [`KeeperError::Unresponsive`].
+    pub fn close_within(self, patience: Duration) -> Result<(), KeeperError> {
+        self.close_by(Some(Instant::now() + patience))
+    }
+
+    fn close_by(mut self, deadline: Option<Instant>) -> Result<(), KeeperError> {
+        // One that is gone already has nothing left to end; to one that does not read, the end of the connection says it, too.
         let _ = self.channel.send(&Request::End, Vec::new());
-        let _ = self.flush_all();
+        let _ = self.flush_all(deadline);
         let Some(mut process) = self.process.take() else {
-            return self.drain();
+            return self.drain(deadline);
         };
+        let pid = self.pid;
         drop(self);
+        if let Some(deadline) = deadline {
+            // Its number is its own until it is waited for.
+            let watched = rustix::process::pidfd_open(Pid::from_child(&process), PidfdFlags::empty())
+                .map_err(system("watching the keeper"))?;
+            wait_until(&watched, PollFlags::IN, pid, Some(deadline))?;
+        }
         match process.wait().map_err(system("waiting for the keeper"))? {
             status if status.success() => Ok(()),
             status => Err(KeeperError::Gone(status.to_string())),
         }
     }
 
-    /// Ends this connection, having sent all that waits: what is durable goes on, for a successor to take over; the rest ends.
+    /// Ends this connection, having sent all that waits: what is durable goes on, for a successor to take over; the rest ends. What cannot be sent within
+    /// `patience`, because the keeper stands still, is lost.
     ///
     /// # Errors
     ///
-    /// [`KeeperError::Gone`].
-    pub fn leave(mut self) -> Result<(), KeeperError> {
-        self.flush_all()
+    /// [`KeeperError::Gone`]; [`KeeperError::Unresponsive`] if something is lost.
+    pub fn leave(mut self, patience: Duration) -> Result<(), KeeperError> {
+        self.flush_all(Some(Instant::now() + patience))
     }
 
     /// Waits until all is sent that waits.
-    fn flush_all(&mut self) -> Result<(), KeeperError> {
+    fn flush_all(&mut self, deadline: Option<Instant>) -> Result<(), KeeperError> {
         self.channel.flush()?;
         while self.channel.has_unsent() {
-            self.wait(PollFlags::OUT)?;
+            self.wait(PollFlags::OUT, deadline)?;
             self.channel.flush()?;
         }
         Ok(())
     }
 
     /// Waits until the keeper has closed the connection, which it does when all is done.
-    fn drain(&mut self) -> Result<(), KeeperError> {
+    fn drain(&mut self, deadline: Option<Instant>) -> Result<(), KeeperError> {
         loop {
             match self.channel.receive::<Event>() {
                 Ok(Some(_)) => {}
-                Ok(None) => self.wait(PollFlags::IN)?,
+                Ok(None) => self.wait(PollFlags::IN, deadline)?,
                 Err(WireError::Closed) => return Ok(()),
                 Err(error) => return Err(error.into()),
             }
         }
     }
 
-    fn wait(&self, wanted: PollFlags) -> Result<(), KeeperError> {
-        let mut poll = [PollFd::new(&self.channel, wanted)];
-        match rustix::event::poll(&mut poll, None) {
-            Ok(_) | Err(Errno::INTR) => Ok(()),
-            Err(errno) => Err(system("waiting for the keeper")(errno)),
+    fn wait(&self, wanted: PollFlags, deadline: Option<Instant>) -> Result<(), KeeperError> {
+        wait_until(&self.channel, wanted, self.pid, deadline)
+    }
+}
+
+/// Waits until a descriptor of the keeper `pid` is ready, or may be.
+fn wait_until(fd: impl AsFd, wanted: PollFlags, pid: u32, deadline: Option<Instant>) -> Result<(), KeeperError> {
+    let mut poll = [PollFd::new(&fd, wanted)];
+    loop {
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        let timeout = left.and_then(|left| Timespec::try_from(left).ok());
+        match rustix::event::poll(&mut poll, timeout.as_ref()) {
+            Ok(0) => return Err(KeeperError::Unresponsive { pid }),
+            Ok(_) => return Ok(()),
+            Err(Errno::INTR) => {}
+            Err(errno) => return Err(system("waiting for the keeper")(errno)),
         }
     }
 }

@@ -117,6 +117,12 @@ pub enum KeeperError {
         /// The socket.
         path: PathBuf,
     },
+    /// It did not do in time what was asked of it: it is stopped, a debugger holds it, or its memory has to be fetched from slow storage.
+    #[error("the keeper (process {pid}) does not answer")]
+    Unresponsive {
+        /// Its process id.
+        pid: u32,
+    },
     /// It is gone; no component of it lives any more.
     #[error("the keeper is gone ({0})")]
     Gone(String),

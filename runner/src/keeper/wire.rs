@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -226,6 +226,14 @@ impl Channel {
         !self.unsent.is_empty()
     }
 
+    /// True while the peer has not read all that was sent.
+    pub(super) fn has_unread(&self) -> bool {
+        let mut bytes: libc::c_int = 0;
+        // SAFETY: SIOCOUTQ (unix(7)), which has this number, writes an int, and that is what it is given.
+        let asked = unsafe { libc::ioctl(self.socket.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
+        asked == 0 && bytes > 0
+    }
+
     /// Sends a message, now or when [`Channel::flush`] can.
     pub(super) fn send(&mut self, message: &impl Serialize, fds: Vec<Arc<OwnedFd>>) -> Result<(), WireError> {
         if self.unsent.len() >= MAX_UNSENT {
@@ -364,19 +372,21 @@ mod tests {
     fn messages_keep_their_descriptors_and_order() {
         let (mut a, mut b) = pair();
         assert!(b.receive::<Request>().unwrap().is_none());
+        assert!(!a.has_unread());
         let null = std::fs::File::open("/dev/null").unwrap();
         for id in 0..1000 {
             a.send(&Request::Kill { id }, vec![Arc::new(null.try_clone().unwrap().into())])
                 .unwrap();
         }
         assert!(a.has_unsent(), "the socket holds fewer");
+        assert!(a.has_unread());
         for expected in 0..1000 {
             a.flush().unwrap();
             let Received { message, fds, .. } = b.receive().unwrap().unwrap();
             assert!(matches!(message, Ok(Request::Kill { id }) if id == expected));
             assert_eq!(fds.len(), 1);
         }
-        assert!(!a.has_unsent());
+        assert!(!a.has_unsent() && !a.has_unread());
         drop(a);
         assert!(matches!(b.receive::<Request>(), Err(WireError::Closed)));
     }

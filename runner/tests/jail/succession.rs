@@ -164,7 +164,7 @@ fn what_is_durable_stays_and_is_taken_over() {
     keeper.keep_descriptors(OWN, "journal", vec![note("mine")]).unwrap();
     keeper.drop_descriptors(1, "gone").unwrap();
     let (process, groups) = (watch(&keeper), groups_of(stays.pid));
-    keeper.leave().unwrap();
+    keeper.leave(LONG).unwrap();
 
     assert_gone(&goes.pidfd);
     let (mut keeper, inherited) = house.succeed();
@@ -415,7 +415,7 @@ fn a_manager_that_lives_is_not_displaced() {
         assert_eq!(exited(&mut first).0, 2);
     }
     assert!(!is_over(&waits), "it was told something");
-    first.leave().unwrap();
+    first.leave(LONG).unwrap();
     wait_for(&waits);
     let mut greeting = vec![0; 4096];
     let (greeting, _) = rustix::net::recv(&waits, &mut greeting[..], RecvFlags::empty())
