@@ -43,13 +43,14 @@ pub struct Runs {
 }
 
 impl Entry {
-    /// How it ended, of one that runs no more.
+    /// How it ended, of one that an earlier manager had: whoever had it then, it is nobody's now.
     pub(super) fn has_ended(&mut self, stop: StopReport) {
         self.phase = match stop.reason {
             Reason::VmmTerminated => Phase::Died,
             _ => Phase::Stopped,
         };
         self.stop = Some(stop);
+        self.detached = true;
     }
 
     /// A defined one runs no more, and nobody knows how its last run ended.
