@@ -20,6 +20,12 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// What the process is called (`/proc/PID/comm`).
 const NAME: &str = "guest-manager";
 
+/// Whether a process is called as guest managers are.
+pub(crate) fn is_manager(pid: u32) -> bool {
+    let name = fs::read_to_string(format!("/proc/{pid}/comm"));
+    name.is_ok_and(|name| name.trim_end() == NAME)
+}
+
 /// The process of a guest manager on this machine.
 pub(crate) struct Process {
     pid: u32,
@@ -42,8 +48,7 @@ impl Process {
     /// A process, if it is called as guest managers are.
     fn named(pid: u32) -> Option<Self> {
         let fd = pidfd_open(Pid::from_raw(i32::try_from(pid).ok()?)?, PidfdFlags::empty()).ok()?;
-        let name = fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
-        (name.trim_end() == NAME).then_some(Self { pid, fd })
+        is_manager(pid).then_some(Self { pid, fd })
     }
 
     /// Waits for its end, which has begun.

@@ -3,6 +3,7 @@
 use std::{
     env,
     ffi::OsString,
+    fs,
     io::{self, BufReader, ErrorKind, Read},
     os::{
         fd::{AsRawFd, OwnedFd},
@@ -10,13 +11,14 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
-    thread::JoinHandle,
+    thread::{self, JoinHandle},
+    time::Duration,
 };
 
 use anyhow::{Context, Result, bail};
 use sepal_schema::transport::PeerCredentials;
 
-use crate::{left, place::Otherwise, terminal};
+use crate::{ending, left, place::Otherwise, terminal};
 
 /// Most bytes that are told of what a manager says that does not start.
 const MAX_WORDS: u64 = 4096;
@@ -39,6 +41,13 @@ pub(crate) fn connect(socket: Option<&Path>, otherwise: Otherwise) -> Result<Loc
         return Ok(found(stream));
     }
     let path = path_of(socket);
+    if let Some(pid) = without_socket(&path) {
+        bail!(
+            "nobody listens at {}, but a guest manager runs for it (process {pid}): its socket was removed. `kill {pid}` ends it, and guests that are durable go \
+             on with the next one",
+            path.display()
+        );
+    }
     let path = path.display();
     let otherwise = match otherwise {
         Otherwise::Resume if socket.is_none() && left::waits() => Otherwise::Daemon,
@@ -101,6 +110,24 @@ fn start_private() -> Result<Local> {
     Ok(Local {
         socket: ours,
         child: Some(Private { process, relay }),
+    })
+}
+
+/// The process of the manager whose socket would be here, if that was removed: the file with its number is still there.
+fn without_socket(socket: &Path) -> Option<u32> {
+    let mut lock = socket.as_os_str().to_owned();
+    lock.push(".lock");
+    let pid = fs::read_to_string(lock).ok()?.trim().parse().ok()?;
+    let runs = || ending::is_manager(pid);
+    // It may just begin, or end.
+    (!socket.exists() && runs() && !comes_to_be(|| socket.exists() || !runs())).then_some(pid)
+}
+
+/// Whether this comes to be within a second.
+fn comes_to_be(it_is: impl Fn() -> bool) -> bool {
+    (0..20).any(|_| {
+        thread::sleep(Duration::from_millis(50));
+        it_is()
     })
 }
 

@@ -3,10 +3,12 @@
 use std::{
     fs::File,
     io::{self, IsTerminal, Read},
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
 };
 
 use anyhow::{Context, Result, bail};
+use rustix::fs::OFlags;
 use sepal_schema::{
     config::{self, GuestConfig, device::DiskMode},
     error::{Error, Outcome},
@@ -33,7 +35,9 @@ pub(crate) fn open(what: &str, path: &Path, write: bool) -> Result<config::File>
         return Ok(config::File::Path(there.to_owned()));
     }
     let how = if write { " for reading and writing" } else { "" };
-    let file = File::options().read(true).write(write).open(path);
+    // Opening must not wait for the other end of a pipe, nor become the controlling terminal's. Whoever reads the file makes of it what it needs.
+    let flags = (OFlags::NONBLOCK | OFlags::NOCTTY).bits().cast_signed();
+    let file = File::options().read(true).write(write).custom_flags(flags).open(path);
     let file = file.with_context(|| format!("opening the {what} {}{how}", path.display()))?;
     Ok(config::File::Fd(file.into()))
 }

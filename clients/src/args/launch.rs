@@ -2,13 +2,14 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, ValueEnum};
+use clap::{Args, ValueEnum, builder::NonEmptyStringValueParser};
 
 use super::options::{GuestOptions, KERNEL_SOURCE, VSOCK_SOURCE};
 
 #[derive(Debug, Args)]
 pub(crate) struct Launch {
-    /// Name of the guest: letters, digits, '.', '_' and '-' [default: the manager chooses]
+    /// Name of the guest: letters, digits, '.', '_' and '-', the first a letter or digit [default: the manager chooses]
+    #[arg(value_parser = NonEmptyStringValueParser::new())]
     pub(crate) name: Option<String>,
     /// A configuration file (TOML), or - for standard input; what the options say counts before it
     #[arg(long, short, value_name = "FILE", groups = [KERNEL_SOURCE, VSOCK_SOURCE])]
@@ -25,7 +26,8 @@ pub(crate) struct Launch {
 
 #[derive(Debug, Args)]
 pub(crate) struct Define {
-    /// Name of the guest: letters, digits, '.', '_' and '-' [default: what the file says]
+    /// Name of the guest: letters, digits, '.', '_' and '-', the first a letter or digit [default: what the file says]
+    #[arg(value_parser = NonEmptyStringValueParser::new())]
     pub(crate) name: Option<String>,
     /// A configuration file (TOML), or - for standard input; what the options say counts before it
     #[arg(long, short, value_name = "FILE", groups = [KERNEL_SOURCE, VSOCK_SOURCE])]

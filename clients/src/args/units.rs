@@ -56,7 +56,7 @@ pub(crate) fn parse_time(text: &str) -> Result<Duration, String> {
     let number: f64 = number
         .parse()
         .map_err(|_| format!("'{text}' is no time: a time starts with a number, as 30s or 1.5h do"))?;
-    Duration::try_from_secs_f64(number * seconds).map_err(|error| error.to_string())
+    Duration::try_from_secs_f64(number * seconds).map_err(|_| format!("{text} is longer than any time there is"))
 }
 
 /// Reads the time after which something ends: of a second or more, since one of nothing would be gone before anybody had it.

@@ -2,6 +2,7 @@
 
 use std::{fs, path::Path};
 
+use rustix::fs::{CWD, FileType, Mode};
 use sepal_tests::{Finished, World, kvm_missing, program, programs::PROGRAMS};
 
 /// Launches something that has to be refused with exit status 1.
@@ -47,6 +48,11 @@ fn kernels_that_are_none() {
     }
     let finished = refused(&world, &["--kernel", "/nonexistent/vmlinux"]);
     says(&finished, &["opening the kernel /nonexistent/vmlinux", "No such file"]);
+    // Nobody waits for the other end of a pipe.
+    let pipe = world.folder().join("pipe");
+    rustix::fs::mknodat(CWD, &pipe, FileType::Fifo, Mode::RWXU, 0).unwrap();
+    let finished = refused(&world, &["--kernel", pipe.to_str().unwrap()]);
+    says(&finished, &["BAD_CONFIG", "kernel", "pipe"]);
     // A device or a pipe is no file that a guest can be made of.
     let finished = refused(&world, &["--kernel", "/dev/zero"]);
     says(&finished, &["BAD_CONFIG", "kernel", "character device"]);

@@ -70,3 +70,17 @@ fn a_keeper_that_has_ended_is_no_reason_for_a_manager() {
     assert!(list.stderr.contains("no guest manager runs"), "{}", list.stderr);
     world.end();
 }
+
+#[test]
+fn a_manager_whose_socket_was_removed_is_told_of() {
+    let world = World::with_manager();
+    std::fs::remove_file(world.socket()).unwrap();
+    for arguments in [&["list"][..], &["launch", "bee", "--detach"]] {
+        let refused = world.guest(arguments).expect_code(1).stderr;
+        assert!(
+            refused.contains("its socket was removed") && refused.contains("`kill "),
+            "{refused}"
+        );
+    }
+    world.end();
+}
