@@ -41,8 +41,8 @@ pub fn problems(facts: &Facts<'_>) -> Vec<String> {
         found.push(text.to_owned());
     }
     if facts.unreached {
-        let text = "The keeper of an earlier guest manager, which holds this guest, does not answer: it stands still, or has too much to do. The guest may run \
-                    on, and is taken over when the keeper answers.";
+        let text = "The keeper of an earlier guest manager, which holds this guest, does not answer: it stands still, has too much to do, or its key \
+                    cannot be used (the guest manager's log says that). The guest may run on, and is taken over when the keeper answers.";
         found.push(text.to_owned());
     }
     let waived: Vec<_> = info

@@ -9,7 +9,7 @@
 //!    └────────────────── later, and later ──────────'
 //! ```
 
-use std::{fs::File, io, rc::Rc, time::Duration};
+use std::{io, rc::Rc, time::Duration};
 
 use futures::{
     future::LocalBoxFuture,
@@ -64,8 +64,8 @@ impl Asking {
             Vec::new()
         });
         let (keepers, mut asking) = (Rc::new(keepers), Self::default());
-        for mut left in left {
-            let roster = left.roster.take().and_then(|file| open(file, left.name()));
+        for left in left {
+            let roster = open(&keepers, &left);
             asking.silent.push(Silent {
                 keeper: left.name().to_owned(),
                 guests: roster.as_ref().map_or_else(Vec::new, |roster| roster.guests()),
@@ -107,16 +107,17 @@ impl Asking {
     }
 }
 
-fn open(file: File, keeper: &str) -> Option<Rc<Roster>> {
-    let roster = Roster::open(file);
-    let roster =
-        roster.inspect_err(|error| tracing::warn!("which guests the keeper {keeper} holds is not known: {error}"));
-    roster.ok().map(Rc::new)
+fn open(keepers: &Keepers, left: &Left) -> Option<Rc<Roster>> {
+    let unknown = |error: &io::Error| {
+        let keeper = left.name();
+        tracing::error!("which guests the keeper {keeper} holds is not known: {error}");
+    };
+    keepers.roster(left).inspect_err(unknown).ok().map(Rc::new)
 }
 
 /// Asks a keeper until it has answered.
 async fn ask(shared: &Rc<Shared>, keepers: &Keepers, left: &Left, roster: Option<Rc<Roster>>) -> Answer {
-    let (mut wait, mut told) = (AGAIN.0, false);
+    let (mut wait, mut told) = (AGAIN.0, String::new());
     loop {
         let attempted = match keepers.key(left) {
             Ok(key) => attempt(&shared.handle, left, &key).await,
@@ -125,7 +126,8 @@ async fn ask(shared: &Rc<Shared>, keepers: &Keepers, left: &Left, roster: Option
         match attempted {
             Ok((keeper, all)) => {
                 tracing::info!(pid = keeper.pid(), "took over from the keeper {}", left.name());
-                match Link::new(&shared.handle, keeper, roster.clone()) {
+                let roster = roster.clone().or_else(|| open(keepers, left));
+                match Link::new(&shared.handle, keeper, roster) {
                     Ok(link) => return Answer::There(shared.inheritance(link, all)),
                     Err(error) => tracing::error!("{error}"),
                 }
@@ -142,8 +144,15 @@ async fn ask(shared: &Rc<Shared>, keepers: &Keepers, left: &Left, roster: Option
             }
             // That there is no room soon changes, as a rule; if not, it is told which guests are missing.
             Err(error @ KeeperError::Crowded { .. }) => tracing::debug!("{error}"),
-            Err(error) if std::mem::replace(&mut told, true) => tracing::debug!("{error}"),
-            Err(error) => tracing::error!("the keeper {}: {error}; it is asked again", left.name()),
+            Err(error) => {
+                // The same once.
+                let why = error.to_string();
+                match why == told {
+                    true => tracing::debug!("{why}"),
+                    false => tracing::error!("{why}; the keeper {} is asked again", left.name()),
+                }
+                told = why;
+            }
         }
         shared.handle.sleep(wait).await;
         wait = (wait * 2).min(AGAIN.1);

@@ -3,7 +3,7 @@
 //! ```text
 //!   keepers/ID.sock     where the keeper waits once this manager is gone
 //!   keepers/ID.key      32 bytes that prove who comes (mode 0600)
-//!   keepers/ID.guests   what it holds (`roster`): for the case that it does not answer
+//!   keepers/ID.guests   what it holds (`roster`): for the case that it does not answer; no secret
 //! ```
 
 use std::{
@@ -21,6 +21,8 @@ use rustix::{
     net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType},
 };
 use sepal_runner::keeper::{KEY_BYTES, Key};
+
+use super::roster::Roster;
 
 /// Successors that may wait.
 const BACKLOG: i32 = 8;
@@ -52,7 +54,6 @@ pub(super) struct Left {
     name: String,
     /// By which it is connected to, as long as the folder is open.
     pub(super) socket: PathBuf,
-    pub(super) roster: Option<File>,
 }
 
 impl Keepers {
@@ -131,7 +132,6 @@ impl Keepers {
             let Some(id) = name.strip_suffix(SOCKET) else { continue };
             all.push(Left {
                 socket: self.short(&name),
-                roster: self.open_own(&format!("{id}{GUESTS}"), true).ok(),
                 name: id.to_owned(),
             });
         }
@@ -141,26 +141,49 @@ impl Keepers {
     }
 
     /// What proves to this keeper who comes.
+    ///
+    /// # Errors
+    /// With the file's path. It may be mended meanwhile.
     pub(super) fn key(&self, left: &Left) -> io::Result<Key> {
-        let mut file = self.open_own(&format!("{}{KEY}", left.name), false)?;
         let mut key = [0; KEY_BYTES];
-        file.read_exact(&mut key)?;
+        self.with_own(left, KEY, false, 0o077, |mut file| file.read_exact(&mut key))?;
         Ok(key)
     }
 
-    /// Opens a file that nobody else can have written or read.
-    fn open_own(&self, name: &str, write: bool) -> io::Result<File> {
-        let flags = OFlags::NOFOLLOW.bits().cast_signed();
-        let file = OpenOptions::new()
-            .read(true)
-            .write(write)
-            .custom_flags(flags)
-            .open(self.path.join(name))?;
-        let status = file.metadata()?;
-        if status.uid() != rustix::process::geteuid().as_raw() || status.mode() & 0o077 != 0 {
-            return Err(io::Error::other("others may have written or read it"));
-        }
-        Ok(file)
+    /// What this keeper holds. That others can read it does no harm.
+    ///
+    /// # Errors
+    /// As [`Keepers::key`].
+    pub(super) fn roster(&self, left: &Left) -> io::Result<Roster> {
+        self.with_own(left, GUESTS, true, 0o022, Roster::open)
+    }
+
+    /// Does something with a keeper's file to which others have none of these permissions.
+    fn with_own<T>(
+        &self,
+        left: &Left,
+        end: &str,
+        write: bool,
+        forbidden: u32,
+        work: impl FnOnce(File) -> io::Result<T>,
+    ) -> io::Result<T> {
+        let path = self.path.join(format!("{}{end}", left.name));
+        let open = || {
+            let flags = OFlags::NOFOLLOW.bits().cast_signed();
+            let mut options = OpenOptions::new();
+            let file = options.read(true).write(write).custom_flags(flags).open(&path)?;
+            let status = file.metadata()?;
+            if status.uid() != rustix::process::geteuid().as_raw() || status.mode() & forbidden != 0 {
+                let mode = status.mode() & 0o777;
+                let message = format!(
+                    "others may have read or written it (mode {mode:03o}, uid {})",
+                    status.uid()
+                );
+                return Err(io::Error::new(io::ErrorKind::PermissionDenied, message));
+            }
+            work(file)
+        };
+        open().map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", path.display())))
     }
 
     /// Where it is.
@@ -239,10 +262,16 @@ mod tests {
         let keepers = Keepers::open(above.path(), true).unwrap().unwrap();
         let offer = keepers.offer().unwrap();
         let left = &keepers.left().unwrap()[0];
-        for (mode, usable) in [(0o644, false), (0o600, true), (0o660, false)] {
-            fs::set_permissions(&offer.paths[1], fs::Permissions::from_mode(mode)).unwrap();
-            assert_eq!(keepers.key(left).is_ok(), usable, "{mode:o}");
+        for (mode, key, roster) in [(0o644, false, true), (0o600, true, true), (0o660, false, false)] {
+            for path in &offer.paths[1..] {
+                fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+            }
+            let usable = (keepers.key(left).is_ok(), keepers.roster(left).is_ok());
+            assert_eq!(usable, (key, roster), "{mode:o}");
         }
+        fs::remove_file(&offer.paths[2]).unwrap();
+        let error = keepers.roster(left).map(drop).unwrap_err().to_string();
+        assert!(error.contains(&*offer.paths[2].to_string_lossy()), "{error}");
         fs::remove_file(&offer.paths[1]).unwrap();
         assert!(keepers.key(left).is_err());
         // A key alone is of no use.

@@ -179,13 +179,13 @@ impl KeeperClient {
         Asked::new(path, key)
     }
 
-    /// Looks whether a keeper listens at `path`, and says nothing to it: for who has no key. Never blocks.
+    /// Looks whether a keeper listens at `path`, which notices nothing of that: for who has no key. Never blocks.
     ///
     /// # Errors
     ///
     /// As [`KeeperClient::ask`].
     pub fn look(path: &Path) -> Result<(), KeeperError> {
-        Asked::connect(path).map(drop)
+        Asked::look(path)
     }
 
     /// Asks for a component; `id` is the caller's to choose, and free again after `Failed` or `Exited`.

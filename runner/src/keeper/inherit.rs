@@ -73,6 +73,23 @@ pub(super) struct Succession {
     pub(super) inherited: Vec<Inherited>,
 }
 
+/// Connects to what listens at `path`, if anything does; inside, what else is in the way. Never blocks.
+fn reach(path: &Path, kind: SocketType) -> Result<rustix::io::Result<OwnedFd>, KeeperError> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, kind, flags, None).map_err(system("making a socket"))?;
+    let address = SocketAddrUnix::new(path).map_err(system("the path of a keeper's socket"))?;
+    match rustix::net::connect(&socket, &address) {
+        Ok(()) => Ok(Ok(socket)),
+        Err(Errno::AGAIN) => Err(KeeperError::Crowded { path: path.to_owned() }),
+        Err(errno @ (Errno::CONNREFUSED | Errno::NOENT)) => Err(KeeperError::Ended {
+            path: path.to_owned(),
+            source: errno.into(),
+        }),
+        // Whatever it is, the keeper may be there.
+        Err(errno) => Ok(Err(errno)),
+    }
+}
+
 impl Asked {
     /// Connects to the keeper that listens at `path`, and says the key. Never blocks.
     pub(super) fn new(path: &Path, key: &Key) -> Result<Self, KeeperError> {
@@ -87,23 +104,8 @@ impl Asked {
     }
 
     /// A connection to the keeper that listens at `path`, which is somebody who may know the key. Never blocks.
-    pub(super) fn connect(path: &Path) -> Result<OwnedFd, KeeperError> {
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
-            .map_err(system("making a socket"))?;
-        let address = SocketAddrUnix::new(path).map_err(system("the path of a keeper's socket"))?;
-        match rustix::net::connect(&socket, &address) {
-            Ok(()) => {}
-            Err(Errno::AGAIN) => return Err(KeeperError::Crowded { path: path.to_owned() }),
-            Err(errno @ (Errno::CONNREFUSED | Errno::NOENT)) => {
-                return Err(KeeperError::Ended {
-                    path: path.to_owned(),
-                    source: errno.into(),
-                });
-            }
-            // Whatever it is, the keeper may be there.
-            Err(errno) => return Err(system("connecting to a keeper")(errno)),
-        }
+    fn connect(path: &Path) -> Result<OwnedFd, KeeperError> {
+        let socket = reach(path, SocketType::SEQPACKET)?.map_err(system("connecting to a keeper"))?;
         // Of whoever made the socket listen.
         let maker = sockopt::socket_peercred(&socket).map_err(system("asking who made the socket"))?;
         if !door::is_trusted(maker.uid) {
@@ -113,6 +115,14 @@ impl Asked {
             });
         }
         Ok(socket)
+    }
+
+    /// Whether a keeper listens at `path`. It takes packets, so that a stream is refused, and takes no place among those who wait for it.
+    pub(super) fn look(path: &Path) -> Result<(), KeeperError> {
+        match reach(path, SocketType::STREAM)? {
+            Ok(_) | Err(Errno::PROTOTYPE) => Ok(()),
+            Err(errno) => Err(system("looking for a keeper")(errno)),
+        }
     }
 
     /// Takes what has come; none as long as that is not all.

@@ -114,18 +114,28 @@ fn a_keeper_whose_key_cannot_be_used_keeps_its_guests_until_it_can() {
     scene.launch(Scene::config("bee"));
     scene.until_running("bee");
     let component = scene.component("bee");
-    let files = scene.keepers_files();
-    let key = files.iter().find(|name| name.ends_with(".key")).unwrap();
-    let key = scene.world.state().join("keepers").join(key);
-    // As a backup may have restored it.
-    let set_mode = |mode| fs::set_permissions(&key, Permissions::from_mode(mode)).unwrap();
+    let (folder, files) = (scene.world.state().join("keepers"), scene.keepers_files());
+    // As a backup may have restored them.
+    let set_mode = |mode| {
+        for name in files.iter().filter(|name| !name.ends_with(".sock")) {
+            fs::set_permissions(folder.join(name), Permissions::from_mode(mode)).unwrap();
+        }
+    };
     scene.kill_manager();
     set_mode(0o644);
     scene.start_manager();
     let info = scene.info("bee");
     assert_eq!((info.status, info.component_pid), (GuestStatus::Starting, 0));
     let log = scene.log();
-    assert!(log.contains("reading its key: others may have"), "{log}");
+    assert!(
+        log.contains("reading its key: ") && log.contains(".key: others may have"),
+        "{log}"
+    );
+    assert!(
+        info.problems
+            .iter()
+            .any(|problem| problem.contains("its key cannot be used"))
+    );
     assert_eq!(
         scene.rpc.launch(Scene::config("bee"), true).map(drop).unwrap_err().kind,
         Kind::AlreadyRunning
