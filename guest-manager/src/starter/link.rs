@@ -347,6 +347,7 @@ impl Link {
                 }
             }
             KeeperEvent::Failed { id, layer, message } => {
+                self.running.borrow_mut().remove(&id);
                 if let Some(started) = waiting.remove(&id).and_then(|waiting| waiting.started) {
                     let error = failure(message).about(layer.map_or("", Layer::name));
                     let _ = started.send(Err(error));

@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::FlockOperation;
-use rustix::process::{Pid, PidfdFlags, Signal};
+use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions};
 use sepal_runner::Layer;
 use sepal_runner::cgroup::{Groups, Limits};
 use sepal_runner::keeper::{KeeperClient, KeeperError, KeeperEvent};
@@ -32,6 +32,10 @@ pub(crate) fn tests() -> Vec<Test> {
         ),
         ("keeper::many_at_once".into(), many_at_once),
         ("keeper::closing_ends_everything".into(), closing_ends_everything),
+        (
+            "keeper::one_that_stands_still_is_not_waited_for".into(),
+            one_that_stands_still_is_not_waited_for,
+        ),
         (
             "keeper::files_that_were_replaced_stay".into(),
             files_that_were_replaced_stay,
@@ -278,6 +282,26 @@ fn many_at_once() {
         }
     }
     keeper.close().unwrap();
+}
+
+fn one_that_stands_still_is_not_waited_for() {
+    let mut keeper = KeeperClient::start(KEEPER).unwrap();
+    let pid = Pid::from_raw(keeper.pid().cast_signed()).unwrap();
+    let watched = rustix::process::pidfd_open(pid, PidfdFlags::empty()).unwrap();
+    let kept = start(&mut keeper, 1);
+    assert!(!keeper.has_unheard());
+    rustix::process::kill_process(pid, Signal::STOP).unwrap();
+    let stopped = WaitIdOptions::STOPPED | WaitIdOptions::NOWAIT;
+    rustix::process::waitid(WaitId::Pid(pid), stopped).unwrap();
+    keeper.kill(1).unwrap();
+    assert!(keeper.has_unheard());
+    let closed = keeper.close_within(std::time::Duration::from_millis(1));
+    let error = closed.unwrap_err().to_string();
+    assert!(error.contains(&pid.as_raw_pid().to_string()), "{error}");
+    // It does what it was told, and ends, as soon as it can.
+    rustix::process::kill_process(pid, Signal::CONT).unwrap();
+    assert_gone(&kept.pidfd);
+    wait_for(&watched);
 }
 
 fn closing_ends_everything() {
