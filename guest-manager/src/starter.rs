@@ -342,9 +342,7 @@ impl Shared {
             stderr: words.into(),
         })
     }
-}
 
-impl Shared {
     /// Follows a start to its end.
     async fn follow(&self, spawned: Spawned) -> Result<Started, NotStarted> {
         let Spawned {

@@ -61,6 +61,15 @@ impl Heard {
             Self(guest.clone())
         })
     }
+
+    /// It says so no more. Without another one that does, in the same run, the agent is not there: whatever else in the guest connects, and goes.
+    fn no_more(self, generation: u64) {
+        let guest = self.0.clone();
+        drop(self);
+        if guest.generation() == generation && guest.agents.get() == 0 {
+            guest.set_agent_ready(false);
+        }
+    }
 }
 
 impl Drop for Heard {
@@ -77,11 +86,7 @@ async fn attend(guest: &Guest, generation: u64, socket: &AsyncFd<UnixStream>, he
     guest.agent_arrives();
     let mut buffer = [0; 4096];
     while let Ok(1..) = receive(socket, &mut buffer).await {}
-    drop(heard);
-    // Whatever else in the guest connects there, and goes.
-    if guest.generation() == generation && guest.agents.get() == 0 {
-        guest.set_agent_ready(false);
-    }
+    heard.no_more(generation);
 }
 
 /// Finds out whether the agent is there, in a guest that an earlier manager had: the connection by which it said so has ended with that manager, or there was
@@ -105,10 +110,7 @@ pub(crate) fn look_again(guest: &Rc<Guest>) {
             };
             handle.sleep(Duration::from_secs(*pause)).await;
         }
-        drop(heard);
-        if guest.generation() == generation && guest.agents.get() == 0 {
-            guest.set_agent_ready(false);
-        }
+        heard.no_more(generation);
     });
 }
 
