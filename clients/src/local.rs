@@ -16,7 +16,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use sepal_schema::transport::PeerCredentials;
+use sepal_schema::{state, transport::PeerCredentials};
 
 use crate::{ending, left, place::Otherwise, terminal};
 
@@ -115,9 +115,7 @@ fn start_private() -> Result<Local> {
 
 /// The process of the manager whose socket would be here, if that was removed: the file with its number is still there.
 fn without_socket(socket: &Path) -> Option<u32> {
-    let mut lock = socket.as_os_str().to_owned();
-    lock.push(".lock");
-    let pid = fs::read_to_string(lock).ok()?.trim().parse().ok()?;
+    let pid = fs::read_to_string(state::lock_of(socket)).ok()?.trim().parse().ok()?;
     let runs = || ending::is_manager(pid);
     // It may just begin, or end.
     (!socket.exists() && runs() && !comes_to_be(|| socket.exists() || !runs())).then_some(pid)

@@ -26,6 +26,7 @@ use rustix::{
     fs::{Mode, OFlags},
     net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType},
 };
+use sepal_schema::state;
 
 use crate::lock::{Lock, LockError};
 
@@ -238,9 +239,7 @@ fn bind_for(path: &Path, reach: Reach) -> io::Result<UnixListener> {
 
 /// Takes the lock beside a socket.
 fn lock_beside(socket: &Path) -> Result<Lock, ListenError> {
-    let mut path = socket.as_os_str().to_owned();
-    path.push(".lock");
-    Lock::take(PathBuf::from(path)).map_err(|error| match error {
+    Lock::take(state::lock_of(socket)).map_err(|error| match error {
         LockError::Taken { owner, .. } => ListenError::AlreadyRunning {
             path: socket.to_owned(),
             owner,

@@ -1,4 +1,4 @@
-//! Where a guest manager keeps its state unless told otherwise.
+//! Where a guest manager keeps its state unless told otherwise, and what tells others of it.
 
 use std::path::{Path, PathBuf};
 
@@ -25,6 +25,13 @@ pub fn default_path() -> Option<PathBuf> {
 
 /// In that folder: how the next manager finds the keepers of guests that go on without one.
 pub const KEEPERS: &str = "keepers";
+
+/// The file beside a manager's socket that is locked by whoever listens there, and has its process id.
+pub fn lock_of(socket: &Path) -> PathBuf {
+    let mut path = socket.as_os_str().to_owned();
+    path.push(".lock");
+    path.into()
+}
 
 #[cfg(test)]
 mod tests {
